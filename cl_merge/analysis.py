@@ -17,8 +17,9 @@ from typing_extensions import override
 from cl_merge.errors import InputError, unknown_name
 from cl_merge.mergers.base import Accumulators, Merger, Place
 from cl_merge.mergers.max_magnitude import MaxMagnitude
-from cl_merge.mergers.random_mix import random_bits, stream_key
+from cl_merge.mergers.random_mix import random_bits
 from cl_merge.mergers.ties import Ties, trim_threshold
+from cl_merge.seeds import derive_seed
 from cl_merge.task_vector import TaskVector
 
 KEPT = ("highest", "lowest", "random")
@@ -310,7 +311,7 @@ def _drawn(share: float, seed: int) -> Callable[[str, Tensor], Tensor]:
     limit = int(share * 2.0**63) - 1  # the numbers drawn are 0 to 2^63 - 1
 
     def stays(name: str, tensor: Tensor) -> Tensor:
-        key, size, device = stream_key(seed, name), tensor.numel(), tensor.device
+        key, size, device = derive_seed(seed, name), tensor.numel(), tensor.device
         parts = [
             random_bits(key, start, min(_CHUNK, size - start), device) <= limit
             for start in range(0, max(size, 1), _CHUNK)

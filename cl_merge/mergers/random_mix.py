@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import ClassVar
 
 import torch
@@ -12,6 +10,7 @@ from typing_extensions import override
 
 from cl_merge.errors import InputError
 from cl_merge.mergers.base import Accumulators, Merger, Place
+from cl_merge.seeds import derive_seed
 
 _LARGEST = 2**63 - 1
 
@@ -52,7 +51,7 @@ class RandomMix(Merger):
     @override
     def fold(self, kept: Accumulators, chunk: Tensor, place: Place) -> None:
         merged = kept["merged"]
-        key = stream_key(self.seed, place.name, place.task)
+        key = derive_seed(self.seed, place.name, place.task)
         draws = random_bits(key, place.start, chunk.numel(), chunk.device)
         replace = draws <= _LARGEST // (place.task + 1)
         torch.where(replace, chunk, merged, out=merged)
@@ -62,24 +61,11 @@ class RandomMix(Merger):
         out.copy_(kept["merged"])
 
 
-def stream_key(*parts: int | str) -> int:
-    """Turn what identifies a stream of random numbers into a 64-bit key.
-
-    Args:
-        *parts: For example seed, parameter name and task.
-
-    Returns:
-        The key, a signed 64-bit number; the same on every machine.
-    """
-    digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
-
-
 def random_bits(key: int, start: int, count: int, device: torch.device) -> Tensor:
     """Draw random numbers by counter: number i depends on the key and on i alone.
 
     Args:
-        key: Names the stream, a signed 64-bit number.
+        key: Names the stream, 0 to 2^64 - 1, as `derive_seed` makes it.
         start: Index of the first number.
         count: n, how many.
         device: Where.
@@ -93,7 +79,7 @@ def random_bits(key: int, start: int, count: int, device: torch.device) -> Tenso
     """
     bits = torch.arange(start + 1, start + 1 + count, device=device)
     # int64 arithmetic wraps around, so that it equals the published unsigned one bit for bit.
-    bits.mul_(_signed(0x9E3779B97F4A7C15)).add_(key)
+    bits.mul_(_signed(0x9E3779B97F4A7C15)).add_(_signed(key))
     bits.bitwise_xor_(_shifted(bits, 30)).mul_(_signed(0xBF58476D1CE4E5B9))
     bits.bitwise_xor_(_shifted(bits, 27)).mul_(_signed(0x94D049BB133111EB))
     return _shifted(bits.bitwise_xor_(_shifted(bits, 31)), 1)
