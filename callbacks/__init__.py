@@ -1,5 +1,7 @@
 """What plugs into a Lightning Trainer."""
 
+from cl_merge.callbacks.ewc import EWC
+from cl_merge.callbacks.lwf import LwF
 from cl_merge.callbacks.merge import MergeCallback
 
-__all__ = ["MergeCallback"]
+__all__ = ["EWC", "LwF", "MergeCallback"]

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
+from cl_merge.callbacks.task import TaskCallback
 from cl_merge.errors import InputError, listing, unknown_name
 from cl_merge.mergers import Average, Merger, get_merger
 from cl_merge.task_vector import TaskVector, check_scale, moved
-from cl_merge.weights import copies, floating_buffers, install, trained_parameters
-
-log = logging.getLogger(__name__)
+from cl_merge.weights import (
+    check_same_parameters,
+    copies,
+    floating_buffers,
+    install,
+    trained_parameters,
+)
 
 STARTS = ("sequential", "independent", "merged")
 BUFFERS = ("trained", "base", "average")
 
 
-class MergeCallback(Callback):
+class MergeCallback(TaskCallback):
     """Merge the tasks that a module learns one after another.
 
     Each ``trainer.fit`` is a task. The first one fixes the base, the weights before any training.
@@ -105,13 +106,9 @@ class MergeCallback(Callback):
         self._directory = Path(directory) if directory is not None else None
         self._device = torch.device(device)
         self._trained: dict[str, Tensor] | None = None
-        self._first_step = 0
-        self._in_task = False
-        self._resumed = False
-        self._goes_on = False
-        self._stage = ""
 
     @property
+    @override
     def tasks(self) -> int:
         """Number of tasks folded so far."""
         return self.merger.tasks
@@ -156,50 +153,28 @@ class MergeCallback(Callback):
     # Hooks, in the order in which they fire.
 
     @override
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._stage = stage
-        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
-            raise RuntimeError(
-                f"MergeCallback needs whole parameters on every rank, but "
-                f"{type(trainer.strategy).__name__} shards them; use strategy='ddp' or one device"
-            )
-        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-            raise RuntimeError(
-                "MergeCallback keeps its state in the process, but spawned processes lose it when "
-                "a fit ends; use strategy='ddp' and start the script from the command line"
-            )
-
-    @override
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def begin_task(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *, goes_on: bool
+    ) -> None:
         live = trained_parameters(pl_module)
         if not self.base:
             self.base = copies(live, self._device)
             self._base_buffers = copies(floating_buffers(pl_module), self._device)
-        _check_names(self.base, live)
+        check_same_parameters(self.base, live, "MergeCallback")
         # Weights from a checkpoint within a task are where that task stood, and stay.
-        self._goes_on, self._resumed = self._resumed, False
-        if self.tasks and not self._goes_on:
+        if self.tasks and not goes_on:
             self._set_start(pl_module)
-        self._in_task = True
 
     @override
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._first_step = trainer.global_step
-
-    @override
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.global_step > self._first_step or self._goes_on:
-            self._finish_task(trainer, pl_module)
-        else:
-            log.warning("nothing was trained in this fit: it does not count as a task")
-        self._in_task = False
-
-    @override
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # A checkpoint of the last step leaves nothing to train, and training never "ends" then.
-        if self._goes_on and self._in_task:
-            self._finish_task(trainer, pl_module)
-        self._in_task = False
+    def end_task(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        try:
+            vector = self.task_vector(pl_module)
+        except InputError as error:
+            raise InputError(f"task {self.tasks}: {error}") from error
+        self.merger.update(vector)
+        self._fold_buffers(pl_module)
+        if self._directory is not None and trainer.is_global_zero:
+            vector.save(self._directory / f"task{self.tasks - 1}.safetensors")
 
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -232,29 +207,21 @@ class MergeCallback(Callback):
     ) -> None:
         self._restore_trained(pl_module)
 
-    # State: everything that a checkpoint needs to go on, as tensors and plain values.
-
     @override
-    def state_dict(self) -> dict[str, Any]:
+    def task_state(self) -> dict[str, Any]:
         return {
             "base": self.base,
             "base_buffers": self._base_buffers,
             "merger": self.merger.state_dict(),
             "buffer_average": self._buffer_average.state_dict(),
-            "in_task": self._in_task,
         }
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._stage != TrainerFn.FITTING and self.tasks:
-            # `test(ckpt_path=...)` restores callbacks too, as they were when the checkpoint was
-            # written, within a task: that would undo the fold of that task.
-            return
-        self.base = copies(state_dict["base"], self._device)
-        self._base_buffers = copies(state_dict["base_buffers"], self._device)
-        self.merger.load_state_dict(state_dict["merger"])
-        self._buffer_average.load_state_dict(state_dict["buffer_average"])
-        self._resumed = self._stage == TrainerFn.FITTING and state_dict["in_task"]
+    def load_task_state(self, state: dict[str, Any]) -> None:
+        self.base = copies(state["base"], self._device)
+        self._base_buffers = copies(state["base_buffers"], self._device)
+        self.merger.load_state_dict(state["merger"])
+        self._buffer_average.load_state_dict(state["buffer_average"])
 
     def _set_start(self, module: nn.Module) -> None:
         if self.start == "independent":
@@ -262,16 +229,6 @@ class MergeCallback(Callback):
             install(floating_buffers(module), self._base_buffers)
         elif self.start == "merged":
             self.install(module)
-
-    def _finish_task(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        try:
-            vector = self.task_vector(pl_module)
-        except InputError as error:
-            raise InputError(f"task {self.tasks}: {error}") from error
-        self.merger.update(vector)
-        self._fold_buffers(pl_module)
-        if self._directory is not None and trainer.is_global_zero:
-            vector.save(self._directory / f"task{self.tasks - 1}.safetensors")
 
     def _show_merged(self, module: nn.Module) -> None:
         if self.tasks == 0:
@@ -311,15 +268,3 @@ class MergeCallback(Callback):
         if self._buffers == "average":
             return dict(self._buffer_average.items())
         return {}
-
-
-def _check_names(base: dict[str, Tensor], live: dict[str, nn.Parameter]) -> None:
-    missing, extra = base.keys() - live.keys(), live.keys() - base.keys()
-    if missing or extra:
-        raise InputError(
-            "the parameters that train are not those of the first task; no longer training: "
-            f"{listing(sorted(missing))}; new: {listing(sorted(extra))}. Keep requires_grad as it "
-            "was, or use a new MergeCallback"
-        )
-    if not base:
-        raise InputError("the module has no floating-point parameter that requires a gradient")

@@ -155,15 +155,26 @@ class CLIPClassifier(L.LightningModule):
         if self.trainer.is_global_zero and not self._told:
             self._tell_unfinished_warmup()
 
-    @override
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def task_logits(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Classify a training batch among the classes of the current task.
+
+        Args:
+            batch: Images, float [B, 3, H, W], and global labels, int64 [B]; more is ignored.
+
+        Returns:
+            Logits, float32 [B, K], and the position of each label among the task's K classes, int64
+            [B]. Without a `TaskStream` there is one task with all classes.
+        """
         images, labels = batch[0], batch[1]
         if self._task is None:
-            logits, targets = self(images), labels
-        else:
-            logits, targets = self(images, self._task.classes), self._position[labels]
+            return self(images), labels
+        return self(images, self._task.classes), self._position[labels]
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        logits, targets = self.task_logits(batch)
         loss = F.cross_entropy(logits, targets, label_smoothing=self.hparams["label_smoothing"])
-        self.log("loss", loss.detach(), prog_bar=True, batch_size=len(labels))
+        self.log("loss", loss.detach(), prog_bar=True, batch_size=len(targets))
         return loss
 
     @override

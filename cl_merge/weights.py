@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from cl_merge.errors import InputError, listing
+
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Find the parameters that a task can change.
@@ -23,6 +25,30 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
         for name, parameter in module.named_parameters()
         if parameter.requires_grad and parameter.is_floating_point()
     }
+
+
+def check_same_parameters(
+    before: Mapping[str, Tensor], live: Mapping[str, Tensor], who: str
+) -> None:
+    """Check that the parameters that train are those of the first task.
+
+    Args:
+        before: Those of the first task, by name; empty if this is it.
+        live: Those of today, by name.
+        who: Whose memory depends on it, for the message.
+
+    Raises:
+        InputError: If some are missing or new, or none trains at all.
+    """
+    if not live:
+        raise InputError("the module has no floating-point parameter that requires a gradient")
+    missing, extra = before.keys() - live.keys(), live.keys() - before.keys()
+    if before and (missing or extra):
+        raise InputError(
+            "the parameters that train are not those of the first task; no longer training: "
+            f"{listing(sorted(missing))}; new: {listing(sorted(extra))}. Keep requires_grad as it "
+            f"was, or use a new {who}"
+        )
 
 
 def floating_buffers(module: nn.Module) -> dict[str, Tensor]:
@@ -93,3 +119,23 @@ def swapped(
         yield
     finally:
         install(live, kept)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Hold a module in evaluation mode for a while.
+
+    Args:
+        module: Any module; its parts may be in different modes.
+
+    Yields:
+        Nothing; every part is back in its own mode when the block ends or raises.
+    """
+    training = [part for part in module.modules() if part.training]
+    try:
+        for part in training:
+            part.training = False
+        yield
+    finally:
+        for part in training:
+            part.training = True

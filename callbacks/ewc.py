@@ -1,0 +1,310 @@
+"""Elastic weight consolidation: stay close in the directions that earlier tasks depend on."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
+from typing_extensions import override
+
+from cl_merge.callbacks.fisher import published_fisher, sample_fisher, zeros_for
+from cl_merge.callbacks.regularizer import Regularizer, gradient_scale
+from cl_merge.errors import InputError, unknown_name
+from cl_merge.seeds import derive_seed
+from cl_merge.weights import (
+    check_same_parameters,
+    copies,
+    evaluating,
+    install,
+    trained_parameters,
+)
+
+# The size of a Fisher depends on its kind, so each needs a weight of its own.
+WEIGHTS = {"published": 1e6, "empirical": 1e3, "sampled": 1e3}
+
+Logits = Callable[[L.LightningModule, Any], tuple[Tensor, Tensor]]
+"""Makes logits [B, K] and targets [B] of a module and a batch."""
+
+
+class EWC(Regularizer):
+    """Penalise moves away from the weights of the previous task, by how much that task needs them.
+
+    Each ``trainer.fit`` is a task. When one ends, the diagonal F of its Fisher information is
+    estimated in one more pass over its training data and taken into a running average, and its
+    weights become the anchor p*. From then on ``weight / 2 * sum F (p - p*)^2`` is added to the
+    loss. Its gradient, ``weight * F * (p - p*)``, is added in closed form before clipping: no
+    graph, and no memory beyond F, p* and one parameter at a time.
+
+    Works with any module and loop under automatic optimisation, any precision, accumulation,
+    clipping, and DDP; alone, with `MergeCallback` (EWC + MagMax) or with `LwF`. The penalty is
+    logged as ``ewc/penalty``; the module's own loss does not contain it.
+
+    Args:
+        fisher: Which estimate: ``"published"`` is that of the MagMax runs (predicted labels,
+            gradients of batches that add up over batches), ``"empirical"`` the textbook's mean of
+            squared gradients of single samples with their true labels, ``"sampled"`` the same with
+            labels drawn from the model. See `cl_merge.callbacks.fisher`.
+        weight: Factor of the penalty; None takes the default of the estimate: 1e6 for
+            ``"published"``, 1e3 for the others, which are larger.
+        decay: Share of the former F in the running average.
+        from_zero: Start the running average at zero, as published, which multiplies the first
+            estimate by ``1 - decay``; False takes the first estimate whole.
+        first_task: Estimate F of the weights before any training on the first task's data, and
+            penalise the first task too. The published runs train it freely.
+        logits: Makes logits [B, K] and targets [B] of the module and a batch. By default the
+            module's ``task_logits(batch)`` if it has one, as `CLIPClassifier` does, else
+            ``module(batch[0]), batch[1]``.
+        samples: Use at most so many samples of a task for ``"empirical"`` and ``"sampled"``, which
+            take each by itself; None uses all.
+        seed: Of the labels drawn for ``"sampled"``.
+
+    Attributes:
+        fisher: The running average F, by parameter name; empty before the first task ended.
+        anchor: The weights p*, by parameter name.
+
+    Raises:
+        InputError: If a value is out of its range, or the module's logits cannot be found.
+        RuntimeError: Under manual optimisation, or a strategy that shards parameters or spawns
+            processes.
+
+    Example::
+
+        callbacks = [EWC("empirical"), MergeCallback("magmax")]
+        for loader in tasks:
+            L.Trainer(max_epochs=3, callbacks=callbacks).fit(module, loader)
+
+    Reference:
+        Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, PNAS 2017; the
+        running average: Schwarz et al., Progress & Compress, ICML 2018.
+    """
+
+    def __init__(
+        self,
+        fisher: str = "published",
+        *,
+        weight: float | None = None,
+        decay: float = 0.5,
+        from_zero: bool = True,
+        first_task: bool = False,
+        logits: Logits | None = None,
+        samples: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if fisher not in WEIGHTS:
+            raise unknown_name("Fisher estimate", fisher, WEIGHTS)
+        super().__init__(WEIGHTS[fisher] if weight is None else weight, first_task=first_task)
+        if not 0 <= decay < 1:
+            raise InputError(f"decay={decay} of EWC; expected 0 or more, below 1")
+        if samples is not None and samples < 1:
+            raise InputError(f"samples={samples} of EWC; expected 1 or more")
+        self.kind = fisher
+        self.decay = decay
+        self.from_zero = from_zero
+        self.samples = samples
+        self.seed = seed
+        self.fisher: dict[str, Tensor] = {}
+        self.anchor: dict[str, Tensor] = {}
+        self._logits = logits
+        self._micro_batches = 0
+        self._scale = 1.0
+
+    # Hooks, in the order in which they fire.
+
+    @override
+    def begin_task(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *, goes_on: bool
+    ) -> None:
+        check_same_parameters(self.anchor, trained_parameters(pl_module), "EWC")
+        self._move(pl_module.device)
+        self._micro_batches = 0
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if self.first_task and not self.fisher:
+            _check_fresh_workers(trainer)
+            self._take_up(trainer, pl_module)
+
+    @override
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._micro_batches += 1
+
+    @override
+    @torch.no_grad()
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        # Lightning divides every loss by the length of a whole accumulation, and so the last,
+        # shorter one of an epoch counts less: the penalty in the loss would, too.
+        share = self._micro_batches / trainer.accumulate_grad_batches
+        self._micro_batches = 0
+        self._scale = gradient_scale(trainer, optimizer)
+        if not self.fisher or not share:
+            return
+        factor = self.weight * share * self._scale
+        penalties = []
+        for name, parameter in trained_parameters(pl_module).items():
+            fisher = self.fisher[name]
+            move = parameter.detach().to(fisher.dtype) - self.anchor[name]
+            pull = fisher * move
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad.add_(pull, alpha=factor)
+            penalties.append(move.mul_(pull).sum())
+        pl_module.log("ewc/penalty", 0.5 * self.weight * torch.stack(penalties).sum())
+
+    @override
+    def remember(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._take_up(trainer, pl_module)
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_fit_end(trainer, pl_module)
+        # Lightning takes the module off its device too.
+        self._move(torch.device("cpu"))
+
+    @override
+    def task_state(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "tasks": self._tasks,
+            "fisher": self.fisher,
+            "anchor": self.anchor,
+        }
+
+    @override
+    def load_task_state(self, state: dict[str, Any]) -> None:
+        if state["kind"] != self.kind:
+            raise InputError(
+                f"the saved state of EWC is of fisher='{state['kind']}', but this one is "
+                f"fisher='{self.kind}'; make it with the saved one"
+            )
+        self._tasks = state["tasks"]
+        self.fisher = copies(state["fisher"])
+        self.anchor = copies(state["anchor"])
+
+    def _take_up(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Fold the Fisher of the task at hand into the running average, and move the anchor."""
+        live = trained_parameters(pl_module)
+        estimate = self._estimate(trainer, pl_module)
+        if self.fisher:
+            for name, average in self.fisher.items():
+                average.mul_(self.decay).add_(estimate[name], alpha=1.0 - self.decay)
+            install(self.anchor, live)
+            return
+        if self.from_zero:
+            for first in estimate.values():
+                first.mul_(1.0 - self.decay)
+        self.fisher, self.anchor = estimate, copies(live)
+
+    def _estimate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
+        live = trained_parameters(pl_module)
+
+        def classify(batch: Any) -> tuple[Tensor, Tensor]:
+            return self._classify(pl_module, batch)
+
+        def total(tensor: Tensor) -> Tensor:
+            return trainer.strategy.reduce(tensor, reduce_op="sum")  # type: ignore[return-value]
+
+        batches = _training_batches(trainer, pl_module)
+        # In the precision of the weights, whatever that of the training: squares need the range.
+        with torch.enable_grad(), torch.autocast(pl_module.device.type, enabled=False):
+            if self.kind == "published":
+                buffers = copies(dict(pl_module.named_buffers()))
+                estimate = published_fisher(
+                    live,
+                    batches,
+                    classify,
+                    self._last_gradients(trainer, pl_module),
+                    total=total,
+                    processes=trainer.world_size,
+                )
+                # Batch norms in training mode have seen another epoch that is none.
+                install(dict(pl_module.named_buffers()), buffers)
+                return estimate
+            generator = None
+            if self.kind == "sampled":
+                key = derive_seed("ewc", self.seed, self._tasks, trainer.global_rank)
+                generator = torch.Generator().manual_seed(key % 2**63)
+            with evaluating(pl_module):
+                return sample_fisher(
+                    live,
+                    batches,
+                    classify,
+                    generator=generator,
+                    total=total,
+                    limit=_own_samples(trainer, self.samples),
+                )
+
+    def _last_gradients(
+        self, trainer: L.Trainer, pl_module: L.LightningModule
+    ) -> dict[str, Tensor]:
+        """What the last step of the training left in ``.grad``."""
+        gradients = zeros_for(trained_parameters(pl_module))
+        if self._goes_on and trainer.global_step == self._first_step:
+            rank_zero_warn(
+                "EWC: this checkpoint is of the task's last step, whose gradient it does not hold; "
+                "the published estimate starts from zero instead"
+            )
+        for name, parameter in trained_parameters(pl_module).items():
+            if parameter.grad is not None:
+                gradients[name].add_(parameter.grad, alpha=1.0 / self._scale)
+        return gradients
+
+    def _classify(self, module: L.LightningModule, batch: Any) -> tuple[Tensor, Tensor]:
+        if self._logits is not None:
+            return self._logits(module, batch)
+        if callable(own := getattr(module, "task_logits", None)):
+            return own(batch)  # type: ignore[no-any-return]
+        try:
+            images, targets = batch[0], batch[1]
+        except (KeyError, IndexError, TypeError) as error:
+            raise InputError(
+                f"EWC cannot tell inputs from targets in a batch of type {type(batch).__name__}; "
+                "give EWC(logits=...), a function of module and batch that returns both logits "
+                "[batch, classes] and targets [batch]"
+            ) from error
+        return module(images), targets
+
+    def _move(self, device: torch.device) -> None:
+        self.fisher = {name: tensor.to(device) for name, tensor in self.fisher.items()}
+        self.anchor = {name: tensor.to(device) for name, tensor in self.anchor.items()}
+
+
+def _training_batches(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[Any]:
+    """The batches of one more epoch over the task's training data, on the module's device."""
+    loaders = CombinedLoader(trainer.train_dataloader, "max_size_cycle")
+    iter(loaders)
+    for batch, _, _ in itertools.islice(loaders, _batches_per_epoch(trainer)):
+        converted = trainer.precision_plugin.convert_input(batch)
+        yield trainer.strategy.batch_to_device(converted, pl_module.device, dataloader_idx=0)
+
+
+def _check_fresh_workers(trainer: L.Trainer) -> None:
+    """A loader with persistent workers has one iterator, and the trainer has already begun it."""
+    if getattr(trainer.train_dataloader, "persistent_workers", False):
+        raise InputError(
+            "EWC(first_task=True) reads the training data before the first step, which a loader "
+            "with persistent_workers=True cannot do twice; set persistent_workers=False"
+        )
+
+
+def _batches_per_epoch(trainer: L.Trainer) -> int | None:
+    number = trainer.num_training_batches
+    return int(number) if number != float("inf") else None
+
+
+def _own_samples(trainer: L.Trainer, limit: int | None) -> int | None:
+    """How many samples are this process's own: samplers repeat some, so that all have as many."""
+    shares = [] if limit is None else [-(-limit // trainer.world_size)]
+    loader = trainer.train_dataloader
+    sampler = loader.sampler if isinstance(loader, DataLoader) else None
+    if isinstance(sampler, DistributedSampler) and not sampler.drop_last:
+        shares.append(len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas)))  # type: ignore[arg-type]
+    return min(shares, default=None)

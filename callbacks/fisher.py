@@ -1,0 +1,152 @@
+"""Estimates of the diagonal of the Fisher information, as functions of batches and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+Classify = Callable[[Any], tuple[Tensor, Tensor]]
+"""Makes logits [B, K] and true targets [B] of a batch, with a graph."""
+
+Reduce = Callable[[Tensor], Tensor]
+"""Sums a tensor over all processes."""
+
+
+def published_fisher(
+    parameters: Mapping[str, nn.Parameter],
+    batches: Iterable[Any],
+    classify: Classify,
+    gradients: dict[str, Tensor],
+    *,
+    total: Reduce = lambda tensor: tensor,
+    processes: int = 1,
+) -> dict[str, Tensor]:
+    """The estimate of the published runs, with its quirks, to which their weight of 1e6 belongs.
+
+    For every batch the gradient of the mean cross entropy towards the *predicted* labels is added
+    to a running gradient, which is never reset and starts from the last gradient of the training;
+    the square of this running gradient times the size of the batch is summed over batches and
+    divided by ``(floor(N / B) + 1) * B``, for N samples in batches of B.
+
+    Args:
+        parameters: The P parameters, by name.
+        batches: The training batches of the task.
+        classify: Makes logits and targets.
+        gradients: Where the running gradient starts, by name, each in its parameter's shape; added
+            to in place.
+        total: Sums over processes. Every batch is the union of the processes' batches, so that
+            several processes give what one gives with larger batches.
+        processes: How many there are.
+
+    Returns:
+        The estimate, by name, each in its parameter's shape.
+
+    Reference:
+        Marczak et al., MagMax, ECCV 2024, as published in code.
+    """
+    fisher = {name: torch.zeros_like(tensor) for name, tensor in gradients.items()}
+    samples = largest = 0
+    for batch in batches:
+        logits, _ = classify(batch)
+        size = int(total(torch.tensor(float(len(logits)), device=logits.device)))
+        samples, largest = samples + size, max(largest, size)
+        loss = F.cross_entropy(logits, logits.detach().argmax(dim=1))
+        for name, gradient in _gradients(loss, parameters):
+            gradients[name].add_(total(gradient), alpha=1.0 / processes)
+        for name, gradient in gradients.items():
+            fisher[name].addcmul_(gradient, gradient, value=size)
+    if samples == 0:
+        return fisher
+    for estimate in fisher.values():
+        estimate.div_((samples // largest + 1) * largest)
+    return fisher
+
+
+def sample_fisher(
+    parameters: Mapping[str, nn.Parameter],
+    batches: Iterable[Any],
+    classify: Classify,
+    *,
+    generator: torch.Generator | None = None,
+    total: Reduce = lambda tensor: tensor,
+    limit: int | None = None,
+) -> dict[str, Tensor]:
+    """The mean over samples of the squared gradient of the log likelihood of a label.
+
+    With the true labels this is the empirical Fisher, with labels drawn from the model's own
+    prediction an unbiased estimate of the Fisher itself.
+
+    Args:
+        parameters: The P parameters, by name.
+        batches: The training batches of the task; every sample is taken by itself.
+        classify: Makes logits and targets.
+        generator: Draws labels from the prediction, on the CPU; None takes the true ones.
+        total: Sums over processes.
+        limit: Take at most so many samples of this process.
+
+    Returns:
+        The estimate, by name, each in its parameter's shape, float32 or better.
+
+    Reference:
+        Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, PNAS 2017; on the
+        two kinds: Kunstner et al., Limitations of the empirical Fisher approximation, NeurIPS 2019.
+    """
+    fisher = zeros_for(parameters)
+    count = 0
+    for sample in _singles(batches, limit):
+        logits, targets = classify(sample)
+        if generator is not None:
+            chances = logits.detach().float().softmax(dim=1).cpu()
+            targets = torch.multinomial(chances, 1, generator=generator)[:, 0].to(logits.device)
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        for name, gradient in _gradients(loss, parameters):
+            fisher[name].addcmul_(gradient, gradient)
+        count += 1
+    device = next(iter(fisher.values())).device
+    samples = float(total(torch.tensor(float(count), device=device)))
+    return {name: total(summed).div_(max(samples, 1.0)) for name, summed in fisher.items()}
+
+
+def zeros_for(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Zeros in the shapes of parameters, float32 or better, where the parameters are."""
+    return {
+        name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        for name, p in parameters.items()
+    }
+
+
+def _gradients(
+    loss: Tensor, parameters: Mapping[str, nn.Parameter]
+) -> Iterator[tuple[str, Tensor]]:
+    # Not `backward`: that would add to `.grad` and, under DDP, wait for the other processes.
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    for (name, parameter), gradient in zip(parameters.items(), found, strict=True):
+        gradient = torch.zeros_like(parameter) if gradient is None else gradient
+        yield name, gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+
+
+def _singles(batches: Iterable[Any], limit: int | None) -> Iterator[Any]:
+    """Cut batches, of whatever structure, into batches of one sample."""
+    taken = 0
+    for batch in batches:
+        for index in range(batch_size(batch)):
+            if taken == limit:
+                return
+            taken += 1
+            yield apply_to_collection(batch, Tensor, _row, index)
+
+
+def batch_size(batch: Any) -> int:
+    """The number of samples in a batch: the length of its first tensor with a dimension."""
+    sizes: list[int] = []
+    apply_to_collection(batch, Tensor, lambda t: sizes.append(len(t)) if t.ndim else None)
+    return sizes[0] if sizes else 0
+
+
+def _row(tensor: Tensor, index: int) -> Tensor:
+    return tensor[index : index + 1] if tensor.ndim else tensor

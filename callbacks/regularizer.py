@@ -1,0 +1,156 @@
+"""What the regularizers share: adding a term to the loss, or to the gradient, of any module."""
+
+from __future__ import annotations
+
+import functools
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, Protocol
+
+import lightning as L
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from cl_merge.callbacks.task import TaskCallback
+from cl_merge.errors import InputError
+
+
+class LossTerm(Protocol):
+    """Something to add to the loss of a training step."""
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Watch a training step that runs inside the block."""
+
+    def loss_term(self) -> Tensor | None:
+        """What to add to the loss of the step just watched, a scalar; None for nothing."""
+
+
+class Regularizer(TaskCallback):
+    """A callback that keeps a module close to what it was after the tasks before.
+
+    Args:
+        weight: Factor of the term in the loss.
+        first_task: Regularize the first task too, towards the weights before any training. The
+            published runs train it freely.
+
+    Raises:
+        InputError: If the weight is not a finite number from 0 up.
+        RuntimeError: Under manual optimisation, or a strategy that shards parameters or spawns
+            processes.
+    """
+
+    def __init__(self, weight: float, *, first_task: bool = False) -> None:
+        super().__init__()
+        if not (math.isfinite(weight) and weight >= 0):
+            raise InputError(
+                f"weight={weight} of {type(self).__name__}; expected 0 or more, finite"
+            )
+        self.weight = weight
+        self.first_task = first_task
+        self._tasks = 0
+
+    @property
+    @override
+    def tasks(self) -> int:
+        """Number of tasks that ended so far."""
+        return self._tasks
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and not pl_module.automatic_optimization:
+            raise RuntimeError(
+                f"{type(self).__name__} adds to the loss that Lightning optimises, but "
+                f"{type(pl_module).__name__} sets automatic_optimization=False; let Lightning "
+                "optimise, or add the term in your own training_step"
+            )
+
+    @override
+    def end_task(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.remember(trainer, pl_module)
+        self._tasks += 1
+
+    @abstractmethod
+    def remember(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep what later tasks shall stay close to.
+
+        Args:
+            trainer: The trainer of the task that ended.
+            pl_module: The module with the trained weights.
+        """
+
+
+def extend_training_step(module: L.LightningModule, term: LossTerm) -> Callable[[], None]:
+    """Add a term to the loss that a module's ``training_step`` returns.
+
+    The term is computed where the step is: inside autocast and inside the forward of DDP, which
+    therefore sees one graph. Lightning's division by the accumulation, its scaler and its backward
+    treat the sum like any loss.
+
+    Args:
+        module: The module; this instance is extended, its class stays as it is.
+        term: What to add.
+
+    Returns:
+        A function that takes the term away again.
+    """
+    terms: list[LossTerm] | None = getattr(module.training_step, "added_terms", None)
+    if terms is None:
+        terms = _extended(module)
+    terms.append(term)
+
+    def take_away() -> None:
+        terms.remove(term)
+        if not terms:
+            module.training_step.restore()
+
+    return take_away
+
+
+def gradient_scale(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> float:
+    """By what the gradients are multiplied when ``on_before_optimizer_step`` fires.
+
+    Lightning unscales before that hook, except for optimizers that do it themselves, fused ones.
+
+    Args:
+        trainer: The trainer.
+        optimizer: The optimizer about to step.
+
+    Returns:
+        The factor, 1 without a scaler.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return 1.0
+    return float(scaler.get_scale())
+
+
+def _extended(module: L.LightningModule) -> list[LossTerm]:
+    original, own = module.training_step, module.__dict__.get("training_step")
+    terms: list[LossTerm] = []
+
+    @functools.wraps(original)
+    def training_step(*args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as watched:
+            for term in terms:
+                watched.enter_context(term.watching())
+            output = original(*args, **kwargs)
+        if output is None:  # Lightning skips the batch
+            return None
+        added = [found for term in terms if (found := term.loss_term()) is not None]
+        if isinstance(output, dict):
+            return output | {"loss": sum(added, output["loss"])}
+        return sum(added, output)
+
+    def restore() -> None:
+        if own is None:
+            del module.__dict__["training_step"]
+        else:
+            module.__dict__["training_step"] = own
+
+    vars(training_step).update(added_terms=terms, restore=restore)
+    module.__dict__["training_step"] = training_step
+    return terms

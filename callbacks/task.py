@@ -1,0 +1,124 @@
+"""What the callbacks of this package share: every fit is a task."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.trainer.states import TrainerFn
+from typing_extensions import override
+
+log = logging.getLogger(__name__)
+
+
+class TaskCallback(Callback, ABC):
+    """A callback that lives through a stream, with something to do when a task begins and ends.
+
+    Each ``trainer.fit`` is a task, unless it trains nothing. A fit that goes on from a checkpoint
+    is the rest of the task that the checkpoint was written in, also if nothing is left to train.
+
+    Raises:
+        RuntimeError: Under a strategy that shards parameters or spawns processes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stage = ""
+        self._first_step = 0
+        self._in_task = False
+        self._restored = False
+        self._goes_on = False
+
+    @property
+    @abstractmethod
+    def tasks(self) -> int:
+        """Number of tasks that ended so far."""
+
+    @abstractmethod
+    def begin_task(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *, goes_on: bool
+    ) -> None:
+        """Prepare for a task; the module is on its device, nothing has been trained yet.
+
+        Args:
+            trainer: The task's trainer.
+            pl_module: The module.
+            goes_on: Whether the fit goes on from a checkpoint within the task.
+        """
+
+    @abstractmethod
+    def end_task(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take up what a task left; the module still holds the trained weights on its device.
+
+        Args:
+            trainer: The task's trainer.
+            pl_module: The module.
+        """
+
+    @abstractmethod
+    def task_state(self) -> dict[str, Any]:
+        """Everything that a checkpoint needs to go on, as tensors and plain values."""
+
+    @abstractmethod
+    def load_task_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `task_state` returned; its tensors are to be copied."""
+
+    # Hooks, in the order in which they fire.
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._stage = stage
+        name = type(self).__name__
+        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+            raise RuntimeError(
+                f"{name} needs whole parameters on every rank, but "
+                f"{type(trainer.strategy).__name__} shards them; use strategy='ddp' or one device"
+            )
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise RuntimeError(
+                f"{name} keeps its state in the process, but spawned processes lose it when a fit "
+                "ends; use strategy='ddp' and start the script from the command line"
+            )
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._goes_on, self._restored = self._restored, False
+        self.begin_task(trainer, pl_module, goes_on=self._goes_on)
+        self._in_task = True
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._first_step = trainer.global_step
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step > self._first_step or self._goes_on:
+            self.end_task(trainer, pl_module)
+        else:
+            log.warning("nothing was trained in this fit: it does not count as a task")
+        self._in_task = False
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # A checkpoint of the last step leaves nothing to train, and training never "ends" then.
+        if self._goes_on and self._in_task:
+            self.end_task(trainer, pl_module)
+        self._in_task = False
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return self.task_state() | {"in_task": self._in_task}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._stage != TrainerFn.FITTING and self.tasks:
+            # `test(ckpt_path=...)` restores callbacks too, as they were when the checkpoint was
+            # written, within a task: that would undo what the end of that task did.
+            return
+        self.load_task_state(state_dict)
+        self._restored = self._stage == TrainerFn.FITTING and state_dict["in_task"]

@@ -1,0 +1,325 @@
+"""LwF and EWC give what the same penalty gives when it is written inside the training step."""
+
+import copy
+import itertools
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
+from plain import Plain, fit, loader, same, trainer, weights
+from torch import nn
+
+from cl_merge import TaskVector, merge
+from cl_merge.callbacks import EWC, LwF, MergeCallback
+from cl_merge.callbacks.lwf import distillation
+from cl_merge.errors import InputError
+
+GRID = [
+    {"precision": precision, "accumulate_grad_batches": accumulate, "gradient_clip_val": clip}
+    | {"fused": fused}
+    for precision, accumulate, clip, fused in itertools.product(
+        ("32", "bf16-mixed", "16-mixed", "64"), (1, 2, 3), (None, 0.1), (False, True)
+    )
+    # Lightning refuses to clip what a fused optimizer unscales.
+    if not (clip and fused and precision.endswith("mixed"))
+]
+
+
+def with_scaler(options):
+    """Trainer options; Lightning itself offers no float16 on a CPU, but its plugin does."""
+    if options["precision"] != "16-mixed":
+        return options
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    return {k: v for k, v in options.items() if k != "precision"} | {"plugins": [plugin]}
+
+
+class WithTerm(Plain):
+    """The module with a penalty written where people write it."""
+
+    term = None
+
+    def training_step(self, batch, batch_idx):
+        images, labels = batch
+        logits = self(images)
+        loss = nn.functional.cross_entropy(logits, labels)
+        return loss if self.term is None else loss + self.term(images, logits)
+
+
+def penalty(weight, fisher, anchor):
+    """weight / 2 * sum F (p - p*)^2, with a graph."""
+
+    def term(module):
+        parts = [
+            (fisher[name] * (p - anchor[name]) ** 2).sum()
+            for name, p in module.named_parameters()
+            if p.requires_grad
+        ]
+        return weight / 2 * sum(parts)
+
+    return term
+
+
+def kept(tensors):
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def distance(first, second):
+    first, second = weights(first), weights(second)
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+def name_of(options):
+    return "-".join(str(value) for value in options.values())
+
+
+@pytest.mark.parametrize("options", GRID, ids=name_of)
+@pytest.mark.parametrize("kind", ["published", "empirical"])
+def test_ewc_equals_the_penalty_inside_the_training_step(options, kind):
+    options = options | {"max_epochs": 2}
+    fused = options.pop("fused")
+    module, ewc = Plain(fused=fused), EWC(kind, weight=30.0)
+    fit(module, ewc, 0, **with_scaler(options))
+    reference, free = WithTerm(fused=fused), Plain(fused=fused)
+    for other in (reference, free):
+        other.load_state_dict(module.state_dict())
+    term = penalty(30.0, kept(ewc.fisher), kept(ewc.anchor))
+    reference.term = lambda images, logits: term(reference)
+    fit(module, ewc, 1, **with_scaler(options))
+    trainer(**with_scaler(options)).fit(reference, loader(1))
+    trainer(**with_scaler(options)).fit(free, loader(1))
+    assert distance(module, reference) < 1e-5
+    assert distance(module, free) > 1e-2
+
+
+@pytest.mark.parametrize("options", GRID, ids=name_of)
+def test_lwf_equals_the_distillation_inside_the_training_step(options):
+    options = options | {"max_epochs": 2}
+    fused = options.pop("fused")
+    module, lwf = Plain(fused=fused), LwF(2.0, target="net")
+    fit(module, lwf, 0, **with_scaler(options))
+    reference, free = WithTerm(fused=fused), Plain(fused=fused)
+    for other in (reference, free):
+        other.load_state_dict(module.state_dict())
+    teacher = copy.deepcopy(module.net).eval()
+
+    def term(images, logits):
+        with torch.no_grad():
+            old = teacher(images)
+        with torch.autocast("cpu", enabled=False):
+            wide = (x if x.dtype == torch.float64 else x.float() for x in (logits, old))
+            return 2.0 * distillation(*wide)
+
+    reference.term = term
+    fit(module, lwf, 1, **with_scaler(options))
+    trainer(**with_scaler(options)).fit(reference, loader(1))
+    trainer(**with_scaler(options)).fit(free, loader(1))
+    assert distance(module, reference) < 1e-5
+    assert distance(module, free) > 1e-3
+
+
+def test_accumulation_may_change_between_epochs():
+    module, ewc = Plain(), EWC("empirical", weight=30.0)
+    fit(module, ewc, 0)
+    reference = WithTerm()
+    reference.load_state_dict(module.state_dict())
+    term = penalty(30.0, kept(ewc.fisher), kept(ewc.anchor))
+    reference.term = lambda images, logits: term(reference)
+    schedule = {0: 1, 1: 3, 2: 2}
+    fit(module, [GradientAccumulationScheduler(schedule), ewc], 1, max_epochs=3)
+    fit(reference, GradientAccumulationScheduler(schedule), 1, max_epochs=3)
+    assert distance(module, reference) < 1e-5
+
+
+def test_the_three_compose_in_any_order():
+    def run(order):
+        module = Plain()
+        base = weights(module)
+        callbacks = {
+            "lwf": LwF(target="net"),
+            "ewc": EWC("empirical", weight=10.0),
+            "merge": MergeCallback("magmax"),
+        }
+        vectors = []
+        for task in range(3):
+            trained = fit(module, [callbacks[name] for name in order], task)
+            vectors.append(TaskVector.between(base, trained))
+        assert dict(callbacks["merge"].merged()).keys() == base.keys()
+        assert same(dict(callbacks["merge"].merged()), dict(merge(vectors)))
+        return weights(module)
+
+    first = run(["lwf", "ewc", "merge"])
+    assert same(first, run(["merge", "ewc", "lwf"]))
+    module = Plain()
+    for task in range(3):
+        fit(module, [], task)
+    assert not same(first, weights(module))
+
+
+def test_each_term_is_logged_apart_from_the_loss_of_the_module():
+    module = Plain()
+    lwf, ewc = LwF(target="net"), EWC("empirical", weight=10.0)
+    fit(module, [lwf, ewc], 0)
+    anchor, fisher = kept(ewc.anchor), kept(ewc.fisher)
+    seen = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            images, labels = batch
+            with torch.no_grad():
+                logits = pl_module(images)
+                old = torch.func.functional_call(
+                    pl_module.net, {k.removeprefix("net."): v for k, v in anchor.items()}, images
+                )
+                self.expected = {
+                    "loss": nn.functional.cross_entropy(logits, labels),
+                    "lwf/loss": 0.3 * distillation(logits, old),
+                    "ewc/penalty": penalty(10.0, fisher, anchor)(pl_module),
+                }
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            found = trainer.callback_metrics
+            assert set(found) == {"loss", "lwf/loss", "ewc/penalty"}
+            for name, value in self.expected.items():
+                torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+            total = self.expected["loss"] + self.expected["lwf/loss"]
+            torch.testing.assert_close(outputs["loss"], total, rtol=1e-5, atol=1e-6)
+            seen.append(float(found["ewc/penalty"]))
+
+    fit(module, [lwf, ewc, Watch()], 1, max_epochs=2)
+    assert len(seen) == 6
+    assert seen[0] == 0.0
+    assert seen[-1] > 0
+
+
+def test_nothing_of_them_is_left_in_the_module_or_its_checkpoint(tmp_path):
+    module, callbacks = Plain(), [LwF(target="net"), EWC("empirical")]
+    fit(module, callbacks, 0)
+    checkpoint = ModelCheckpoint(tmp_path)
+    fit(module, [*callbacks, checkpoint], 1)
+    assert "training_step" not in vars(module)
+    assert not module.net._forward_hooks
+    assert list(module.state_dict()) == list(Plain().state_dict())
+    state = torch.load(checkpoint.best_model_path, weights_only=True)
+    assert list(state["state_dict"]) == list(Plain().state_dict())
+    copy.deepcopy(module)
+
+
+@pytest.mark.parametrize("make", [lambda: LwF(target="net"), lambda: EWC("empirical", weight=30.0)])
+def test_a_task_that_stopped_goes_on_from_a_checkpoint(make, tmp_path):
+    def first_task():
+        module, callback = Plain(), make()
+        fit(module, callback, 0)
+        return module, callback
+
+    module, callback = first_task()
+    fit(module, callback, 1, max_epochs=4)
+    fit(module, callback, 2)
+
+    stopped, callback = first_task()
+    checkpoint = ModelCheckpoint(tmp_path, save_top_k=-1)
+
+    class Stop(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 2:
+                raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fit(stopped, [callback, checkpoint, Stop()], 1, max_epochs=4)
+    assert "training_step" not in vars(stopped)
+    fresh, callback = Plain(), make()
+    file = str(tmp_path / "epoch=1-step=6.ckpt")
+    trainer(callback, ModelCheckpoint(tmp_path), max_epochs=4).fit(
+        fresh, loader(1), ckpt_path=file, weights_only=True
+    )
+    assert callback.tasks == 2
+    fit(fresh, callback, 2)
+    assert same(weights(fresh), weights(module))
+
+
+@pytest.mark.parametrize("make", [lambda: LwF(target="net"), lambda: EWC("empirical", weight=30.0)])
+def test_a_checkpoint_of_the_last_step_ends_its_task(make, tmp_path):
+    module, callback = Plain(), make()
+    fit(module, callback, 0)
+    checkpoint = ModelCheckpoint(tmp_path)
+    fit(module, [callback, checkpoint], 1)
+    fresh, again = Plain(), make()
+    trainer(again, ModelCheckpoint(tmp_path)).fit(
+        fresh, loader(1), ckpt_path=checkpoint.best_model_path, weights_only=True
+    )
+    assert again.tasks == 2
+    fit(module, callback, 2)
+    fit(fresh, again, 2)
+    assert same(weights(fresh), weights(module))
+
+
+def test_manual_optimisation_is_refused():
+    module = Plain()
+    module.automatic_optimization = False
+    for callback in (LwF(target="net"), EWC()):
+        with pytest.raises(RuntimeError, match="but Plain sets automatic_optimization=False"):
+            fit(module, callback, 0)
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_a_weight_must_be_finite_and_not_negative(value):
+    with pytest.raises(InputError, match=r"weight=.* of LwF; expected 0 or more, finite"):
+        LwF(value)
+    with pytest.raises(InputError, match=r"weight=.* of EWC; expected 0 or more, finite"):
+        EWC(weight=value)
+
+
+def test_parameters_that_stop_training_are_named():
+    for callback in (LwF(target="net"), EWC("empirical")):
+        module = Plain()
+        fit(module, callback, 0)
+        module.net[0].weight.requires_grad_(False)
+        with pytest.raises(InputError, match=r"no longer training: (net\.)?0\.weight"):
+            fit(module, callback, 1)
+
+
+def test_a_step_that_returns_a_dictionary_or_skips_a_batch():
+    class Odd(Plain):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 1:
+                return None
+            return {"loss": super().training_step(batch, batch_idx), "more": 1}
+
+    module, lwf, ewc = Odd(), LwF(2.0, target="net"), EWC("empirical", weight=30.0)
+    free = Odd()
+    fit(module, [lwf, ewc], 0)
+    fit(free, [], 0)
+    assert same(weights(module), weights(free))
+    fit(module, [lwf, ewc], 1)
+    fit(free, [], 1)
+    assert not same(weights(module), weights(free))
+
+
+def test_two_of_a_kind_share_the_training_step():
+    module = Plain()
+    ones = [LwF(target="net"), LwF(target="net.0", readout=lambda output, classes: output)]
+    for task in range(2):
+        fit(module, ones, task)
+        assert "training_step" not in vars(module)
+
+
+def test_a_module_that_extends_its_own_step_gets_it_back():
+    module = Plain()
+    own = module.training_step
+    module.training_step = lambda batch, batch_idx: own(batch, batch_idx)
+    before = module.training_step
+    lwf = LwF(target="net")
+    for task in range(2):
+        fit(module, lwf, task)
+        assert module.training_step is before
+
+
+def test_fast_dev_run_and_nothing_trained():
+    module, callbacks = Plain(), [LwF(target="net"), EWC("empirical")]
+    fit(module, callbacks, 0, max_epochs=0)
+    assert [callback.tasks for callback in callbacks] == [0, 0]
+    fit(module, callbacks, 0, fast_dev_run=True)
+    assert [callback.tasks for callback in callbacks] == [1, 1]
+    assert isinstance(module, L.LightningModule)
