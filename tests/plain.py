@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+# Set to cuda, the same claims are tested on a GPU.
+ACCELERATOR = os.environ.get("CL_MERGE_TEST_ACCELERATOR", "cpu")
 
 
 class Plain(L.LightningModule):
@@ -65,7 +70,7 @@ def trainer(*callbacks, **options):
         "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
         "enable_progress_bar": False,
         "enable_model_summary": False,
-        "accelerator": "cpu",
+        "accelerator": ACCELERATOR,
         "max_epochs": 1,
     }
     return L.Trainer(callbacks=list(callbacks), **quiet | options)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
-from plain import Plain, fit, loader, same, trainer, weights
+from plain import ACCELERATOR, Plain, fit, loader, same, trainer, weights
 from torch import nn
 
 from cl_merge import TaskVector, merge
@@ -29,7 +29,7 @@ GRID = [
 
 def with_scaler(options):
     """Trainer options; Lightning itself offers no float16 on a CPU, but its plugin does."""
-    if options["precision"] != "16-mixed":
+    if options["precision"] != "16-mixed" or ACCELERATOR != "cpu":
         return options
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     plugin = MixedPrecision("16-mixed", "cpu", scaler)
@@ -53,7 +53,7 @@ def penalty(weight, fisher, anchor):
 
     def term(module):
         parts = [
-            (fisher[name] * (p - anchor[name]) ** 2).sum()
+            (fisher[name].to(p.device) * (p - anchor[name].to(p.device)) ** 2).sum()
             for name, p in module.named_parameters()
             if p.requires_grad
         ]
@@ -107,8 +107,8 @@ def test_lwf_equals_the_distillation_inside_the_training_step(options):
 
     def term(images, logits):
         with torch.no_grad():
-            old = teacher(images)
-        with torch.autocast("cpu", enabled=False):
+            old = teacher.to(images.device)(images)
+        with torch.autocast(images.device.type, enabled=False):
             wide = (x if x.dtype == torch.float64 else x.float() for x in (logits, old))
             return 2.0 * distillation(*wide)
 
@@ -171,7 +171,9 @@ def test_each_term_is_logged_apart_from_the_loss_of_the_module():
             with torch.no_grad():
                 logits = pl_module(images)
                 old = torch.func.functional_call(
-                    pl_module.net, {k.removeprefix("net."): v for k, v in anchor.items()}, images
+                    pl_module.net,
+                    {k.removeprefix("net."): v.to(images.device) for k, v in anchor.items()},
+                    images,
                 )
                 self.expected = {
                     "loss": nn.functional.cross_entropy(logits, labels),
