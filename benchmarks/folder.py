@@ -3,64 +3,154 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
+import shutil
+import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from cl_merge.benchmarks.settings import check_same_run
+from cl_merge.config import RunConfig, to_yaml
 from cl_merge.errors import InputError
-from cl_merge.files import atomic_write, save_tensors
+from cl_merge.files import atomic_write, remove_leftovers, save_tensors
+from cl_merge.journal import Journal, only_process
+
+log = logging.getLogger(__name__)
 
 # Processes that Lightning launches for a run inherit the folder that the first one chose.
 _CHOSEN = "CL_MERGE_RUN_FOLDER"
 
 
 class RunFolder:
-    """Where a run writes: each file once, by the first process, whole or not at all.
+    """Where a run writes: a journal of what is done, and each file once, whole or not at all.
 
     Args:
         path: The folder.
 
     Attributes:
         path: The folder.
+        seconds_before: How long the run took before it was stopped, up to its last journal entry.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._journal = Journal(self.path / "journal.jsonl")
+        self._session = 1 + max((r["session"] for r in self._journal.records), default=0)
+        self._began = time.monotonic()
+        self._held = ExitStack()
+        sessions = {r["session"]: r["seconds"] for r in self._journal.records}
+        self.seconds_before = float(sum(sessions.values()))
 
     @classmethod
-    def claim(cls, out: str | None, name: str) -> RunFolder:
-        """Choose the folder of a new run and create it.
+    def claim(cls, config: RunConfig, name: str) -> RunFolder:
+        """Create or take over the folder of a run, and hold it against other processes.
 
         Args:
-            out: What the user asked for; None takes a new folder under ``runs/``.
+            config: The run; its ``out`` is what the user asked for, None takes a new folder under
+                ``runs/``.
             name: What a new folder is called.
 
         Returns:
-            The folder, which holds no other run.
+            The folder, with the configuration written.
 
         Raises:
-            InputError: If the folder holds another run or cannot be created, or if several
-                processes were started from outside without naming one.
+            InputError: If the folder holds another run, is in use or cannot be written, or if
+                several processes were started from outside without naming one.
         """
         if not is_first_process():
-            chosen = out or os.environ.get(_CHOSEN)
+            chosen = config.out or os.environ.get(_CHOSEN)
             if chosen is None:
                 raise InputError("several processes need one folder to share: give out=FOLDER")
-            return cls(chosen)
-        path = Path(out).expanduser() if out else _unused(Path("runs") / name)
-        if (path / "config.yaml").exists():
-            raise InputError(f"out={path} holds another run; name a new folder, or delete this one")
+            return cls(Path(chosen).expanduser())
+        path = Path(config.out).expanduser() if config.out else _unused(Path("runs") / name)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"out={path}: cannot be created ({error.strerror})") from error
+        held = ExitStack()
+        held.enter_context(only_process(path))
+        remove_leftovers(path)
+        folder = cls(path)
+        folder._held = held
+        folder._keep(config)
         os.environ[_CHOSEN] = str(path)
-        return cls(path)
+        return folder
+
+    def release(self) -> None:
+        """Let other processes have the folder."""
+        self._held.close()
+        os.environ.pop(_CHOSEN, None)
+
+    def task_vectors(self, training: str) -> Path:
+        """Where the task vectors of a training lie."""
+        return self.path / "task_vectors" / training
+
+    def state_of(self, training: str) -> Path:
+        """Where a training keeps what it needs to go on."""
+        return self.path / "state" / training
+
+    def rows(self, method: str) -> dict[int, Tensor]:
+        """The rows of a method's accuracy matrix that are done.
+
+        Args:
+            method: Its name.
+
+        Returns:
+            Counts, int64 [3, T], by task index.
+        """
+        found = [r for r in self._journal.records if r.get("method") == method]
+        return {record["task"]: torch.tensor(record["counts"]) for record in found}
+
+    def add_row(self, method: str, task: int, counts: Tensor) -> None:
+        """Note in the journal that a row of a method's accuracy matrix is done.
+
+        Args:
+            method: Its name.
+            task: Index of the task after which it was evaluated.
+            counts: The row, int64 [3, T].
+        """
+        self._note({"method": method, "task": task, "counts": counts.tolist()})
+
+    def finish(self, results: Mapping[str, Any]) -> None:
+        """Write the results, and remove what was only needed to go on.
+
+        Args:
+            results: The content of ``results.json``.
+        """
+        self.write_json("results.json", results)
+        if is_first_process():
+            shutil.rmtree(self.path / "state", ignore_errors=True)
+
+    def _note(self, record: dict[str, Any]) -> None:
+        seconds = round(time.monotonic() - self._began, 3)
+        self._journal.append(record | {"session": self._session, "seconds": seconds})
+
+    def _keep(self, config: RunConfig) -> None:
+        """Write the configuration, or check that it is the one the folder was made with."""
+        file = self.path / "config.yaml"
+        if file.exists():
+            check_same_run(config, file)
+        else:
+            self.write_text("config.yaml", to_yaml(config))
+        circumstances = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        former = [r["circumstances"] for r in self._journal.records if "circumstances" in r]
+        if former and former[-1] != circumstances:
+            log.warning(
+                "%s was begun with %s and goes on with %s: the results may differ in the last "
+                "digits from those of one run",
+                self.path,
+                former[-1],
+                circumstances,
+            )
+        self._note({"circumstances": circumstances})
 
     @rank_zero_only
     def write_text(self, name: str, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,18 +11,39 @@ from cl_merge.mergers import MERGERS, Merger, get_merger
 
 
 @dataclass(frozen=True)
+class Training:
+    """One way through the tasks; methods that need the same one share it.
+
+    Attributes:
+        name: As in results and in the folder of a run.
+        start: Where a task starts to train, ``"sequential"`` or ``"independent"``.
+        regularizer: ``"lwf"``, ``"ewc"`` or None.
+        joint: Whether all tasks are one.
+    """
+
+    name: str
+    start: str = "sequential"
+    regularizer: str | None = None
+    joint: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is fine-tuning on one task after another and nothing else."""
+        return self.regularizer is None and not self.joint
+
+
+@dataclass(frozen=True)
 class Method:
     """One row of the table.
 
     Attributes:
         name: As in tables and in ``results.json``.
-        start: Where its tasks start to train, ``"sequential"`` or ``"independent"``; None if it
-            trains nothing.
+        training: Which training it needs; None if it needs none.
         merger: Which merger reduces its task vectors; None if it evaluates the weights as trained.
     """
 
     name: str
-    start: str | None
+    training: str | None
     merger: str | None = None
 
     def make_merger(self, options: dict[str, Any]) -> Merger:
@@ -38,15 +60,31 @@ class Method:
         return get_merger(self.merger, **{k: v for k, v in options.items() if k in accepted})
 
 
+TRAININGS: dict[str, Training] = {
+    training.name: training
+    for training in (
+        Training("sequential"),
+        Training("independent", start="independent"),
+        Training("lwf", regularizer="lwf"),
+        Training("ewc", regularizer="ewc"),
+        Training("joint", joint=True),
+    )
+}
+
 # In the order of the tables. With every method but MagMax the paper merges independent
 # fine-tunings; the same mergers of sequential task vectors come close, so they are shown too.
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("zero-shot", None),
+        Method("joint", "joint"),
         Method("sequential", "sequential"),
         Method("independent", "independent"),
+        Method("lwf", "lwf"),
+        Method("ewc", "ewc"),
         Method("magmax", "sequential", "magmax"),
+        Method("lwf-magmax", "lwf", "magmax"),
+        Method("ewc-magmax", "ewc", "magmax"),
         *(
             Method(name, "independent", name)
             for name in ("max-abs", "average", "task-arithmetic", "random-mix", "ties")
@@ -72,7 +110,7 @@ def find_method(name: str) -> Method:
         InputError: If there is none of that name; names the nearest.
 
     Example:
-        >>> find_method("ties").start
+        >>> find_method("ties").training
         'independent'
     """
     if name not in METHODS:
@@ -80,6 +118,40 @@ def find_method(name: str) -> Method:
     return METHODS[name]
 
 
+def methods_beside(name: str, compare: bool | str | Sequence[str]) -> list[Method]:
+    """Choose the rows of a run's table.
+
+    Args:
+        name: The run's own method.
+        compare: What to show beside it and zero-shot: False for nothing, True for what plain
+            fine-tuning and the method's own training give, ``"all"`` for everything, or names.
+
+    Returns:
+        The methods, in the order of the tables.
+
+    Raises:
+        InputError: If a method is unknown.
+
+    Example:
+        >>> [method.name for method in methods_beside("lwf-magmax", ["lwf"])]
+        ['zero-shot', 'lwf', 'lwf-magmax']
+    """
+    own = find_method(name)
+    if compare == "all":
+        return list(METHODS.values())
+    wanted = {"zero-shot", name}
+    if compare is True:
+        trainings = {t.name for t in TRAININGS.values() if t.plain} | {own.training}
+        wanted |= {method.name for method in METHODS.values() if method.training in trainings}
+    elif compare:
+        wanted |= {find_method(other).name for other in _names(compare)}
+    return [method for method in METHODS.values() if method.name in wanted]
+
+
 def published_scale(method: Method) -> float | None:
     """The scale that a method was published with; None if it does not merge."""
     return MERGERS[method.merger].published_scale if method.merger else None
+
+
+def _names(compare: str | Sequence[str]) -> Sequence[str]:
+    return [compare] if isinstance(compare, str) else compare

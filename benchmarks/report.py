@@ -12,15 +12,15 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
-from cl_merge.scenario import Task
-
 if TYPE_CHECKING:
+    from cl_merge.benchmarks.methods import Training
     from cl_merge.benchmarks.run import Run
+    from cl_merge.fit import TaskEnd
 
 # Groups of rows, as people read them.
 _GROUPS: dict[str, tuple[str, ...]] = {
-    "without merging": ("zero-shot", "sequential", "independent"),
-    "sequential training": ("magmax",),
+    "without merging": ("zero-shot", "joint", "sequential", "independent", "lwf", "ewc"),
+    "sequential training": ("magmax", "lwf-magmax", "ewc-magmax"),
     "independent training": (
         "max-abs",
         "average",
@@ -98,21 +98,23 @@ def show_start(console: Console, run: Run) -> None:
     )
 
 
-def show_task(console: Console, run: Run, start: str, task: Task) -> None:
+def show_task(console: Console, run: Run, training: Training, end: TaskEnd) -> None:
     """Say how good the methods are on everything seen so far.
 
     Args:
         console: Where to print.
         run: The run.
-        start: Where the trainings of these methods start.
-        task: The task that was just learned.
+        training: How these methods are trained.
+        end: The task that was just learned.
     """
-    of_start = [method.name for method in run.methods if method.start == start]
-    figures = {name: run.matrices[name].seen()[-1] for name in of_start}
-    best = max(figures.values())
+    figures = {
+        method.name: run.matrices[method.name].seen()[-1] for method in run.trainings[training.name]
+    }
+    best, tasks = max(figures.values()), len(run.stream.tasks)
+    which = _tasks(run.stream.tasks) if training.joint else f"task {end.task.index + 1}/{tasks}"
     console.print(
-        f"[bold]task {task.index + 1}/{len(run.stream.tasks)}[/] ({task.name}), {start} training, "
-        f"{run.costs[start][-1].seconds:.0f} s; accuracy on everything seen, %:"
+        f"[bold]{which}[/] ({end.task.name}), {training.name} training, "
+        f"{end.cost.seconds:.0f} s; accuracy on everything seen, %:"
     )
     shown = [
         f"[bold]{name} {value:.1f}[/]" if value == best else f"{name} {value:.1f}"
@@ -160,12 +162,14 @@ def draw_figures(results: Mapping[str, Any], folder: str | Path) -> list[Path]:
 def _draw_matrix(results: Mapping[str, Any], path: Path) -> None:
     """The accuracy matrix of the run's method as a heat map, zero-shot as its first row."""
     method = results["method"]
-    rows = [results["methods"]["zero-shot"]["matrix"][0], *results["methods"][method]["matrix"]]
+    matrix = results["methods"][method]["matrix"]
+    rows = [results["methods"]["zero-shot"]["matrix"][0], *matrix]
     names = [task["name"] for task in results["tasks"]]
+    after = [f"task {i + 1}" for i in range(len(names))] if len(matrix) > 1 else ["all tasks"]
     figure, axes = _new_figure(2.5 + 0.7 * len(names), 2.2 + 0.5 * len(rows))
     image = axes.imshow(rows, vmin=0, vmax=100, cmap="viridis", aspect="auto")
     axes.set_xticks(range(len(names)), [_short(name) for name in names], rotation=40, ha="right")
-    axes.set_yticks(range(len(rows)), ["zero-shot", *(f"task {i + 1}" for i in range(len(names)))])
+    axes.set_yticks(range(len(rows)), ["zero-shot", *after])
     axes.set_xlabel("accuracy on task")
     axes.set_ylabel("after")
     axes.set_title(f"{method} on {_short(results['data'], 30)}: task-agnostic accuracy, %")
@@ -184,14 +188,15 @@ def _draw_curve(results: Mapping[str, Any], path: Path) -> None:
     """Accuracy on everything seen after each task, a line per method."""
     figure, axes = _new_figure(8.5, 5.0)
     steps = range(1, len(results["tasks"]) + 1)
-    styles = {None: ":", "sequential": "-", "independent": "--"}
+    styles = {None: ":", "sequential": "-", "independent": "--", "lwf": "-.", "ewc": (0, (1, 1))}
     # A merger has one colour, whichever training it merges; the line style tells the training.
     kinds = list(dict.fromkeys(m["merger"] or name for name, m in results["methods"].items()))
     for name, method in results["methods"].items():
+        # Joint training has a last point only, which a line through it would not show.
         axes.plot(
             steps,
-            method["seen"],
-            styles[method["start"]],
+            [float("nan") if value is None else value for value in method["seen"]],
+            linestyle=styles.get(method["training"], "-"),
             color=f"C{kinds.index(method['merger'] or name) % 10}",
             marker="o",
             markersize=3,

@@ -43,7 +43,7 @@ def results(run: Run) -> dict[str, Any]:
             for task in run.stream.tasks
         ],
         "methods": {method.name: _method_results(run, method, zero_shot) for method in run.methods},
-        "training": {start: [asdict(cost) for cost in found] for start, found in run.costs.items()},
+        "training": {name: [asdict(cost) for cost in found] for name, found in run.costs.items()},
         "total": asdict(run.cost),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in PACKAGES},
@@ -57,14 +57,15 @@ def results(run: Run) -> dict[str, Any]:
 
 def _method_results(run: Run, method: Method, zero_shot: AccuracyMatrix) -> dict[str, Any]:
     matrix = run.matrices[method.name]
-    figures = matrix.figures(zero_shot)
+    figures, seen = matrix.figures(zero_shot), matrix.seen()
     return {
         "accuracy": figures["accuracy"],
         "metrics": figures,
         "matrix": matrix.accuracy().tolist(),
         "matrix_task_aware": matrix.accuracy(aware=True).tolist(),
-        "seen": matrix.seen(),
-        "start": method.start,
+        # Joint training is evaluated after all tasks only.
+        "seen": [None] * (len(run.stream.tasks) - len(seen)) + seen,
+        "training": method.training,
         "merger": method.merger,
         "scale": run.scales.get(method.name),
     }

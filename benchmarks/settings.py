@@ -1,17 +1,28 @@
-"""From the words of a command line to the configuration of a run."""
+"""From the words of a command line to the configuration of a run, new or begun before."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
 
 from cl_merge.benchmarks.catalog import find_data
 from cl_merge.benchmarks.methods import find_method
 from cl_merge.config import RunConfig, parse_arguments, read_config, read_yaml
+from cl_merge.errors import InputError
+
+# Settings that change nothing in what a run finds; everything else is fixed once it has begun.
+_FREE = {"out", "checkpoint_seconds", "stream.num_workers", "stream.cache"}
 
 
 def read_settings(settings: Sequence[str], file: str | Path | None = None) -> RunConfig:
     """Read the configuration of a run, with the recipe of its data set underneath.
+
+    If ``out`` names the folder of a run that was begun, its configuration is underneath instead,
+    and what is given must agree with it.
 
     Args:
         settings: ``key=value`` words; they win over the file, the file over the recipe.
@@ -21,16 +32,57 @@ def read_settings(settings: Sequence[str], file: str | Path | None = None) -> Ru
         The configuration.
 
     Raises:
-        InputError: If a key or value is wrong; names the nearest valid one.
+        InputError: If a key or value is wrong; names the nearest valid one. If it differs from that
+            of the run in the folder; names the key.
 
     Example:
         >>> read_settings(["method=ties"]).method
         'ties'
     """
-    asked = parse_arguments(settings).get("data")
-    if asked is None and file is not None:
-        asked = read_yaml(file).get("data")
-    entry = find_data(str(asked if asked is not None else RunConfig.data))
+    given = parse_arguments(settings)
+    layer = read_yaml(file) if file is not None else OmegaConf.create()
+    out = given.get("out", layer.get("out"))
+    begun = Path(str(out)).expanduser() / "config.yaml" if out is not None else None
+    if begun is not None and begun.exists():
+        saved: Any = OmegaConf.to_container(read_yaml(begun))
+        config = read_config(settings, saved, file, origin=str(begun))
+        check_same_run(config, begun)
+        return config
+    entry = find_data(str(given.get("data", layer.get("data", RunConfig.data))))
     config = read_config(settings, entry.recipe, file)
     find_method(config.method)
     return config
+
+
+def check_same_run(config: RunConfig, saved: Path) -> None:
+    """Check that a configuration is the one that a folder was made with.
+
+    Args:
+        config: What is asked for.
+        saved: The ``config.yaml`` of the folder.
+
+    Raises:
+        InputError: If a setting that matters differs; names it.
+    """
+    container: Any = OmegaConf.to_container(read_yaml(saved))
+    before, now = (
+        _flat(asdict(c)) for c in (read_config([], container, origin=str(saved)), config)
+    )
+    differing = [
+        key for key in before | now if key not in _FREE and before.get(key) != now.get(key)
+    ]
+    if differing:
+        key, more = differing[0], len(differing) - 1
+        raise InputError(
+            f"out={saved.parent} holds a run with {key}={before.get(key)}, not {now.get(key)}"
+            f"{f' ({more} more settings differ)' if more else ''}; name a new folder, or leave the "
+            "setting out to go on with that run"
+        )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        inner = _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else None
+        found |= inner if inner else {prefix + key: value}
+    return found

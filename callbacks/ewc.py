@@ -225,8 +225,11 @@ class EWC(Regularizer):
                     total=total,
                     processes=trainer.world_size,
                 )
-                # Batch norms in training mode have seen another epoch that is none.
-                install(dict(pl_module.named_buffers()), buffers)
+                # Batch norms in training mode have seen another epoch that is none. What did not
+                # move may be a metric's, made in inference mode, and must not be touched.
+                live_buffers = dict(pl_module.named_buffers())
+                moved = {n for n, b in buffers.items() if not torch.equal(live_buffers[n], b)}
+                install(live_buffers, {name: buffers[name] for name in moved})
                 return estimate
             generator = None
             if self.kind == "sampled":

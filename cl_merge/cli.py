@@ -7,6 +7,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cl_merge.errors import InputError
@@ -19,6 +20,7 @@ Learn a stream of tasks, merge what each task changed, and show what that gives.
 
 Without settings: scikit-learn's digits in five tasks, with a small model that comes along. It
 leaves a folder with the merged weights, every task vector, results.json, logs and two pictures.
+A run that was stopped goes on with out=FOLDER; no other setting is needed.
 """
 _EXAMPLES = """\
 examples:
@@ -36,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after the program's name; those of the process if None.
 
     Returns:
-        The exit code: 0 for success, 2 for wrong input, 130 after Ctrl-C.
+        The exit code: 0 for success, 1 if the disk or the system stops it, 2 for wrong input, 130
+        after Ctrl-C.
     """
     parsed = _parser().parse_args(arguments)
     try:
@@ -44,13 +47,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         sys.stderr.write(f"cl-merge: {error}\n")
         return 2
-    except (KeyboardInterrupt, SystemExit) as stop:
-        # Lightning answers Ctrl-C within a fit with an exit of its own.
-        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
-            raise
-        sys.stderr.write("cl-merge: interrupted; what was finished is in the run's folder\n")
+    except RunStoppedError as stopped:
+        code, why = _explain(stopped.reason)
+        sys.stderr.write(f"cl-merge: {why}; go on with: cl-merge run out={stopped.folder}\n")
+        return code
+    except KeyboardInterrupt:
+        sys.stderr.write("cl-merge: interrupted before anything was done\n")
         return 130
+    except OSError as error:
+        sys.stderr.write(f"cl-merge: {_explain(error)[1]}\n")
+        return 1
     return 0
+
+
+def _explain(reason: BaseException) -> tuple[int, str]:
+    """The exit code and the words for what stopped a run."""
+    # Lightning answers Ctrl-C within a fit with an exit of its own.
+    if isinstance(reason, KeyboardInterrupt) or isinstance(reason.__context__, KeyboardInterrupt):
+        return 130, "interrupted; what was done is kept"
+    if isinstance(reason, OSError):
+        return 1, str(reason)
+    raise reason
 
 
 def run(settings: Sequence[str], file: str | None = None) -> None:
@@ -70,21 +87,47 @@ def run(settings: Sequence[str], file: str | None = None) -> None:
     from cl_merge.benchmarks.settings import read_settings
 
     config = read_settings(settings, file)
+    console = Console(quiet=not is_first_process(), highlight=False)
+    folder = Path(config.out).expanduser() if config.out else None
+    if folder is not None and (folder / "results.json").exists():
+        if is_first_process():
+            console.print(f"{folder} holds this run, finished; nothing is left to do")
+            show_results(console, folder)
+        return
     _quieten()
+    _show_messages(console)
     # What follows loads torch's libraries and a model, which takes seconds: wrong settings first.
     from cl_merge.benchmarks.progress import RunProgress
     from cl_merge.benchmarks.results import results
-    from cl_merge.benchmarks.run import count_batches, run_stream, start_run
+    from cl_merge.benchmarks.run import count_batches, start_run
+    from cl_merge.benchmarks.training import run_stream
 
-    console = Console(quiet=not is_first_process(), highlight=False)
-    _show_messages(console)
     started = start_run(config)
-    show_start(console, started)
-    with RunProgress(console, count_batches(started)) as progress:
-        run_stream(started, progress, lambda *done: show_task(console, *done))
-    started.folder.write_json("results.json", results(started))
-    if is_first_process():
-        show_results(console, started.folder.path)
+    try:
+        show_start(console, started)
+        with RunProgress(console, count_batches(started)) as progress:
+            run_stream(started, progress, lambda *done: show_task(console, *done))
+        started.folder.finish(results(started))
+        if is_first_process():
+            show_results(console, started.folder.path)
+    except (KeyboardInterrupt, SystemExit, OSError) as stop:
+        raise RunStoppedError(started.folder.path, stop) from stop
+    finally:
+        started.folder.release()
+
+
+class RunStoppedError(Exception):
+    """A run that was begun and did not end, for a reason outside of it.
+
+    Args:
+        folder: Its folder.
+        reason: What stopped it.
+    """
+
+    def __init__(self, folder: Path, reason: BaseException) -> None:
+        super().__init__(str(folder), reason)
+        self.folder = folder
+        self.reason = reason
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -190,7 +190,7 @@ class CLIPClassifier(L.LightningModule):
         stream = self._stream()
         if self.accuracy is None:
             classes = len(self.head.class_names)
-            tasks = [task.classes for task in stream.tasks] if stream else [range(classes)]
+            tasks = [task.classes for task in stream.test_tasks] if stream else [range(classes)]
             self.accuracy = AccuracyMatrix(tasks, classes).to(self.device)
 
     @override
@@ -204,7 +204,7 @@ class CLIPClassifier(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         assert self.accuracy is not None  # noqa: S101 - made in on_test_start
         stream = self._stream()
-        row = stream.task.index if stream else 0
+        row = stream.row if stream else 0
         # Summed over processes here, where they can communicate; later the module is on the CPU.
         self.accuracy.finish_row(row)
         correct, aware, total = self.accuracy.rows[row]

@@ -65,6 +65,27 @@ class MergeConfig:
 
 
 @dataclass
+class LwfConfig:
+    """Options of the methods with learning without forgetting; handed to `LwF`."""
+
+    weight: float = _key(0.3, "factor of the distillation loss")
+    temperature: float = _key(2.0, "softens the outputs of teacher and student")
+    first_task: bool = _key(False, "distil the pre-trained model in the first task")
+
+
+@dataclass
+class EwcConfig:
+    """Options of the methods with elastic weight consolidation; handed to `EWC`."""
+
+    fisher: str = _key("published", "published, empirical or sampled")
+    weight: float | None = _key(None, "factor of the penalty; null: the one of the estimate")
+    decay: float = _key(0.5, "share of the former Fisher in the running average")
+    from_zero: bool = _key(True, "start the average at zero, which halves the first Fisher")
+    first_task: bool = _key(False, "hold the pre-trained model in the first task")
+    samples: int | None = _key(None, "images of a task to estimate from; null: all")
+
+
+@dataclass
 class RunConfig:
     """Everything that a run depends on."""
 
@@ -74,12 +95,15 @@ class RunConfig:
     prompts: list[str] = _key(lambda: ["a photo of a {}."], "prompts, with {} for the class name")
     class_names: list[str] | None = _key(None, "names for the prompts instead of the data set's")
     method: str = _key("magmax", "what merges the tasks")
-    compare: bool = _key(True, "also train and show the other methods")
+    compare: Any = _key(True, "methods beside it: true (plain fine-tuning), all, false, or a list")
     seed: int = _key(0, "of everything random")
-    out: str | None = _key(None, "folder of the run; null: a new one under runs/")
+    out: str | None = _key(None, "folder of the run, which goes on there; null: a new one in runs/")
+    checkpoint_seconds: float = _key(60.0, "least time between checkpoints, at ends of epochs")
     stream: StreamConfig = _key(StreamConfig, "the tasks")
     optimizer: OptimizerConfig = _key(OptimizerConfig, "AdamW, started afresh for every task")
     merge: MergeConfig = _key(MergeConfig, "options of the method")
+    lwf: LwfConfig = _key(LwfConfig, "learning without forgetting")
+    ewc: EwcConfig = _key(EwcConfig, "elastic weight consolidation")
     trainer: dict[str, Any] = _key(
         lambda: {"max_epochs": 10, "gradient_clip_val": 1.0},
         "any argument of Lightning's Trainer",
@@ -129,14 +153,19 @@ def default_of(key: str) -> Any:
 
 
 def read_config(
-    arguments: Sequence[str], recipe: Mapping[str, Any], file: str | Path | None = None
+    arguments: Sequence[str],
+    recipe: Mapping[str, Any],
+    file: str | Path | None = None,
+    *,
+    origin: str = "the recipe of the data set",
 ) -> RunConfig:
     """Put a configuration together: defaults, then a recipe, then a file, then arguments.
 
     Args:
         arguments: ``key=value`` words, such as ``stream.tasks=10``.
-        recipe: What the data set sets by itself.
+        recipe: What is underneath, such as what the data set sets by itself.
         file: A YAML file.
+        origin: Where the recipe comes from, for messages.
 
     Returns:
         The configuration, checked.
@@ -148,14 +177,14 @@ def read_config(
         >>> read_config(["stream.tasks=10", "seed=3"], {}).stream.tasks
         10
     """
-    layers = [("the recipe of the data set", OmegaConf.create(dict(recipe)))]
+    layers = [(origin, OmegaConf.create(dict(recipe)))]
     if file is not None:
         layers.append((str(file), read_yaml(file)))
     layers.append(("the command line", parse_arguments(arguments)))
     config = OmegaConf.structured(RunConfig)
-    for origin, layer in layers:
-        _check_keys(layer, origin)
-        config = _merged(config, layer, origin)
+    for source, layer in layers:
+        _check_keys(layer, source)
+        config = _merged(config, layer, source)
     found: Any = OmegaConf.to_object(config)
     _check_values(found)
     return found  # type: ignore[no-any-return]
@@ -270,6 +299,8 @@ def _check_values(config: RunConfig) -> None:
         raise InputError(f"merge.density={config.merge.density}; expected more than 0, at most 1")
     if config.stream.batch_size < 1:
         raise InputError(f"stream.batch_size={config.stream.batch_size}; expected 1 or more")
+    if not config.checkpoint_seconds >= 0:
+        raise InputError(f"checkpoint_seconds={config.checkpoint_seconds}; expected 0 or more")
     if config.seed < 0:
         raise InputError(f"seed={config.seed}; expected 0 or more")
 

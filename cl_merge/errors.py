@@ -14,6 +14,13 @@ class InputError(ValueError):
     """
 
 
+class StorageError(OSError):
+    """A file could not be written: a full disk, a read-only folder, a quota.
+
+    The message names the file and the reason. What was there before is still there.
+    """
+
+
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> InputError:
     """Make the error for a name that is not in a list of known names.
 

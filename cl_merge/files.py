@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
+import pickle
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cl_merge.errors import InputError
+from cl_merge.errors import InputError, StorageError
+
+# What `atomic_write` calls a file that is not whole yet.
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
 @contextmanager
@@ -29,26 +36,110 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     Yields:
         The temporary path, an empty file for the block to write. It is removed if the block raises.
 
+    Raises:
+        StorageError: If the file cannot be written.
+
     Example::
 
         with atomic_write("results.json") as temporary:
             temporary.write_text("{}")
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with storage_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            yield temporary
+            temporary.chmod(mode)  # some writers put a file there that only its owner may read
+            _flush_to_disk(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        if os.name == "posix":  # elsewhere folders cannot be opened, and need not be
+            _flush_to_disk(path.parent)
+
+
+@contextmanager
+def storage_errors(path: str | Path) -> Iterator[None]:
+    """Turn what writers raise for a full disk or a read-only folder into one error.
+
+    Args:
+        path: What is being written.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        StorageError: In the place of any error of the system, and of the writers of torch and of
+            safetensors, which have their own.
+    """
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)  # some writers put a file in its place that only its owner may read
-        _flush_to_disk(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        yield
+    except StorageError:
         raise
-    if os.name == "posix":  # elsewhere folders cannot be opened, and need not be
-        _flush_to_disk(path.parent)
+    except OSError as error:
+        raise StorageError(_cannot_write(path, error.strerror or error)) from error
+    except SafetensorError as error:
+        raise StorageError(_cannot_write(path, error)) from error
+    except RuntimeError as error:
+        # The writer behind `torch.save` tells a full disk by text only.
+        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+            raise
+        raise StorageError(_cannot_write(path, "the disk took no more")) from error
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove the temporary files of writers that were killed.
+
+    Args:
+        folder: Where to look, at all depths.
+    """
+    for file in Path(folder).rglob(".*.tmp"):
+        if _TEMPORARY.fullmatch(file.name):
+            file.unlink(missing_ok=True)
+
+
+def save_state(path: str | Path, state: Mapping[str, Any]) -> None:
+    """Write a state of tensors and plain values, atomically.
+
+    Args:
+        path: Where the file shall be.
+        state: What `load_state` shall return: nested dictionaries, lists, tensors, plain values.
+
+    Raises:
+        StorageError: If the file cannot be written.
+    """
+    with atomic_write(path) as temporary:
+        torch.save(dict(state), temporary)
+
+
+def load_state(path: str | Path) -> dict[str, Any]:
+    """Read a state.
+
+    Args:
+        path: A file that `save_state` or Lightning wrote. Only tensors and plain values are read
+            from it, never code.
+
+    Returns:
+        The state, its tensors on the CPU, mapped from the file and read when they are used.
+
+    Raises:
+        InputError: If the file is missing, cut short or of another kind.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return state
+    except FileNotFoundError:
+        raise InputError(f"there is no file '{path}'; check the path") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"'{path}' is not a whole checkpoint ({reason}); restore it, or start again in a new "
+            "folder"
+        ) from error
 
 
 def save_tensors(
@@ -105,6 +196,10 @@ def _independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         independent[name] = independent[name].contiguous()
         seen.add(storage)
     return independent
+
+
+def _cannot_write(path: str | Path, reason: object) -> str:
+    return f"'{path}' cannot be written ({reason}); nothing that was there before is lost"
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, Checkpoint
+from typing_extensions import override
 
+from cl_merge.journal import only_process
 from cl_merge.measure import Cost, measured
 from cl_merge.metrics import AccuracyMatrix
+from cl_merge.resume import KeepCheckpoints, StreamFolder, describe, get_row, put_row
 from cl_merge.scenario import Task
+from cl_merge.seeds import derive_seed
 from cl_merge.stream import TaskStream
 
 
@@ -58,6 +64,8 @@ def fit_stream(
     evaluate: bool = True,
     seed: int | None = None,
     on_task_end: Callable[[TaskEnd], None] | None = None,
+    directory: str | Path | None = None,
+    checkpoint_seconds: float = 60.0,
 ) -> StreamResult:
     """Train a model on every task of a stream, one after another.
 
@@ -66,18 +74,32 @@ def fit_stream(
     new for every task, such as `ModelCheckpoint`, `EarlyStopping` or a `CSVLogger`, are built by a
     function given as `trainer`.
 
+    With a `directory`, a stream that died at any instant goes on when it is called again in the
+    same way, with the model as it was before the first task and fresh callbacks: finished tasks are
+    skipped, a task in progress goes on at the end of an epoch. With a seed, and on a CPU, weights,
+    merged weights and metrics are those of a stream that was not interrupted, bit for bit.
+
     Args:
         model: What learns.
         stream: The tasks.
         callbacks: Callbacks that see every task, in this order, after the trainer's own.
         trainer: Arguments of each `Trainer`, or a function of the task that makes one.
         evaluate: Test on all tasks after each task.
-        seed: Seeds every task from (seed, task), so that a task's random numbers do not depend on
-            what ran before it. None leaves the generators alone.
-        on_task_end: Called after each task's evaluation.
+        seed: Seeds every epoch from (seed, task, epoch), so that its random numbers do not depend
+            on what ran before it. None leaves the generators alone.
+        on_task_end: Called after each task's evaluation; again, if it did not return.
+        directory: Where to keep what is needed to go on: the journal ``journal.jsonl`` and the
+            state ``state.ckpt``.
+        checkpoint_seconds: The least time between two checkpoints within a task, which are written
+            at the ends of its epochs but the last; 0 writes one after each.
 
     Returns:
         Accuracy matrix, logged metrics and costs.
+
+    Raises:
+        InputError: If the directory was made for another stream, is in use by another process, or
+            lacks its state.
+        StorageError: If the directory cannot be written; nothing that was in it is lost.
 
     Example::
 
@@ -86,35 +108,89 @@ def fit_stream(
         print(result.accuracy.figures()["accuracy"])
     """
     result = StreamResult()
-    for task in stream.tasks:
-        stream.select(task.index)
-        if seed is not None:
-            seed_task(seed, task.index)
-        runner = _trainer(trainer, task, callbacks)
-        with measured() as cost:
-            runner.fit(model, datamodule=stream)
-        end = TaskEnd(task, runner, model, cost)
-        if evaluate:
-            logged = runner.test(model, datamodule=stream, verbose=False)
-            end.metrics = {name: float(value) for name, value in logged[0].items()}
-        result.tasks.append(end.metrics)
-        result.costs.append(cost)
-        if on_task_end is not None:
-            on_task_end(end)
+    with nullcontext() if directory is None else only_process(directory):
+        folder = StreamFolder(directory) if directory is not None else None
+        if folder is not None:
+            folder.check(describe(stream, seed, evaluate))
+            folder.restore(model, callbacks)
+            for record in folder.finished:
+                stream.select(record["task"])
+                put_row(model, stream, record["row"])
+                result.tasks.append(record["metrics"])
+                result.costs.append(Cost(**record["cost"]))
+        for task in stream.tasks[len(result.tasks) :]:
+            stream.select(task.index)
+            if seed is not None:
+                seed_task(seed, task.index)
+            runner = _trainer(trainer, task, [*_seeding(seed, task), *callbacks])
+            cost = folder.cost(task.index, trained=True) if folder else None
+            if cost is None:
+                cost = _fit(runner, model, stream, folder, checkpoint_seconds)
+                if folder is not None:
+                    folder.save_trained(task.index, cost, model, callbacks)
+            end = TaskEnd(task, runner, model, cost)
+            if evaluate:
+                logged = runner.test(model, datamodule=stream, verbose=False)
+                end.metrics = {name: float(value) for name, value in logged[0].items()}
+            if on_task_end is not None:
+                on_task_end(end)
+            if folder is not None:
+                row = get_row(model, stream) if evaluate else None
+                folder.finish(task.index, end.metrics, cost, row)
+            result.tasks.append(end.metrics)
+            result.costs.append(cost)
     found = getattr(model, "accuracy", None)
     result.accuracy = found if isinstance(found, AccuracyMatrix) else None
     return result
 
 
-def seed_task(seed: int, task: int) -> None:
-    """Seed Python, NumPy and torch for one task of a stream.
+def seed_task(seed: int, task: int, epoch: int = 0) -> None:
+    """Seed Python, NumPy and torch for one epoch of a task of a stream.
 
     Args:
         seed: Seed of the run.
         task: Index of the task.
+        epoch: Index of the epoch.
     """
-    # Lightning accepts 32-bit seeds; a large prime keeps the tasks of neighbouring seeds apart.
-    L.seed_everything((seed * 1_000_003 + task) % 2**32, workers=True, verbose=False)
+    # Lightning accepts 32-bit seeds.
+    L.seed_everything(derive_seed("epoch", seed, task, epoch) % 2**32, workers=True, verbose=False)
+
+
+class _Seeding(Callback):
+    """Seed every epoch by what it is, so that one that is repeated draws the same numbers."""
+
+    def __init__(self, seed: int, task: int) -> None:
+        self._seed = seed
+        self._task = task
+
+    @override
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        seed_task(self._seed, self._task, trainer.current_epoch)
+
+
+def _seeding(seed: int | None, task: Task) -> list[Callback]:
+    return [] if seed is None else [_Seeding(seed, task.index)]
+
+
+def _fit(
+    runner: L.Trainer,
+    model: L.LightningModule,
+    stream: TaskStream,
+    folder: StreamFolder | None,
+    checkpoint_seconds: float,
+) -> Cost:
+    """Train the current task, from the checkpoint within it if there is one."""
+    before, checkpoint = None, None
+    if folder is not None:
+        task = stream.task.index
+        before = folder.cost(task, trained=False)
+        checkpoint = folder.state_file if before is not None else None
+        keep = KeepCheckpoints(folder, task, checkpoint_seconds, before or Cost())
+        # Not among the trainer's arguments: it is no business of its `enable_checkpointing`.
+        runner.callbacks.append(keep)  # type: ignore[attr-defined]
+    with measured() as cost:
+        runner.fit(model, datamodule=stream, ckpt_path=checkpoint, weights_only=True)
+    return cost if before is None else cost.after(before)
 
 
 def _trainer(

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from cl_merge.errors import InputError, unknown_name
+from cl_merge.sampling import Draw, seeded
 from cl_merge.scenario import Indices
 
 if TYPE_CHECKING:
@@ -149,6 +150,9 @@ class ImageTable:
 class ImageDataset(Dataset[Sample]):
     """Some rows of an `ImageTable`, transformed, each with its label and task.
 
+    Indexed with a `Draw`, the transform draws from generators seeded for it, and leaves them as
+    they were; indexed with a number, it draws from them as they are.
+
     Args:
         table: Where the images come from.
         rows: Which rows, int64 [N].
@@ -174,7 +178,10 @@ class ImageDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int | Draw) -> Sample:
+        if isinstance(index, Draw):
+            with seeded(index.seed):
+                return self[index.index]
         row = int(self.rows[index])
         image = self._transform(self._table.image(row))
         return Sample(image, int(self._labels[row]), int(self._tasks[row]))

@@ -28,6 +28,21 @@ class Cost:
     peak_memory: int = 0
     peak_device_memory: int = 0
 
+    def after(self, before: Cost) -> Cost:
+        """The cost of two stretches of the same work, this one the later.
+
+        Args:
+            before: The earlier one.
+
+        Returns:
+            Their times added, the higher of their peaks.
+        """
+        return Cost(
+            before.seconds + self.seconds,
+            max(before.peak_memory, self.peak_memory),
+            max(before.peak_device_memory, self.peak_device_memory),
+        )
+
 
 @contextmanager
 def measured() -> Iterator[Cost]:

@@ -211,7 +211,11 @@ class AccuracyMatrix(Metric):
 
     def seen(self) -> list[float]:
         """Accuracy on everything seen, after each finished task, in per cent."""
-        return seen_accuracies(self.correct(), self.total)
+        correct, total = self.correct(), self.total
+        return [
+            micro_accuracy(row[None, : task + 1], total[: task + 1])
+            for task, row in zip(sorted(self.rows), correct, strict=True)
+        ]
 
     def figures(self, zero_shot: AccuracyMatrix | None = None) -> dict[str, float]:
         """Read the standard figures off the matrix.
@@ -222,20 +226,25 @@ class AccuracyMatrix(Metric):
         Returns:
             By name, in per cent: ``accuracy`` (micro), ``average_accuracy`` (macro),
             ``task_aware_accuracy`` (micro), ``average_incremental_accuracy``,
-            ``backward_transfer``, ``forgetting`` and, with `zero_shot`, ``forward_transfer``.
+            ``backward_transfer``, ``forgetting`` and, with `zero_shot`, ``forward_transfer``. What
+            compares tasks is NaN while rows are missing, as after joint training, which has one.
         """
         matrix, correct, total = self.accuracy(), self.correct(), self.total
         found = {
             "accuracy": micro_accuracy(correct, total),
             "average_accuracy": average_accuracy(matrix),
             "task_aware_accuracy": micro_accuracy(self.correct(aware=True), total),
-            "average_incremental_accuracy": average_incremental_accuracy(correct, total),
-            "backward_transfer": backward_transfer(matrix),
-            "forgetting": forgetting(matrix),
+        }
+        over_time = {
+            "average_incremental_accuracy": lambda: average_incremental_accuracy(correct, total),
+            "backward_transfer": lambda: backward_transfer(matrix),
+            "forgetting": lambda: forgetting(matrix),
         }
         if zero_shot is not None:
-            found["forward_transfer"] = forward_transfer(matrix, zero_shot.accuracy()[-1])
-        return found
+            before = zero_shot.accuracy()[-1]
+            over_time["forward_transfer"] = lambda: forward_transfer(matrix, before)
+        whole = sorted(self.rows) == list(range(len(total)))
+        return found | {name: of() if whole else float("nan") for name, of in over_time.items()}
 
     def _stack(self, which: int) -> Tensor:
         return torch.stack([self.rows[task][which] for task in sorted(self.rows)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from cl_merge.images import (
     TensorSamples,
     Transform,
 )
+from cl_merge.sampling import StreamLoader, StreamSampler
 from cl_merge.scenario import (
     SCENARIOS,
     Indices,
@@ -34,6 +36,7 @@ from cl_merge.scenario import (
     split_by_data,
     split_by_domain,
 )
+from cl_merge.seeds import derive_seed
 from cl_merge.sources import read_images
 
 if TYPE_CHECKING:
@@ -46,6 +49,9 @@ class TaskStream(L.LightningDataModule):
     The training loader holds the images of the current task only, the test loader those of every
     task. Labels stay global: they are the classes of the whole data set whatever the task. Batches
     are `Sample` tuples ``(image, label, task)``.
+
+    The order of the training images and what their augmentation draws depend on seed, task, epoch
+    and image only: not on the number of workers or processes, nor on whether a run was resumed.
 
     Args:
         data: A folder, parquet file or hub id (see `read_images`), or the splits themselves as a
@@ -71,8 +77,10 @@ class TaskStream(L.LightningDataModule):
         num_workers: Processes that load images.
         cache: Keep decoded training images and transformed test images in memory: True, False, or
             ``"auto"`` for sets that take less than a gibibyte.
-        sampler: Makes the sampler of a training loader from its data set; shuffles if None.
-        seed: For everything drawn here: shuffling, held-out images, data-incremental parts.
+        sampler: Makes the sampler of a training loader from its data set; if None, `StreamSampler`,
+            which shuffles. With any other, augmentation draws from the global generators.
+        seed: For everything drawn here: shuffling, augmentation, held-out images,
+            data-incremental parts.
 
     Attributes:
         tasks: All tasks, in order.
@@ -133,12 +141,55 @@ class TaskStream(L.LightningDataModule):
         if images_per_class is not None:
             self.tasks = _limited(self.tasks, self._train_labels, images_per_class, seed)
         self._current = 0
+        self._original: list[Task] | None = None
         self._test_samples: ImageDataset | TensorSamples | None = None
 
     @property
     def task(self) -> Task:
         """The task that the training loader shows."""
         return self.tasks[self._current]
+
+    @property
+    def test_tasks(self) -> list[Task]:
+        """The tasks that test images count for: `tasks`, or in a joint stream those joined."""
+        return self.tasks if self._original is None else self._original
+
+    @property
+    def row(self) -> int:
+        """The row of the accuracy matrix that is filled after the current task.
+
+        That is the task's index; after joint training, which has seen all tasks, the last row.
+        """
+        return self._current + len(self.test_tasks) - len(self.tasks)
+
+    def joint(self) -> TaskStream:
+        """Join all tasks into one, for training that sees everything at once.
+
+        Test images still count for the task that they came from, so that the accuracy matrix has
+        as many columns as ever, and its last row alone.
+
+        Returns:
+            A stream with the single task ``"joint"``, which shares the images with this one.
+
+        Example::
+
+            fit_stream(model, stream.joint(), trainer={"max_epochs": 3})
+        """
+        classes = tuple(dict.fromkeys(label for task in self.tasks for label in task.classes))
+        joined = copy.copy(self)
+        joined._original = list(self.test_tasks)
+        joined._current = 0
+        joined.tasks = [
+            Task(
+                index=0,
+                name="joint",
+                classes=classes,
+                class_names=tuple(self.class_names[label] for label in classes),
+                train=np.unique(np.concatenate([task.train for task in self.tasks])),
+                test=np.unique(np.concatenate([task.test for task in self.tasks])),
+            )
+        ]
+        return joined
 
     def select(self, index: int) -> Task:
         """Point at a task.
@@ -159,7 +210,11 @@ class TaskStream(L.LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[Sample]:
-        """Load the images of the current task, shuffled by a generator of this task's own."""
+        """Load the images of the current task, shuffled anew in every epoch.
+
+        Lightning tells the sampler the epoch; in a loop of one's own, say
+        ``loader.sampler.set_epoch(epoch)``.
+        """
         images = sum(len(task.train) for task in self.tasks)
         if self._use_cache(lambda: self._train.decoded_bytes(images)):
             self._train.keep_decoded(self.task.train)
@@ -170,16 +225,17 @@ class TaskStream(L.LightningDataModule):
             np.full(len(self._train), self.task.index),
             self._transforms["train"],
         )
-        sampler = self._sampler(dataset) if self._sampler else None
-        return DataLoader(
+        # For the seeds of workers; of the task's own, so that what came before it changes nothing.
+        generator = torch.Generator().manual_seed(
+            derive_seed("workers", self._seed, self.task.index)
+        )
+        return StreamLoader(
             dataset,
             batch_size=self.batch_size,
-            sampler=sampler,
-            shuffle=sampler is None,
+            sampler=self._sampler(dataset) if self._sampler else self._shuffled(dataset),
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
-            # Keyed by the task, so that what came before a task changes nothing in its order.
-            generator=torch.Generator().manual_seed(_key(self._seed, self.task.index)),
+            generator=generator,
         )
 
     @override
@@ -243,9 +299,19 @@ class TaskStream(L.LightningDataModule):
             len(self._train), len(self._test), self.class_names, tasks=tasks or 5, seed=self._seed
         )
 
+    def _shuffled(self, dataset: ImageDataset) -> StreamSampler:
+        trainer = self.trainer
+        return StreamSampler(
+            dataset,
+            seed=self._seed,
+            task=self.task.index,
+            num_replicas=trainer.world_size if trainer else 1,
+            rank=trainer.global_rank if trainer else 0,
+        )
+
     def _prepare_test(self) -> ImageDataset | TensorSamples:
         task_of_row = np.full(len(self._test), -1)
-        for task in self.tasks:
+        for task in self.test_tasks:
             task_of_row[task.test] = task.index
         rows = np.flatnonzero(task_of_row >= 0)
         dataset = ImageDataset(
@@ -338,8 +404,3 @@ def _limited(tasks: list[Task], labels: Indices, limit: int, seed: int) -> list[
         raise InputError(f"stream.images_per_class={limit}; expected 1 or more")
     kept = limit_per_class(labels, limit, seed)
     return [replace(task, train=np.intersect1d(task.train, kept)) for task in tasks]
-
-
-def _key(seed: int, task: int) -> int:
-    """One seed per (seed, task), apart from its neighbours."""
-    return int(np.random.SeedSequence([seed, task]).generate_state(1, np.uint64)[0] >> 1)

@@ -1,10 +1,14 @@
-"""Two processes over gloo: every test image counts once, and every rank merges the same bits."""
+"""Two processes over gloo do what one does: the same counts, weights and merged bits."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
 
 SCRIPT = """
 import json
@@ -14,51 +18,119 @@ from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
+import torch
+from safetensors.torch import save_file
 from tiny import QUIET, classifier, stream
+from torchvision.transforms import ColorJitter, Compose, ToTensor
 
 from cl_merge import fit_stream
-from cl_merge.callbacks import MergeCallback
+from cl_merge.callbacks import EWC, LwF, MergeCallback
 
 folder, devices = Path(sys.argv[1]), int(sys.argv[2])
+rank = int(os.environ.get("LOCAL_RANK", 0))
 where = {"devices": devices, "strategy": "ddp" if devices > 1 else "auto"}
+trainer = QUIET | where | {"max_epochs": 2, "gradient_clip_val": 1.0}
 
-# An odd number of test images, so that a padded sampler would count one of them twice.
-data = stream(tasks=3, batch_size=4)
-data.tasks[2] = replace(data.tasks[2], test=data.tasks[2].test[:-1])
-model, callback = classifier(), MergeCallback("random-mix", seed=3)
-L.Trainer(**QUIET, **where).test(model, datamodule=data, verbose=False)
-before = model.accuracy.rows[0].tolist()
-result = fit_stream(
-    model, data, callbacks=[callback], trainer=QUIET | where | {"max_epochs": 2}, seed=0
-)
+
+def data():
+    augment = Compose([ColorJitter(brightness=0.5), ToTensor()])
+    found = stream(tasks=3, batch_size=8 // devices, train_transform=augment, seed=5)
+    # An odd number of test images, so that a padded sampler would count one of them twice.
+    found.tasks[2] = replace(found.tasks[2], test=found.tasks[2].test[:-1])
+    return found
+
+
+def run(name, *callbacks):
+    model, merge = classifier(), MergeCallback("random-mix", seed=3, directory=folder / name)
+    result = fit_stream(model, data(), callbacks=[*callbacks, merge], trainer=trainer, seed=0)
+    tensors = {f"trained.{k}": v.detach() for k, v in model.named_parameters()}
+    tensors |= {f"merged.{k}": v for k, v in merge.merged().items()}
+    for callback in callbacks:
+        for k, v in getattr(callback, "fisher", {}).items():
+            tensors[f"fisher.{k}"] = v
+    save_file(tensors, folder / f"{name}-{devices}-{rank}.safetensors")
+    return [result.accuracy.rows[i].tolist() for i in range(3)]
+
+
+model = classifier()
+L.Trainer(**QUIET, **where).test(model, datamodule=data(), verbose=False)
 found = {
-    "before": before,
-    "counts": [result.accuracy.rows[i].tolist() for i in range(3)],
-    "merged": {name: value.tolist() for name, value in callback.merged().items()},
+    "before": model.accuracy.rows[0].tolist(),
+    "plain": run("plain"),
+    "lwf": run("lwf", LwF(3.0)),
+    "published": run("published", EWC(weight=100.0)),
+    "empirical": run("empirical", EWC("empirical", weight=30.0)),
+    "both": run("both", LwF(), EWC("empirical", weight=30.0)),
 }
-(folder / f"{devices}-{os.environ.get('LOCAL_RANK', 0)}.json").write_text(json.dumps(found))
+(folder / f"{devices}-{rank}.json").write_text(json.dumps(found))
 """
 
-
-def run(folder: Path, devices: int) -> list[dict]:
-    script = folder / "script.py"
-    script.write_text(SCRIPT)
-    environment = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parent),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    subprocess.run(
-        [sys.executable, script, folder, str(devices)], check=True, env=environment, timeout=300
-    )
-    return [json.loads((folder / f"{devices}-{rank}.json").read_text()) for rank in range(devices)]
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": str(Path(__file__).parent),
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+NAMES = ("plain", "lwf", "published", "empirical", "both")
 
 
-def test_two_processes_count_every_test_image_once_and_merge_the_same_bits(tmp_path):
-    (alone,) = run(tmp_path, 1)
-    first, second = run(tmp_path, 2)
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """Both runs: the folder of one process, and that of two."""
+    folders = []
+    for devices in (1, 2):
+        folder = tmp_path_factory.mktemp(f"on-{devices}")
+        script = folder / "script.py"
+        script.write_text(SCRIPT)
+        command = [sys.executable, script, folder, str(devices)]
+        subprocess.run(command, check=True, env=ENVIRONMENT, timeout=300)
+        folders.append(folder)
+    return folders
+
+
+def counts(folder, devices, rank=0):
+    return json.loads((folder / f"{devices}-{rank}.json").read_text())
+
+
+def tensors(folder, name, devices, rank=0):
+    return load_file(folder / f"{name}-{devices}-{rank}.safetensors")
+
+
+def test_two_processes_count_every_test_image_once(ran):
+    one, two = ran
+    alone, first, second = counts(one, 1), counts(two, 2), counts(two, 2, rank=1)
     assert sum(alone["before"][2]) == 29
     assert first["before"] == second["before"] == alone["before"]
-    assert first["counts"] == second["counts"]
-    assert [sum(row[2]) for row in first["counts"]] == [29, 29, 29]
-    assert first["merged"] == second["merged"]
+    for name in NAMES:
+        assert first[name] == second[name]
+        assert [sum(row[2]) for row in first[name]] == [29, 29, 29]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_rank_ends_with_the_same_bits(ran, name):
+    first, second = tensors(ran[1], name, 2), tensors(ran[1], name, 2, rank=1)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_global_batches_give_the_same_weights_as_one_process(ran, name):
+    alone, first = tensors(ran[0], name, 1), tensors(ran[1], name, 2)
+    assert any(key.startswith("fisher.") for key in alone) == (name not in ("plain", "lwf"))
+    for key in alone:
+        torch.testing.assert_close(
+            first[key], alone[key], rtol=2e-4, atol=2e-5, msg=f"{name} {key}"
+        )
+
+
+def test_the_regularizers_did_something(ran):
+    plain = tensors(ran[0], "plain", 1)["trained.visual.1.weight"]
+    for name in NAMES[1:]:
+        other = tensors(ran[0], name, 1)["trained.visual.1.weight"]
+        assert float((other - plain).abs().max()) > 1e-3
+
+
+def test_task_vectors_are_written_once_and_whole(ran):
+    for folder in ran:
+        for name in NAMES:
+            files = {file.name for file in (folder / name).iterdir()}
+            assert files == {f"task{task}.safetensors" for task in range(3)}

@@ -125,3 +125,15 @@ def test_figures_carry_every_name(batch):
         "forgetting",
         "forward_transfer",
     }
+
+
+def test_a_single_row_after_all_tasks_has_no_figures_over_time():
+    matrix = AccuracyMatrix([[0], [1]], num_classes=2)
+    matrix.update(torch.eye(2), torch.tensor([0, 0]), torch.tensor([0, 1]))
+    matrix.finish_row(1)
+    figures = matrix.figures()
+    assert figures["accuracy"] == figures["average_accuracy"] == 50.0
+    assert matrix.seen() == [50.0]
+    assert math.isnan(figures["forgetting"])
+    assert math.isnan(figures["average_incremental_accuracy"])
+    assert math.isnan(figures["backward_transfer"])

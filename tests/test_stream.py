@@ -3,15 +3,18 @@
 import io
 import re
 import time
+from dataclasses import replace
 
 import datasets
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 from cl_merge.errors import InputError
+from cl_merge.fit import fit_stream
 from cl_merge.images import Sample
 from cl_merge.stream import TaskStream
 
@@ -169,6 +172,66 @@ def test_a_limit_that_leaves_a_task_without_training_images_is_an_error():
 def test_a_sampler_of_the_users_own_decides_the_order(splits):
     stream = TaskStream(splits, tasks=1, sampler=torch.utils.data.SequentialSampler)
     assert rows_of(stream.train_dataloader()) == list(range(20))
+
+
+def test_the_joint_stream_has_all_images_in_one_task_and_tests_by_the_old_ones(splits):
+    stream = TaskStream(splits, tasks=2, order=[2, 0, 3, 1])
+    stream.select(1)
+    joint = stream.joint()
+    (task,) = joint.tasks
+    assert (task.index, task.name, joint.task) == (0, "joint", task)
+    assert task.classes == (2, 0, 3, 1)
+    assert task.class_names == ("cat", "ant", "dog", "bee")
+    assert task.train.tolist() == list(range(20))
+    assert task.test.tolist() == list(range(8))
+    assert sorted(rows_of(joint.train_dataloader())) == list(range(20))
+    for loader in (joint.test_dataloader(), joint.joint().test_dataloader()):
+        assert torch.cat([batch.task for batch in loader]).tolist() == [0, 1, 0, 1] * 2
+    assert joint.joint().test_tasks == joint.test_tasks == stream.test_tasks == stream.tasks
+    assert (stream.task.index, len(stream.tasks)) == (1, 2)
+
+
+def test_joint_tasks_hold_classes_once_and_keep_to_the_limit_of_images():
+    domains = ["photo", "art"] * 8
+    data = {
+        "train": table([0, 1, 2, 3] * 4, domains=domains),
+        "test": table([0, 1], domains=["art", "photo"]),
+    }
+    stream = TaskStream(
+        data, scenario="domain", domain="domain", order=["photo", "art"], images_per_class=2
+    )
+    (task,) = stream.joint().tasks
+    assert task.classes == (0, 1, 2, 3)
+    assert sorted(row % 4 for row in task.train.tolist()) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert sorted(rows_of(stream.joint().train_dataloader())) == task.train.tolist()
+    assert next(iter(stream.joint().test_dataloader())).task.tolist() == [1, 0]
+
+
+def test_a_task_that_is_replaced_counts_in_the_joint_stream_and_its_columns(splits):
+    stream = TaskStream(splits, tasks=2)
+    stream.tasks[1] = replace(stream.tasks[1], test=stream.tasks[1].test[:-1])
+    assert stream.test_tasks[1] is stream.tasks[1]
+    joint = stream.joint()
+    for loader in (stream.test_dataloader(), joint.test_dataloader()):
+        assert torch.cat([batch.task for batch in loader]).bincount().tolist() == [4, 3]
+    stream.select(1)
+    assert (joint.task.index, len(joint.task.test)) == (0, 7)
+
+
+def test_joint_training_fills_one_row_with_a_column_for_every_task():
+    model, data = tiny.classifier(), tiny.stream()
+    trainer = tiny.QUIET | {"max_epochs": 20}
+    matrix = fit_stream(model, data.joint(), trainer=trainer, seed=0).accuracy
+    assert matrix.accuracy().shape == (1, 3)
+    assert matrix.total.tolist() == [10, 10, 10]
+    images, labels, tasks = (
+        torch.cat(parts) for parts in zip(*data.test_dataloader(), strict=True)
+    )
+    with torch.no_grad():
+        hits = model(images).argmax(dim=1) == labels
+    assert matrix.correct()[0].tolist() == [int(hits[tasks == task].sum()) for task in range(3)]
+    assert matrix.accuracy().min() > 50
+    assert bool((matrix.correct(aware=True) >= matrix.correct()).all())
 
 
 def test_folders_and_parquet_files_are_read(tmp_path):

@@ -91,7 +91,7 @@ def test_accuracies_are_those_of_the_task_vectors_on_disk(whole, results, name):
     clip, method = load_clip("glyph"), METHODS[name]
     base = {f"visual.{k}": v.clone() for k, v in clip.model.visual.state_dict().items()}
     vectors = [
-        TaskVector.load(whole / "task_vectors" / method.start / f"task{task}.safetensors")
+        TaskVector.load(whole / "task_vectors" / method.training / f"task{task}.safetensors")
         for task in (0, 1)
     ]
     if method.merger:
@@ -128,7 +128,7 @@ def test_options_of_the_method_are_its_own(tmp_path):
     assert run(*SMALL, *words, f"out={tmp_path / 'ties'}") == 0
     found = json.loads((tmp_path / "ties" / "results.json").read_text())
     assert found["methods"]["ties"]["scale"] == 0.3
-    assert found["methods"]["ties"]["start"] == "independent"
+    assert found["methods"]["ties"]["training"] == "independent"
     assert not (tmp_path / "ties" / "task_vectors" / "sequential").exists()
 
 

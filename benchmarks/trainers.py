@@ -1,0 +1,82 @@
+"""The trainers of a run: one for each task, one for each evaluation."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from cl_merge.benchmarks.methods import Training
+from cl_merge.benchmarks.run import Run
+from cl_merge.scenario import Task
+
+# What of the trainer's arguments also holds for evaluations outside a fit.
+_WHERE_IT_RUNS = (
+    "accelerator",
+    "devices",
+    "num_nodes",
+    "strategy",
+    "precision",
+    "deterministic",
+    "limit_test_batches",
+)
+
+
+def training_trainer(run: Run, training: Training, task: Task) -> L.Trainer:
+    """Make the trainer of a task.
+
+    Args:
+        run: The run.
+        training: How it trains.
+        task: The task.
+
+    Returns:
+        A trainer that logs into the run's folder and keeps no checkpoints of its own.
+    """
+    defaults: dict[str, Any] = {
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 10,
+        "logger": _loggers(run, training, task),
+        "default_root_dir": str(run.folder.path),
+    }
+    return L.Trainer(**defaults | run.config.trainer | {"enable_progress_bar": False})
+
+
+def evaluation_trainer(run: Run, callbacks: Sequence[Callback]) -> L.Trainer:
+    """Make a trainer that only evaluates: no log, no files.
+
+    Args:
+        run: The run.
+        callbacks: Its callbacks.
+
+    Returns:
+        A trainer on the same devices as the training.
+    """
+    where = {k: v for k, v in run.config.trainer.items() if k in _WHERE_IT_RUNS}
+    return L.Trainer(
+        **where,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def _loggers(run: Run, training: Training, task: Task) -> list[Logger]:
+    # One folder for each stretch of a task: a CSV log that is opened again deletes what it held.
+    folder, name = run.folder.path / "logs", f"task{task.index}"
+    stretch, version = 1, name
+    while (folder / training.name / version).exists():
+        stretch += 1
+        version = f"{name}-{stretch}"
+    place: dict[str, Any] = {"save_dir": folder, "name": training.name, "version": version}
+    loggers: list[Logger] = [CSVLogger(**place)]
+    if importlib.util.find_spec("tensorboard"):
+        loggers.append(TensorBoardLogger(**place, default_hp_metric=False))
+    return loggers

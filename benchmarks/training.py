@@ -1,0 +1,172 @@
+"""What a run does: each training once, and after each task every method that shares it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import lightning as L
+
+from cl_merge.benchmarks.methods import TRAININGS, Method, Training
+from cl_merge.benchmarks.progress import RunProgress
+from cl_merge.benchmarks.run import Run, make_regularizer
+from cl_merge.benchmarks.trainers import evaluation_trainer, training_trainer
+from cl_merge.callbacks import MergeCallback
+from cl_merge.fit import TaskEnd, fit_stream
+from cl_merge.measure import measured
+from cl_merge.mergers import Merger
+from cl_merge.scenario import Task
+from cl_merge.stream import TaskStream
+from cl_merge.task_vector import TaskVector, moved
+from cl_merge.weights import install, swapped, trained_parameters
+
+Tell = Callable[[Run, Training, TaskEnd], None]
+"""Called after each task of each training."""
+
+
+def run_stream(run: Run, progress: RunProgress, tell: Tell | None = None) -> None:
+    """Train and evaluate everything that a run needs and has not done yet.
+
+    Args:
+        run: A run that has been started.
+        progress: Shows how far it is.
+        tell: Called after each task of each training.
+    """
+    with measured() as run.cost:
+        _evaluate_zero_shot(run, progress)
+        for name, methods in run.trainings.items():
+            _train(run, TRAININGS[name], methods, progress, tell)
+    run.cost.seconds += run.folder.seconds_before
+
+
+def _evaluate_zero_shot(run: Run, progress: RunProgress) -> None:
+    progress.describe("zero-shot")
+    run.stream.select(0)
+    matrix = run.new_matrix("zero-shot")
+    _evaluate(run, run.stream, "zero-shot", progress)
+    # Nothing trains: every row of the matrix is the same.
+    for task in run.stream.tasks:
+        matrix.rows[task.index] = matrix.rows[0].clone()
+
+
+def _train(
+    run: Run,
+    training: Training,
+    methods: list[Method],
+    progress: RunProgress,
+    tell: Tell | None,
+) -> None:
+    """Train the stream once; evaluate after each task every method that shares this training."""
+    install(trained_parameters(run.model), run.base)
+    own = next((method for method in methods if method.name == run.config.method), None)
+    merging = [method for method in methods if method.merger]
+    # The callback merges with one method as it trains; the others fold the same task vectors here.
+    lead = own if own in merging else next(iter(merging), None)
+    callback = _merge_callback(run, training, lead)
+    mergers = {method.name: method.make_merger({}) for method in merging if method is not lead}
+    run.scales |= {name: merger.published_scale for name, merger in mergers.items()}
+    for method in methods:
+        run.new_matrix(method.name)
+
+    stream = run.stream.joint() if training.joint else run.stream
+
+    def make_trainer(task: Task) -> L.Trainer:
+        progress.describe(f"{_place(run, task.index)}, {training.name}")
+        return training_trainer(run, training, task)
+
+    def after_task(end: TaskEnd) -> None:
+        vector = callback.task_vector(run.model)
+        for merger in mergers.values():
+            _catch_up(merger, run.folder.task_vectors(training.name), end.task.index)
+            merger.update(vector)
+        for method in methods:
+            progress.describe(f"{_place(run, end.task.index)}, evaluating {method.name}")
+            merging = callback if method is lead else mergers.get(method.name)
+            _evaluate(run, stream, method.name, progress, merging)
+        if tell is not None:
+            tell(run, training, end)
+
+    found = fit_stream(
+        run.model,
+        stream,
+        callbacks=[*_regularizers(run, training), callback, progress],
+        trainer=make_trainer,
+        evaluate=False,
+        seed=run.config.seed,
+        on_task_end=after_task,
+        directory=run.folder.state_of(training.name),
+        checkpoint_seconds=run.config.checkpoint_seconds,
+    )
+    run.costs[training.name] = found.costs
+    if own is not None:
+        _save_model(run, callback if own is lead else None)
+
+
+def _regularizers(run: Run, training: Training) -> list[L.Callback]:
+    return [make_regularizer(run.config, training.regularizer)] if training.regularizer else []
+
+
+def _merge_callback(run: Run, training: Training, lead: Method | None) -> MergeCallback:
+    """The callback of a training; without a lead method only its task vectors are of use."""
+    own = lead is not None and lead.name == run.config.method
+    options = run.config.merge
+    given = {"density": options.density, "seed": options.seed} if own else {}
+    callback = MergeCallback(
+        lead.make_merger(given) if lead else "magmax",
+        start=training.start,
+        scale=options.scale if own else None,
+        buffers=options.buffers,
+        directory=run.folder.task_vectors(training.name),
+    )
+    if lead is not None:
+        run.scales[lead.name] = callback.scale
+    return callback
+
+
+def _catch_up(merger: Merger, folder: Path, tasks: int) -> None:
+    """Fold what a run that was stopped had folded: the task vectors it has written."""
+    for index in range(merger.tasks, tasks):
+        merger.update(TaskVector.load(folder / f"task{index}.safetensors"))
+
+
+def _evaluate(
+    run: Run,
+    stream: TaskStream,
+    name: str,
+    progress: RunProgress,
+    merging: MergeCallback | Merger | None = None,
+) -> None:
+    """Fill a row of a method's matrix: of the live weights, or of what a merger makes."""
+    matrix, row = run.matrices[name], stream.row
+    if row in matrix.rows:
+        return
+    run.model.accuracy = matrix
+    live = trained_parameters(run.model)
+    callbacks: list[L.Callback] = [progress]
+    weights: AbstractContextManager[None] = nullcontext()
+    if isinstance(merging, MergeCallback):
+        callbacks = [merging, progress]
+    elif merging is not None:
+        scale = run.scales[name]
+        weights = swapped(live, ((n, moved(run.base[n], v, scale)) for n, v in merging.items()))
+    with weights:
+        evaluation_trainer(run, callbacks).test(run.model, datamodule=stream, verbose=False)
+    run.folder.add_row(name, row, matrix.rows[row])
+
+
+def _place(run: Run, position: int) -> str:
+    return f"task {position + 1}/{len(run.stream.tasks)}"
+
+
+def _save_model(run: Run, callback: MergeCallback | None) -> None:
+    """Write the whole classifier with the weights of the run's method, which stay in the model."""
+    if callback is not None:
+        callback.install(run.model)
+    metadata = {
+        "format": "cl_merge.model",
+        "model": run.config.model,
+        "method": run.config.method,
+        "scale": str(run.scales.get(run.config.method)),
+    }
+    run.folder.write_tensors("merged.safetensors", run.model.state_dict(), metadata)

@@ -1,0 +1,110 @@
+"""Which training image comes when, and what its augmentation draws: no state, only seeds."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import cycle, islice
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from typing_extensions import override
+
+from cl_merge.seeds import derive_seed
+
+T = TypeVar("T")
+
+
+class Draw(NamedTuple):
+    """An image to load, with the seed of its augmentation.
+
+    Attributes:
+        index: Position in the data set.
+        seed: What to seed the random generators with, 0 to 2^64 - 1.
+    """
+
+    index: int  # type: ignore[assignment]  # hides a method of tuples
+    seed: int
+
+
+class StreamSampler(DistributedSampler[Draw]):
+    """Shuffle the images of a task, each with a seed for its augmentation.
+
+    Order and seeds are functions of (seed, task, epoch, image) alone. A run that is resumed at an
+    epoch, any number of workers and any number of processes see the same images: batch k of W
+    processes with b images each holds what batch k of one process with W * b images holds. If W
+    does not divide the images, the first of the order come twice.
+
+    Being a `DistributedSampler`, it is told each epoch by Lightning and left alone otherwise.
+
+    Args:
+        dataset: The images of the task.
+        seed: Seed of the stream.
+        task: Index of the task.
+        num_replicas: Number of processes.
+        rank: Which of them this is.
+
+    Example:
+        >>> sampler = StreamSampler([10, 20, 30], seed=0, task=0)
+        >>> sorted(draw.index for draw in sampler)
+        [0, 1, 2]
+        >>> list(sampler) == list(sampler)
+        True
+    """
+
+    def __init__(
+        self, dataset: Dataset[Any], *, seed: int, task: int, num_replicas: int = 1, rank: int = 0
+    ) -> None:
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, seed=seed)
+        self.task = task
+
+    @override
+    def __iter__(self) -> Iterator[Draw]:
+        key = (self.seed, self.task, self.epoch)
+        generator = torch.Generator().manual_seed(derive_seed("shuffle", *key))
+        order = torch.randperm(len(self.dataset), generator=generator).tolist()  # type: ignore[arg-type]
+        for index in islice(cycle(order), self.rank, self.total_size, self.num_replicas):
+            yield Draw(index, derive_seed("augment", *key, index))
+
+
+class StreamLoader(DataLoader[T]):
+    """A data loader whose workers start when the first batch is asked for, not before.
+
+    Lightning makes the first iterator of a fit before it has restored the epoch of a checkpoint:
+    workers that started then would load what the sampler shows in epoch 0.
+    """
+
+    @override
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        yield from super().__iter__()
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's CPU generators, and put their states back afterwards.
+
+    Args:
+        seed: 0 to 2^64 - 1.
+
+    Example:
+        >>> with seeded(1):
+        ...     first = random.random()
+        >>> with seeded(1):
+        ...     random.random() == first
+        True
+    """
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    try:
+        random.seed(seed)
+        # NumPy and torch run the same generator on 32 bits of the seed: each gets a half of its
+        # own, or a transform that draws from both would draw the same numbers twice.
+        np.random.seed(seed >> 32)
+        torch.default_generator.manual_seed(seed)
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])
