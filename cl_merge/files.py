@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
 import secrets
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,7 +136,7 @@ def load_state(path: str | Path) -> dict[str, Any]:
         return state
     except FileNotFoundError:
         raise InputError(f"there is no file '{path}'; check the path") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
             f"'{path}' is not a whole checkpoint ({reason}); restore it, or start again in a new "
@@ -145,7 +147,7 @@ def load_state(path: str | Path) -> dict[str, Any]:
 def save_tensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write tensors to a safetensors file, atomically.
+    """Write tensors to a safetensors file, atomically; the same content gives the same bytes.
 
     Args:
         path: Where the file shall be.
@@ -156,6 +158,7 @@ def save_tensors(
     with atomic_write(path) as temporary:
         # Without tensors, an empty metadata table would make a header that nothing can read.
         save_file(_independent(tensors), temporary, dict(metadata) or None)
+        _sort_metadata(temporary)
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -196,6 +199,20 @@ def _independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         independent[name] = independent[name].contiguous()
         seen.add(storage)
     return independent
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in order, where the writer's is another every time."""
+    with path.open("r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        if "__metadata__" not in header:
+            return
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # as it is the same text in another order; spaces fill up
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def _cannot_write(path: str | Path, reason: object) -> str:

@@ -107,7 +107,10 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The records of a file, and how many of its bytes they take."""
     if not path.exists():
         return [], 0
-    lines = path.read_bytes().splitlines(keepends=True)
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from error
     records, length = [], 0
     for number, line in enumerate(lines, start=1):
         try:

@@ -1,6 +1,8 @@
 """Files are there whole or not at all, and a bad one is named."""
 
+import errno
 import json
+import os
 import re
 import stat
 import subprocess
@@ -10,8 +12,15 @@ import pytest
 import torch
 from torch import nn
 
-from cl_merge.errors import InputError
-from cl_merge.files import atomic_write, load_tensors, save_tensors
+from cl_merge.errors import InputError, StorageError
+from cl_merge.files import (
+    atomic_write,
+    load_state,
+    load_tensors,
+    remove_leftovers,
+    save_state,
+    save_tensors,
+)
 
 
 def test_atomic_write_replaces_the_file_and_leaves_nothing_else(tmp_path):
@@ -169,3 +178,121 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     message = f"'{path}' cannot be read (permission denied)"
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         load_tensors(path)
+
+
+def test_the_same_content_gives_the_same_bytes(tmp_path):
+    metadata = {f"key {i}": 'a "quoted" naïve\nvalue ' * i for i in range(20)}
+    tensors = {"w": torch.arange(6.0).view(2, 3), "v": torch.ones(3, dtype=torch.int8)}
+    written = set()
+    for number in range(5):
+        path = tmp_path / f"{number}.safetensors"
+        save_tensors(path, tensors, metadata)
+        found, kept = load_tensors(path)
+        assert kept == metadata
+        assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+        written.add(path.read_bytes())
+    assert len(written) == 1
+
+
+def fill_up(body: str) -> str:
+    """A script for a process that may make no file longer than 100 kB, as on a full disk."""
+    return (
+        "import resource, signal, sys, torch\n"
+        "from cl_merge.errors import StorageError\n"
+        "from cl_merge.files import atomic_write, save_state, save_tensors\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "path, big = sys.argv[1], {'w': torch.zeros(100_000)}\n"
+        "try:\n"
+        f"    {body}\n"
+        "except StorageError as error:\n"
+        "    print(error)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "save_tensors(path, big, {})",
+        "save_state(path, big)",
+        "with atomic_write(path) as temporary: temporary.write_bytes(bytes(1_000_000))",
+    ],
+)
+def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path, body):
+    path = tmp_path / "file"
+    path.write_text("former")
+    run = subprocess.run(
+        [sys.executable, "-c", fill_up(body), path], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.startswith(f"'{path}' cannot be written (")
+    assert run.stdout.endswith("); nothing that was there before is lost\n")
+    assert run.stdout.count("\n") == 1
+    assert path.read_text() == "former"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_disk_that_fails_at_the_end_loses_nothing(tmp_path, monkeypatch, call):
+    path = tmp_path / "file"
+    path.write_text("former")
+
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, call, fail)
+    message = r"cannot be written \(No space left on device\)"
+    with pytest.raises(StorageError, match=message), atomic_write(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "former"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("no folder")
+    with pytest.raises(StorageError, match=r"file/state.ckpt' cannot be written \("):
+        save_state(blocked / "state.ckpt", {})
+
+
+def test_errors_of_the_block_itself_stay_what_they_are(tmp_path):
+    with pytest.raises(RuntimeError, match="mine"), atomic_write(tmp_path / "file"):
+        raise RuntimeError("mine")
+
+
+def test_leftovers_of_killed_writers_go_and_nothing_else(tmp_path):
+    kept = ["file", "notes.tmp", ".hidden.tmp", ".file.0123456z.tmp", "sub/.lock"]
+    gone = [".file.01234567.tmp", "sub/.state.ckpt.deadbeef.tmp"]
+    for name in kept + gone:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    remove_leftovers(tmp_path)
+    left = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
+    assert left == set(kept)
+
+
+def test_a_state_comes_back_and_a_broken_one_is_named(tmp_path):
+    path = tmp_path / "state.ckpt"
+    state = {"task": 1, "tensors": {"w": torch.arange(1000.0)}, "names": ["a"], "nothing": None}
+    save_state(path, state)
+    found = load_state(path)
+    assert torch.equal(found.pop("tensors")["w"], state.pop("tensors")["w"])
+    assert found == state
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(InputError, match=r"state.ckpt' is not a whole checkpoint \("):
+        load_state(path)
+    path.write_bytes(b"anything")
+    with pytest.raises(InputError, match="is not a whole checkpoint"):
+        load_state(path)
+    with pytest.raises(InputError, match="there is no file"):
+        load_state(tmp_path / "none.ckpt")
+
+
+def test_code_in_a_state_is_never_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    torch.save({"x": Evil()}, tmp_path / "state.ckpt")
+    with pytest.raises(InputError, match="is not a whole checkpoint"):
+        load_state(tmp_path / "state.ckpt")
+    assert not (tmp_path / "made").exists()

@@ -1,0 +1,84 @@
+"""The journal: whole lines only, whatever happens to the file."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+
+from cl_merge.errors import InputError, StorageError
+from cl_merge.journal import Journal, only_process
+
+RECORDS = [{"task": 0, "value": 0.1 + 0.2}, {"task": 1, "names": ["ä", "b"], "none": None}]
+
+
+def test_what_goes_in_comes_out_in_order(tmp_path):
+    path = tmp_path / "new" / "journal.jsonl"
+    journal = Journal(path)
+    assert journal.records == []
+    for record in RECORDS:
+        journal.append(record)
+    assert journal.records == Journal(path).records == RECORDS
+    journal.append({"x": float("nan"), "y": float("inf"), "pair": (1, 2), 3: "number"})
+    found = Journal(path).records[-1]
+    assert math.isnan(found.pop("x"))
+    assert found == {"y": math.inf, "pair": [1, 2], "3": "number"}
+
+
+@pytest.mark.parametrize("cut", range(1, 28))
+def test_a_torn_last_line_is_left_out_and_written_over(tmp_path, cut):
+    path = tmp_path / "journal.jsonl"
+    for record in RECORDS:
+        Journal(path).append(record)
+    path.write_bytes(path.read_bytes()[:-cut])
+    journal = Journal(path)
+    assert journal.records == RECORDS[:1]
+    journal.append({"again": True})
+    assert Journal(path).records == [RECORDS[0], {"again": True}]
+
+
+@pytest.mark.parametrize("line", ["not json", "[1, 2]", "3", "\xff"])
+def test_a_broken_line_in_the_middle_is_named(tmp_path, line):
+    path = tmp_path / "journal.jsonl"
+    path.write_text(f'{{"a": 1}}\n{line}\n{{"b": 2}}\n', encoding="latin-1")
+    with pytest.raises(InputError, match=r"journal.jsonl, line 2, is no record of a journal"):
+        Journal(path)
+
+
+def test_a_line_is_on_the_disk_when_append_returns(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("os.fsync", lambda handle: synced.append(handle))
+    Journal(tmp_path / "journal.jsonl").append({})
+    assert len(synced) == 1
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "journal.jsonl").mkdir()
+    with pytest.raises(InputError, match="journal.jsonl cannot be read"):
+        Journal(tmp_path / "journal.jsonl")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="journal.jsonl' cannot be written"):
+        Journal(tmp_path / "file" / "journal.jsonl").append({})
+
+
+def test_a_second_process_is_refused_until_the_first_ends(tmp_path):
+    script = (
+        "import sys\n"
+        "from cl_merge.errors import InputError\n"
+        "from cl_merge.journal import only_process\n"
+        "try:\n"
+        "    with only_process(sys.argv[1]): print('held')\n"
+        "except InputError as error: print(error)\n"
+    )
+
+    def other():
+        command = [sys.executable, "-c", script, tmp_path]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    with only_process(tmp_path):
+        message = f"{tmp_path} is in use by another process; wait for it, or name another folder"
+        assert other() == message
+    assert other() == "held"
+    with pytest.raises(ZeroDivisionError), only_process(tmp_path):
+        raise ZeroDivisionError
+    assert other() == "held"
