@@ -2,7 +2,8 @@
 
     python -m cl_merge.benchmarks.regularizer_cost --model lite --image-size 96 --batch-size 32
 
-Random images; each measurement in a process of its own, so that none inherits another's memory.
+Random images. On a CPU each measurement has a process of its own, so that none inherits another's
+memory; a GPU tells the memory of each.
 """
 
 from __future__ import annotations
@@ -144,11 +145,7 @@ def main() -> None:
         table.add_column(column, justify="right")
     plain: dict[str, float] = {}
     for kind in KINDS:
-        command = [sys.executable, "-m", "cl_merge.benchmarks.regularizer_cost", *sys.argv[1:]]
-        output = subprocess.run(  # noqa: S603 - this very file
-            [*command, "--only", kind], check=True, capture_output=True, text=True
-        ).stdout
-        found = json.loads(output.splitlines()[-1])
+        found = measure(kind, arguments) if torch.cuda.is_available() else _alone(kind)
         memory = found["device_mib"] or found["memory_mib"]
         plain = plain or {"step": found["step_ms"], "memory": memory}
         table.add_row(
@@ -160,6 +157,15 @@ def main() -> None:
             f"{found['fisher_ms_per_image']:.1f}" if "fisher_ms_per_image" in found else "",
         )
     Console().print(table)
+
+
+def _alone(kind: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "cl_merge.benchmarks.regularizer_cost", *sys.argv[1:]]
+    output = subprocess.run(  # noqa: S603 - this very file
+        [*command, "--only", kind], check=True, capture_output=True, text=True
+    ).stdout
+    found: dict[str, float] = json.loads(output.splitlines()[-1])
+    return found
 
 
 def _encoder(name: str, image_size: int | None) -> tuple[nn.Module, int]:

@@ -191,6 +191,8 @@ class EWC(Regularizer):
 
     def _take_up(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fold the Fisher of the task at hand into the running average, and move the anchor."""
+        # A fit with nothing left to train has taken its module off the device by now.
+        self._move(pl_module.device)
         live = trained_parameters(pl_module)
         estimate = self._estimate(trainer, pl_module)
         if self.fisher:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from cl_merge.errors import InputError, StorageError
 
-# What `atomic_write` calls a file that is not whole yet.
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+# What `atomic_write` calls a file that is not whole yet, and what safetensors does.
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp|\.tmp[0-9A-Za-z]{6}")
 
 
 @contextmanager
@@ -85,6 +85,8 @@ def storage_errors(path: str | Path) -> Iterator[None]:
     except OSError as error:
         raise StorageError(_cannot_write(path, error.strerror or error)) from error
     except SafetensorError as error:
+        if "I/O error" not in str(error):
+            raise
         raise StorageError(_cannot_write(path, error)) from error
     except RuntimeError as error:
         # The writer behind `torch.save` tells a full disk by text only.
@@ -98,10 +100,14 @@ def remove_leftovers(folder: str | Path) -> None:
 
     Args:
         folder: Where to look, at all depths.
+
+    Raises:
+        StorageError: If one cannot be removed.
     """
-    for file in Path(folder).rglob(".*.tmp"):
-        if _TEMPORARY.fullmatch(file.name):
-            file.unlink(missing_ok=True)
+    for file in Path(folder).rglob(".*tmp*"):
+        if _TEMPORARY.fullmatch(file.name) and file.is_file():
+            with storage_errors(file):
+                file.unlink(missing_ok=True)
 
 
 def save_state(path: str | Path, state: Mapping[str, Any]) -> None:
@@ -112,10 +118,20 @@ def save_state(path: str | Path, state: Mapping[str, Any]) -> None:
         state: What `load_state` shall return: nested dictionaries, lists, tensors, plain values.
 
     Raises:
+        InputError: If the state holds what `load_state` would refuse to read.
         StorageError: If the file cannot be written.
     """
     with atomic_write(path) as temporary:
         torch.save(dict(state), temporary)
+        try:
+            # The tensors stay on the disk: this reads the names and plain values only. It is now
+            # that a bad one must show, not when the state is needed.
+            load_state(temporary)
+        except InputError as error:
+            raise InputError(
+                f"'{path}' could not be read again ({_reason(error.__cause__)}); keep only tensors "
+                "and plain values in hyper-parameters and in the states of callbacks"
+            ) from error
 
 
 def load_state(path: str | Path) -> dict[str, Any]:
@@ -137,10 +153,9 @@ def load_state(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"there is no file '{path}'; check the path") from None
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"'{path}' is not a whole checkpoint ({reason}); restore it, or start again in a new "
-            "folder"
+            f"'{path}' is not a whole checkpoint ({_reason(error)}); restore it, or start again in "
+            "a new folder"
         ) from error
 
 
@@ -213,6 +228,14 @@ def _sort_metadata(path: Path) -> None:
         if len(text) <= length:  # as it is the same text in another order; spaces fill up
             file.seek(8)
             file.write(text.ljust(length))
+
+
+def _reason(error: BaseException | None) -> str:
+    """The line that tells what is wrong, of the many that torch writes."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    # "GLOBAL" is what pickle calls a class or a function.
+    line = next((line for line in lines if "GLOBAL" in line), lines[0])
+    return line.partition(" Please use ")[0].strip(" .")
 
 
 def _cannot_write(path: str | Path, reason: object) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing_extensions import override
 from cl_merge.journal import only_process
 from cl_merge.measure import Cost, measured
 from cl_merge.metrics import AccuracyMatrix
-from cl_merge.resume import KeepCheckpoints, StreamFolder, describe, get_row, put_row
+from cl_merge.resume import KeepCheckpoints, Meter, StreamFolder, describe, get_row, put_row
 from cl_merge.scenario import Task
 from cl_merge.seeds import derive_seed
 from cl_merge.stream import TaskStream
@@ -76,8 +76,12 @@ def fit_stream(
 
     With a `directory`, a stream that died at any instant goes on when it is called again in the
     same way, with the model as it was before the first task and fresh callbacks: finished tasks are
-    skipped, a task in progress goes on at the end of an epoch. With a seed, and on a CPU, weights,
-    merged weights and metrics are those of a stream that was not interrupted, bit for bit.
+    skipped, a task in progress goes on at the end of an epoch; its last epoch is repeated, for
+    callbacks that work at a task's end need a real one. A task with a schedule that waits for a
+    plateau starts anew. With a seed, and on a CPU, weights, merged weights and metrics are those of
+    a stream that was not interrupted, bit for bit.
+
+    Under DDP every process is given the same `directory`; the first one writes to it.
 
     Args:
         model: What learns.
@@ -85,81 +89,86 @@ def fit_stream(
         callbacks: Callbacks that see every task, in this order, after the trainer's own.
         trainer: Arguments of each `Trainer`, or a function of the task that makes one.
         evaluate: Test on all tasks after each task.
-        seed: Seeds every epoch from (seed, task, epoch), so that its random numbers do not depend
-            on what ran before it. None leaves the generators alone.
-        on_task_end: Called after each task's evaluation; again, if it did not return.
+        seed: Seeds every epoch from (seed, task, epoch), every evaluation and every `on_task_end`
+            likewise, so that their random numbers do not depend on what ran before. None leaves the
+            generators alone.
+        on_task_end: Called after each task's evaluation. If it did not return, it is called again
+            when the stream goes on; the evaluation is not repeated.
         directory: Where to keep what is needed to go on: the journal ``journal.jsonl`` and the
-            state ``state.ckpt``.
+            state ``state.ckpt``. None keeps nothing.
         checkpoint_seconds: The least time between two checkpoints within a task, which are written
             at the ends of its epochs but the last; 0 writes one after each.
 
     Returns:
-        Accuracy matrix, logged metrics and costs.
+        Accuracy matrix, logged metrics and costs, those of earlier processes among them.
 
     Raises:
-        InputError: If the directory was made for another stream, is in use by another process, or
-            lacks its state.
+        InputError: If the directory was made for another stream or model, is in use by another
+            process, or its files do not fit together; if a callback is not fresh; if
+            hyper-parameters or states of callbacks are not tensors and plain values.
         StorageError: If the directory cannot be written; nothing that was in it is lost.
 
     Example::
 
         merge = MergeCallback("magmax")
-        result = fit_stream(model, stream, callbacks=[merge], trainer={"max_epochs": 3}, seed=0)
+        result = fit_stream(model, stream, callbacks=[merge], trainer={"max_epochs": 3}, seed=0,
+                            directory="stream")
         print(result.accuracy.figures()["accuracy"])
     """
     result = StreamResult()
-    with nullcontext() if directory is None else only_process(directory):
-        folder = StreamFolder(directory) if directory is not None else None
-        if folder is not None:
+    with ExitStack() as held:
+        folder = None
+        if directory is not None:
+            held.enter_context(only_process(directory))
+            folder = StreamFolder(directory)
             folder.check(describe(stream, seed, evaluate))
             folder.restore(model, callbacks)
-            for record in folder.finished:
-                stream.select(record["task"])
-                put_row(model, stream, record["row"])
-                result.tasks.append(record["metrics"])
-                result.costs.append(Cost(**record["cost"]))
-        for task in stream.tasks[len(result.tasks) :]:
+        for task in stream.tasks:
             stream.select(task.index)
-            if seed is not None:
-                seed_task(seed, task.index)
-            runner = _trainer(trainer, task, [*_seeding(seed, task), *callbacks])
-            cost = folder.cost(task.index, trained=True) if folder else None
-            if cost is None:
-                cost = _fit(runner, model, stream, folder, checkpoint_seconds)
+            done = folder.finished(task.index) if folder else None
+            if done is not None:
+                put_row(model, stream, done["row"])
+                metrics, cost = done["metrics"], Cost(**done["cost"])
+            else:
+                seed_task(seed, task.index, 0)
+                runner = _trainer(trainer, task, seed, callbacks)
+                cost = _train(runner, model, stream, callbacks, folder, checkpoint_seconds)
+                end = TaskEnd(task, runner, model, cost)
+                if evaluate:
+                    seed_task(seed, task.index, "evaluation")
+                    end.metrics = _evaluate(runner, model, stream, folder)
+                if on_task_end is not None:
+                    seed_task(seed, task.index, "end")
+                    on_task_end(end)
+                metrics = end.metrics
                 if folder is not None:
-                    folder.save_trained(task.index, cost, model, callbacks)
-            end = TaskEnd(task, runner, model, cost)
-            if evaluate:
-                logged = runner.test(model, datamodule=stream, verbose=False)
-                end.metrics = {name: float(value) for name, value in logged[0].items()}
-            if on_task_end is not None:
-                on_task_end(end)
-            if folder is not None:
-                row = get_row(model, stream) if evaluate else None
-                folder.finish(task.index, end.metrics, cost, row)
-            result.tasks.append(end.metrics)
+                    row = get_row(model, stream) if evaluate else None
+                    folder.finish(task.index, metrics, cost, row)
+            result.tasks.append(metrics)
             result.costs.append(cost)
     found = getattr(model, "accuracy", None)
     result.accuracy = found if isinstance(found, AccuracyMatrix) else None
     return result
 
 
-def seed_task(seed: int, task: int, epoch: int = 0) -> None:
-    """Seed Python, NumPy and torch for one epoch of a task of a stream.
+def seed_task(seed: int | None, task: int, part: int | str) -> None:
+    """Seed Python, NumPy and torch for one part of a task of a stream.
 
     Args:
-        seed: Seed of the run.
+        seed: Seed of the run; None leaves the generators alone.
         task: Index of the task.
-        epoch: Index of the epoch.
+        part: Index of the epoch, or what else it is.
     """
+    if seed is None:
+        return
     # Lightning accepts 32-bit seeds.
-    L.seed_everything(derive_seed("epoch", seed, task, epoch) % 2**32, workers=True, verbose=False)
+    L.seed_everything(derive_seed("epoch", seed, task, part) % 2**32, workers=True, verbose=False)
 
 
 class _Seeding(Callback):
     """Seed every epoch by what it is, so that one that is repeated draws the same numbers."""
 
-    def __init__(self, seed: int, task: int) -> None:
+    def __init__(self, seed: int | None, task: int) -> None:
         self._seed = seed
         self._task = task
 
@@ -168,43 +177,66 @@ class _Seeding(Callback):
         seed_task(self._seed, self._task, trainer.current_epoch)
 
 
-def _seeding(seed: int | None, task: Task) -> list[Callback]:
-    return [] if seed is None else [_Seeding(seed, task.index)]
-
-
-def _fit(
+def _train(
     runner: L.Trainer,
     model: L.LightningModule,
     stream: TaskStream,
+    callbacks: Sequence[Callback],
     folder: StreamFolder | None,
     checkpoint_seconds: float,
 ) -> Cost:
-    """Train the current task, from the checkpoint within it if there is one."""
-    before, checkpoint = None, None
-    if folder is not None:
-        task = stream.task.index
-        before = folder.cost(task, trained=False)
-        checkpoint = folder.state_file if before is not None else None
-        keep = KeepCheckpoints(folder, task, checkpoint_seconds, before or Cost())
+    """Train the current task: all of it, what a checkpoint within it left, or nothing."""
+    if folder is None:
+        with measured() as cost:
+            runner.fit(model, datamodule=stream)
+        return cost
+    task = stream.task.index
+    trained = folder.cost(task, trained=True)
+    if trained is not None:
+        return trained
+    before = folder.cost(task, trained=False)
+    checkpoint = folder.state_file if before is not None else None
+    with Meter(before or Cost()) as meter:
         # Not among the trainer's arguments: it is no business of its `enable_checkpointing`.
+        keep = KeepCheckpoints(folder, task, checkpoint_seconds, meter)
         runner.callbacks.append(keep)  # type: ignore[attr-defined]
-    with measured() as cost:
         runner.fit(model, datamodule=stream, ckpt_path=checkpoint, weights_only=True)
-    return cost if before is None else cost.after(before)
+    folder.save_trained(task, meter.cost, model, callbacks)
+    return meter.cost
+
+
+def _evaluate(
+    runner: L.Trainer, model: L.LightningModule, stream: TaskStream, folder: StreamFolder | None
+) -> dict[str, float]:
+    """Test after the current task, or recall what a test found before."""
+    task = stream.task.index
+    known = folder.evaluated(task) if folder else None
+    if known is not None:
+        put_row(model, stream, known["row"])
+        return dict(known["metrics"])
+    logged = runner.test(model, datamodule=stream, verbose=False)
+    metrics = {name: float(value) for name, value in logged[0].items()}
+    if folder is not None:
+        folder.note_evaluation(task, metrics, get_row(model, stream))
+    return metrics
 
 
 def _trainer(
     given: Mapping[str, Any] | Callable[[Task], L.Trainer] | None,
     task: Task,
+    seed: int | None,
     callbacks: Sequence[Callback],
 ) -> L.Trainer:
+    seeding = _Seeding(seed, task.index)
     if callable(given):
         # Lightning sets this attribute without declaring it.
         made: Any = given(task)
         # As Lightning orders them: checkpoints last, so that they hold what the others did.
         checkpoints = [c for c in made.callbacks if isinstance(c, Checkpoint)]
         others = [c for c in made.callbacks if not isinstance(c, Checkpoint)]
-        made.callbacks = [*others, *callbacks, *checkpoints]
+        made.callbacks = [seeding, *others, *callbacks, *checkpoints]
         return made  # type: ignore[no-any-return]
     arguments = dict(given or {})
-    return L.Trainer(**arguments | {"callbacks": [*arguments.get("callbacks", []), *callbacks]})
+    own = arguments.get("callbacks") or []
+    own = [own] if isinstance(own, Callback) else own
+    return L.Trainer(**arguments | {"callbacks": [seeding, *own, *callbacks]})

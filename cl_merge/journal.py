@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
 
 from cl_merge.errors import InputError
 from cl_merge.files import storage_errors
+
+# Folders held, with the process and the thread that hold them; a fork holds none.
+_held: set[tuple[Path, int, int]] = set()
 
 
 class Journal:
     """A file of JSON lines that only grows; a line is there whole or not at all.
 
     Every process reads it, the first one writes it. What the last line lost in a crash is left out
-    when it is read, and cut off before the next line is written.
+    when it is read, and cut off before the next line is written. Numbers come back as the same
+    bits: Python writes the shortest text that gives them, and NaN and infinity as ``NaN`` and
+    ``Infinity``, which strict readers of JSON refuse.
 
     Args:
         path: The file; made with the first record.
 
     Attributes:
+        path: The file.
         records: All records, in order.
 
     Raises:
-        InputError: If a line other than the last is no record.
+        InputError: If a line other than the last is no record, or the file cannot be read.
 
     Example:
         >>> import tempfile
@@ -41,7 +48,22 @@ class Journal:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.records: list[dict[str, Any]]
         self.records, self._length = _read(self.path)
+
+    def find(self, **fields: Any) -> dict[str, Any] | None:
+        """Look a record up.
+
+        Args:
+            **fields: What it holds, among other things.
+
+        Returns:
+            The last such record; None if there is none.
+        """
+        for record in self.records[::-1]:
+            if all(key in record and record[key] == value for key, value in fields.items()):
+                return record
+        return None
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a record; it has reached the disk when this returns.
@@ -50,19 +72,20 @@ class Journal:
             record: Plain values: text, numbers (NaN and infinity too), lists, dictionaries.
 
         Raises:
-            StorageError: If it cannot be written.
+            StorageError: If it cannot be written; then it is not among `records` either.
         """
         line = json.dumps(record) + "\n"
+        self._write(line.encode())
         # What later reads give, not what was passed: tuples are lists, keys are text.
         self.records.append(json.loads(line))
-        self._write(line.encode())
 
     @rank_zero_only
     def _write(self, line: bytes) -> None:
         with storage_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
-                file.truncate(self._length)
+                if file.tell() > self._length:
+                    file.truncate(self._length)
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
@@ -73,7 +96,7 @@ class Journal:
 def only_process(folder: str | Path) -> Iterator[None]:
     """Hold a folder against other processes; the ranks of one run count as one.
 
-    The lock goes with the process, however it ends.
+    The lock goes with the process, however it ends. Who holds a folder may hold it once more.
 
     Args:
         folder: The folder; made if missing.
@@ -83,11 +106,27 @@ def only_process(folder: str | Path) -> Iterator[None]:
 
     Raises:
         InputError: If another process holds it.
+        StorageError: If it cannot be written to.
+
+    Example::
+
+        with only_process("stream"):
+            journal = Journal("stream/journal.jsonl")
     """
-    if getattr(rank_zero_only, "rank", 0):
+    key = (Path(folder).resolve(), os.getpid(), threading.get_ident())
+    if getattr(rank_zero_only, "rank", 0) or key in _held:
         yield
         return
-    folder = Path(folder)
+    lock = _acquired(Path(folder))
+    _held.add(key)
+    try:
+        yield
+    finally:
+        _held.discard(key)
+        lock.release()
+
+
+def _acquired(folder: Path) -> BaseFileLock:
     lock = FileLock(folder / ".lock")
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -97,10 +136,7 @@ def only_process(folder: str | Path) -> Iterator[None]:
             raise InputError(
                 f"{folder} is in use by another process; wait for it, or name another folder"
             ) from None
-    try:
-        yield
-    finally:
-        lock.release()
+    return lock
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:

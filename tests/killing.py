@@ -69,7 +69,7 @@ def main() -> None:
     case = importlib.import_module(module)
     points, by_write = int(sys.argv[3]), int(sys.argv[4])
     whole = child(lambda: case.work(folder / "whole"))
-    found = {"whole": case.outcome(folder / "whole"), "seconds": whole, "killed": {}}
+    found = {"whole": case.outcome(folder / "whole"), "seconds": whole, "states": [], "killed": {}}
     draw = random.Random(0)
     for number in range(points // 2):
         place = folder / f"random-{number}"
@@ -77,11 +77,13 @@ def main() -> None:
         # The second kill falls where the run would be after the first, or in what it repeats.
         for seconds in (at[0], at[1] - at[0]):
             child(lambda place=place: case.work(place), seconds)
+            found["states"].append(case.state(place))
         child(lambda place=place: case.work(place))
         found["killed"][f"after {at[0]:.2f} and {at[1]:.2f} s"] = case.outcome(place)
     for number in range(by_write):
         place, write = folder / f"write-{number}", draw.randint(1, case.WRITES)
         child(lambda place=place: case.work(place), writes=write)
+        found["states"].append(case.state(place))
         child(lambda place=place: case.work(place))
         found["killed"][f"at write {write}"] = case.outcome(place)
     (folder / "found.json").write_text(json.dumps(found))

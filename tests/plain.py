@@ -50,11 +50,15 @@ class Plain(L.LightningModule):
 
 
 def weights(module):
-    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+    return {
+        name: p.detach().cpu().clone() for name, p in module.named_parameters() if p.requires_grad
+    }
 
 
 def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[n].cpu(), second[n].cpu()) for n in first
+    )
 
 
 def loader(task):

@@ -7,6 +7,8 @@ import re
 import stat
 import subprocess
 import sys
+from collections.abc import Sized
+from pathlib import Path
 
 import pytest
 import torch
@@ -260,8 +262,8 @@ def test_errors_of_the_block_itself_stay_what_they_are(tmp_path):
 
 
 def test_leftovers_of_killed_writers_go_and_nothing_else(tmp_path):
-    kept = ["file", "notes.tmp", ".hidden.tmp", ".file.0123456z.tmp", "sub/.lock"]
-    gone = [".file.01234567.tmp", "sub/.state.ckpt.deadbeef.tmp"]
+    kept = ["file", "notes.tmp", ".hidden.tmp", ".file.0123456z.tmp", ".tmp-notes", "sub/.lock"]
+    gone = [".file.01234567.tmp", "sub/.state.ckpt.deadbeef.tmp", "sub/.tmpAb3xYz"]
     for name in kept + gone:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
@@ -285,6 +287,22 @@ def test_a_state_comes_back_and_a_broken_one_is_named(tmp_path):
         load_state(path)
     with pytest.raises(InputError, match="there is no file"):
         load_state(tmp_path / "none.ckpt")
+
+
+@pytest.mark.parametrize("value", [Path("a"), nn.Identity(), Sized])
+def test_a_state_that_could_not_be_read_again_is_not_written(tmp_path, value):
+    path = tmp_path / "state.ckpt"
+    save_state(path, {"former": 1})
+    with pytest.raises(InputError) as caught:
+        save_state(path, {"hyper_parameters": {"value": value}})
+    assert re.fullmatch(
+        f"'{path}' could not be read again \\(.*Unsupported global: GLOBAL \\S+ was not an allowed "
+        "global by default\\); keep only tensors and plain values in hyper-parameters and in the "
+        "states of callbacks",
+        str(caught.value),
+    )
+    assert load_state(path) == {"former": 1}
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_code_in_a_state_is_never_run(tmp_path):

@@ -1,5 +1,6 @@
 """The journal: whole lines only, whatever happens to the file."""
 
+import errno
 import math
 import subprocess
 import sys
@@ -23,6 +24,32 @@ def test_what_goes_in_comes_out_in_order(tmp_path):
     found = Journal(path).records[-1]
     assert math.isnan(found.pop("x"))
     assert found == {"y": math.inf, "pair": [1, 2], "3": "number"}
+
+
+def test_records_are_found_by_what_they_hold(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl")
+    for record in ({"task": 0, "x": 1}, {"task": None}, {"task": 0, "x": 2}, {"other": 0}):
+        journal.append(record)
+    assert journal.find(task=0) == {"task": 0, "x": 2}
+    assert journal.find(task=0, x=1) == {"task": 0, "x": 1}
+    assert journal.find(task=None) == {"task": None}
+    assert journal.find(task=0, x=3) is journal.find(missing=None) is None
+
+
+def test_what_could_not_be_written_is_not_among_the_records(tmp_path, monkeypatch):
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append({"a": 1})
+    monkeypatch.setattr("os.fsync", _no_space)
+    with pytest.raises(StorageError, match="No space left"):
+        journal.append({"b": 2})
+    monkeypatch.undo()
+    assert journal.records == [{"a": 1}]
+    journal.append({"c": 3})
+    assert journal.records == Journal(journal.path).records == [{"a": 1}, {"c": 3}]
+
+
+def _no_space(handle):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize("cut", range(1, 28))
@@ -76,6 +103,8 @@ def test_a_second_process_is_refused_until_the_first_ends(tmp_path):
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     with only_process(tmp_path):
+        with only_process(tmp_path):  # once more by the same process: the inner end frees nothing
+            pass
         message = f"{tmp_path} is in use by another process; wait for it, or name another folder"
         assert other() == message
     assert other() == "held"

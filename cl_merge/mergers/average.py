@@ -30,4 +30,5 @@ class Average(TaskArithmetic):
 
     @override
     def finish(self, kept: Accumulators, out: Tensor, tasks: int, settled: float) -> None:
-        torch.div(kept["sum"], tasks, out=out)
+        # CUDA multiplies by the reciprocal of a number, which rounds twice, but divides by a tensor.
+        torch.div(kept["sum"], torch.full_like(kept["sum"][:1], tasks), out=out)

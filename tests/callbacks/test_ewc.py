@@ -27,7 +27,7 @@ def naive_empirical(module, images, labels):
 
 def close(first, second, **tolerance):
     for name in second:
-        torch.testing.assert_close(first[name], second[name], **tolerance)
+        torch.testing.assert_close(first[name].cpu(), second[name].cpu(), **tolerance)
 
 
 @pytest.mark.parametrize("from_zero", [True, False])
@@ -58,7 +58,7 @@ def test_the_published_estimate_starts_from_the_last_gradient_of_the_training():
 
     module, ewc = Keep(), EWC()
     fit(module, ewc, 0)
-    running = dict(module.last)
+    running = {name: value.cpu() for name, value in module.last.items()}
     expected = {name: torch.zeros_like(value) for name, value in running.items()}
     for images, _ in loader(0):
         module.zero_grad()

@@ -315,7 +315,7 @@ def test_strategies_that_shard_are_refused():
 
 
 def test_strategies_that_spawn_are_refused():
-    spawning = trainer(strategy="ddp_spawn", devices=2)
+    spawning = trainer(strategy="ddp_spawn", devices=2, accelerator="cpu")
     with pytest.raises(RuntimeError, match="^MergeCallback keeps its state in the process, but"):
         MergeCallback("magmax").setup(spawning, Plain(), "fit")
 

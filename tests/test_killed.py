@@ -1,0 +1,51 @@
+"""A run that is killed anywhere, and run again, ends with the same bits as one that was not."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """One whole run, and runs killed twice each: at random times, and within their writing."""
+    folder = tmp_path_factory.mktemp("killed")
+    environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, TESTS / "killing.py", "case_run", folder, "20", "6"]
+    subprocess.run(command, check=True, env=environment, timeout=900)
+    return json.loads((folder / "found.json").read_text())
+
+
+def test_the_whole_run_left_what_it_should(found):
+    whole = found["whole"]
+    assert set(whole["rest"]) == {
+        ".lock",
+        "accuracy_by_task.png",
+        "accuracy_matrix.png",
+        "config.yaml",
+        "journal.jsonl",
+        "logs",
+        "merged.safetensors",
+        "results.json",
+        "task_vectors",
+    }
+    assert len(whole["files"]) == 9
+    assert len(whole["results"]["methods"]) == 4
+
+
+def test_every_killed_run_ends_with_the_same_bits(found):
+    assert len(found["killed"]) >= 16
+    for when, outcome in found["killed"].items():
+        for name, digest in found["whole"]["files"].items():
+            assert outcome["files"].get(name) == digest, f"killed {when}: {name} differs"
+        assert outcome == found["whole"], f"killed {when}"
+
+
+def test_the_kills_fell_into_every_part_of_a_run(found):
+    states = found["states"]
+    assert {"nothing yet", "within a task", "a task trained"} <= set(states), states
