@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning as L
@@ -26,7 +27,7 @@ from cl_merge.weights import (
 )
 
 # The size of a Fisher depends on its kind, so each needs a weight of its own.
-WEIGHTS = {"published": 1e6, "empirical": 1e3, "sampled": 1e3}
+WEIGHTS = {"published": 1e6, "empirical": 1e4, "sampled": 1e4}
 
 Logits = Callable[[L.LightningModule, Any], tuple[Tensor, Tensor]]
 """Makes logits [B, K] and targets [B] of a module and a batch."""
@@ -51,7 +52,7 @@ class EWC(Regularizer):
             squared gradients of single samples with their true labels, ``"sampled"`` the same with
             labels drawn from the model. See `cl_merge.callbacks.fisher`.
         weight: Factor of the penalty; None takes the default of the estimate: 1e6 for
-            ``"published"``, 1e3 for the others, which are larger.
+            ``"published"``, 1e4 for the others.
         decay: Share of the former F in the running average.
         from_zero: Start the running average at zero, as published, which multiplies the first
             estimate by ``1 - decay``; False takes the first estimate whole.
@@ -130,6 +131,14 @@ class EWC(Regularizer):
         if self.first_task and not self.fisher:
             _check_fresh_workers(trainer)
             self._take_up(trainer, pl_module)
+
+        if self.kind == "published" and self.weight and trainer.gradient_clip_val is None:
+            rank_zero_warn(
+                "EWC('published') carries the last gradient of a task, its own penalty's included, "
+                "into the next Fisher. The published runs clip that gradient to norm 1; without "
+                "Trainer(gradient_clip_val=1.0) the estimate can grow from task to task until the "
+                "weights diverge"
+            )
 
     @override
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -215,8 +224,7 @@ class EWC(Regularizer):
             return trainer.strategy.reduce(tensor, reduce_op="sum")  # type: ignore[return-value]
 
         batches = _training_batches(trainer, pl_module)
-        # In the precision of the weights, whatever that of the training: squares need the range.
-        with torch.enable_grad(), torch.autocast(pl_module.device.type, enabled=False):
+        with torch.enable_grad(), _wide_range(trainer, pl_module.device):
             if self.kind == "published":
                 buffers = copies(dict(pl_module.named_buffers()))
                 estimate = published_fisher(
@@ -289,6 +297,13 @@ def _training_batches(trainer: L.Trainer, pl_module: L.LightningModule) -> Itera
     for batch, _, _ in itertools.islice(loaders, _batches_per_epoch(trainer)):
         converted = trainer.precision_plugin.convert_input(batch)
         yield trainer.strategy.batch_to_device(converted, pl_module.device, dataloader_idx=0)
+
+
+def _wide_range(trainer: L.Trainer, device: torch.device) -> AbstractContextManager[Any]:
+    """The precision of the training, but for float16: squares of gradients need the range."""
+    if trainer.precision == "16-mixed":
+        return torch.autocast(device.type, enabled=False)
+    return trainer.precision_plugin.forward_context()
 
 
 def _check_fresh_workers(trainer: L.Trainer) -> None:

@@ -205,6 +205,7 @@ class MergeCallback(TaskCallback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
+        super().on_exception(trainer, pl_module, exception)
         self._restore_trained(pl_module)
 
     @override

@@ -115,8 +115,18 @@ class TaskCallback(Callback, ABC):
         return self.task_state() | {"in_task": self._in_task}
 
     @override
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._stage = ""
+
+    @override
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        self._stage = ""
+
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._stage != TrainerFn.FITTING and self.tasks:
+        if self._stage not in ("", TrainerFn.FITTING) and self.tasks:
             # `test(ckpt_path=...)` restores callbacks too, as they were when the checkpoint was
             # written, within a task: that would undo what the end of that task did.
             return

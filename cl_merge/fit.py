@@ -75,11 +75,11 @@ def fit_stream(
     function given as `trainer`.
 
     With a `directory`, a stream that died at any instant goes on when it is called again in the
-    same way, with the model as it was before the first task and fresh callbacks: finished tasks are
-    skipped, a task in progress goes on at the end of an epoch; its last epoch is repeated, for
-    callbacks that work at a task's end need a real one. A task with a schedule that waits for a
-    plateau starts anew. With a seed, and on a CPU, weights, merged weights and metrics are those of
-    a stream that was not interrupted, bit for bit.
+    same way, with the model as it was before the first task: finished tasks are skipped, a task in
+    progress goes on at the end of an epoch; its last epoch is repeated, for callbacks that work at
+    a task's end need a real one. A task with a schedule that waits for a plateau starts anew. With
+    a seed, and on a CPU, weights, merged weights and metrics are those of a stream that was not
+    interrupted, bit for bit.
 
     Under DDP every process is given the same `directory`; the first one writes to it.
 
@@ -104,8 +104,8 @@ def fit_stream(
 
     Raises:
         InputError: If the directory was made for another stream or model, is in use by another
-            process, or its files do not fit together; if a callback is not fresh; if
-            hyper-parameters or states of callbacks are not tensors and plain values.
+            process, or its files do not fit together; if hyper-parameters or states of callbacks
+            are not tensors and plain values.
         StorageError: If the directory cannot be written; nothing that was in it is lost.
 
     Example::

@@ -120,10 +120,10 @@ class StreamFolder:
 
         Args:
             model: The model.
-            callbacks: Its callbacks, fresh.
+            callbacks: Its callbacks.
 
         Raises:
-            InputError: If the model is another, or a callback is not fresh.
+            InputError: If the model is another.
         """
         entry = self._state.get(_ENTRY)
         if entry is not None and entry["trained"]:
@@ -134,19 +134,9 @@ class StreamFolder:
                 raise InputError(f"{self.state_file} is of another model: {reason}") from error
             for callback in callbacks:
                 if callback.state_key in self._state["callbacks"]:
-                    self._check_fresh(callback)
                     callback.load_state_dict(self._state["callbacks"][callback.state_key])
         # The rest is mapped from a file that is about to be replaced.
         self._state = {_ENTRY: entry} if entry is not None else {}
-
-    def _check_fresh(self, callback: Callback) -> None:
-        # Outside of a fit, callbacks of tasks ignore states once they have seen a task.
-        tasks = getattr(callback, "tasks", 0)
-        if tasks:
-            raise InputError(
-                f"{type(callback).__name__} has seen {tasks} tasks already; to go on from "
-                f"{self.state_file}, pass a fresh one"
-            )
 
     def finished(self, task: int) -> dict[str, Any] | None:
         """What is known of a finished task.

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cl_merge import TaskVector, load_clip, merge
+
 SCRIPT = """
 import json
 import os
@@ -134,3 +136,80 @@ def test_task_vectors_are_written_once_and_whole(ran):
         for name in NAMES:
             files = {file.name for file in (folder / name).iterdir()}
             assert files == {f"task{task}.safetensors" for task in range(3)}
+
+
+RUN = [
+    "stream.tasks=2",
+    "stream.images_per_class=8",
+    "stream.test_fraction=0.05",
+    "trainer.max_epochs=1",
+    "trainer.accelerator=cpu",
+    "method=random-mix",
+    "compare=[joint,lwf-magmax]",
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The same run from the command line: on one process, on two, and on two under torchrun."""
+    folder = tmp_path_factory.mktemp("runs")
+    two = ["stream.batch_size=8", "trainer.devices=2", "trainer.strategy=ddp"]
+    ways = {
+        "one": (["-m", "cl_merge.cli"], ["stream.batch_size=16"]),
+        "two": (["-m", "cl_merge.cli"], two),
+        "torchrun": (
+            ["-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "cl_merge.cli"],
+            two,
+        ),
+    }
+    said = {}
+    for name, (how, more) in ways.items():
+        command = [sys.executable, *how, "run", *RUN, *more, f"out={folder / name}"]
+        done = subprocess.run(
+            command, check=True, env=ENVIRONMENT, cwd=folder, capture_output=True, text=True
+        )
+        said[name] = done.stdout
+    return folder, said
+
+
+@pytest.mark.parametrize("way", ["two", "torchrun"])
+def test_a_run_on_two_processes_finds_what_one_finds_and_writes_once(runs, way):
+    folder, said = runs
+    found, alone = (json.loads((folder / n / "results.json").read_text()) for n in (way, "one"))
+    assert found["methods"].keys() == alone["methods"].keys()
+    assert found["methods"]["zero-shot"] == alone["methods"]["zero-shot"]
+    totals = {sum(task["test_images"] for task in r["tasks"]) for r in (found, alone)}
+    assert len(totals) == 1
+    for training in ("independent", "lwf"):
+        for task in (0, 1):
+            name = f"task_vectors/{training}/task{task}.safetensors"
+            first, second = load_file(folder / way / name), load_file(folder / "one" / name)
+            # Adam turns rounding in gradients near zero into steps: compare as a whole.
+            moved = sum(float(tensor.square().sum()) for tensor in second.values())
+            apart = sum(float((first[key] - second[key]).square().sum()) for key in second)
+            assert apart < 1e-5 * moved
+    # One table, one journal, one log for each task, nothing left over.
+    assert said[way].count("per cent after the last task") == 1
+    files = {str(f.relative_to(folder / way)) for f in (folder / way).rglob("*") if f.is_file()}
+    expected = {
+        str(f.relative_to(folder / "one")) for f in (folder / "one").rglob("*") if f.is_file()
+    }
+    assert {f for f in files if "tfevents" not in f} == {f for f in expected if "tfevents" not in f}
+    assert len((folder / way / "journal.jsonl").read_text().splitlines()) == len(
+        (folder / "one" / "journal.jsonl").read_text().splitlines()
+    )
+
+
+def test_random_mix_draws_the_same_on_any_number_of_processes(runs):
+    folder, _ = runs
+    base = {f"visual.{k}": v for k, v in load_clip("glyph").model.visual.state_dict().items()}
+    for way in ("one", "two", "torchrun"):
+        vectors = [
+            TaskVector.load(folder / way / f"task_vectors/independent/task{task}.safetensors")
+            for task in (0, 1)
+        ]
+        expected = merge(vectors, "random-mix", seed=0).apply_to(base)
+        found = load_file(folder / way / "merged.safetensors")
+        assert all(torch.equal(found[name], expected[name]) for name in vectors[0])
+    two, torchrun = (load_file(folder / w / "merged.safetensors") for w in ("two", "torchrun"))
+    assert all(torch.equal(two[name], torchrun[name]) for name in two)

@@ -30,5 +30,5 @@ class Average(TaskArithmetic):
 
     @override
     def finish(self, kept: Accumulators, out: Tensor, tasks: int, settled: float) -> None:
-        # CUDA multiplies by the reciprocal of a number, which rounds twice, but divides by a tensor.
+        # By a number CUDA does not divide: it multiplies by the reciprocal, which rounds twice.
         torch.div(kept["sum"], torch.full_like(kept["sum"][:1], tasks), out=out)

@@ -26,7 +26,7 @@ def run(*words: str) -> int:
 def whole(tmp_path_factory):
     """One run with every method beside it."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    assert run(*SMALL, f"out={folder}") == 0
+    assert run(*SMALL, "compare=all", "ewc.weight=100", f"out={folder}") == 0
     return folder
 
 
@@ -60,8 +60,10 @@ def test_results_carry_every_method_and_every_figure(results):
     assert list(results["methods"]) == list(METHODS)
     for name, method in results["methods"].items():
         assert 0 <= method["accuracy"] <= 100
-        assert np.asarray(method["matrix"]).shape == (2, 2)
-        assert np.asarray(method["matrix_task_aware"]).shape == (2, 2)
+        rows = 1 if name == "joint" else 2
+        assert np.asarray(method["matrix"]).shape == (rows, 2)
+        assert np.asarray(method["matrix_task_aware"]).shape == (rows, 2)
+        assert len(method["seen"]) == 2
         assert method["scale"] == published_scale(METHODS[name])
         assert method["metrics"]["accuracy"] == method["accuracy"]
     assert [task["class_names"] for task in results["tasks"]] == [
@@ -92,7 +94,7 @@ def test_accuracies_are_those_of_the_task_vectors_on_disk(whole, results, name):
     base = {f"visual.{k}": v.clone() for k, v in clip.model.visual.state_dict().items()}
     vectors = [
         TaskVector.load(whole / "task_vectors" / method.training / f"task{task}.safetensors")
-        for task in (0, 1)
+        for task in ((0,) if name == "joint" else (0, 1))
     ]
     if method.merger:
         state = merge(vectors, method=method.merger).apply_to(base, published_scale(method))
@@ -176,6 +178,13 @@ def test_help_explains_every_setting(capsys):
         (["prompts=[photo]"], "template 'photo' must hold '{}' exactly once"),
         (["class_names=[a,b]"], "class_names has 2 names, but the data set has 10 classes"),
         (["merge.buffers=mean"], "unknown choice of buffers 'mean'"),
+        (["compare=[magmx]"], "unknown method 'magmx'; did you mean 'magmax'?"),
+        (["compare=al"], "unknown method 'al'"),
+        (["lwf.weight=-1"], "weight=-1.0 of LwF; expected 0 or more, finite"),
+        (["lwf.temperatur=1"], "unknown key 'lwf.temperatur'; did you mean 'lwf.temperature'?"),
+        (["ewc.fisher=emprical"], "unknown Fisher estimate 'emprical'; did you mean 'empirical'?"),
+        (["ewc.decay=1"], "decay=1.0 of EWC; expected 0 or more, below 1"),
+        (["checkpoint_seconds=-1"], "checkpoint_seconds=-1.0; expected 0 or more"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2_and_nothing_is_written(
@@ -190,11 +199,91 @@ def test_bad_input_is_one_line_and_exit_code_2_and_nothing_is_written(
     assert not folder.exists()
 
 
-def test_a_folder_that_holds_another_run_is_refused(whole, capsys):
-    before = (whole / "results.json").read_bytes()
-    assert run(*SMALL, f"out={whole}") == 2
-    assert f"out={whole} holds another run" in capsys.readouterr().err
-    assert (whole / "results.json").read_bytes() == before
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("seed=4", "seed=3, not 4"),
+        ("stream.tasks=5", "stream.tasks=2, not 5"),
+        ("optimizer.lr=0.5", "optimizer.lr=0.001, not 0.5"),
+        ("trainer.max_epochs=2", "trainer.max_epochs=1, not 2"),
+        ("trainer.deterministic=true", "trainer.deterministic=None, not True"),
+        ("compare=false", "compare=all, not False"),
+    ],
+)
+def test_a_folder_that_holds_another_run_is_refused(whole, capsys, word, said):
+    before = {file: file.stat().st_mtime_ns for file in whole.rglob("*") if file.is_file()}
+    assert run(word, f"out={whole}") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"cl-merge: out={whole} holds a run with {said}; name a new folder, or")
+    assert error.count("\n") == 1
+    after = {file: file.stat().st_mtime_ns for file in whole.rglob("*") if file.is_file()}
+    assert before == after
+
+
+def test_a_finished_run_is_shown_again_and_nothing_is_done(whole, capsys):
+    before = (whole / "results.json").stat().st_mtime_ns
+    assert run(f"out={whole}", "stream.num_workers=1") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "holds this run, finished; nothing is left to do" in out
+    assert re.search(r"lwf-magmax +0\.5 +\d+\.\d", out)
+    assert (whole / "results.json").stat().st_mtime_ns == before
+
+
+def test_a_run_that_was_stopped_goes_on_without_its_settings(tmp_path, monkeypatch, capsys):
+    from cl_merge.benchmarks import training
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    words = [*SMALL, "compare=[lwf]", "method=ties"]
+    assert run(*words, f"out={whole}") == 0
+    evaluate, calls = training._evaluate, []
+
+    def stop(*arguments):
+        calls.append(arguments[2])
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        evaluate(*arguments)
+
+    monkeypatch.setattr(training, "_evaluate", stop)
+    assert run(*words, f"out={broken}") == 130
+    error = capsys.readouterr().err
+    assert error == (
+        f"cl-merge: interrupted; what was done is kept; go on with: cl-merge run out={broken}\n"
+    )
+    monkeypatch.undo()
+    assert run(f"out={broken}") == 0
+    first, second = (json.loads((f / "results.json").read_text()) for f in (whole, broken))
+    assert first["methods"] == second["methods"]
+    for file in ("merged.safetensors", "accuracy_matrix.png"):
+        assert (whole / file).read_bytes() == (broken / file).read_bytes()
+    assert not (broken / "state").exists()
+
+
+def test_a_full_disk_is_one_line_and_the_run_can_go_on(tmp_path, monkeypatch, capsys):
+    import os
+
+    flush, calls = os.fsync, []
+
+    def fail(handle):
+        calls.append(handle)
+        if len(calls) > 12:
+            raise OSError(28, "No space left on device")
+        flush(handle)
+
+    words = [*SMALL, "method=magmax", "compare=false", f"out={tmp_path / 'run'}"]
+    monkeypatch.setattr(os, "fsync", fail)
+    assert run(*words) == 1
+    error = capsys.readouterr().err
+    assert re.match(r"cl-merge: '.*' cannot be written \(No space left on device\); nothing", error)
+    assert error.endswith(f"; go on with: cl-merge run out={tmp_path / 'run'}\n")
+    assert error.count("\n") == 1
+    monkeypatch.undo()
+    assert run(f"out={tmp_path / 'run'}") == 0
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run(*SMALL, f"out={tmp_path / 'file' / 'run'}") == 2
+    assert re.match(r"cl-merge: out=.*file/run: cannot be created \(", capsys.readouterr().err)
 
 
 def test_a_new_run_takes_a_new_folder(tmp_path, monkeypatch):

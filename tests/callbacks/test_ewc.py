@@ -1,5 +1,7 @@
 """EWC: what it remembers of a task, from any module."""
 
+import warnings
+
 import pytest
 import torch
 from plain import Plain, fit, loader, same, trainer, weights
@@ -11,6 +13,9 @@ from torchvision.transforms.functional import to_tensor
 from cl_merge import fit_stream
 from cl_merge.callbacks import EWC
 from cl_merge.errors import InputError
+
+# These short trainings do not diverge.
+pytestmark = pytest.mark.filterwarnings(r"ignore:EWC\('published'\) carries")
 
 
 def naive_empirical(module, images, labels):
@@ -218,3 +223,12 @@ def test_persistent_workers_cannot_be_read_before_the_first_step():
     data = DataLoader(images, batch_size=8, num_workers=1, persistent_workers=True)
     with pytest.raises(InputError, match="set persistent_workers=False"):
         trainer(EWC("empirical", first_task=True)).fit(Plain(), data)
+
+
+def test_the_published_estimate_warns_where_gradients_are_not_clipped(recwarn):
+    warnings.simplefilter("always")
+    fit(Plain(), EWC(), 0, gradient_clip_val=1.0)
+    fit(Plain(), EWC("empirical"), 0)
+    assert not [w for w in recwarn if "EWC('published')" in str(w.message)]
+    with pytest.warns(UserWarning, match=r"clip that gradient to norm 1; without Trainer"):
+        fit(Plain(), EWC(), 0)
