@@ -221,7 +221,7 @@ class EWC(Regularizer):
             return self._classify(pl_module, batch)
 
         def total(tensor: Tensor) -> Tensor:
-            return trainer.strategy.reduce(tensor, reduce_op="sum")  # type: ignore[return-value]
+            return trainer.strategy.reduce(tensor, reduce_op="sum")
 
         batches = _training_batches(trainer, pl_module)
         with torch.enable_grad(), _wide_range(trainer, pl_module.device):

@@ -97,17 +97,11 @@ def extend_training_step(module: L.LightningModule, term: LossTerm) -> Callable[
     Returns:
         A function that takes the term away again.
     """
-    terms: list[LossTerm] | None = getattr(module.training_step, "added_terms", None)
-    if terms is None:
-        terms = _extended(module)
-    terms.append(term)
-
-    def take_away() -> None:
-        terms.remove(term)
-        if not terms:
-            module.training_step.restore()
-
-    return take_away
+    step = vars(module).get("training_step")
+    if not isinstance(step, _ExtendedStep):
+        step = _ExtendedStep(module)
+    step.terms.append(term)
+    return functools.partial(step.take_away, term)
 
 
 def gradient_scale(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> float:
@@ -128,29 +122,33 @@ def gradient_scale(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> floa
     return float(scaler.get_scale())
 
 
-def _extended(module: L.LightningModule) -> list[LossTerm]:
-    original, own = module.training_step, module.__dict__.get("training_step")
-    terms: list[LossTerm] = []
+class _ExtendedStep:
+    """Stands in the place of a module's ``training_step`` while there are terms to add."""
 
-    @functools.wraps(original)
-    def training_step(*args: Any, **kwargs: Any) -> Any:
+    def __init__(self, module: L.LightningModule) -> None:
+        self.terms: list[LossTerm] = []
+        self._module = module
+        self._former = vars(module).get("training_step")
+        self._original: Callable[..., Any] = module.training_step
+        functools.update_wrapper(self, self._original)
+        vars(module)["training_step"] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as watched:
-            for term in terms:
+            for term in self.terms:
                 watched.enter_context(term.watching())
-            output = original(*args, **kwargs)
+            output = self._original(*args, **kwargs)
         if output is None:  # Lightning skips the batch
             return None
-        added = [found for term in terms if (found := term.loss_term()) is not None]
+        added = [found for term in self.terms if (found := term.loss_term()) is not None]
         if isinstance(output, dict):
             return output | {"loss": sum(added, output["loss"])}
         return sum(added, output)
 
-    def restore() -> None:
-        if own is None:
-            del module.__dict__["training_step"]
-        else:
-            module.__dict__["training_step"] = own
-
-    vars(training_step).update(added_terms=terms, restore=restore)
-    module.__dict__["training_step"] = training_step
-    return terms
+    def take_away(self, term: LossTerm) -> None:
+        self.terms.remove(term)
+        if self.terms:
+            return
+        del vars(self._module)["training_step"]
+        if self._former is not None:
+            vars(self._module)["training_step"] = self._former

@@ -235,16 +235,15 @@ class AccuracyMatrix(Metric):
             "average_accuracy": average_accuracy(matrix),
             "task_aware_accuracy": micro_accuracy(self.correct(aware=True), total),
         }
+        whole = sorted(self.rows) == list(range(len(total)))
         over_time = {
-            "average_incremental_accuracy": lambda: average_incremental_accuracy(correct, total),
-            "backward_transfer": lambda: backward_transfer(matrix),
-            "forgetting": lambda: forgetting(matrix),
+            "average_incremental_accuracy": average_incremental_accuracy(correct, total),
+            "backward_transfer": backward_transfer(matrix),
+            "forgetting": forgetting(matrix),
         }
         if zero_shot is not None:
-            before = zero_shot.accuracy()[-1]
-            over_time["forward_transfer"] = lambda: forward_transfer(matrix, before)
-        whole = sorted(self.rows) == list(range(len(total)))
-        return found | {name: of() if whole else float("nan") for name, of in over_time.items()}
+            over_time["forward_transfer"] = forward_transfer(matrix, zero_shot.accuracy()[-1])
+        return found | {name: x if whole else float("nan") for name, x in over_time.items()}
 
     def _stack(self, which: int) -> Tensor:
         return torch.stack([self.rows[task][which] for task in sorted(self.rows)])
