@@ -78,7 +78,7 @@ class EWC(Regularizer):
 
         callbacks = [EWC("empirical"), MergeCallback("magmax")]
         for loader in tasks:
-            L.Trainer(max_epochs=3, callbacks=callbacks).fit(module, loader)
+            L.Trainer(max_epochs=3, callbacks=[*callbacks]).fit(module, loader)
 
     Reference:
         Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, PNAS 2017; the

@@ -96,7 +96,7 @@ class LwF(Regularizer):
 
         callbacks = [LwF(target="net"), MergeCallback("magmax")]
         for loader in tasks:
-            L.Trainer(max_epochs=3, callbacks=callbacks).fit(module, loader)
+            L.Trainer(max_epochs=3, callbacks=[*callbacks]).fit(module, loader)
 
     Reference:
         Li & Hoiem, Learning without Forgetting, ECCV 2016; weight and temperature: Marczak et al.,

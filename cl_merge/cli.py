@@ -51,12 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code, why = _explain(stopped.reason)
         sys.stderr.write(f"cl-merge: {why}; go on with: cl-merge run out={stopped.folder}\n")
         return code
-    except KeyboardInterrupt:
-        sys.stderr.write("cl-merge: interrupted before anything was done\n")
-        return 130
-    except OSError as error:
-        sys.stderr.write(f"cl-merge: {_explain(error)[1]}\n")
-        return 1
+    except (KeyboardInterrupt, SystemExit, OSError) as stop:
+        code, why = _explain(stop)
+        sys.stderr.write(f"cl-merge: {why}\n")
+        return code
     return 0
 
 
@@ -64,7 +62,7 @@ def _explain(reason: BaseException) -> tuple[int, str]:
     """The exit code and the words for what stopped a run."""
     # Lightning answers Ctrl-C within a fit with an exit of its own.
     if isinstance(reason, KeyboardInterrupt) or isinstance(reason.__context__, KeyboardInterrupt):
-        return 130, "interrupted; what was done is kept"
+        return 130, "interrupted; what was finished is kept"
     if isinstance(reason, OSError):
         return 1, str(reason)
     raise reason

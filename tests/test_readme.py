@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from cl_merge import TaskVector
 from cl_merge.benchmarks.settings import read_settings
-from cl_merge.callbacks import MergeCallback
+from cl_merge.callbacks import EWC, LwF, MergeCallback
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -27,11 +27,14 @@ class Anybody(L.LightningModule):
 
     def __init__(self):
         super().__init__()
-        self.layer = nn.Linear(4, 3)
+        self.layer = self.net = nn.Linear(4, 3)
+
+    def forward(self, images):
+        return self.net(images)
 
     def training_step(self, batch, batch_idx):
         images, labels = batch
-        return nn.functional.cross_entropy(self.layer(images), labels)
+        return nn.functional.cross_entropy(self(images), labels)
 
     def test_step(self, batch, batch_idx):
         self.log("norm", self.layer.weight.norm())
@@ -44,6 +47,14 @@ def loader(seed: int) -> DataLoader:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(16, 4, generator=generator)
     return DataLoader(TensorDataset(images, torch.arange(16) % 3), batch_size=8)
+
+
+def test_the_regularizers_example_trains(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"L": L, "LwF": LwF, "EWC": EWC, "MergeCallback": MergeCallback}
+    names |= {"module": Anybody(), "tasks": [loader(0), loader(1)]}
+    exec(block("python", "LwF(target"), names)
+    assert [callback.tasks for callback in names["callbacks"]] == [2, 2, 2]
 
 
 def test_the_plug_in_example_trains_tests_and_keeps_the_merged_weights(tmp_path, monkeypatch):

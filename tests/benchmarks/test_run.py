@@ -247,7 +247,7 @@ def test_a_run_that_was_stopped_goes_on_without_its_settings(tmp_path, monkeypat
     assert run(*words, f"out={broken}") == 130
     error = capsys.readouterr().err
     assert error == (
-        f"cl-merge: interrupted; what was done is kept; go on with: cl-merge run out={broken}\n"
+        f"cl-merge: interrupted; what was finished is kept; go on with: cl-merge run out={broken}\n"
     )
     monkeypatch.undo()
     assert run(f"out={broken}") == 0
