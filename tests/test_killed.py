@@ -15,7 +15,10 @@ TESTS = Path(__file__).parent
 def found(tmp_path_factory):
     """One whole run, and runs killed twice each: at random times, and within their writing."""
     folder = tmp_path_factory.mktemp("killed")
-    environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, TESTS / "killing.py", "case_run", folder, "20", "6"]
     subprocess.run(command, check=True, env=environment, timeout=900)
     return json.loads((folder / "found.json").read_text())

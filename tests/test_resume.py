@@ -102,7 +102,12 @@ def whole(tmp_path_factory):
 def killed(tmp_path_factory):
     """What streams left that were killed and went on, by where they were killed."""
     folder = tmp_path_factory.mktemp("killed")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        ),
+        "OMP_NUM_THREADS": "1",
+    }
     subprocess.run([sys.executable, __file__, folder], check=True, env=environment, timeout=300)
     return json.loads((folder / "found.json").read_text())
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from cl_merge.benchmarks.catalog import catalog, find_data, open_data
-from cl_merge.benchmarks.methods import METHODS, find_method, published_scale
+from cl_merge.benchmarks.methods import METHODS, find_method, methods_beside, published_scale
 from cl_merge.benchmarks.settings import read_settings
 from cl_merge.errors import InputError
 
@@ -52,9 +52,14 @@ def test_unknown_names_are_answered_with_the_nearest(words, message):
 def test_the_methods_of_the_table_are_those_of_the_paper_and_their_sequential_twins():
     assert list(METHODS) == [
         "zero-shot",
+        "joint",
         "sequential",
         "independent",
+        "lwf",
+        "ewc",
         "magmax",
+        "lwf-magmax",
+        "ewc-magmax",
         "max-abs",
         "average",
         "task-arithmetic",
@@ -68,3 +73,17 @@ def test_the_methods_of_the_table_are_those_of_the_paper_and_their_sequential_tw
     assert published_scale(find_method("magmax")) == 0.5
     assert published_scale(find_method("ties-sequential")) == 0.55
     assert published_scale(find_method("sequential")) is None
+
+
+def test_what_is_shown_beside_a_method():
+    def names(method, compare):
+        return [found.name for found in methods_beside(method, compare)]
+
+    plain = [name for name in METHODS if METHODS[name].training not in ("lwf", "ewc", "joint")]
+    assert names("magmax", True) == plain
+    assert names("magmax", False) == ["zero-shot", "magmax"]
+    assert names("magmax", "all") == list(METHODS)
+    assert set(names("ewc-magmax", True)) == {*plain, "ewc", "ewc-magmax"}
+    assert names("ties", "joint") == names("ties", ["joint"]) == ["zero-shot", "joint", "ties"]
+    with pytest.raises(InputError, match="unknown method 'jointly'; did you mean 'joint'"):
+        names("ties", ["jointly"])

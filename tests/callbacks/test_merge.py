@@ -247,7 +247,7 @@ def test_buffers_hold_what_was_chosen_during_evaluation_and_are_restored(choice)
     module.test_step = lambda batch, batch_idx: seen.update(mean=module.net[1].running_mean.clone())
     trainer(callback).test(module, loader(0), verbose=False)
     expected = {"trained": means[1], "base": start, "average": (means[0] + means[1]) / 2}
-    torch.testing.assert_close(seen["mean"], expected[choice])
+    torch.testing.assert_close(seen["mean"].cpu(), expected[choice].cpu())
     assert torch.equal(module.net[1].running_mean, means[1])
 
 
