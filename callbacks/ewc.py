@@ -131,8 +131,7 @@ class EWC(Regularizer):
         if self.first_task and not self.fisher:
             _check_fresh_workers(trainer)
             self._take_up(trainer, pl_module)
-
-        if self.kind == "published" and self.weight and trainer.gradient_clip_val is None:
+        if self.kind == "published" and self.weight and not trainer.gradient_clip_val:
             rank_zero_warn(
                 "EWC('published') carries the last gradient of a task, its own penalty's included, "
                 "into the next Fisher. The published runs clip that gradient to norm 1; without "
