@@ -15,7 +15,14 @@ from cl_merge import TaskVector, cli, load_clip, merge
 from cl_merge.benchmarks.digits import digits
 from cl_merge.benchmarks.methods import METHODS, published_scale
 
-SMALL = ["stream.tasks=2", "trainer.max_epochs=1", "seed=3", "trainer.accelerator=cpu"]
+SMALL = [
+    "stream.tasks=2",
+    "stream.images_per_class=40",
+    "trainer.max_epochs=1",
+    "trainer.log_every_n_steps=1",
+    "seed=3",
+    "trainer.accelerator=cpu",
+]
 
 
 def run(*words: str) -> int:
@@ -297,9 +304,10 @@ def test_a_new_run_takes_a_new_folder(tmp_path, monkeypatch):
 
 
 def test_a_folder_of_images_is_a_data_set(tmp_path):
+    data = digits()
     for split in ("train", "test"):
-        for index, image in enumerate(digits()[split].select(range(60))["image"]):
-            label = digits()[split][index]["label"]
+        for index, image in enumerate(data[split].select(range(60))["image"]):
+            label = data[split][index]["label"]
             file = tmp_path / "images" / split / str(label) / f"{index}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             image.save(file)
