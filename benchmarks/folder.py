@@ -21,7 +21,7 @@ from cl_merge.benchmarks.settings import check_same_run
 from cl_merge.config import RunConfig, to_yaml
 from cl_merge.errors import InputError
 from cl_merge.files import atomic_write, remove_leftovers, save_tensors
-from cl_merge.journal import Journal, only_process
+from cl_merge.journal import Journal, is_first_process, only_process
 
 log = logging.getLogger(__name__)
 
@@ -185,11 +185,6 @@ class RunFolder:
             metadata: What stands in its header.
         """
         save_tensors(self.path / name, tensors, metadata)
-
-
-def is_first_process() -> bool:
-    """Whether this is the process of a run that writes and prints."""
-    return not getattr(rank_zero_only, "rank", 0)
 
 
 def _unused(path: Path) -> Path:

@@ -19,7 +19,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
@@ -182,7 +182,7 @@ def _encoder(name: str, image_size: int | None) -> tuple[nn.Module, int]:
     return model.visual, size if isinstance(size, int) else size[0]
 
 
-def _drain(value: Tensor | None = None) -> None:
+def _drain() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

@@ -129,14 +129,11 @@ def count_batches(run: Run, train_cost: int = 3) -> int:
     test = -(-sum(len(task.test) for task in tasks) // size)
     train = sum(-(-len(task.train) // size) for task in tasks)
     epochs = run.config.trainer["max_epochs"] or 1
-    total = 0
-    for method in run.methods:
-        rows = len(tasks) if method.training in TRAININGS and method.name != "joint" else 1
-        total += test * max(rows - len(run.folder.rows(method.name)), 0)
-    for methods in run.trainings.values():
-        done = min(len(run.folder.rows(method.name)) for method in methods)
-        rows = 1 if TRAININGS[methods[0].training or ""].joint else len(tasks)
-        total += train * epochs * train_cost * (rows - done) // rows
+    total = 0 if run.folder.rows("zero-shot") else test
+    for name, methods in run.trainings.items():
+        rows = 1 if TRAININGS[name].joint else len(tasks)
+        left = [rows - len(run.folder.rows(method.name)) for method in methods]
+        total += test * sum(left) + train * epochs * train_cost * max(left) // rows
     return total
 
 

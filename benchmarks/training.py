@@ -76,10 +76,11 @@ def _train(
         return training_trainer(run, training, task)
 
     def after_task(end: TaskEnd) -> None:
-        vector = callback.task_vector(run.model)
-        for merger in mergers.values():
-            _catch_up(merger, run.folder.task_vectors(training.name), end.task.index)
-            merger.update(vector)
+        if mergers:
+            vector = callback.task_vector(run.model)
+            for merger in mergers.values():
+                _catch_up(merger, run.folder.task_vectors(training.name), end.task.index)
+                merger.update(vector)
         for method in methods:
             progress.describe(f"{_place(run, end.task.index)}, evaluating {method.name}")
             merging = callback if method is lead else mergers.get(method.name)

@@ -130,7 +130,7 @@ class EWC(Regularizer):
         super().on_train_start(trainer, pl_module)
         if self.first_task and not self.fisher:
             _check_fresh_workers(trainer)
-            self._take_up(trainer, pl_module)
+            self.remember(trainer, pl_module)
         if self.kind == "published" and self.weight and not trainer.gradient_clip_val:
             rank_zero_warn(
                 "EWC('published') carries the last gradient of a task, its own penalty's included, "
@@ -169,7 +169,20 @@ class EWC(Regularizer):
 
     @override
     def remember(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._take_up(trainer, pl_module)
+        """Fold the Fisher of the task at hand into the running average, and move the anchor."""
+        # A fit with nothing left to train has taken its module off the device by now.
+        self._move(pl_module.device)
+        live = trained_parameters(pl_module)
+        estimate = self._estimate(trainer, pl_module)
+        if self.fisher:
+            for name, average in self.fisher.items():
+                average.mul_(self.decay).add_(estimate[name], alpha=1.0 - self.decay)
+            install(self.anchor, live)
+            return
+        if self.from_zero:
+            for first in estimate.values():
+                first.mul_(1.0 - self.decay)
+        self.fisher, self.anchor = estimate, copies(live)
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -196,22 +209,6 @@ class EWC(Regularizer):
         self._tasks = state["tasks"]
         self.fisher = copies(state["fisher"])
         self.anchor = copies(state["anchor"])
-
-    def _take_up(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Fold the Fisher of the task at hand into the running average, and move the anchor."""
-        # A fit with nothing left to train has taken its module off the device by now.
-        self._move(pl_module.device)
-        live = trained_parameters(pl_module)
-        estimate = self._estimate(trainer, pl_module)
-        if self.fisher:
-            for name, average in self.fisher.items():
-                average.mul_(self.decay).add_(estimate[name], alpha=1.0 - self.decay)
-            install(self.anchor, live)
-            return
-        if self.from_zero:
-            for first in estimate.values():
-                first.mul_(1.0 - self.decay)
-        self.fisher, self.anchor = estimate, copies(live)
 
     def _estimate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
         live = trained_parameters(pl_module)
@@ -272,8 +269,9 @@ class EWC(Regularizer):
     def _classify(self, module: L.LightningModule, batch: Any) -> tuple[Tensor, Tensor]:
         if self._logits is not None:
             return self._logits(module, batch)
-        if callable(own := getattr(module, "task_logits", None)):
-            return own(batch)  # type: ignore[no-any-return]
+        own: Callable[[Any], tuple[Tensor, Tensor]] | None = getattr(module, "task_logits", None)
+        if own is not None:
+            return own(batch)
         try:
             images, targets = batch[0], batch[1]
         except (KeyError, IndexError, TypeError) as error:

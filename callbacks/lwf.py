@@ -220,7 +220,8 @@ class LwF(Regularizer):
         if self._readout is not None:
             return self._readout(output, self._classes)
         if isinstance(self._module, CLIPClassifier):
-            return self._module.head(output, self._classes)  # type: ignore[no-any-return]
+            rows: Tensor = self._module.head(output, self._classes)
+            return rows
         logits = getattr(output, "logits", output)
         if not (isinstance(logits, Tensor) and logits.ndim == 2):
             raise InputError(

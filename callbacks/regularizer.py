@@ -24,8 +24,8 @@ class LossTerm(Protocol):
     def watching(self) -> AbstractContextManager[None]:
         """Watch a training step that runs inside the block."""
 
-    def loss_term(self) -> Tensor | None:
-        """What to add to the loss of the step just watched, a scalar; None for nothing."""
+    def loss_term(self) -> Tensor:
+        """What to add to the loss of the step just watched, a scalar."""
 
 
 class Regularizer(TaskCallback):
@@ -140,7 +140,7 @@ class _ExtendedStep:
             output = self._original(*args, **kwargs)
         if output is None:  # Lightning skips the batch
             return None
-        added = [found for term in self.terms if (found := term.loss_term()) is not None]
+        added = [term.loss_term() for term in self.terms]
         if isinstance(output, dict):
             return output | {"loss": sum(added, output["loss"])}
         return sum(added, output)

@@ -80,9 +80,9 @@ def run(settings: Sequence[str], file: str | None = None) -> None:
     """
     from rich.console import Console
 
-    from cl_merge.benchmarks.folder import is_first_process
     from cl_merge.benchmarks.report import show_results, show_start, show_task
     from cl_merge.benchmarks.settings import read_settings
+    from cl_merge.journal import is_first_process
 
     config = read_settings(settings, file)
     console = Console(quiet=not is_first_process(), highlight=False)

@@ -92,6 +92,11 @@ class Journal:
             self._length += len(line)
 
 
+def is_first_process() -> bool:
+    """Whether this is the process of a run that writes and prints."""
+    return not getattr(rank_zero_only, "rank", 0)
+
+
 @contextmanager
 def only_process(folder: str | Path) -> Iterator[None]:
     """Hold a folder against other processes; the ranks of one run count as one.
@@ -114,7 +119,7 @@ def only_process(folder: str | Path) -> Iterator[None]:
             journal = Journal("stream/journal.jsonl")
     """
     key = (Path(folder).resolve(), os.getpid(), threading.get_ident())
-    if getattr(rank_zero_only, "rank", 0) or key in _held:
+    if not is_first_process() or key in _held:
         yield
         return
     lock = _acquired(Path(folder))

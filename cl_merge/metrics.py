@@ -45,18 +45,23 @@ def micro_accuracy(correct: Tensor, total: Tensor) -> float:
     return 100.0 * int(correct[-1].sum()) / int(total.sum())
 
 
-def seen_accuracies(correct: Tensor, total: Tensor) -> list[float]:
+def seen_accuracies(
+    correct: Tensor, total: Tensor, tasks: Sequence[int] | None = None
+) -> list[float]:
     """Accuracy on everything seen, after each task.
 
     Args:
-        correct: Images classified correctly, int64 [T, T].
+        correct: Images classified correctly, int64 [rows, T].
         total: Test images of each task, int64 [T].
+        tasks: After which task each row was counted; None if row i was after task i.
 
     Returns:
-        T values in per cent; value i is the micro average over the test images of tasks 0 to i.
+        A value per row in per cent: after task i, the micro average over the test images of tasks
+        0 to i.
     """
     return [
-        100.0 * int(row[: i + 1].sum()) / int(total[: i + 1].sum()) for i, row in enumerate(correct)
+        micro_accuracy(row[None, : task + 1], total[: task + 1])
+        for task, row in zip(tasks or range(len(correct)), correct, strict=True)
     ]
 
 
@@ -211,11 +216,7 @@ class AccuracyMatrix(Metric):
 
     def seen(self) -> list[float]:
         """Accuracy on everything seen, after each finished task, in per cent."""
-        correct, total = self.correct(), self.total
-        return [
-            micro_accuracy(row[None, : task + 1], total[: task + 1])
-            for task, row in zip(sorted(self.rows), correct, strict=True)
-        ]
+        return seen_accuracies(self.correct(), self.total, sorted(self.rows))
 
     def figures(self, zero_shot: AccuracyMatrix | None = None) -> dict[str, float]:
         """Read the standard figures off the matrix.

@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from cl_merge.errors import InputError, listing
 from cl_merge.files import load_state, remove_leftovers, save_state
-from cl_merge.journal import Journal
+from cl_merge.journal import Journal, is_first_process
 from cl_merge.measure import Cost, measured
 from cl_merge.metrics import AccuracyMatrix
 from cl_merge.stream import TaskStream
@@ -195,7 +195,7 @@ class StreamFolder:
             "state_dict": model.state_dict(),
             "callbacks": {key: state for key, state in states.items() if state},
         }
-        if not getattr(rank_zero_only, "rank", 0):
+        if is_first_process():
             save_state(self.state_file, state)
         self._state = {_ENTRY: state[_ENTRY]}
 
