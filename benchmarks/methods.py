@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cl_merge.errors import unknown_name
+from cl_merge.errors import InputError, unknown_name
 from cl_merge.mergers import MERGERS, Merger, get_merger
 
 
@@ -118,7 +117,7 @@ def find_method(name: str) -> Method:
     return METHODS[name]
 
 
-def methods_beside(name: str, compare: bool | str | Sequence[str]) -> list[Method]:
+def methods_beside(name: str, compare: bool | str | list[str]) -> list[Method]:
     """Choose the rows of a run's table.
 
     Args:
@@ -130,7 +129,7 @@ def methods_beside(name: str, compare: bool | str | Sequence[str]) -> list[Metho
         The methods, in the order of the tables.
 
     Raises:
-        InputError: If a method is unknown.
+        InputError: If a method is unknown, or `compare` is something else.
 
     Example:
         >>> [method.name for method in methods_beside("lwf-magmax", ["lwf"])]
@@ -143,15 +142,14 @@ def methods_beside(name: str, compare: bool | str | Sequence[str]) -> list[Metho
     if compare is True:
         trainings = {t.name for t in TRAININGS.values() if t.plain} | {own.training}
         wanted |= {method.name for method in METHODS.values() if method.training in trainings}
+    elif isinstance(compare, (str, list)):
+        names = [compare] if isinstance(compare, str) else compare
+        wanted |= {find_method(other).name for other in names}
     elif compare:
-        wanted |= {find_method(other).name for other in _names(compare)}
+        raise InputError(f"compare={compare}; expected true, false, all, or a list of methods")
     return [method for method in METHODS.values() if method.name in wanted]
 
 
 def published_scale(method: Method) -> float | None:
     """The scale that a method was published with; None if it does not merge."""
     return MERGERS[method.merger].published_scale if method.merger else None
-
-
-def _names(compare: str | Sequence[str]) -> Sequence[str]:
-    return [compare] if isinstance(compare, str) else compare

@@ -187,6 +187,7 @@ def test_help_explains_every_setting(capsys):
         (["merge.buffers=mean"], "unknown choice of buffers 'mean'"),
         (["compare=[magmx]"], "unknown method 'magmx'; did you mean 'magmax'?"),
         (["compare=al"], "unknown method 'al'"),
+        (["compare=3"], "compare=3; expected true, false, all, or a list of methods"),
         (["lwf.weight=-1"], "weight=-1.0 of LwF; expected 0 or more, finite"),
         (["lwf.temperatur=1"], "unknown key 'lwf.temperatur'; did you mean 'lwf.temperature'?"),
         (["ewc.fisher=emprical"], "unknown Fisher estimate 'emprical'; did you mean 'empirical'?"),
