@@ -15,7 +15,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from cl_merge.errors import InputError, unknown_name
-from cl_merge.mergers.base import Accumulators, Merger, Place
+from cl_merge.mergers.base import Accumulators, Merger
+from cl_merge.mergers.chunks import End, Place, Reader
 from cl_merge.mergers.max_magnitude import MaxMagnitude
 from cl_merge.mergers.random_mix import random_bits
 from cl_merge.mergers.ties import Ties, trim_threshold
@@ -239,11 +240,11 @@ class _Signs(Ties):
         kept["negative"].logical_or_(stays & (chunk < 0))
 
     @override
-    def settle(self, kept: Callable[[], Iterable[Accumulators]]) -> float:
-        return 0.0  # nothing is elected
+    def tally(self, kept: Accumulators) -> int:
+        return 0  # nothing is elected
 
     @override
-    def finish(self, kept: Accumulators, out: Tensor, tasks: int, settled: float) -> None:
+    def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:
         out.copy_(kept["positive"]).add_(kept["negative"])
 
 
@@ -266,7 +267,7 @@ class _Consistency(Merger):
             kept["last"].copy_(chunk)
 
     @override
-    def finish(self, kept: Accumulators, out: Tensor, tasks: int, settled: float) -> None:
+    def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:
         torch.div(kept["signs"].abs(), kept["updates"].clamp(min=1), out=out)
 
 
@@ -284,7 +285,7 @@ class _Origin(MaxMagnitude):
         kept["task"].masked_fill_(taken, place.task + 1)
 
     @override
-    def finish(self, kept: Accumulators, out: Tensor, tasks: int, settled: float) -> None:
+    def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:
         out.copy_(kept["task"])
 
 
@@ -335,7 +336,7 @@ def _magnitude(vector: TaskVector, rank: int) -> float:
         return 0.0
     # Half an entry more than the density that leaves this rank: rounding cannot shift it.
     density = (size - rank + 0.5) / size
-    return trim_threshold(lambda: (tensor.flatten() for tensor in vector.values()), density)
+    return trim_threshold(Reader.of(vector), density)
 
 
 def _checked_share(share: Any) -> float:

@@ -9,7 +9,7 @@ import torch
 from cl_merge import analysis
 from cl_merge.analysis import direction_consistency, keep, origin, sign_conflicts
 from cl_merge.errors import InputError
-from cl_merge.mergers import base, merge
+from cl_merge.mergers import chunks, merge
 from cl_merge.task_vector import TaskVector
 
 
@@ -61,7 +61,7 @@ def vectors(request, tasks):
 
 @pytest.fixture(params=[7, 1 << 18], ids=["small chunks", "one chunk"])
 def any_chunk(request, monkeypatch):
-    monkeypatch.setattr(base, "_CPU_CHUNK", request.param)
+    monkeypatch.setattr(chunks, "CPU_CHUNK", request.param)
     monkeypatch.setattr(analysis, "_CHUNK", request.param)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from cl_merge.mergers.base import Accumulators
+from cl_merge.mergers.chunks import End
 from cl_merge.mergers.task_arithmetic import TaskArithmetic
 
 
@@ -29,6 +30,6 @@ class Average(TaskArithmetic):
     published_scale = 1.0
 
     @override
-    def finish(self, kept: Accumulators, out: Tensor, tasks: int, settled: float) -> None:
+    def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:
         # By a number CUDA does not divide: it multiplies by the reciprocal, which rounds twice.
-        torch.div(kept["sum"], torch.full_like(kept["sum"][:1], tasks), out=out)
+        torch.div(kept["sum"], torch.full_like(kept["sum"][:1], end.tasks), out=out)

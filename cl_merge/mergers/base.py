@@ -5,15 +5,14 @@ from __future__ import annotations
 import inspect
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from cl_merge.errors import InputError
+from cl_merge.errors import InputError, listing
+from cl_merge.mergers.chunks import End, Place, Reader, Unit, cut, over
 from cl_merge.task_vector import (
     TaskVector,
     check_floating,
@@ -25,45 +24,24 @@ from cl_merge.task_vector import (
 Accumulators = dict[str, Tensor]
 """What a rule keeps for a stretch of elements: tensors [n] of equal length, by name."""
 
-Chunks = Callable[[], Iterable[Tensor]]
-"""Reads something large, from the start each time it is called: float32 [n] by float32 [n]."""
-
-# Elements per chunk. On a CPU a chunk and the temporaries of a rule shall stay in the cache; other
-# devices want few launches. Results do not depend on it.
-_CPU_CHUNK = 1 << 18
-_DEVICE_CHUNK = 1 << 24
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a chunk comes from.
-
-    Attributes:
-        task: Index of the task, from 0.
-        name: Name of the parameter.
-        start: Index of the chunk's first element in the flattened parameter.
-        survey: What `Merger.survey` returned for this task.
-    """
-
-    task: int
-    name: str
-    start: int
-    survey: float
-
 
 class Merger(ABC):
     """Reduces task vectors to one, a task at a time, in memory that does not grow with the tasks.
 
     A subclass is a rule: the accumulators that it keeps for every element, `fold`, which takes up a
     chunk of a task vector, and `finish`, which reads the merged values off the accumulators. These
-    work on flat chunks and touch nothing else, so that whoever holds the data may drive them: this
-    class does it one task at a time over all parameters. `survey` and `settle` are for rules that
-    must look at a whole task vector, or at all accumulators, first.
+    work on flat chunks and touch nothing else, on several threads at once, so that whoever holds
+    the data may drive them: this class does it one task at a time over all parameters, `cl_merge.
+    engine` one chunk at a time over all tasks. `survey` and `tally` are for rules that must look at
+    a whole task vector, or at all accumulators, first.
 
     Attributes:
         name: Name of the method.
         published_scale: Scale at which its paper applies the merged task vector.
         accumulators: Dtypes of what is kept for every element, by name; all start at zero.
+        unit: What a chunk holds whole: ``"element"``, any stretch of a flattened parameter;
+            ``"row"``, whole rows of matrices; ``"parameter"``, one whole parameter.
+        weighted: Whether a task vector comes with the importance of each of its elements.
         tasks: Number of task vectors folded so far.
 
     Example:
@@ -75,7 +53,7 @@ class Merger(ABC):
         ...     def fold(self, kept, chunk, place):
         ...         torch.maximum(kept["merged"], chunk, out=kept["merged"])
         ...
-        ...     def finish(self, kept, out, tasks, settled):
+        ...     def finish(self, kept, out, end):
         ...         out.copy_(kept["merged"])
         >>> merger = Largest()
         >>> merger.update({"weight": torch.tensor([1.0, 2.0])})
@@ -86,24 +64,39 @@ class Merger(ABC):
 
     name: ClassVar[str]
     published_scale: ClassVar[float]
-    accumulators: ClassVar[Mapping[str, torch.dtype]]
+    accumulators: ClassVar[Mapping[str, torch.dtype]] = {}
+    unit: ClassVar[Unit] = "element"
+    weighted: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.tasks = 0
+        self._shapes: dict[str, torch.Size] = {}
+        self._device = torch.device("cpu")
         self._kept: dict[str, Accumulators] = {}
 
     # The rule.
 
-    def survey(self, vector: Chunks) -> float:
+    def new_accumulators(self, task: int) -> Mapping[str, torch.dtype]:
+        """Tell what to add to the accumulators before a task is folded.
+
+        Args:
+            task: Index of the task, from 0.
+
+        Returns:
+            Dtypes by name: `accumulators` before the first task, nothing later.
+        """
+        return self.accumulators if task == 0 else {}
+
+    def survey(self, vector: Reader) -> Any:
         """Look at one whole task vector before its chunks are folded.
 
         Args:
-            vector: Reads the task vector in chunks, float32 [n].
+            vector: Reads the task vector in chunks.
 
         Returns:
             What `fold` shall find in ``place.survey``.
         """
-        return 0.0
+        return None
 
     @abstractmethod
     def fold(self, kept: Accumulators, chunk: Tensor, place: Place) -> None:
@@ -115,26 +108,36 @@ class Merger(ABC):
             place: Which task and which stretch this is.
         """
 
-    def settle(self, kept: Callable[[], Iterable[Accumulators]]) -> float:
-        """Look at all accumulators after the last task and before the first result.
+    def tally(self, kept: Accumulators) -> int:
+        """Count something over all accumulators, after the last task and before the first result.
 
         Args:
-            kept: Reads the accumulators in chunks.
+            kept: A stretch of the accumulators, each [n].
 
         Returns:
-            What `finish` shall be given as `settled`.
+            A number; `finish` is given the sum over all stretches.
         """
-        return 0.0
+        return 0
+
+    def awaits_tally(self, kept: Accumulators) -> bool:
+        """Tell whether the result of a stretch depends on the sum of all tallies.
+
+        Args:
+            kept: A stretch of the accumulators, each [n].
+
+        Returns:
+            False unless a rule says otherwise.
+        """
+        return False
 
     @abstractmethod
-    def finish(self, kept: Accumulators, out: Tensor, tasks: int, settled: float) -> None:
+    def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:
         """Read the merged values off the accumulators, which stay as they are.
 
         Args:
             kept: A stretch of the accumulators, each [n].
             out: Where the merged values go, float32 [n].
-            tasks: Number of tasks folded.
-            settled: What `settle` returned.
+            end: Which stretch this is, after how many tasks.
         """
 
     # The bookkeeping: one task at a time, over all parameters.
@@ -144,25 +147,40 @@ class Merger(ABC):
         """The arguments of the constructor, by name."""
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
-    def update(self, vector: Mapping[str, Tensor]) -> None:
+    def update(
+        self, vector: Mapping[str, Tensor], importance: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Fold one task vector.
 
         Args:
             vector: Floating-point tensors of any shape and dtype, by parameter name. The first task
                 fixes names and shapes, and the device on which the accumulators are kept.
+            importance: How much each element matters, of the same names and shapes and not
+                negative; needed by mergers that are `weighted`, and only by them.
 
         Raises:
-            InputError: If names or shapes are not those of the first task, or a value is not
-                finite. Nothing has been folded then.
+            InputError: If names or shapes are not those of the first task, a value is not finite,
+                or the importance is missing or not needed. Nothing has been folded then.
         """
-        self._check(vector)
-        survey = self.survey(partial(_all_chunks, vector))
+        self._check(vector, importance)
+        reader = Reader.of(vector, self._device if self.tasks else None)
+        device = reader.device
+        survey = self.survey(reader)
         if self.tasks == 0:
-            self._kept = {name: self._zeros_like(tensor) for name, tensor in vector.items()}
-        for name, kept in self._kept.items():
-            for stretch, chunk in _chunks(vector[name], _any(kept).device):
-                place = Place(self.tasks, name, stretch.start, survey)
-                self.fold(_part(kept, stretch), chunk, place)
+            self._device = device
+            self._shapes = dict(reader.shapes)
+            self._kept = {name: {} for name in vector}
+        self._grow(self.new_accumulators(self.tasks))
+        weights = Reader.of(importance or {}, device)
+
+        def fold(piece: tuple[str, slice]) -> None:
+            name, stretch = piece
+            weight = weights.read(name, stretch) if weights.shapes else None
+            shape = self._shapes[name]
+            place = Place(name, shape, stretch.start, self.tasks, survey, weight)
+            self.fold(_part(self._kept[name], stretch), reader.read(name, stretch), place)
+
+        over(fold, list(cut(self._shapes, self.unit, device)), device)
         self.tasks += 1
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
@@ -177,12 +195,16 @@ class Merger(ABC):
         """
         if self.tasks == 0:
             raise InputError(f"nothing to merge: '{self.name}' was given no task vector")
-        settled = self.settle(self._all_kept)
-        for name, kept in self._kept.items():
-            merged = _zeros(_any(kept).shape, torch.float32, _any(kept).device)
-            for stretch in _stretches(merged.numel(), merged.device):
-                out = merged.view(-1)[stretch]
-                self.finish(_part(kept, stretch), out, self.tasks, settled)
+        tally = self._total_tally()
+        for name, shape in self._shapes.items():
+            merged = _zeros(shape, torch.float32, self._device)
+
+            def finish(piece: tuple[str, slice], merged: Tensor = merged) -> None:
+                name, stretch = piece
+                end = End(name, merged.shape, stretch.start, self.tasks, tally)
+                self.finish(_part(self._kept[name], stretch), merged.view(-1)[stretch], end)
+
+            over(finish, list(cut({name: shape}, self.unit, self._device)), self._device)
             yield name, merged
 
     def merged(self) -> TaskVector:
@@ -212,11 +234,12 @@ class Merger(ABC):
             "accumulators": self._kept,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None = None) -> None:
         """Go on from a state.
 
         Args:
             state: What `state_dict` returned; its tensors are copied.
+            device: Where the accumulators shall be; None leaves them where they were saved.
 
         Raises:
             InputError: If it is the state of another method or of other options.
@@ -230,52 +253,64 @@ class Merger(ABC):
         self.tasks = state["tasks"]
         with torch.inference_mode(False):
             self._kept = {
-                name: {key: tensor.detach().clone() for key, tensor in kept.items()}
+                name: {
+                    key: tensor.detach().to(device or tensor.device, copy=True)
+                    for key, tensor in kept.items()
+                }
                 for name, kept in state["accumulators"].items()
             }
+        self._shapes = {name: _any(kept).shape for name, kept in self._kept.items()}
+        self._device = next((_any(k).device for k in self._kept.values()), torch.device("cpu"))
 
-    def _check(self, vector: Mapping[str, Tensor]) -> None:
+    def _check(
+        self,
+        vector: Mapping[str, Tensor],
+        importance: Mapping[str, Tensor] | None,
+    ) -> None:
         what = f"task {self.tasks}"
         check_floating(vector, what)
         if self.tasks:
-            layout = {name: _any(kept) for name, kept in self._kept.items()}
-            check_same_layout(vector, layout, what, "the tasks before")
-        broken = [
-            name
-            for name, tensor in vector.items()
-            if not all(is_finite(chunk) for _, chunk in _chunks(tensor, tensor.device))
-        ]
-        if broken:
-            raise not_finite(what, broken)
+            check_same_layout(vector, self._like(), what, "the tasks before")
+        _check_finite(vector, what)
+        if self.weighted != (importance is not None):
+            raise InputError(
+                f"{what}: '{self.name}' needs the importance of each element beside the task vector"
+                if self.weighted
+                else f"{what}: '{self.name}' takes no importance; leave it out"
+            )
+        if importance is not None:
+            what = f"the importance of {what}"
+            check_same_layout(importance, vector, what, "the task vector")
+            _check_finite(importance, what)
+            negative = [name for name, tensor in importance.items() if bool((tensor < 0).any())]
+            if negative:
+                raise InputError(f"{what} is negative in {listing(negative)}; expected 0 or more")
 
-    def _zeros_like(self, tensor: Tensor) -> Accumulators:
-        return {
-            name: _zeros(tensor.shape, dtype, tensor.device)
-            for name, dtype in self.accumulators.items()
-        }
+    def _like(self) -> dict[str, Tensor]:
+        return {name: torch.empty(shape, device="meta") for name, shape in self._shapes.items()}
 
-    def _all_kept(self) -> Iterator[Accumulators]:
-        for kept in self._kept.values():
-            for stretch in _stretches(_any(kept).numel(), _any(kept).device):
-                yield _part(kept, stretch)
+    def _grow(self, accumulators: Mapping[str, torch.dtype]) -> None:
+        for name, kept in self._kept.items():
+            for key, dtype in accumulators.items():
+                kept[key] = _zeros(self._shapes[name], dtype, self._device)
 
-
-def _stretches(numel: int, device: torch.device) -> Iterator[slice]:
-    size = _CPU_CHUNK if device.type == "cpu" else _DEVICE_CHUNK
-    for start in range(0, numel, size):
-        yield slice(start, min(start + size, numel))
-
-
-def _chunks(tensor: Tensor, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
-    flat = tensor.detach().reshape(-1)
-    for stretch in _stretches(flat.numel(), device):
-        yield stretch, flat[stretch].to(device, torch.float32)
+    def _total_tally(self) -> int:
+        if type(self).tally is Merger.tally:
+            return 0
+        pieces = list(cut(self._shapes, self.unit, self._device))
+        return sum(over(lambda p: self.tally(_part(self._kept[p[0]], p[1])), pieces, self._device))
 
 
-def _all_chunks(vector: Mapping[str, Tensor]) -> Iterator[Tensor]:
-    for tensor in vector.values():
-        for _, chunk in _chunks(tensor, tensor.device):
-            yield chunk
+def _check_finite(vector: Mapping[str, Tensor], what: str) -> None:
+    broken = set()
+    for device in {tensor.device for tensor in vector.values()}:
+        here = {name: tensor for name, tensor in vector.items() if tensor.device == device}
+        reader = Reader.of(here, device)
+        pieces = list(cut(reader.shapes, "element", device))
+        good = over(lambda piece, read=reader.read: is_finite(read(*piece)), pieces, device)
+        broken |= {name for (name, _), fine in zip(pieces, good, strict=True) if not fine}
+    if broken:
+        raise not_finite(what, [name for name in vector if name in broken])
 
 
 def _part(kept: Accumulators, stretch: slice) -> Accumulators:

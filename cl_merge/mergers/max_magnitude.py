@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from cl_merge.mergers.base import Accumulators, Merger, Place
+from cl_merge.kernels import fold_largest
+from cl_merge.mergers.base import Accumulators, Merger
+from cl_merge.mergers.chunks import End, Place
 
 
 class MaxMagnitude(Merger):
@@ -36,8 +38,10 @@ class MaxMagnitude(Merger):
     @override
     def fold(self, kept: Accumulators, chunk: Tensor, place: Place) -> None:
         merged = kept["merged"]
+        if fold_largest(merged, chunk):
+            return
         torch.where(chunk.abs() >= merged.abs(), chunk, merged, out=merged)
 
     @override
-    def finish(self, kept: Accumulators, out: Tensor, tasks: int, settled: float) -> None:
+    def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:
         out.copy_(kept["merged"])

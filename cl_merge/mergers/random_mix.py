@@ -9,7 +9,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from cl_merge.errors import InputError
-from cl_merge.mergers.base import Accumulators, Merger, Place
+from cl_merge.kernels import fold_drawn
+from cl_merge.mergers.base import Accumulators, Merger
+from cl_merge.mergers.chunks import End, Place
 from cl_merge.seeds import derive_seed
 
 _LARGEST = 2**63 - 1
@@ -52,12 +54,14 @@ class RandomMix(Merger):
     def fold(self, kept: Accumulators, chunk: Tensor, place: Place) -> None:
         merged = kept["merged"]
         key = derive_seed(self.seed, place.name, place.task)
+        limit = _LARGEST // (place.task + 1)
+        if fold_drawn(merged, chunk, key, place.start, limit):
+            return
         draws = random_bits(key, place.start, chunk.numel(), chunk.device)
-        replace = draws <= _LARGEST // (place.task + 1)
-        torch.where(replace, chunk, merged, out=merged)
+        torch.where(draws <= limit, chunk, merged, out=merged)
 
     @override
-    def finish(self, kept: Accumulators, out: Tensor, tasks: int, settled: float) -> None:
+    def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:
         out.copy_(kept["merged"])
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from cl_merge.mergers.base import Accumulators, Merger, Place
+from cl_merge.mergers.base import Accumulators, Merger
+from cl_merge.mergers.chunks import End, Place
 
 
 class TaskArithmetic(Merger):
@@ -38,5 +39,5 @@ class TaskArithmetic(Merger):
         kept["sum"].add_(chunk)
 
     @override
-    def finish(self, kept: Accumulators, out: Tensor, tasks: int, settled: float) -> None:
+    def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:
         out.copy_(kept["sum"])

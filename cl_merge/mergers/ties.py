@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import struct
-from collections.abc import Callable, Iterable
+import threading
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from cl_merge.errors import InputError
-from cl_merge.mergers.base import Accumulators, Chunks, Merger, Place
-
-Counts = npt.NDArray[np.int64]
+from cl_merge.kernels import bracket, fold_signed
+from cl_merge.mergers.base import Accumulators, Merger
+from cl_merge.mergers.chunks import End, Place, Reader
 
 _COUNT = torch.int16
 _MOST_TASKS = torch.iinfo(_COUNT).max
+
+_SAMPLE = 1 << 17  # values from which the bracket of the threshold is read
+_ROOM = 1 / 16  # share of the values that may lie in it
 
 
 class Ties(Merger):
@@ -62,32 +65,39 @@ class Ties(Merger):
         self.density = _checked_density(density)
 
     @override
-    def survey(self, vector: Chunks) -> float:
+    def survey(self, vector: Reader) -> float:
         return trim_threshold(vector, self.density)
 
     @override
     def fold(self, kept: Accumulators, chunk: Tensor, place: Place) -> None:
         if place.task >= _MOST_TASKS:
             raise InputError(f"TIES counts up to {_MOST_TASKS} tasks; merge them in groups")
+        sums = kept["positive_sum"], kept["negative_sum"]
+        counts = kept["positive_count"], kept["negative_count"]
+        if fold_signed(sums, counts, chunk, place.survey):
+            return
         trimmed = torch.where(chunk.abs() >= place.survey, chunk, 0)
-        kept["positive_count"].add_(trimmed > 0)
-        kept["negative_count"].add_(trimmed < 0)
-        kept["positive_sum"].add_(trimmed.clamp(min=0))
-        kept["negative_sum"].add_(trimmed.clamp_(max=0))
+        counts[0].add_(trimmed > 0)
+        counts[1].add_(trimmed < 0)
+        sums[0].add_(trimmed.clamp(min=0))
+        sums[1].add_(trimmed.clamp_(max=0))
 
     @override
-    def settle(self, kept: Callable[[], Iterable[Accumulators]]) -> float:
-        positive = negative = 0
-        for part in kept():
-            total = part["positive_sum"] + part["negative_sum"]
-            positive += int((total > 0).count_nonzero())
-            negative += int((total < 0).count_nonzero())
-        return float((positive > negative) - (positive < negative))
-
-    @override
-    def finish(self, kept: Accumulators, out: Tensor, tasks: int, settled: float) -> None:
+    def tally(self, kept: Accumulators) -> int:
         total = kept["positive_sum"] + kept["negative_sum"]
-        elected = torch.where(total == 0, settled, total)
+        return int((total > 0).count_nonzero()) - int((total < 0).count_nonzero())
+
+    @override
+    def awaits_tally(self, kept: Accumulators) -> bool:
+        total = kept["positive_sum"] + kept["negative_sum"]
+        # Positive and negative values that cancel out; where there are none, the result is zero.
+        return bool(((total == 0) & (kept["positive_count"] > 0)).any())
+
+    @override
+    def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:
+        majority = (end.tally > 0) - (end.tally < 0)
+        total = kept["positive_sum"] + kept["negative_sum"]
+        elected = torch.where(total == 0, majority, total)
         positive = elected > 0
         count = torch.where(positive, kept["positive_count"], kept["negative_count"])
         torch.where(positive, kept["positive_sum"], kept["negative_sum"], out=out)
@@ -102,32 +112,79 @@ def _checked_density(density: Any) -> float:
     raise InputError(f"density must be a number above 0 and at most 1, not {density!r}")
 
 
-def trim_threshold(vector: Chunks, density: float) -> float:
+def trim_threshold(vector: Reader, density: float) -> float:
     """Find the magnitude from which values stay, exactly and without sorting.
 
-    The bits of a float32, sign aside, order like its magnitude. One pass counts their upper half;
-    a second one counts the lower half of those values that share the upper half of the one sought.
+    A sample tells between which two magnitudes it must lie, with near certainty; one pass counts
+    what lies below them and collects what lies between, in which it is then found. Should it lie
+    elsewhere, or much lie between, two passes find it by the bits of the numbers.
 
     Args:
-        vector: Reads the vector in chunks, float32 [n], twice.
+        vector: Reads the vector.
         density: Share of the d values that stays.
 
     Returns:
         The k-th smallest magnitude, k = d - floor(density * d); 0 if k is 0, so that all stay.
 
     Example:
-        >>> values = torch.tensor([0.5, -4.0, 3.0, -2.0, 1.0])
-        >>> trim_threshold(lambda: [values], density=0.4)
+        >>> values = {"weight": torch.tensor([0.5, -4.0, 3.0, -2.0, 1.0])}
+        >>> trim_threshold(Reader.of(values), density=0.4)
         2.0
+
+    Reference:
+        The bracket from a sample: Floyd & Rivest, Expected Time Bounds for Selection, CACM 1975.
     """
-    upper = _count(_magnitude_bits(chunk) >> 16 for chunk in vector())
-    size = int(upper.sum())
-    rank = size - int(density * size)
+    rank = vector.size - int(density * vector.size)
     if rank == 0:
         return 0.0
-    prefix, below = _bin_of(upper, rank)
-    alike = (bits[bits >> 16 == prefix] for bits in map(_magnitude_bits, vector()))
-    suffix, _ = _bin_of(_count(bits & 0xFFFF for bits in alike), rank - below)
+    low, high = _sampled_bracket(vector.sample(_SAMPLE), rank / vector.size)
+    most = max(_ROOM * vector.size, _SAMPLE)
+    parts = vector.map(lambda chunk: _bracketed(chunk, low, high))
+    wanted = rank - sum(below for below, _ in parts)
+    inside = torch.cat([part for _, part in parts])
+    if 1 <= wanted <= len(inside) <= most:
+        return float(inside.kthvalue(wanted).values)
+    return _by_bits(vector, rank)
+
+
+def _sampled_bracket(sample: Tensor, share: float) -> tuple[float, float]:
+    """Two magnitudes between which that share of the sample's population ends, most likely."""
+    ordered = sample.abs().sort().values
+    size = len(ordered)
+    # Six standard deviations of the number of values below, and some for small samples.
+    margin = 6 * math.sqrt(share * (1 - share) * size) + 2
+    first, last = int(share * size - margin), int(share * size + margin)
+    low = float(ordered[first]) if first > 0 else 0.0
+    high = float(ordered[last]) if last < size else math.inf
+    return low, high
+
+
+def _bracketed(chunk: Tensor, low: float, high: float) -> tuple[int, Tensor]:
+    found = bracket(chunk, low, high)
+    if found is not None:
+        return found
+    magnitude = chunk.abs()
+    inside = magnitude[(magnitude >= low) & (magnitude <= high)]
+    return int((magnitude < low).count_nonzero()), inside
+
+
+def _by_bits(vector: Reader, rank: int) -> float:
+    """Find the rank-th smallest magnitude, whatever the values.
+
+    The bits of a float32, sign aside, order like its magnitude. One pass counts their upper half;
+    a second one counts the lower half of those values that share the upper half of the one sought.
+    """
+    upper = _Counts()
+    vector.map(lambda chunk: upper.add(_magnitude_bits(chunk) >> 16))
+    prefix, below = upper.bin_of(rank)
+    lower = _Counts()
+
+    def add(chunk: Tensor) -> None:
+        bits = _magnitude_bits(chunk)
+        lower.add(bits[bits >> 16 == prefix] & 0xFFFF)
+
+    vector.map(add)
+    suffix, _ = lower.bin_of(rank - below)
     (magnitude,) = struct.unpack("f", struct.pack("I", prefix << 16 | suffix))
     return float(magnitude)
 
@@ -136,21 +193,27 @@ def _magnitude_bits(chunk: Tensor) -> Tensor:
     return chunk.view(torch.int32) & 0x7FFFFFFF
 
 
-def _count(chunks: Iterable[Tensor]) -> Counts:
-    """Count how often each 16-bit number occurs; int64 [65536]."""
-    # In numpy: torch would call up its threads for a table of this size, once for every chunk.
-    total = np.zeros(1 << 16, dtype=np.int64)
-    for chunk in chunks:
-        if chunk.numel() < len(total):
+class _Counts:
+    """How often each 16-bit number occurs, counted on several threads."""
+
+    def __init__(self) -> None:
+        # In numpy: torch would call up its threads for a table of this size, for every chunk.
+        self._table = np.zeros(1 << 16, dtype=np.int64)
+        self._lock = threading.Lock()
+
+    def add(self, numbers: Tensor) -> None:
+        """Count numbers, an integer tensor [n]."""
+        if numbers.numel() < len(self._table):
             # Fewer values than bins, as in a bias: do not go through all the bins for them.
-            np.add.at(total, chunk.cpu().numpy(), 1)
-        else:
-            total += torch.bincount(chunk, minlength=len(total)).cpu().numpy()
-    return total
+            with self._lock:
+                np.add.at(self._table, numbers.cpu().numpy(), 1)
+            return
+        counts = torch.bincount(numbers, minlength=len(self._table)).cpu().numpy()
+        with self._lock:
+            self._table += counts
 
-
-def _bin_of(counts: Counts, rank: int) -> tuple[int, int]:
-    """Find the bin that holds the rank-th smallest, and how many values lie below that bin."""
-    cumulative = counts.cumsum()
-    position = int(np.searchsorted(cumulative, rank))
-    return position, int(cumulative[position] - counts[position])
+    def bin_of(self, rank: int) -> tuple[int, int]:
+        """Find the number that is the rank-th smallest, and how many lie below it."""
+        cumulative = self._table.cumsum()
+        position = int(np.searchsorted(cumulative, rank))
+        return position, int(cumulative[position] - self._table[position])

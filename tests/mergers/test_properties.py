@@ -8,7 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cl_merge.mergers import MERGERS, RandomMix, base, get_merger, merge
+from cl_merge.mergers import MERGERS, RandomMix, get_merger, merge
+from cl_merge.mergers import chunks as chunks_module
+from cl_merge.mergers.chunks import End, Place, Reader
 from cl_merge.mergers.random_mix import random_bits
 from cl_merge.seeds import derive_seed
 
@@ -57,7 +59,7 @@ def test_merging_one_task_returns_it(method, vectors):
 def test_the_chunk_size_changes_no_bit(method, vectors, chunk):
     whole = merge(vectors, method)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base, "_CPU_CHUNK", chunk)
+        patch.setattr(chunks_module, "CPU_CHUNK", chunk)
         chunked = merge(vectors, method)
     assert same_bits(whole, chunked)
 
@@ -119,27 +121,27 @@ def test_random_mix_takes_every_value_from_one_of_the_tasks(vectors):
 def test_a_rule_may_be_driven_one_chunk_at_a_time_over_all_tasks(method, vectors):
     """As files will be merged: no accumulator is larger than a chunk."""
     merger = get_merger(method)
-    surveys = [
-        merger.survey(lambda v=vector: (t.reshape(-1) for t in v.values())) for vector in vectors
-    ]
+    surveys = [merger.survey(Reader.of(vector)) for vector in vectors]
     parts = {}
     for name, tensor in vectors[0].items():
-        for start in range(0, tensor.numel(), 2):
-            chunks = [vector[name].reshape(-1)[start : start + 2] for vector in vectors]
-            kept = {
-                key: torch.zeros(len(chunks[0]), dtype=dtype)
-                for key, dtype in merger.accumulators.items()
-            }
+        step = 2 if merger.unit == "element" else max(tensor.numel(), 1)
+        for start in range(0, tensor.numel(), step):
+            chunks = [vector[name].reshape(-1)[start : start + step] for vector in vectors]
+            kept: dict[str, torch.Tensor] = {}
             for task, (chunk, survey) in enumerate(zip(chunks, surveys, strict=True)):
-                merger.fold(kept, chunk, base.Place(task, name, start, survey))
+                for key, dtype in merger.new_accumulators(task).items():
+                    kept[key] = torch.zeros(len(chunk), dtype=dtype)
+                merger.fold(kept, chunk, Place(name, tensor.shape, start, task, survey))
             parts[name, start] = kept
-    settled = merger.settle(parts.values)
+    tally = sum(merger.tally(kept) for kept in parts.values())
     expected = merge(vectors, method)
     for (name, start), kept in parts.items():
-        want = expected[name].reshape(-1)[start : start + 2]
-        out = torch.empty_like(want)
-        merger.finish(kept, out, len(vectors), settled)
-        assert torch.equal(out, want)
+        want = expected[name].reshape(-1)[start : start + len(next(iter(kept.values())))]
+        shape = vectors[0][name].shape
+        for total in (tally, 0) if not merger.awaits_tally(kept) else (tally,):
+            out = torch.empty_like(want)
+            merger.finish(kept, out, End(name, shape, start, len(vectors), total))
+            assert torch.equal(out, want)
 
 
 def test_random_mix_is_uniform_over_tasks():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cl_merge.mergers import Average, MaxMagnitude, RandomMix, TaskArithmetic, Ties, merge
+from cl_merge.mergers.chunks import Reader
 from cl_merge.mergers.ties import trim_threshold
 
 pytestmark = pytest.mark.usefixtures("any_chunk")
@@ -148,13 +149,13 @@ def test_the_threshold_is_the_exact_kth_magnitude(kind, density):
     }[kind]
     rank = len(values) - int(density * len(values))
     expected = values.abs().kthvalue(rank).values.item()
-    assert trim_threshold(lambda: values.split(13), density) == expected
+    assert trim_threshold(Reader.of({"values": values}), density) == expected
 
 
 def test_the_threshold_of_a_single_value_is_its_magnitude():
-    assert trim_threshold(lambda: [torch.tensor([-3.0])], 0.2) == 3.0
+    assert trim_threshold(Reader.of({"w": torch.tensor([-3.0])}), 0.2) == 3.0
 
 
 @pytest.mark.parametrize("density", [0.2, 1.0])
 def test_an_empty_vector_has_threshold_zero(density):
-    assert trim_threshold(lambda: [], density) == 0.0
+    assert trim_threshold(Reader.of({}), density) == 0.0

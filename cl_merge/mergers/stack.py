@@ -1,0 +1,66 @@
+"""Rules that need the values of all tasks at once."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from cl_merge.mergers.base import Accumulators, Merger
+from cl_merge.mergers.chunks import End, Place
+
+
+class StackMerger(Merger):
+    """A rule of all tasks at once, for what no sum or maximum over tasks can express.
+
+    A subclass implements `combine`. Merging files takes memory for one chunk of each task; in a
+    `MergeCallback`, whose tasks come one after another, every task vector stays in memory.
+
+    Example:
+        >>> class Median(StackMerger):
+        ...     name = "median"
+        ...     published_scale = 1.0
+        ...
+        ...     def combine(self, values, end):
+        ...         return values.median(dim=0).values
+        >>> merger = Median()
+        >>> for value in (1.0, 5.0, 2.0):
+        ...     merger.update({"weight": torch.tensor([value])})
+        >>> merger.merged()["weight"]
+        tensor([2.])
+    """
+
+    @abstractmethod
+    def combine(self, values: Tensor, end: End) -> Tensor:
+        """Merge one chunk.
+
+        Args:
+            values: The values of T task vectors in the order of the tasks, float32 ``[T, n]``, or
+                ``[T, *shape]`` with ``unit = "parameter"``. May be changed.
+            end: Which stretch this is.
+
+        Returns:
+            The merged values, floating point ``[n]`` or ``[*shape]``.
+        """
+
+    @override
+    def new_accumulators(self, task: int) -> Mapping[str, torch.dtype]:
+        return {_key(task): torch.float32}
+
+    @override
+    def fold(self, kept: Accumulators, chunk: Tensor, place: Place) -> None:
+        kept[_key(place.task)].copy_(chunk)
+
+    @override
+    def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:
+        values = torch.stack([kept[_key(task)] for task in range(end.tasks)])
+        if self.unit == "parameter":
+            values = values.view(end.tasks, *end.shape)
+        out.copy_(self.combine(values, end).reshape(-1))
+
+
+def _key(task: int) -> str:
+    return f"task {task}"
