@@ -13,6 +13,9 @@ from typing_extensions import override
 
 from cl_merge.errors import InputError, listing
 from cl_merge.files import load_tensors, save_tensors
+from cl_merge.kernels import difference
+from cl_merge.quantize import check_store
+from cl_merge.quantized_file import STORE, VERSION, LoadedTensors, QuantizedWeights, save_quantized
 
 _MARK = "cl_merge.task_vector"  # metadata key of our files; its value is the version
 _VERSION = "1"
@@ -118,13 +121,25 @@ class TaskVector(Mapping[str, Tensor]):
         if broken:
             raise not_finite(what, broken)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, store: str = "float32") -> None:
         """Write the tensors and the metadata to a safetensors file, atomically.
 
         Args:
             path: Where the file shall be.
+            store: How the values are written: ``"float32"``, in the tensors' own dtypes;
+                ``"bf16"``; or ``"int8"``, ``"int4"`` and ``"int2"``, rounded to few bits as
+                `cl_merge.quantize.quantize` tells.
+
+        Raises:
+            InputError: If the store is unknown, or values are to be rounded and are not finite.
+            StorageError: If the file cannot be written.
         """
-        save_tensors(path, self, {**self.metadata, _MARK: _VERSION})
+        check_store(store)
+        metadata = {key: text for key, text in self.metadata.items() if key != STORE}
+        if store == "float32":
+            save_tensors(path, self, {**metadata, _MARK: _VERSION})
+        else:
+            save_quantized(path, self, metadata, store)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -134,23 +149,28 @@ class TaskVector(Mapping[str, Tensor]):
             path: The file.
 
         Returns:
-            The task vector on the CPU, with its metadata.
+            The task vector on the CPU, with its metadata. What was rounded is float32, and the
+            metadata tell the store as ``"cl_merge.store"``.
 
         Raises:
             InputError: If the file is missing, damaged, no task vector or of a newer version.
         """
         tensors, metadata = load_tensors(path)
-        version = metadata.pop(_MARK, None)
+        version = metadata.get(_MARK)
         if version is None:
             raise InputError(
                 f"'{path}' holds no task vector; if it holds weights, subtract the base from them: "
                 "TaskVector.between(base, tuned)"
             )
+        if version == VERSION:
+            weights = QuantizedWeights(path, LoadedTensors(tensors, metadata))
+            return cls({name: weights.whole(name) for name in weights.names}, weights.metadata)
         if version != _VERSION:
             raise InputError(
-                f"'{path}' is a task vector of version {version}, but this cl_merge reads version "
-                f"{_VERSION}; update cl_merge"
+                f"'{path}' is a task vector of version {version}, but this cl_merge reads versions "
+                f"{_VERSION} and {VERSION}; update cl_merge"
             )
+        del metadata[_MARK]
         return cls(tensors, metadata)
 
     @override
@@ -213,9 +233,32 @@ def moved(base: Tensor, change: Tensor, scale: float) -> Tensor:
     Returns:
         A new tensor of the base's dtype and device, computed in float32 or wider.
     """
-    wide = torch.promote_types(base.dtype, torch.float32)
-    result = base.detach().to(wide, copy=True)
-    return result.add_(change.detach().to(base.device, wide), alpha=scale).to(base.dtype)
+    computed = wide(base.dtype)
+    result = base.detach().to(computed, copy=True)
+    return result.add_(change.detach().to(base.device, computed), alpha=scale).to(base.dtype)
+
+
+def subtract(tuned: Tensor, base: Tensor, out: Tensor) -> bool:
+    """Subtract two tensors in float32 or wider: out = tuned - base.
+
+    Args:
+        tuned: Floating point, any shape.
+        base: The same shape, dtype and device.
+        out: The same shape and device, float32; rounded to where the inputs are wider.
+
+    Returns:
+        Whether all of it is finite.
+    """
+    fine = difference(tuned, base, out)
+    if fine is None:
+        torch.sub(tuned.to(wide(tuned.dtype)), base.to(wide(base.dtype)), out=out)
+        fine = is_finite(out)
+    return fine
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def check_scale(scale: Any) -> float:
@@ -312,13 +355,11 @@ def not_finite(what: str, names: list[str]) -> InputError:
 
 
 def _difference(name: str, base: Tensor, tuned: Tensor) -> Tensor:
-    wide = torch.promote_types(base.dtype, torch.float32)
     result = torch.empty(base.shape, dtype=torch.float32, device=base.device)
-    torch.sub(tuned.detach().to(base.device, wide), base.detach().to(wide), out=result)
-    if is_finite(result):
+    if subtract(tuned.detach().to(base.device), base.detach(), result):
         return result
     for what, tensor in (("the base", base), ("the fine-tuned weights", tuned)):
-        if not is_finite(tensor.detach().to(wide)):
+        if not is_finite(tensor.detach().to(wide(base.dtype))):
             raise not_finite(what, [name])
     raise not_finite("the difference of the weights in float32", [name])
 

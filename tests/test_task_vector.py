@@ -303,8 +303,8 @@ def test_a_file_that_holds_no_task_vector_is_an_error(tmp_path):
 
 def test_a_file_of_a_newer_version_is_an_error(tmp_path):
     path = tmp_path / "task0.safetensors"
-    save_tensors(path, {"w": torch.ones(1)}, {"cl_merge.task_vector": "2"})
+    save_tensors(path, {"w": torch.ones(1)}, {"cl_merge.task_vector": "3"})
     assert error_of(TaskVector.load, path) == (
-        f"'{path}' is a task vector of version 2, but this cl_merge reads version 1; "
+        f"'{path}' is a task vector of version 3, but this cl_merge reads versions 1 and 2; "
         "update cl_merge"
     )
