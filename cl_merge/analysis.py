@@ -240,8 +240,8 @@ class _Signs(Ties):
         kept["negative"].logical_or_(stays & (chunk < 0))
 
     @override
-    def tally(self, kept: Accumulators) -> int:
-        return 0  # nothing is elected
+    def tally(self, kept: Accumulators) -> tuple[int, bool]:
+        return 0, False  # nothing is elected
 
     @override
     def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:

@@ -11,6 +11,8 @@ import torch
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_HERE = threading.local()
+
 
 def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """Apply a function to items, on as many threads as torch uses.
@@ -34,7 +36,9 @@ def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> lis
         [1, 2, 3]
     """
     waiting = list(items)
-    threads = min(torch.get_num_threads(), len(waiting))
+    # A call from within a piece of work: the other threads are busy with such pieces.
+    within = getattr(_HERE, "working", False)
+    threads = 1 if within else min(torch.get_num_threads(), len(waiting))
     if threads <= 1:
         return [function(item) for item in waiting]
     before = torch.get_num_threads()
@@ -70,6 +74,7 @@ class _Work:
 
     def help(self) -> None:
         """Take items and work on them, in a thread of its own."""
+        _HERE.working = True
         torch.set_num_threads(1)
         for index in self._next:
             try:

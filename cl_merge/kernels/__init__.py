@@ -2,105 +2,153 @@
 
 Each function does one pass over memory and tells whether it could: it cannot without a C compiler,
 on another device, or for other dtypes. Its caller then does the same with torch, to the same bits.
+
+The folds take one chunk of a task vector or, at once, the fine-tuned weights and the base whose
+difference it is; then they tell whether all of it is finite.
 """
 
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cl_merge.kernels.compiled import library
 
-__all__ = ["bracket", "difference", "fold_drawn", "fold_largest", "fold_signed", "library"]
+__all__ = [
+    "Chunk",
+    "bracket",
+    "count_signs",
+    "difference",
+    "elect",
+    "fold_drawn",
+    "fold_largest",
+    "fold_signed",
+    "fold_sum",
+    "library",
+]
 
+Chunk = Tensor | tuple[Tensor, Tensor]
+"""A task vector, float32 [n]; or fine-tuned weights and base, both float32 or both bfloat16 [n]."""
+
+_ENDINGS = {torch.float32: "_float32", torch.bfloat16: "_bfloat16"}
 _ROOM = 8  # one in so many values may lie in a bracket
-_DIFFERENCES = {
-    torch.float32: "difference_float32",
-    torch.bfloat16: "difference_bfloat16",
-}
 
 
 def difference(tuned: Tensor, base: Tensor, out: Tensor) -> bool | None:
     """Subtract: out = tuned - base.
 
     Args:
-        tuned: [n], float32 or bfloat16.
-        base: [n], of the same dtype.
+        tuned: float32 or bfloat16 [n].
+        base: The same.
         out: float32 [n].
 
     Returns:
         Whether all of it is finite; None if nothing was done.
     """
-    name = _DIFFERENCES.get(tuned.dtype)
-    if name is None or base.dtype != tuned.dtype or out.dtype != torch.float32:
-        return None
-    compiled = _usable(tuned, base, out)
-    if compiled is None:
-        return None
-    return bool(compiled[name](*_pointers(tuned, base, out), ctypes.c_int64(out.numel())))
+    return _fold("difference", (out,), (), (tuned, base))
 
 
-def fold_largest(merged: Tensor, vector: Tensor) -> bool:
-    """Take the vector's value where its magnitude is as large or larger.
+def fold_sum(total: Tensor, chunk: Chunk) -> bool | None:
+    """Add to a sum.
 
     Args:
-        merged: float32 [n]; changed in place.
-        vector: float32 [n].
+        total: float32 [n]; changed in place.
+        chunk: What to add.
 
     Returns:
-        Whether it was done.
+        Whether all of it is finite, where weights and base were given, else True; None if nothing
+        was done.
     """
-    compiled = _usable(merged, vector)
-    if compiled is None or not _float32(merged, vector):
-        return False
-    compiled.fold_largest(*_pointers(merged, vector), ctypes.c_int64(merged.numel()))
-    return True
+    return _fold("fold_sum", (total,), (), chunk)
 
 
-def fold_drawn(merged: Tensor, vector: Tensor, key: int, start: int, limit: int) -> bool:
-    """Take the vector's value where the random number of an element is small enough.
+def fold_largest(merged: Tensor, chunk: Chunk) -> bool | None:
+    """Take the chunk's value where its magnitude is as large or larger.
 
     Args:
         merged: float32 [n]; changed in place.
-        vector: float32 [n].
+        chunk: What to take from.
+
+    Returns:
+        As `fold_sum`.
+    """
+    return _fold("fold_largest", (merged,), (), chunk)
+
+
+def fold_drawn(merged: Tensor, chunk: Chunk, key: int, start: int, limit: int) -> bool | None:
+    """Take the chunk's value where the random number of an element is small enough.
+
+    Args:
+        merged: float32 [n]; changed in place.
+        chunk: What to take from.
         key: Names the stream of random numbers, as in `random_bits`.
         start: Index of the first number.
-        limit: The largest number that takes the vector's value.
+        limit: The largest number that takes the chunk's value.
 
     Returns:
-        Whether it was done.
+        As `fold_sum`.
     """
-    compiled = _usable(merged, vector)
-    if compiled is None or not _float32(merged, vector):
-        return False
-    numbers = (ctypes.c_int64(merged.numel()), *map(ctypes.c_uint64, (key, start, limit)))
-    compiled.fold_drawn(*_pointers(merged, vector), *numbers)
-    return True
+    return _fold("fold_drawn", (merged,), (key, start, limit), chunk)
 
 
 def fold_signed(
-    sums: tuple[Tensor, Tensor], counts: tuple[Tensor, Tensor], vector: Tensor, threshold: float
-) -> bool:
+    sums: tuple[Tensor, Tensor], counts: tuple[Tensor, Tensor], chunk: Chunk, threshold: float
+) -> bool | None:
     """Add up and count, by sign, the values whose magnitude reaches a threshold.
 
     Args:
         sums: Of the positive and of the negative values, float32 [n]; changed in place.
         counts: Of the same, int16 [n]; changed in place.
-        vector: float32 [n].
+        chunk: The values.
         threshold: A float32 number.
+
+    Returns:
+        As `fold_sum`.
+    """
+    return _fold("fold_signed", (*sums, *counts), (threshold,), chunk)
+
+
+def count_signs(sums: tuple[Tensor, Tensor], count: Tensor) -> tuple[int, bool] | None:
+    """Compare how many elements have a positive sum with how many have a negative one.
+
+    Args:
+        sums: Of the positive and of the negative values, float32 [n].
+        count: Of the positive ones, int16 [n].
+
+    Returns:
+        The difference, and whether somewhere values cancel out; None if it was not done.
+    """
+    compiled = _usable(*sums, count)
+    if compiled is None:
+        return None
+    cancelled = ctypes.c_int()
+    balance = compiled.count_signs(
+        *_pointers(*sums, count), count.numel(), ctypes.byref(cancelled)
+    )
+    return balance, bool(cancelled.value)
+
+
+def elect(
+    sums: tuple[Tensor, Tensor], counts: tuple[Tensor, Tensor], out: Tensor, majority: int
+) -> bool:
+    """Take the mean of the values of the elected sign, that of their sum.
+
+    Args:
+        sums: Of the positive and of the negative values, float32 [n].
+        counts: Of the same, int16 [n].
+        out: float32 [n].
+        majority: The sign where the sum is zero: -1, 0 or 1.
 
     Returns:
         Whether it was done.
     """
-    tensors = (*sums, *counts, vector)
-    compiled = _usable(*tensors)
-    if compiled is None or not _float32(*sums, vector):
+    compiled = _usable(*sums, *counts, out)
+    if compiled is None:
         return False
-    compiled.fold_signed(
-        *_pointers(*tensors), ctypes.c_int64(vector.numel()), ctypes.c_float(threshold)
-    )
+    compiled.elect(*_pointers(*sums, *counts, out), out.numel(), majority)
     return True
 
 
@@ -117,21 +165,31 @@ def bracket(vector: Tensor, low: float, high: float) -> tuple[int, Tensor] | Non
         too many lie inside.
     """
     compiled = _usable(vector)
-    if compiled is None or not _float32(vector):
+    if compiled is None or vector.dtype != torch.float32:
         return None
     size, room = vector.numel(), vector.numel() // _ROOM + 64
     inside, below = torch.empty(room + 1), ctypes.c_int64()
-    ends = ctypes.c_float(low), ctypes.c_float(high)
-    compiled.bracket.restype = ctypes.c_int64
     found = compiled.bracket(
-        *_pointers(vector),
-        ctypes.c_int64(size),
-        *ends,
-        *_pointers(inside),
-        ctypes.c_int64(room),
-        ctypes.byref(below),
+        vector.data_ptr(), size, low, high, inside.data_ptr(), room, ctypes.byref(below)
     )
     return (below.value, inside[:found].clone()) if found >= 0 else None
+
+
+def _fold(
+    name: str, kept: tuple[Tensor, ...], numbers: tuple[Any, ...], chunk: Chunk
+) -> bool | None:
+    given = (chunk,) if isinstance(chunk, Tensor) else chunk
+    ending = _ENDINGS.get(given[0].dtype)
+    if ending is None or given[0].dtype != given[-1].dtype or kept[0].dtype != torch.float32:
+        return None
+    if len(given) == 1 and given[0].dtype != torch.float32:
+        return None
+    compiled = _usable(*kept, *given)
+    if compiled is None:
+        return None
+    loop = getattr(compiled, name + ending if len(given) == 2 else name)
+    result = loop(*_pointers(*kept), *numbers, *_pointers(*given), given[0].numel())
+    return bool(result) if len(given) == 2 else True
 
 
 def _usable(*tensors: Tensor) -> ctypes.CDLL | None:
@@ -140,9 +198,5 @@ def _usable(*tensors: Tensor) -> ctypes.CDLL | None:
     return None
 
 
-def _float32(*tensors: Tensor) -> bool:
-    return all(tensor.dtype == torch.float32 for tensor in tensors)
-
-
-def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
-    return [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+def _pointers(*tensors: Tensor) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]

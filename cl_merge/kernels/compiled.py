@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +51,37 @@ def library() -> ctypes.CDLL | None:
     folder = _cache()
     try:
         if folder is not None:
-            return ctypes.CDLL(str(_compiled(compiler, folder)))
+            return _declared(ctypes.CDLL(str(_compiled(compiler, folder))))
         with tempfile.TemporaryDirectory(prefix="cl_merge-") as work:  # loaded, it may go
-            return ctypes.CDLL(str(_compiled(compiler, Path(work))))
+            return _declared(ctypes.CDLL(str(_compiled(compiler, Path(work)))))
     except (OSError, subprocess.SubprocessError) as error:
         log.info("merging without compiled kernels, which takes longer: %s", error)
         return None
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Tell ctypes the types of arguments and results once, which makes calls cheap."""
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    word, number = ctypes.c_uint64, ctypes.c_float
+    folds: dict[str, list[Any]] = {
+        "difference": [pointer],
+        "fold_sum": [pointer],
+        "fold_largest": [pointer],
+        "fold_drawn": [pointer, word, word, word],
+        "fold_signed": [pointer, pointer, pointer, pointer, number],
+    }
+    for name, kept in folds.items():
+        getattr(library, name).argtypes = [*kept, pointer, size]
+        getattr(library, name).restype = None
+        for ending in ("_float32", "_bfloat16"):
+            getattr(library, name + ending).argtypes = [*kept, pointer, pointer, size]
+    library.count_signs.argtypes = [pointer, pointer, pointer, size, pointer]
+    library.count_signs.restype = ctypes.c_int64
+    library.elect.argtypes = [pointer] * 5 + [size, number]
+    library.elect.restype = None
+    library.bracket.argtypes = [pointer, size, number, number, pointer, size, pointer]
+    library.bracket.restype = ctypes.c_int64
+    return library
 
 
 def _compiled(compiler: str, folder: Path) -> Path:

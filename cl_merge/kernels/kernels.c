@@ -24,60 +24,105 @@ static inline float bfloat16(uint16_t half) {
   return value;
 }
 
-/* out = tuned - base; returns whether all of it is finite. */
-int difference_float32(const float *restrict tuned, const float *restrict base,
-                       float *restrict out, int64_t n) {
-  uint32_t largest = 0;
-  for (int64_t i = 0; i < n; i++) {
-    float value = tuned[i] - base[i];
-    uint32_t magnitude = bits_of(value) & MAGNITUDE;
-    out[i] = value;
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  return largest < INFINITE;
-}
+/* Each loop over a task vector exists three times: for the vector itself, and for fine-tuned weights
+   and their base in two dtypes, whose difference is taken on the way. The latter two return whether
+   all of the vector is finite. */
 
-int difference_bfloat16(const uint16_t *restrict tuned, const uint16_t *restrict base,
-                        float *restrict out, int64_t n) {
-  uint32_t largest = 0;
-  for (int64_t i = 0; i < n; i++) {
-    float value = bfloat16(tuned[i]) - bfloat16(base[i]);
-    uint32_t magnitude = bits_of(value) & MAGNITUDE;
-    out[i] = value;
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  return largest < INFINITE;
-}
+#define FINITE(value)                                   \
+  uint32_t magnitude = bits_of(value) & MAGNITUDE;      \
+  largest = magnitude > largest ? magnitude : largest;
 
-/* merged = vector where its magnitude is as large or larger. */
-void fold_largest(float *restrict merged, const float *restrict vector, int64_t n) {
-  for (int64_t i = 0; i < n; i++)
-    merged[i] = fabsf(vector[i]) >= fabsf(merged[i]) ? vector[i] : merged[i];
-}
+#define FOR_EACH_DTYPE(NAME, PARAMETERS, BODY)                                                      \
+  void NAME(PARAMETERS const float *restrict vector, int64_t n) {                                   \
+    for (int64_t i = 0; i < n; i++) {                                                               \
+      float value = vector[i];                                                                      \
+      BODY                                                                                          \
+    }                                                                                               \
+  }                                                                                                 \
+  int NAME##_float32(PARAMETERS const float *restrict tuned, const float *restrict base,            \
+                     int64_t n) {                                                                   \
+    uint32_t largest = 0;                                                                           \
+    for (int64_t i = 0; i < n; i++) {                                                               \
+      float value = tuned[i] - base[i];                                                             \
+      FINITE(value)                                                                                 \
+      BODY                                                                                          \
+    }                                                                                               \
+    return largest < INFINITE;                                                                      \
+  }                                                                                                 \
+  int NAME##_bfloat16(PARAMETERS const uint16_t *restrict tuned, const uint16_t *restrict base,     \
+                      int64_t n) {                                                                  \
+    uint32_t largest = 0;                                                                           \
+    for (int64_t i = 0; i < n; i++) {                                                               \
+      float value = bfloat16(tuned[i]) - bfloat16(base[i]);                                         \
+      FINITE(value)                                                                                 \
+      BODY                                                                                          \
+    }                                                                                               \
+    return largest < INFINITE;                                                                      \
+  }
+
+#define COMMA ,
+
+/* out = tuned - base */
+FOR_EACH_DTYPE(difference, float *restrict out COMMA, out[i] = value;)
+
+/* sum = sum + vector */
+FOR_EACH_DTYPE(fold_sum, float *restrict sum COMMA, sum[i] += value;)
+
+/* merged = vector where its magnitude is as large or larger */
+FOR_EACH_DTYPE(fold_largest, float *restrict merged COMMA,
+               merged[i] = fabsf(value) >= fabsf(merged[i]) ? value : merged[i];)
 
 /* merged = vector where the random number of the element is at most `limit`: SplitMix64 by counter,
-   without its lowest bit. */
-void fold_drawn(float *restrict merged, const float *restrict vector, int64_t n, uint64_t key,
-                uint64_t start, uint64_t limit) {
-  for (int64_t i = 0; i < n; i++) {
-    uint64_t bits = key + (start + (uint64_t)i + 1) * 0x9E3779B97F4A7C15u;
-    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9u;
-    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EBu;
-    bits = (bits ^ (bits >> 31)) >> 1;
-    merged[i] = bits <= limit ? vector[i] : merged[i];
-  }
+   without its lowest bit */
+static inline uint64_t drawn(uint64_t key, uint64_t counter) {
+  uint64_t bits = key + (counter + 1) * 0x9E3779B97F4A7C15u;
+  bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9u;
+  bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EBu;
+  return (bits ^ (bits >> 31)) >> 1;
 }
 
-/* Sums and counts, by sign, of the values whose magnitude reaches the threshold. */
-void fold_signed(float *restrict positive_sum, float *restrict negative_sum,
-                 int16_t *restrict positive_count, int16_t *restrict negative_count,
-                 const float *restrict vector, int64_t n, float threshold) {
+FOR_EACH_DTYPE(fold_drawn,
+               float *restrict merged COMMA uint64_t key COMMA uint64_t start COMMA uint64_t limit COMMA,
+               merged[i] = drawn(key, start + (uint64_t)i) <= limit ? value : merged[i];)
+
+/* Sums and counts, by sign, of the values whose magnitude reaches the threshold */
+FOR_EACH_DTYPE(fold_signed,
+               float *restrict positive_sum COMMA float *restrict negative_sum COMMA
+               int16_t *restrict positive_count COMMA int16_t *restrict negative_count COMMA
+               float threshold COMMA,
+               value = fabsf(value) >= threshold ? value : 0.0f;
+               positive_sum[i] += value > 0.0f ? value : 0.0f;
+               negative_sum[i] += value < 0.0f ? value : 0.0f;
+               positive_count[i] += value > 0.0f;
+               negative_count[i] += value < 0.0f;)
+
+/* Of the sums by sign: how many totals are positive less how many are negative; tells whether any
+   total is zero although there are values. */
+int64_t count_signs(const float *restrict positive_sum, const float *restrict negative_sum,
+                    const int16_t *restrict positive_count, int64_t n, int *restrict cancelled) {
+  int64_t balance = 0;
+  int32_t cancels = 0;
   for (int64_t i = 0; i < n; i++) {
-    float value = fabsf(vector[i]) >= threshold ? vector[i] : 0.0f;
-    positive_sum[i] += value > 0.0f ? value : 0.0f;
-    negative_sum[i] += value < 0.0f ? value : 0.0f;
-    positive_count[i] += value > 0.0f;
-    negative_count[i] += value < 0.0f;
+    float total = positive_sum[i] + negative_sum[i];
+    balance += (total > 0.0f) - (total < 0.0f);
+    cancels |= (total == 0.0f) & (positive_count[i] > 0);
+  }
+  *cancelled = cancels;
+  return balance;
+}
+
+/* The mean of the values of the elected sign; a total of zero takes the majority's. */
+void elect(const float *restrict positive_sum, const float *restrict negative_sum,
+           const int16_t *restrict positive_count, const int16_t *restrict negative_count,
+           float *restrict out, int64_t n, float majority) {
+  for (int64_t i = 0; i < n; i++) {
+    float total = positive_sum[i] + negative_sum[i];
+    float elected = total == 0.0f ? majority : total;
+    int32_t positives = positive_count[i], negatives = negative_count[i];
+    int32_t count = elected > 0.0f ? positives : negatives;
+    float sum = elected > 0.0f ? positive_sum[i] : negative_sum[i];
+    float mean = sum / (float)(count < 1 ? 1 : count);
+    out[i] = elected == 0.0f ? 0.0f : mean;
   }
 }
 

@@ -2,9 +2,10 @@
 
 from cl_merge.mergers.average import Average
 from cl_merge.mergers.base import Merger
+from cl_merge.mergers.custom import fold_method, merge_method
 from cl_merge.mergers.max_magnitude import MaxMagnitude
 from cl_merge.mergers.random_mix import RandomMix
-from cl_merge.mergers.registry import MERGERS, get_merger, merge
+from cl_merge.mergers.registry import MERGERS, find_merger, get_merger, merge
 from cl_merge.mergers.task_arithmetic import TaskArithmetic
 from cl_merge.mergers.ties import Ties
 
@@ -16,6 +17,9 @@ __all__ = [
     "RandomMix",
     "TaskArithmetic",
     "Ties",
+    "find_merger",
+    "fold_method",
     "get_merger",
     "merge",
+    "merge_method",
 ]

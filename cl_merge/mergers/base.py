@@ -6,13 +6,14 @@ import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from cl_merge.errors import InputError, listing
-from cl_merge.mergers.chunks import End, Place, Reader, Unit, cut, over
+from cl_merge.mergers.chunks import End, Place, Reader, Unit, chunk_size, cut, over
 from cl_merge.task_vector import (
     TaskVector,
     check_floating,
@@ -20,6 +21,8 @@ from cl_merge.task_vector import (
     is_finite,
     not_finite,
 )
+
+_GROUP = 1 << 22  # elements
 
 Accumulators = dict[str, Tensor]
 """What a rule keeps for a stretch of elements: tensors [n] of equal length, by name."""
@@ -108,27 +111,35 @@ class Merger(ABC):
             place: Which task and which stretch this is.
         """
 
-    def tally(self, kept: Accumulators) -> int:
+    def fold_tuned(
+        self, kept: Accumulators, tuned: Tensor, base: Tensor, place: Place
+    ) -> bool | None:
+        """Take up one chunk of fine-tuned weights, to the same bits as `fold` of tuned - base.
+
+        For rules that a compiled loop does in one pass; others leave it as it is.
+
+        Args:
+            kept: This stretch of the accumulators, each [n].
+            tuned: Fine-tuned weights, floating point [n]; must not be changed or kept.
+            base: Those of the base, of the same dtype.
+            place: Which task and which stretch this is.
+
+        Returns:
+            Whether all of tuned - base is finite; None if nothing was done.
+        """
+        return None
+
+    def tally(self, kept: Accumulators) -> tuple[int, bool]:
         """Count something over all accumulators, after the last task and before the first result.
 
         Args:
             kept: A stretch of the accumulators, each [n].
 
         Returns:
-            A number; `finish` is given the sum over all stretches.
+            A number, of which `finish` is given the sum over all stretches, and whether the result
+            of this stretch depends on that sum.
         """
-        return 0
-
-    def awaits_tally(self, kept: Accumulators) -> bool:
-        """Tell whether the result of a stretch depends on the sum of all tallies.
-
-        Args:
-            kept: A stretch of the accumulators, each [n].
-
-        Returns:
-            False unless a rule says otherwise.
-        """
-        return False
+        return 0, False
 
     @abstractmethod
     def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:
@@ -180,7 +191,7 @@ class Merger(ABC):
             place = Place(name, shape, stretch.start, self.tasks, survey, weight)
             self.fold(_part(self._kept[name], stretch), reader.read(name, stretch), place)
 
-        over(fold, list(cut(self._shapes, self.unit, device)), device)
+        over(fold, list(cut(self._shapes, self.unit, chunk_size(device))), device)
         self.tasks += 1
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
@@ -196,16 +207,8 @@ class Merger(ABC):
         if self.tasks == 0:
             raise InputError(f"nothing to merge: '{self.name}' was given no task vector")
         tally = self._total_tally()
-        for name, shape in self._shapes.items():
-            merged = _zeros(shape, torch.float32, self._device)
-
-            def finish(piece: tuple[str, slice], merged: Tensor = merged) -> None:
-                name, stretch = piece
-                end = End(name, merged.shape, stretch.start, self.tasks, tally)
-                self.finish(_part(self._kept[name], stretch), merged.view(-1)[stretch], end)
-
-            over(finish, list(cut({name: shape}, self.unit, self._device)), self._device)
-            yield name, merged
+        for names in self._groups():
+            yield from self._finished(names, tally).items()
 
     def merged(self) -> TaskVector:
         """Merge what was folded so far; more can be folded afterwards.
@@ -286,6 +289,32 @@ class Merger(ABC):
             if negative:
                 raise InputError(f"{what} is negative in {listing(negative)}; expected 0 or more")
 
+    def _groups(self) -> Iterator[list[str]]:
+        """Parameters to finish together: enough for all threads, few beside the accumulators."""
+        group, size = [], 0
+        for name, shape in self._shapes.items():
+            group.append(name)
+            size += shape.numel()
+            if size >= _GROUP:
+                yield group
+                group, size = [], 0
+        if group:
+            yield group
+
+    def _finished(self, names: list[str], tally: int) -> dict[str, Tensor]:
+        shapes = {name: self._shapes[name] for name in names}
+        merged = {
+            name: _zeros(shape, torch.float32, self._device) for name, shape in shapes.items()
+        }
+
+        def finish(piece: tuple[str, slice]) -> None:
+            name, stretch = piece
+            end = End(name, shapes[name], stretch.start, self.tasks, tally)
+            self.finish(_part(self._kept[name], stretch), merged[name].view(-1)[stretch], end)
+
+        over(finish, list(cut(shapes, self.unit, chunk_size(self._device))), self._device)
+        return merged
+
     def _like(self) -> dict[str, Tensor]:
         return {name: torch.empty(shape, device="meta") for name, shape in self._shapes.items()}
 
@@ -297,8 +326,9 @@ class Merger(ABC):
     def _total_tally(self) -> int:
         if type(self).tally is Merger.tally:
             return 0
-        pieces = list(cut(self._shapes, self.unit, self._device))
-        return sum(over(lambda p: self.tally(_part(self._kept[p[0]], p[1])), pieces, self._device))
+        pieces = list(cut(self._shapes, self.unit, chunk_size(self._device)))
+        tallies = over(lambda p: self.tally(_part(self._kept[p[0]], p[1])), pieces, self._device)
+        return sum(number for number, _ in tallies)
 
 
 def _check_finite(vector: Mapping[str, Tensor], what: str) -> None:
@@ -306,11 +336,15 @@ def _check_finite(vector: Mapping[str, Tensor], what: str) -> None:
     for device in {tensor.device for tensor in vector.values()}:
         here = {name: tensor for name, tensor in vector.items() if tensor.device == device}
         reader = Reader.of(here, device)
-        pieces = list(cut(reader.shapes, "element", device))
-        good = over(lambda piece, read=reader.read: is_finite(read(*piece)), pieces, device)
+        pieces = list(cut(reader.shapes, "element", chunk_size(device)))
+        good = over(partial(_is_finite, reader), pieces, device)
         broken |= {name for (name, _), fine in zip(pieces, good, strict=True) if not fine}
     if broken:
         raise not_finite(what, [name for name in vector if name in broken])
+
+
+def _is_finite(reader: Reader, piece: tuple[str, slice]) -> bool:
+    return is_finite(reader.read(*piece))
 
 
 def _part(kept: Accumulators, stretch: slice) -> Accumulators:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeVar
@@ -68,7 +69,8 @@ class Reader:
 
     Attributes:
         shapes: Shapes of the parameters by name.
-        read: Reads a stretch of a flattened parameter, float32 [n].
+        read: Reads a stretch of a flattened parameter, float32 [n], which need only be valid until
+            the thread's next call.
         device: Where the values are.
     """
 
@@ -109,7 +111,7 @@ class Reader:
             The results in the order of parameters and chunks.
         """
         shapes = self.shapes if name is None else {name: self.shapes[name]}
-        pieces = list(cut(shapes, "element", self.device))
+        pieces = list(cut(shapes, "element", chunk_size(self.device)))
         return over(lambda piece: function(self.read(*piece)), pieces, self.device)
 
     def sample(self, count: int, run: int = 256) -> Tensor:
@@ -117,49 +119,76 @@ class Reader:
 
         Args:
             count: About how many.
-            run: How many neighbours to read at a time.
+            run: Up to how many neighbours to read at a time.
 
         Returns:
-            Values, float32 [at least count, or all].
+            Values, float32 [n].
         """
         share = min(1.0, count / max(self.size, 1))
         parts = []
         for name, shape in self.shapes.items():
             size = shape.numel()
-            runs = max(1, round(size * share / run))
-            if size <= runs * run:
-                parts.append(self.read(name, slice(0, size)))
-                continue
+            wanted = min(size, math.ceil(size * share))
+            runs = max(1, math.ceil(wanted / run))
+            length = wanted // runs
             for i in range(runs):
-                start = i * (size - run) // max(runs - 1, 1)
-                parts.append(self.read(name, slice(start, start + run)))
+                start = i * (size - length) // max(runs - 1, 1)
+                parts.append(self.read(name, slice(start, start + length)).clone())
         return torch.cat(parts) if parts else torch.empty(0, device=self.device)
 
 
-def cut(
-    shapes: Mapping[str, torch.Size], unit: Unit, device: torch.device
-) -> Iterator[tuple[str, slice]]:
+def chunk_size(device: torch.device) -> int:
+    """Number of elements of a chunk.
+
+    Args:
+        device: Where the values are.
+
+    Returns:
+        Few on a CPU, many elsewhere.
+    """
+    return CPU_CHUNK if device.type == "cpu" else DEVICE_CHUNK
+
+
+def cut(shapes: Mapping[str, torch.Size], unit: Unit, size: int) -> Iterator[tuple[str, slice]]:
     """Cut parameters into chunks.
 
     Args:
         shapes: Shapes of the parameters by name.
         unit: What no cut may go through.
-        device: Where the values are, which decides on the size.
+        size: Elements of a chunk, more where a unit has more.
 
     Yields:
         Name and stretch of the flattened parameter; none for empty parameters.
     """
-    size = CPU_CHUNK if device.type == "cpu" else DEVICE_CHUNK
     for name, shape in shapes.items():
-        numel = shape.numel()
-        step = size
-        if unit == "parameter" or (unit == "row" and len(shape) < 2):
-            step = max(numel, 1)
-        elif unit == "row":
-            row = max(numel // max(shape[0], 1), 1)
-            step = max(size // row, 1) * row
-        for start in range(0, numel, step):
-            yield name, slice(start, min(start + step, numel))
+        for stretch in stretches(shape, unit, size):
+            yield name, stretch
+
+
+def stretches(
+    shape: torch.Size, unit: Unit, size: int, within: slice | None = None
+) -> Iterator[slice]:
+    """Cut one parameter into stretches.
+
+    Args:
+        shape: Its shape.
+        unit: What no cut may go through.
+        size: Elements of a stretch, more where a unit has more.
+        within: Cut this stretch only, which begins and ends where units do.
+
+    Yields:
+        Stretches of the flattened parameter.
+    """
+    numel = shape.numel()
+    step = size
+    if unit == "parameter" or (unit == "row" and len(shape) < 2):
+        step = max(numel, 1)
+    elif unit == "row":
+        row = max(numel // max(shape[0], 1), 1)
+        step = max(size // row, 1) * row
+    whole = within or slice(0, numel)
+    for start in range(whole.start, whole.stop, step):
+        yield slice(start, min(start + step, whole.stop))
 
 
 def over(

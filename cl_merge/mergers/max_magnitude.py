@@ -38,9 +38,15 @@ class MaxMagnitude(Merger):
     @override
     def fold(self, kept: Accumulators, chunk: Tensor, place: Place) -> None:
         merged = kept["merged"]
-        if fold_largest(merged, chunk):
+        if fold_largest(merged, chunk) is not None:
             return
         torch.where(chunk.abs() >= merged.abs(), chunk, merged, out=merged)
+
+    @override
+    def fold_tuned(
+        self, kept: Accumulators, tuned: Tensor, base: Tensor, place: Place
+    ) -> bool | None:
+        return fold_largest(kept["merged"], (tuned, base))
 
     @override
     def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:

@@ -53,16 +53,26 @@ class RandomMix(Merger):
     @override
     def fold(self, kept: Accumulators, chunk: Tensor, place: Place) -> None:
         merged = kept["merged"]
-        key = derive_seed(self.seed, place.name, place.task)
-        limit = _LARGEST // (place.task + 1)
-        if fold_drawn(merged, chunk, key, place.start, limit):
+        key, limit = self._draw(place)
+        if fold_drawn(merged, chunk, key, place.start, limit) is not None:
             return
         draws = random_bits(key, place.start, chunk.numel(), chunk.device)
         torch.where(draws <= limit, chunk, merged, out=merged)
 
     @override
+    def fold_tuned(
+        self, kept: Accumulators, tuned: Tensor, base: Tensor, place: Place
+    ) -> bool | None:
+        key, limit = self._draw(place)
+        return fold_drawn(kept["merged"], (tuned, base), key, place.start, limit)
+
+    @override
     def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:
         out.copy_(kept["merged"])
+
+    def _draw(self, place: Place) -> tuple[int, int]:
+        """Which random numbers to draw, and up to which of them the task's value is taken."""
+        return derive_seed(self.seed, place.name, place.task), _LARGEST // (place.task + 1)
 
 
 def random_bits(key: int, start: int, count: int, device: torch.device) -> Tensor:

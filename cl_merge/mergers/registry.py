@@ -9,8 +9,13 @@ from typing import Any
 from cl_merge.errors import InputError, unknown_name
 from cl_merge.mergers.average import Average
 from cl_merge.mergers.base import Merger
+from cl_merge.mergers.isotropic import Isotropic
+from cl_merge.mergers.locate import is_location, locate
 from cl_merge.mergers.max_magnitude import MaxMagnitude
+from cl_merge.mergers.orthogonal import OrthogonalProjection
 from cl_merge.mergers.random_mix import RandomMix
+from cl_merge.mergers.singular_vectors import SingularVectors
+from cl_merge.mergers.slerp import Slerp
 from cl_merge.mergers.task_arithmetic import TaskArithmetic
 from cl_merge.mergers.ties import Ties
 from cl_merge.task_vector import TaskVector
@@ -22,14 +27,58 @@ MERGERS: dict[str, type[Merger]] = {
     "task-arithmetic": TaskArithmetic,
     "random-mix": RandomMix,
     "ties": Ties,
+    "opcm": OrthogonalProjection,
+    "iso-c": Isotropic,
+    "tsv": SingularVectors,
+    "slerp": Slerp,
 }
+"""Classes by name of the method: the built-in ones, and those that users add."""
+
+BUILT_IN = frozenset(MERGERS)
+"""Names of the methods that come with the library."""
+
+
+def register(method: str, merger: type[Merger]) -> None:
+    """Make a user's method known by its name.
+
+    Args:
+        method: Name of the method; one that a user's method had before now means this one.
+        merger: Its class.
+
+    Raises:
+        InputError: If a built-in method has that name.
+    """
+    if method in BUILT_IN:
+        raise InputError(f"'{method}' is a built-in method; give yours another name")
+    MERGERS[method] = merger
+
+
+def find_merger(method: str) -> type[Merger]:
+    """Look up a method.
+
+    Args:
+        method: One of `MERGERS`, or where to import one from: ``"path/to/file.py:median"`` or
+            ``"package.module:median"``. Importing runs the code in that file.
+
+    Returns:
+        The class of its merger.
+
+    Raises:
+        InputError: If there is none; names the nearest valid name.
+    """
+    if is_location(method):
+        return locate(method)
+    if method not in MERGERS:
+        raise unknown_name("method", method, MERGERS)
+    return MERGERS[method]
 
 
 def get_merger(method: str, **options: Any) -> Merger:
     """Make a merger by name.
 
     Args:
-        method: One of `MERGERS`.
+        method: One of `MERGERS`, or where to import one from: ``"path/to/file.py:median"`` or
+            ``"package.module:median"``. Importing runs the code in that file.
         **options: Its options, such as ``density`` for ``"ties"`` or ``seed`` for ``"random-mix"``.
 
     Returns:
@@ -42,9 +91,7 @@ def get_merger(method: str, **options: Any) -> Merger:
         >>> get_merger("ties", density=0.3).published_scale
         0.55
     """
-    if method not in MERGERS:
-        raise unknown_name("method", method, MERGERS)
-    merger = MERGERS[method]
+    merger = find_merger(method)
     known = inspect.signature(merger).parameters
     for option in options:
         if option not in known:
@@ -58,7 +105,7 @@ def merge(vectors: Iterable[TaskVector], method: str = "magmax", **options: Any)
     Args:
         vectors: The task vectors in the order of their tasks. Given a generator, one at a time is
             in memory.
-        method: One of `MERGERS`.
+        method: One of `MERGERS`, or where to import one from, as for `get_merger`.
         **options: Options of the method.
 
     Returns:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from cl_merge.kernels import fold_sum
 from cl_merge.mergers.base import Accumulators, Merger
 from cl_merge.mergers.chunks import End, Place
 
@@ -37,6 +38,12 @@ class TaskArithmetic(Merger):
     @override
     def fold(self, kept: Accumulators, chunk: Tensor, place: Place) -> None:
         kept["sum"].add_(chunk)
+
+    @override
+    def fold_tuned(
+        self, kept: Accumulators, tuned: Tensor, base: Tensor, place: Place
+    ) -> bool | None:
+        return fold_sum(kept["sum"], (tuned, base))
 
     @override
     def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from cl_merge.errors import InputError
-from cl_merge.kernels import bracket, fold_signed
+from cl_merge.kernels import bracket, count_signs, elect, fold_signed
 from cl_merge.mergers.base import Accumulators, Merger
 from cl_merge.mergers.chunks import End, Place, Reader
 
@@ -72,9 +72,8 @@ class Ties(Merger):
     def fold(self, kept: Accumulators, chunk: Tensor, place: Place) -> None:
         if place.task >= _MOST_TASKS:
             raise InputError(f"TIES counts up to {_MOST_TASKS} tasks; merge them in groups")
-        sums = kept["positive_sum"], kept["negative_sum"]
-        counts = kept["positive_count"], kept["negative_count"]
-        if fold_signed(sums, counts, chunk, place.survey):
+        sums, counts = _by_sign(kept)
+        if fold_signed(sums, counts, chunk, place.survey) is not None:
             return
         trimmed = torch.where(chunk.abs() >= place.survey, chunk, 0)
         counts[0].add_(trimmed > 0)
@@ -83,26 +82,42 @@ class Ties(Merger):
         sums[1].add_(trimmed.clamp_(max=0))
 
     @override
-    def tally(self, kept: Accumulators) -> int:
-        total = kept["positive_sum"] + kept["negative_sum"]
-        return int((total > 0).count_nonzero()) - int((total < 0).count_nonzero())
+    def fold_tuned(
+        self, kept: Accumulators, tuned: Tensor, base: Tensor, place: Place
+    ) -> bool | None:
+        return fold_signed(*_by_sign(kept), (tuned, base), place.survey)
 
     @override
-    def awaits_tally(self, kept: Accumulators) -> bool:
-        total = kept["positive_sum"] + kept["negative_sum"]
-        # Positive and negative values that cancel out; where there are none, the result is zero.
-        return bool(((total == 0) & (kept["positive_count"] > 0)).any())
+    def tally(self, kept: Accumulators) -> tuple[int, bool]:
+        sums, counts = _by_sign(kept)
+        counted = count_signs(sums, counts[0])
+        if counted is not None:
+            return counted
+        total = sums[0] + sums[1]
+        balance = int((total > 0).count_nonzero()) - int((total < 0).count_nonzero())
+        return balance, bool(((total == 0) & (counts[0] > 0)).any())
 
     @override
     def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:
+        sums, counts = _by_sign(kept)
         majority = (end.tally > 0) - (end.tally < 0)
-        total = kept["positive_sum"] + kept["negative_sum"]
+        if elect(sums, counts, out, majority):
+            return
+        total = sums[0] + sums[1]
         elected = torch.where(total == 0, majority, total)
         positive = elected > 0
-        count = torch.where(positive, kept["positive_count"], kept["negative_count"])
-        torch.where(positive, kept["positive_sum"], kept["negative_sum"], out=out)
+        count = torch.where(positive, *counts)
+        torch.where(positive, *sums, out=out)
         out.div_(count.clamp_(min=1))
         out.masked_fill_(elected == 0, 0)
+
+
+def _by_sign(kept: Accumulators) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The sums and the counts, of the positive and of the negative values."""
+    return (
+        (kept["positive_sum"], kept["negative_sum"]),
+        (kept["positive_count"], kept["negative_count"]),
+    )
 
 
 def _checked_density(density: Any) -> float:

@@ -1,0 +1,301 @@
+"""A user's own method, written as a function."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from cl_merge.errors import InputError, unknown_name
+from cl_merge.mergers.base import Accumulators, Merger
+from cl_merge.mergers.chunks import End, Place, Unit
+from cl_merge.mergers.registry import register
+from cl_merge.mergers.stack import StackMerger
+from cl_merge.task_vector import check_scale
+
+Function = Callable[..., Tensor]
+UNITS = ("element", "parameter")
+
+# What options cannot be called beside the attributes of a merger: `merge`, `MergeCallback` and
+# `merge_checkpoints` take options and these side by side.
+_TAKEN = frozenset(
+    {
+        "base",
+        "buffers",
+        "device",
+        "directory",
+        "exclude",
+        "importances",
+        "include",
+        "method",
+        "name",
+        "output",
+        "overwrite",
+        "progress",
+        "published_scale",
+        "scale",
+        "shard_bytes",
+        "start",
+        "tasks",
+        "vectors",
+    }
+)
+
+
+def merge_method(
+    name: str | None = None, *, scale: float = 1.0, unit: Unit = "element"
+) -> Callable[[Function], type[StackMerger]]:
+    """Make a method of a function that merges the values of all tasks at once.
+
+    The function becomes a class of `Merger`, to be called for a merger: `MergeCallback(median())`.
+    It is known by its name from then on: `merge(vectors, "median")`. The command line and a config
+    find it by its place, ``path/to/file.py:median`` or ``package.module:median``, and run the code
+    in that file.
+
+    With ``unit="element"`` the function is given any stretch of a parameter, on several threads at
+    once, so that the value of an element may depend on the tasks' values of that element alone.
+
+    Args:
+        name: Name of the method; None takes that of the function, with ``-`` for ``_``.
+        scale: Scale at which the merged task vector is applied unless the user says otherwise.
+        unit: What the function sees at a time: ``"element"``, any stretch of values, or
+            ``"parameter"``, a whole parameter in its shape.
+
+    Returns:
+        A decorator for functions of one positional argument, the values of T tasks, float32
+        ``[T, n]`` (``[T, *shape]`` with ``unit="parameter"``), which they may change, that return
+        the merged values, floating point ``[n]`` (``[*shape]``). Keyword-only arguments are the
+        options: each needs a default, a plain value that JSON can hold.
+
+    Raises:
+        InputError: If the function takes other arguments, or the name is that of a built-in method.
+
+    Example:
+        >>> from cl_merge.mergers import MERGERS, merge
+        >>> @merge_method("middle")
+        ... def middle(values, *, lower: bool = True):
+        ...     "Take the median over tasks."
+        ...     return values.quantile(0.5, dim=0, interpolation="lower" if lower else "higher")
+        >>> vectors = [{"weight": torch.tensor([value])} for value in (1.0, 5.0, 2.0, 4.0)]
+        >>> merge(vectors, "middle")["weight"], merge(vectors, "middle", lower=False)["weight"]
+        (tensor([2.]), tensor([4.]))
+        >>> del MERGERS["middle"]  # forget it again
+    """
+    return cast(
+        Callable[[Function], type[StackMerger]], _decorator(_Stacked, name, scale=scale, unit=unit)
+    )
+
+
+def fold_method(
+    name: str | None = None, *, scale: float = 1.0, unit: Unit = "element"
+) -> Callable[[Function], type[Merger]]:
+    """Make a method of a function that takes up one task at a time, in constant memory.
+
+    As `merge_method`, but for functions of three positional arguments: what was merged so far,
+    float32 ``[n]``, zeros before the first task; the values of the new task, ``[n]``; and its
+    index, from 0. They return what is merged now, ``[n]``. With ``unit="parameter"`` all are in the
+    parameter's shape.
+
+    Args:
+        name: Name of the method; None takes that of the function, with ``-`` for ``_``.
+        scale: Scale at which the merged task vector is applied unless the user says otherwise.
+        unit: What the function sees at a time: ``"element"``, any stretch of values, or
+            ``"parameter"``, a whole parameter in its shape.
+
+    Returns:
+        The decorator.
+
+    Raises:
+        InputError: If the function takes other arguments, or the name is that of a built-in method.
+
+    Example:
+        >>> from cl_merge.mergers import MERGERS, merge
+        >>> @fold_method()
+        ... def running_decay(merged, vector, task, *, rate: float = 0.5):
+        ...     "Weigh older tasks less."
+        ...     return rate * merged + vector
+        >>> vectors = [{"weight": torch.tensor([value])} for value in (4.0, 2.0, 1.0)]
+        >>> merge(vectors, "running-decay", rate=0.1)["weight"]
+        tensor([1.2400])
+        >>> del MERGERS["running-decay"]  # forget it again
+    """
+    return _decorator(_Folded, name, scale=scale, unit=unit)
+
+
+class _Custom(Merger):
+    """A merger around a function; the decorators make subclasses of it."""
+
+    arguments: ClassVar[tuple[str, ...]]
+    """What the function takes before its options, for error messages."""
+
+    function: ClassVar[Function]
+    defaults: ClassVar[dict[str, Any]]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        for option, value in options.items():
+            if option not in self.defaults:
+                raise unknown_name(f"option of method '{self.name}'", option, self.defaults)
+            _check_option(self.name, option, value, self.defaults[option])
+        self._given = self.defaults | options
+        for option, value in self._given.items():
+            setattr(self, option, value)
+
+    @property
+    @override
+    def options(self) -> dict[str, Any]:
+        return dict(self._given)
+
+    def call(self, like: Tensor, parameter: str, *arguments: Any) -> Tensor:
+        """Call the function and check what it returns.
+
+        Args:
+            like: A tensor of the shape that the result must have.
+            parameter: Name of the parameter, for error messages.
+            *arguments: What the function is given before its options.
+
+        Returns:
+            The result.
+
+        Raises:
+            InputError: If it is no finite floating-point tensor of that shape.
+        """
+        where = f"in method '{self.name}', parameter {parameter}"
+        try:
+            result: object = type(self).function(*arguments, **self._given)
+        except Exception as error:
+            error.add_note(where)
+            raise
+        if not isinstance(result, Tensor):
+            raise InputError(f"{where}: the function returned {_kind(result)}, not a tensor")
+        if result.shape != like.shape:
+            raise InputError(
+                f"{where}: the function returned shape {tuple(result.shape)} instead of "
+                f"{tuple(like.shape)}"
+            )
+        if not result.is_floating_point():
+            raise InputError(f"{where}: the function returned {result.dtype}, not floating point")
+        if not bool(result.isfinite().all()):
+            raise InputError(f"{where}: the function returned NaN or infinity")
+        return result
+
+
+class _Stacked(_Custom, StackMerger):
+    arguments = ("values",)
+
+    @override
+    def combine(self, values: Tensor, end: End) -> Tensor:
+        return self.call(values[0], end.name, values)
+
+
+class _Folded(_Custom):
+    arguments = ("merged", "vector", "task")
+    accumulators: ClassVar = {"merged": torch.float32}
+
+    @override
+    def fold(self, kept: Accumulators, chunk: Tensor, place: Place) -> None:
+        # Copies: a function that changes its arguments changes no task vector of the user's.
+        merged, vector = kept["merged"].clone(), chunk.clone()
+        if self.unit == "parameter":
+            merged, vector = merged.view(place.shape), vector.view(place.shape)
+        result = self.call(merged, place.name, merged, vector, place.task)
+        kept["merged"].copy_(result.reshape(-1))
+
+    @override
+    def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:
+        out.copy_(kept["merged"])
+
+
+def _decorator(
+    kind: type[_Custom], name: Any, *, scale: float, unit: Unit
+) -> Callable[[Function], type[_Custom]]:
+    if callable(name):  # without parentheses
+        bare: Any = _decorator(kind, None, scale=scale, unit=unit)(name)
+        return cast(Callable[[Function], type[_Custom]], bare)
+
+    def decorate(function: Function) -> type[_Custom]:
+        title = getattr(function, "__name__", "")
+        known_as = _checked_name(title.replace("_", "-") if name is None else name)
+        if unit not in UNITS:
+            raise unknown_name(f"unit of method '{known_as}'", unit, UNITS)
+        options = _options(function, known_as, kind)
+        made = type(
+            title,
+            (kind,),
+            {
+                "__doc__": function.__doc__,
+                "__module__": function.__module__,
+                "__qualname__": getattr(function, "__qualname__", title),
+                "__signature__": inspect.Signature(options),
+                "name": known_as,
+                "published_scale": check_scale(scale),
+                "unit": unit,
+                "function": staticmethod(function),
+                "defaults": {option.name: option.default for option in options},
+            },
+        )
+        register(known_as, made)
+        return made
+
+    return decorate
+
+
+def _checked_name(name: Any) -> str:
+    if isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        return name
+    raise InputError(
+        f"a method's name is made of letters, digits, '-', '_' and '.', which {name!r} is not"
+    )
+
+
+def _options(function: Function, method: str, kind: type[_Custom]) -> list[inspect.Parameter]:
+    parameters = list(inspect.signature(function).parameters.values())
+    options = [p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    positional = [p for p in parameters if p not in options]
+    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if len(positional) != len(kind.arguments) or any(p.kind not in plain for p in positional):
+        expected = ", ".join(kind.arguments)
+        raise InputError(
+            f"method '{method}': the function must take ({expected}) and its options after a '*', "
+            f"as in ({expected}, *, rate=0.5), but takes {inspect.signature(function)}"
+        )
+    for option in options:
+        if option.default is inspect.Parameter.empty:
+            raise InputError(f"method '{method}': the option {option.name} needs a default")
+        taken = option.name in _TAKEN or hasattr(kind, option.name)
+        if taken or option.name.startswith("_"):
+            raise InputError(
+                f"method '{method}': no option can be called {option.name}, which means something "
+                "else to those who merge"
+            )
+        _check_option(method, option.name, option.default, None)
+    return options
+
+
+def _check_option(method: str, option: str, value: Any, default: Any) -> None:
+    what = f"option {option} of method '{method}'"
+    try:
+        plain = json.loads(json.dumps(value, allow_nan=False)) == value
+    except (TypeError, ValueError):
+        plain = False
+    if not plain:
+        raise InputError(
+            f"{what} must be a plain value (number, text, true or false, none, or lists and "
+            f"dictionaries of these), not {value!r}"
+        )
+    if default is not None and _kind(value) != _kind(default):
+        raise InputError(f"{what} must be {_kind(default)}, as {default!r} is, not {value!r}")
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, (int, float)):
+        return "a number"
+    return {str: "text", type(None): "None"}.get(type(value), f"a {type(value).__name__}")

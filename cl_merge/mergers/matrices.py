@@ -1,0 +1,93 @@
+"""What rules on weight matrices share: which parameters are matrices, and their decompositions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+def as_matrix(values: Tensor, flatten: bool) -> Tensor | None:
+    """View a parameter as a matrix, where it is one.
+
+    Args:
+        values: The parameter, in its shape.
+        flatten: Whether what has more than two dimensions, such as the kernel of a convolution,
+            is a matrix too, of one row for each output channel.
+
+    Returns:
+        A view [rows, columns]; None for what is no matrix or holds nothing.
+
+    Example:
+        >>> kernel = torch.ones(8, 3, 5, 5)
+        >>> as_matrix(kernel, flatten=True).shape
+        torch.Size([8, 75])
+        >>> as_matrix(kernel, flatten=False) is None
+        True
+    """
+    if values.numel() == 0 or values.dim() < 2 or (values.dim() > 2 and not flatten):
+        return None
+    return values.reshape(values.shape[0], -1)
+
+
+def singular_triplets(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Decompose a matrix, and leave out what belongs to singular values of zero.
+
+    The vectors of a singular value of zero are any that fit: which ones come back is up to rounding
+    errors, so that no rule may depend on them.
+
+    Args:
+        matrix: [m, n] of rank r, as far as its dtype tells: what is given in float32 is taken to
+            be rounded to it.
+
+    Returns:
+        Left vectors [m, r], singular values [r] in descending order and right vectors [r, n], in
+        float64.
+
+    Example:
+        >>> left, values, right = singular_triplets(torch.tensor([[3.0, 0.0], [0.0, 0.0]]))
+        >>> values
+        tensor([3.], dtype=torch.float64)
+    """
+    with on_one_thread():
+        double = matrix.double()
+        if double.shape[0] < double.shape[1]:  # LAPACK is faster on tall matrices
+            right, values, left = torch.linalg.svd(double.T, full_matrices=False)
+            left, right = left.T, right.T
+        else:
+            left, values, right = torch.linalg.svd(double, full_matrices=False)
+    # As in `torch.linalg.matrix_rank`.
+    smallest = max(matrix.shape) * torch.finfo(matrix.dtype).eps * values[:1]
+    rank = int((values > smallest).count_nonzero())
+    return left[:, :rank], values[:rank], right[:rank]
+
+
+def nearest_orthogonal(matrix: Tensor) -> Tensor:
+    """Find the matrix of orthonormal columns (or rows, of a wide matrix) nearest to one.
+
+    Args:
+        matrix: [m, n], float64.
+
+    Returns:
+        P Qᵀ of the decomposition P S Qᵀ, float64 [m, n]. Where the matrix has not its full rank it
+        is orthonormal on what it spans.
+
+    Reference:
+        Schönemann, A Generalized Solution of the Orthogonal Procrustes Problem, Psychometrika 1966.
+    """
+    left, _, right = singular_triplets(matrix)
+    with on_one_thread():
+        return left @ right
+
+
+@contextmanager
+def on_one_thread() -> Iterator[None]:
+    """Compute on one thread: LAPACK rounds differently on each number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,55 @@
+"""Checks of options that several mergers share."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from cl_merge.errors import InputError
+
+
+def checked_number(name: str, value: Any, low: float, high: float) -> float:
+    """Make sure that an option is a number in a range.
+
+    Args:
+        name: The option.
+        value: What was given.
+        low: The smallest number that is allowed.
+        high: The largest one.
+
+    Returns:
+        The number as a float.
+
+    Raises:
+        InputError: If it is anything else.
+
+    Example:
+        >>> checked_number("t", 1, 0, 1)
+        1.0
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and math.isfinite(value) and low <= value <= high:
+        return float(value)
+    raise InputError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}")
+
+
+def checked_flag(name: str, value: Any) -> bool:
+    """Make sure that an option is true or false.
+
+    Args:
+        name: The option.
+        value: What was given.
+
+    Returns:
+        The value.
+
+    Raises:
+        InputError: If it is anything else.
+
+    Example:
+        >>> checked_flag("flatten", True)
+        True
+    """
+    if isinstance(value, bool):
+        return value
+    raise InputError(f"{name} must be true or false, not {value!r}")

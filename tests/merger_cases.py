@@ -1,0 +1,14 @@
+"""Which methods a test of all methods can try."""
+
+from typing import Any
+
+from cl_merge.mergers import MERGERS
+
+ANY_NUMBER = [name for name, kind in MERGERS.items() if name != "slerp" and not kind.weighted]
+"""Those that merge any number of task vectors, with nothing beside them."""
+
+CHANGING_ONE = {"iso-c"}
+"""Those that change even a single task vector."""
+
+DROPPING_NOTHING: dict[str, dict[str, Any]] = {"ties": {"density": 1.0}}
+"""Options with which every value stays."""
