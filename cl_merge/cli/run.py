@@ -1,19 +1,14 @@
-"""The command line; the only file that knows every other."""
+"""``cl-merge run``: learn a stream of tasks and show what merging gives."""
 
 from __future__ import annotations
 
 import argparse
 import logging
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from cl_merge.errors import InputError
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from cl_merge.cli.messages import show_messages
 
 _DESCRIPTION = """\
 Learn a stream of tasks, merge what each task changed, and show what that gives.
@@ -31,41 +26,22 @@ examples:
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to the command line.
 
     Args:
-        arguments: The words after the program's name; those of the process if None.
-
-    Returns:
-        The exit code: 0 for success, 1 if the disk or the system stops it, 2 for wrong input, 130
-        after Ctrl-C.
+        commands: Where the commands are.
     """
-    parsed = _parser().parse_args(arguments)
-    try:
-        run(parsed.settings, parsed.config)
-    except InputError as error:
-        sys.stderr.write(f"cl-merge: {error}\n")
-        return 2
-    except RunStoppedError as stopped:
-        code, why = _explain(stopped.reason)
-        sys.stderr.write(f"cl-merge: {why}; go on with: cl-merge run out={stopped.folder}\n")
-        return code
-    except (KeyboardInterrupt, SystemExit, OSError) as stop:
-        code, why = _explain(stop)
-        sys.stderr.write(f"cl-merge: {why}\n")
-        return code
-    return 0
-
-
-def _explain(reason: BaseException) -> tuple[int, str]:
-    """The exit code and the words for what stopped a run."""
-    # Lightning answers Ctrl-C within a fit with an exit of its own.
-    if isinstance(reason, KeyboardInterrupt) or isinstance(reason.__context__, KeyboardInterrupt):
-        return 130, "interrupted; what was finished is kept"
-    if isinstance(reason, OSError):
-        return 1, str(reason)
-    raise reason
+    command = commands.add_parser(
+        "run",
+        help="learn a stream of tasks and show what merging gives",
+        description=_DESCRIPTION,
+        epilog=_key_help() + "\n" + _EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings, see below")
+    command.add_argument("--config", metavar="FILE", help="YAML file of settings")
+    command.set_defaults(execute=lambda parsed: run(parsed.settings, parsed.config))
 
 
 def run(settings: Sequence[str], file: str | None = None) -> None:
@@ -93,7 +69,7 @@ def run(settings: Sequence[str], file: str | None = None) -> None:
             show_results(console, folder)
         return
     _quieten()
-    _show_messages(console)
+    show_messages(console)
     # What follows loads torch's libraries and a model, which takes seconds: wrong settings first.
     from cl_merge.benchmarks.progress import RunProgress
     from cl_merge.benchmarks.results import results
@@ -128,26 +104,6 @@ class RunStoppedError(Exception):
         self.reason = reason
 
 
-def _parser() -> argparse.ArgumentParser:
-    from cl_merge import __version__
-
-    parser = argparse.ArgumentParser(
-        prog="cl-merge", description="Continual learning by model merging."
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    command = commands.add_parser(
-        "run",
-        help="learn a stream of tasks and show what merging gives",
-        description=_DESCRIPTION,
-        epilog=_key_help() + "\n" + _EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings, see below")
-    command.add_argument("--config", metavar="FILE", help="YAML file of settings")
-    return parser
-
-
 def _key_help() -> str:
     from cl_merge.benchmarks.catalog import catalog
     from cl_merge.benchmarks.methods import METHODS
@@ -160,17 +116,6 @@ def _key_help() -> str:
         lines.append(f"  {key:<26}{about}{shown}")
     lines += ["", "data sets: " + ", ".join(catalog()), "methods: " + ", ".join(METHODS)]
     return "\n".join(lines) + "\n"
-
-
-def _show_messages(console: Console) -> None:
-    """Let what the library has to say appear beside the progress bar instead of breaking it."""
-    from rich.logging import RichHandler
-
-    handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
-    library = logging.getLogger("cl_merge")
-    library.handlers = [handler]
-    library.propagate = False
-    library.setLevel(logging.INFO)
 
 
 def _quieten() -> None:
@@ -187,7 +132,3 @@ def _quieten() -> None:
         ".*treespec, LeafSpec.*",
     ):
         warnings.filterwarnings("ignore", message)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

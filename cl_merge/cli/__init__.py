@@ -1,0 +1,59 @@
+"""The command line; the only part that knows every other."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from cl_merge import __version__
+from cl_merge.cli import inspect, merge, run
+from cl_merge.cli.run import RunStoppedError
+from cl_merge.errors import InputError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: The words after the program's name; those of the process if None.
+
+    Returns:
+        The exit code: 0 for success, 1 if the disk or the system stops it or an inspection finds
+        what cannot be merged, 2 for wrong input, 130 after Ctrl-C.
+    """
+    parsed = _parser().parse_args(arguments)
+    try:
+        return int(parsed.execute(parsed) or 0)
+    except InputError as error:
+        sys.stderr.write(f"cl-merge: {error}\n")
+        return 2
+    except RunStoppedError as stopped:
+        code, why = _explain(stopped.reason)
+        sys.stderr.write(f"cl-merge: {why}; go on with: cl-merge run out={stopped.folder}\n")
+        return code
+    except (KeyboardInterrupt, SystemExit, OSError) as stop:
+        code, why = _explain(stop)
+        sys.stderr.write(f"cl-merge: {why}\n")
+        return code
+
+
+def _explain(reason: BaseException) -> tuple[int, str]:
+    """The exit code and the words for what stopped a run."""
+    # Lightning answers Ctrl-C within a fit with an exit of its own.
+    if isinstance(reason, KeyboardInterrupt) or isinstance(reason.__context__, KeyboardInterrupt):
+        return 130, "interrupted; what was finished is kept"
+    if isinstance(reason, OSError):
+        return 1, str(reason)
+    raise reason
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cl-merge", description="Continual learning by model merging."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in (run, merge, inspect):
+        command.add_parser(commands)
+    return parser

@@ -1,0 +1,205 @@
+"""``cl-merge merge``: merge checkpoints that were trained anywhere, from files to a file."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any
+
+from cl_merge.errors import InputError
+
+_DESCRIPTION = """\
+Merge fine-tuned checkpoints into the base that they were fine-tuned from.
+
+The base and each task are a safetensors file, a folder with shards, a Hugging Face or open_clip
+folder, or a checkpoint of PyTorch or Lightning; a task may also be a task vector that cl-merge run
+wrote. Files may be larger than memory. The output is one file if its name ends in .safetensors, else
+a folder that loads as the base's does.
+"""
+_EXAMPLES = """\
+examples:
+  cl-merge merge base.safetensors task0.safetensors task1.safetensors -o merged.safetensors
+  cl-merge merge base/ task0/ task1/ task2/ --method ties --set density=0.3 -o merged/
+  cl-merge merge base.pt task*.pt --scale 0.5 --scale 'visual.*attn*=0.3' -o merged.safetensors
+  cl-merge merge base.safetensors task*.safetensors --method mine.py:median -o merged.safetensors
+"""
+_SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to the command line.
+
+    Args:
+        commands: Where the commands are.
+    """
+    command = commands.add_parser(
+        "merge",
+        help="merge checkpoints, from files to a file",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES + "\n" + _method_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = command.add_argument
+    add("base", metavar="BASE", help="the weights before fine-tuning")
+    add("tasks", nargs="+", metavar="TASK", help="fine-tuned weights, or task vectors, in order")
+    add("-o", "--output", required=True, metavar="OUT", help="file.safetensors, or a folder")
+    add("--method", default="magmax", metavar="NAME", help="see below, or FILE.py:NAME [magmax]")
+    add(
+        "--scale",
+        action="append",
+        metavar="NUMBER",
+        help="factor of the merged task vector, or PATTERN=NUMBER for parameters by name; may be "
+        "repeated, the first pattern that fits counts [the one the method was published with]",
+    )
+    add(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="options of the method, as in density=0.3",
+    )
+    for name, about in (("include", "merge only"), ("exclude", "do not merge")):
+        add(
+            f"--{name}",
+            nargs="+",
+            action="extend",
+            default=[],
+            metavar="PATTERN",
+            help=f"{about} the parameters whose names fit, as in 'visual.*'",
+        )
+    add(
+        "--importance",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="for methods that weigh elements, as fisher: one file for each task",
+    )
+    add("--shard-size", default="5GB", metavar="SIZE", help="most of one file in a folder [5GB]")
+    add("--overwrite", action="store_true", help="replace an output file that exists")
+    command.set_defaults(execute=merge)
+
+
+def merge(parsed: argparse.Namespace) -> None:
+    """Merge as the command line says, and tell what was done.
+
+    Args:
+        parsed: The arguments.
+
+    Raises:
+        InputError: If an argument or an input is wrong.
+        StorageError: If the output cannot be written.
+    """
+    from omegaconf import OmegaConf
+    from rich.console import Console
+
+    from cl_merge.cli.messages import show_messages
+    from cl_merge.cli.progress import byte_progress
+    from cl_merge.config import parse_arguments
+    from cl_merge.engine import merge_checkpoints
+
+    scale = read_scale(parsed.scale)
+    options: Any = OmegaConf.to_container(parse_arguments(parsed.set))
+    shard_bytes = read_size(parsed.shard_size)
+    console = Console(stderr=True, highlight=False)
+    show_messages(console)
+    with byte_progress(console, "merging") as progress:
+        done = merge_checkpoints(
+            parsed.base,
+            parsed.tasks,
+            parsed.output,
+            method=parsed.method,
+            scale=scale,
+            include=parsed.include,
+            exclude=parsed.exclude,
+            importances=parsed.importance,
+            shard_bytes=shard_bytes,
+            overwrite=parsed.overwrite,
+            progress=progress,
+            **options,
+        )
+    speed = done.bytes_read / max(done.seconds, 1e-9) / 1e9
+    Console(highlight=False, soft_wrap=True).print(
+        f"{done.path}: {done.merged} tensors of {len(parsed.tasks)} tasks merged by "
+        f"{done.provenance['cl_merge.method']}, scale {done.provenance['cl_merge.scale']}; "
+        f"{done.copied} taken from the base; {done.bytes_read / 1e9:.2f} GB read in "
+        f"{done.seconds:.1f} s, {speed:.1f} GB/s"
+    )
+
+
+def read_scale(words: list[str] | None) -> float | dict[str, float] | None:
+    """Read what ``--scale`` was given.
+
+    Args:
+        words: Numbers, or patterns with numbers; None for the default.
+
+    Returns:
+        A number, a mapping from patterns to numbers, or None.
+
+    Raises:
+        InputError: If a word is neither, or several are plain numbers.
+
+    Example:
+        >>> read_scale(["visual.*=0.3", "0.5"])
+        {'visual.*': 0.3, '*': 0.5}
+    """
+    if not words:
+        return None
+    found: dict[str, float] = {}
+    for word in words:
+        pattern, equals, number = word.rpartition("=")
+        key = pattern if equals else "*"
+        if key in found:
+            raise InputError(f"--scale is given twice for '{key}'; give it once")
+        try:
+            found[key] = float(number)
+        except ValueError:
+            raise InputError(
+                f"--scale {word}: expected a number, or PATTERN=NUMBER as in 'visual.*=0.3'"
+            ) from None
+    # The rest comes last, wherever it was said.
+    if "*" in found:
+        found["*"] = found.pop("*")
+    return found["*"] if list(found) == ["*"] else found
+
+
+def read_size(word: str) -> int:
+    """Read a number of bytes.
+
+    Args:
+        word: As in ``"5GB"``.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        InputError: If it is no size.
+
+    Example:
+        >>> read_size("1.5 GB")
+        1500000000
+    """
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([KMGT]?B?)", word.strip().upper())
+    unit = match.group(2) if match else ""
+    unit = unit if unit in _SIZES or not unit.rstrip("B") else f"{unit}B"
+    number = float(match.group(1)) * _SIZES.get(unit, 1) if match else 0
+    if number < 1:
+        raise InputError(f"--shard-size {word}: expected a size such as 5GB or 500MB")
+    return int(number)
+
+
+def _method_help() -> str:
+    from cl_merge.mergers import MERGERS
+
+    lines = ["methods, their published scales and their options:"]
+    for name, merger in MERGERS.items():
+        lines.append(f"  {name:<18}{merger.published_scale:<6g}{_options_of(merger)}".rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def _options_of(merger: Any) -> str:
+    import inspect
+
+    found = inspect.signature(merger).parameters.values()
+    return ", ".join(f"{option.name}={option.default}" for option in found)
