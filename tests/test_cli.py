@@ -21,13 +21,13 @@ def interrupted(*_):
 
 @pytest.mark.parametrize("run", [interrupted, interrupted_by_lightning])
 def test_ctrl_c_is_said_and_has_the_usual_exit_code(run, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "run", run)
+    monkeypatch.setattr(cli.run, "run", run)
     assert cli.main(["run"]) == 130
     assert capsys.readouterr().err.startswith("cl-merge: interrupted")
 
 
 def test_any_other_exit_goes_through(monkeypatch):
-    monkeypatch.setattr(cli, "run", lambda *_: sys.exit(3))
+    monkeypatch.setattr(cli.run, "run", lambda *_: sys.exit(3))
     with pytest.raises(SystemExit) as stop:
         cli.main(["run"])
     assert stop.value.code == 3

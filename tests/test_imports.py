@@ -60,6 +60,11 @@ def test_merging_needs_no_lightning():
         "weights",
         "heads",
         "scenario",
+        "checkpoints",
+        "engine",
+        "engine.inspection",
+        "kernels",
+        "quantize",
     )
     names = ", ".join(f"cl_merge.{module}" for module in modules)
     script = f"import {names}, sys; assert 'lightning' not in sys.modules"

@@ -70,7 +70,10 @@ class TorchWeights(Weights):
             tensor = tensor[first : -(-stop // size)]
             start, stop = start - first * size, stop - first * size
         stretch = tensor.reshape(-1)[start:stop]
-        return stretch.clone() if stretch.data_ptr() % stretch.element_size() else stretch
+        # A slice with steps keeps them; one element of it even counts as contiguous.
+        if stretch.data_ptr() % stretch.element_size() or stretch.stride(0) != 1:
+            return stretch.clone(memory_format=torch.contiguous_format)
+        return stretch
 
     @override
     def close(self) -> None:

@@ -30,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except RunStoppedError as stopped:
         code, why = _explain(stopped.reason)
-        sys.stderr.write(f"cl-merge: {why}; go on with: cl-merge run out={stopped.folder}\n")
+        kept = "what was finished is kept; " if code == 130 else ""
+        sys.stderr.write(f"cl-merge: {why}; {kept}go on with: cl-merge run out={stopped.folder}\n")
         return code
     except (KeyboardInterrupt, SystemExit, OSError) as stop:
         code, why = _explain(stop)
@@ -42,7 +43,7 @@ def _explain(reason: BaseException) -> tuple[int, str]:
     """The exit code and the words for what stopped a run."""
     # Lightning answers Ctrl-C within a fit with an exit of its own.
     if isinstance(reason, KeyboardInterrupt) or isinstance(reason.__context__, KeyboardInterrupt):
-        return 130, "interrupted; what was finished is kept"
+        return 130, "interrupted"
     if isinstance(reason, OSError):
         return 1, str(reason)
     raise reason

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from cl_merge.engine.inspection import FileReport, Inspection
 
 _DESCRIPTION = """\
-Look into checkpoints and task vectors: how far each task moved, what is zero, NaN or infinite, which
-names, shapes and dtypes differ from the base, and how much the tasks agree with each other.
+Look into checkpoints and task vectors: how far each task moved, what is zero, NaN or infinite,
+which names, shapes and dtypes differ from the base, and how much the tasks agree with each other.
 
 With --base, figures are those of the task vectors, weights minus base. Exit code 1 if something is
 found that would keep the files from being merged.

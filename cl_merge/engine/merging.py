@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from cl_merge.checkpoints import Weights, Writer, check_output, open_weights, write_weights
+from cl_merge.checkpoints import Writer, check_output, open_weights, write_weights
 from cl_merge.engine.hashing import BLOCK, BlockHash, ContentHash
 from cl_merge.engine.inputs import Inputs
 from cl_merge.engine.plan import Plan, make_plan

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 
 from cl_merge import __version__
 from cl_merge.engine.plan import Plan

@@ -26,9 +26,9 @@ class Slerp(StackMerger):
     abs(cos(w)) > 0.9995, and vectors of zeros are interpolated in a straight line.
 
     The rule is mergekit's, but mergekit applies it to the weights themselves, this one to task
-    vectors: weights of fine-tuned models are nearly parallel, their changes are not. One task vector
-    alone is what it is; for more than two there is no one way around the sphere: merge those with
-    another method.
+    vectors: weights of fine-tuned models are nearly parallel, their changes are not. One task
+    vector alone is what it is; for more than two there is no one way around the sphere: merge those
+    with another method.
 
     Args:
         t: Where on the arc: 0 gives the first task vector, 1 the second.
