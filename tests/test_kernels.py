@@ -62,18 +62,22 @@ def test_what_the_kernels_do_not_know_is_left_to_torch():
 
 @compiled
 @settings(deadline=None)
-@given(pairs=PAIRS, low=FLOAT, high=FLOAT)
-def test_a_bracket_counts_and_collects_exactly(pairs, low, high):
+@given(pairs=PAIRS, ends=st.tuples(FLOAT, FLOAT), room=st.integers(0, 300), data=st.data())
+def test_a_bracket_counts_and_collects_exactly(pairs, ends, room, data):
     vector = columns(pairs)[0].repeat(5)
-    low, high = sorted((abs(low), abs(high)))
+    if len(vector) and data.draw(st.booleans()):  # ends that occur
+        ends = tuple(float(data.draw(st.sampled_from(vector.tolist()))) for _ in ends)
+    low, high = sorted(map(abs, ends))
     magnitude = vector.abs()
-    inside = magnitude[(magnitude >= low) & (magnitude <= high)]
-    found = kernels.bracket(vector, low, high)
-    if found is None:  # too many to be worth it
-        assert len(inside) > len(vector) // 8
+    between = magnitude[(magnitude > low) & (magnitude < high)]
+    counts, found = kernels.bracket(vector, low, high, room)
+    if found is None:
+        assert len(between) > min(room, len(vector)) - 64
         return
-    assert found[0] == int((magnitude < low).sum())
-    assert same_bits(found[1], inside)
+    assert same_bits(found, between)
+    assert counts == tuple(
+        int(end.sum()) for end in (magnitude < low, magnitude == low, magnitude == high)
+    )
 
 
 @compiled

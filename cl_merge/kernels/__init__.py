@@ -34,7 +34,7 @@ Chunk = Tensor | tuple[Tensor, Tensor]
 """A task vector, float32 [n]; or fine-tuned weights and base, both float32 or both bfloat16 [n]."""
 
 _ENDINGS = {torch.float32: "_float32", torch.bfloat16: "_bfloat16"}
-_ROOM = 8  # one in so many values may lie in a bracket
+_BLOCK = 64  # more than the loop of `bracket` writes beyond what counts
 
 
 def difference(tuned: Tensor, base: Tensor, out: Tensor) -> bool | None:
@@ -125,9 +125,7 @@ def count_signs(sums: tuple[Tensor, Tensor], count: Tensor) -> tuple[int, bool] 
     if compiled is None:
         return None
     cancelled = ctypes.c_int()
-    balance = compiled.count_signs(
-        *_pointers(*sums, count), count.numel(), ctypes.byref(cancelled)
-    )
+    balance = compiled.count_signs(*_pointers(*sums, count), count.numel(), ctypes.byref(cancelled))
     return balance, bool(cancelled.value)
 
 
@@ -152,27 +150,39 @@ def elect(
     return True
 
 
-def bracket(vector: Tensor, low: float, high: float) -> tuple[int, Tensor] | None:
-    """Count the magnitudes below a bracket, and collect those in it.
+def bracket(
+    vector: Tensor, low: float, high: float, room: int
+) -> tuple[tuple[int, int, int], Tensor | None] | None:
+    """Count the magnitudes at the ends of a bracket, and collect those between.
 
     Args:
         vector: float32 [n].
-        low: The smallest magnitude in the bracket, a float32 number.
-        high: The largest.
+        low: The lower end, a float32 number.
+        high: The upper end.
+        room: The most that are collected.
 
     Returns:
-        How many lie below, and those that lie inside, in their order; None if it was not done, or
-        too many lie inside.
+        How many lie below, how many at the lower and how many at the upper end, and those between,
+        in their order, or None where there are too many; None if it was not done.
     """
     compiled = _usable(vector)
     if compiled is None or vector.dtype != torch.float32:
         return None
-    size, room = vector.numel(), vector.numel() // _ROOM + 64
-    inside, below = torch.empty(room + 1), ctypes.c_int64()
+    room = min(room, vector.numel())
+    between, counts = torch.empty(room + _BLOCK), torch.empty(3, dtype=torch.int64)
     found = compiled.bracket(
-        vector.data_ptr(), size, low, high, inside.data_ptr(), room, ctypes.byref(below)
+        vector.data_ptr(),
+        vector.numel(),
+        low,
+        high,
+        between.data_ptr(),
+        room,
+        counts.data_ptr(),
     )
-    return (below.value, inside[:found].clone()) if found >= 0 else None
+    if found < 0:
+        return (0, 0, 0), None
+    below, at_low, at_high = counts.tolist()
+    return (below, at_low, at_high), between[:found].clone()
 
 
 def _fold(

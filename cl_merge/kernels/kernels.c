@@ -126,35 +126,35 @@ void elect(const float *restrict positive_sum, const float *restrict negative_su
   }
 }
 
-/* Collect the magnitudes from `low` to `high`; returns how many there are, or -1 if they are more than
-   there is room for, and tells how many lie below. `inside` has one place more than `room`. */
+/* Count the magnitudes below `low`, at `low` and at `high`, and collect those between; returns how many
+   are collected, or -1 if they are more than there is room for. `between` has room for a block more. */
 int64_t bracket(const float *restrict vector, int64_t n, float low, float high,
-                float *restrict inside, int64_t room, int64_t *restrict below) {
+                float *restrict between, int64_t room, int64_t *restrict counts) {
   enum { BLOCK = 32 };
-  int64_t found = 0, less = 0, begin = 0;
-  for (; begin + BLOCK <= n; begin += BLOCK) {
-    int32_t lower = 0, higher = 0;
-    for (int64_t i = begin; i < begin + BLOCK; i++) {
+  int64_t found = 0, below = 0, at_low = 0, at_high = 0;
+  for (int64_t begin = 0; begin < n; begin += BLOCK) {
+    int64_t end = n - begin < BLOCK ? n : begin + BLOCK;
+    int32_t under = 0, upto = 0, from = 0, over = 0;
+    for (int64_t i = begin; i < end; i++) {
       float magnitude = fabsf(vector[i]);
-      lower += magnitude < low;
-      higher += magnitude > high;
+      under += magnitude < low;
+      upto += magnitude <= low;
+      from += magnitude >= high;
+      over += magnitude > high;
     }
-    less += lower;
-    if (lower + higher == BLOCK) continue;
-    if (found + BLOCK > room) return -1;
-    for (int64_t i = begin; i < begin + BLOCK; i++) {
+    below += under;
+    at_low += upto - under;
+    at_high += from - over;
+    if (upto + from >= end - begin) continue;
+    if (found > room) return -1;
+    for (int64_t i = begin; i < end; i++) {
       float magnitude = fabsf(vector[i]);
-      inside[found] = magnitude; /* and the next one goes over it, unless this one counts */
-      found += (magnitude >= low) & (magnitude <= high);
+      between[found] = magnitude; /* and the next one goes over it, unless this one counts */
+      found += (magnitude > low) & (magnitude < high);
     }
   }
-  for (; begin < n; begin++) {
-    float magnitude = fabsf(vector[begin]);
-    less += magnitude < low;
-    if (magnitude < low || magnitude > high) continue;
-    if (found == room) return -1;
-    inside[found++] = magnitude;
-  }
-  *below = less;
-  return found;
+  counts[0] = below;
+  counts[1] = at_low;
+  counts[2] = at_high;
+  return found <= room ? found : -1;
 }

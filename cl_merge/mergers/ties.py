@@ -20,8 +20,10 @@ from cl_merge.mergers.chunks import End, Place, Reader
 _COUNT = torch.int16
 _MOST_TASKS = torch.iinfo(_COUNT).max
 
-_SAMPLE = 1 << 17  # values from which the bracket of the threshold is read
-_ROOM = 1 / 16  # share of the values that may lie in it
+# Values from which the bracket of the threshold is read: a thousandth, but within limits.
+_SMALL_SAMPLE = 1 << 17
+_LARGE_SAMPLE = 1 << 22
+_ROOM = 1 << 24  # values between its ends that may be held in memory
 
 
 class Ties(Merger):
@@ -132,7 +134,7 @@ def trim_threshold(vector: Reader, density: float) -> float:
 
     A sample tells between which two magnitudes it must lie, with near certainty; one pass counts
     what lies below them and collects what lies between, in which it is then found. Should it lie
-    elsewhere, or much lie between, two passes find it by the bits of the numbers.
+    elsewhere, or too much lie between, two passes find it by the bits of the numbers.
 
     Args:
         vector: Reads the vector.
@@ -152,18 +154,27 @@ def trim_threshold(vector: Reader, density: float) -> float:
     rank = vector.size - int(density * vector.size)
     if rank == 0:
         return 0.0
-    low, high = _sampled_bracket(vector.sample(_SAMPLE), rank / vector.size)
-    most = max(_ROOM * vector.size, _SAMPLE)
-    parts = vector.map(lambda chunk: _bracketed(chunk, low, high))
-    wanted = rank - sum(below for below, _ in parts)
-    inside = torch.cat([part for _, part in parts])
-    if 1 <= wanted <= len(inside) <= most:
-        return float(inside.kthvalue(wanted).values)
+    sample = vector.sample(min(max(vector.size >> 10, _SMALL_SAMPLE), _LARGE_SAMPLE))
+    low, high, share = _sampled_bracket(sample, rank / vector.size)
+    # Values of few bits are often equal: those at the two ends are counted, not collected.
+    if share * vector.size <= _ROOM:
+        parts = vector.map(lambda chunk: _bracketed(chunk, low, high))
+        found = _in_bracket(rank, low, high, parts)
+        if found is not None:
+            return found
     return _by_bits(vector, rank)
 
 
-def _sampled_bracket(sample: Tensor, share: float) -> tuple[float, float]:
-    """Two magnitudes between which that share of the sample's population ends, most likely."""
+Bracketed = tuple[tuple[int, int, int], Tensor | None]
+"""How many magnitudes lie below a bracket, at its lower and at its upper end, and those between."""
+
+
+def _sampled_bracket(sample: Tensor, share: float) -> tuple[float, float, float]:
+    """Two magnitudes between which that share of the sample's population ends, most likely.
+
+    Returns:
+        Both, and the share of the sample strictly between them.
+    """
     ordered = sample.abs().sort().values
     size = len(ordered)
     # Six standard deviations of the number of values below, and some for small samples.
@@ -171,16 +182,39 @@ def _sampled_bracket(sample: Tensor, share: float) -> tuple[float, float]:
     first, last = int(share * size - margin), int(share * size + margin)
     low = float(ordered[first]) if first > 0 else 0.0
     high = float(ordered[last]) if last < size else math.inf
-    return low, high
+    between = int(((ordered > low) & (ordered < high)).count_nonzero())
+    return low, high, between / max(size, 1)
 
 
-def _bracketed(chunk: Tensor, low: float, high: float) -> tuple[int, Tensor]:
-    found = bracket(chunk, low, high)
+def _bracketed(chunk: Tensor, low: float, high: float) -> Bracketed:
+    room = chunk.numel() // 8 + 64
+    found = bracket(chunk, low, high, room)
     if found is not None:
         return found
     magnitude = chunk.abs()
-    inside = magnitude[(magnitude >= low) & (magnitude <= high)]
-    return int((magnitude < low).count_nonzero()), inside
+    between = magnitude[(magnitude > low) & (magnitude < high)]
+    if len(between) > room:
+        return (0, 0, 0), None
+    ends = (magnitude < low, magnitude == low, magnitude == high)
+    below, at_low, at_high = (int(end.count_nonzero()) for end in ends)
+    return (below, at_low, at_high), between
+
+
+def _in_bracket(rank: int, low: float, high: float, parts: list[Bracketed]) -> float | None:
+    """Find the rank-th smallest magnitude in what a pass has counted; None if it is not there."""
+    collected = [between for _, between in parts if between is not None]
+    if len(collected) < len(parts):
+        return None
+    below, at_low, at_high = (sum(counts[i] for counts, _ in parts) for i in range(3))
+    between = torch.cat(collected)
+    if rank <= below:
+        return None
+    if rank <= below + at_low:
+        return low
+    wanted = rank - below - at_low
+    if wanted <= len(between):
+        return float(between.kthvalue(wanted).values)
+    return high if wanted <= len(between) + at_high else None
 
 
 def _by_bits(vector: Reader, rank: int) -> float:
