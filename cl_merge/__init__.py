@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cl_merge.clip import CLIPClassifier
+    from cl_merge.engine import merge_checkpoints
     from cl_merge.errors import InputError
     from cl_merge.fit import fit_stream
     from cl_merge.heads import ZeroShotHead, zero_shot_head
     from cl_merge.load import Clip, load_clip
-    from cl_merge.mergers import Merger, get_merger, merge
+    from cl_merge.mergers import Merger, fold_method, get_merger, merge, merge_method
     from cl_merge.metrics import AccuracyMatrix
     from cl_merge.scenario import Task
     from cl_merge.stream import TaskStream
@@ -33,9 +34,12 @@ _HOMES = {
     "TaskVector": "task_vector",
     "ZeroShotHead": "heads",
     "fit_stream": "fit",
+    "fold_method": "mergers",
     "get_merger": "mergers",
     "load_clip": "load",
     "merge": "mergers",
+    "merge_checkpoints": "engine",
+    "merge_method": "mergers",
     "zero_shot_head": "heads",
 }
 
@@ -50,9 +54,12 @@ __all__ = [
     "TaskVector",
     "ZeroShotHead",
     "fit_stream",
+    "fold_method",
     "get_merger",
     "load_clip",
     "merge",
+    "merge_checkpoints",
+    "merge_method",
     "zero_shot_head",
 ]
 

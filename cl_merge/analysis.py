@@ -19,7 +19,8 @@ from cl_merge.mergers.base import Accumulators, Merger
 from cl_merge.mergers.chunks import End, Place, Reader
 from cl_merge.mergers.max_magnitude import MaxMagnitude
 from cl_merge.mergers.random_mix import random_bits
-from cl_merge.mergers.ties import Ties, trim_threshold
+from cl_merge.mergers.selection import trim_threshold
+from cl_merge.mergers.ties import Ties
 from cl_merge.seeds import derive_seed
 from cl_merge.task_vector import TaskVector
 

@@ -43,18 +43,21 @@ def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> lis
         return [function(item) for item in waiting]
     before = torch.get_num_threads()
     work = _Work(function, waiting)
-    helpers = [threading.Thread(target=work.help, daemon=True) for _ in range(threads)]
+    # Until Python 3.13, `join` takes a thread for ended once Ctrl-C has interrupted it.
+    ended = [threading.Event() for _ in range(threads)]
+    helpers = [threading.Thread(target=work.help, args=(end,), daemon=True) for end in ended]
     try:
         for helper in helpers:
             helper.start()
-        for helper in helpers:
-            helper.join()
+        for end in ended:
+            end.wait()
     except BaseException:  # Ctrl-C: what is under way ends, nothing new begins
         work.stop()
         raise
     finally:
-        for helper in helpers:
+        for helper, end in zip(helpers, ended, strict=True):
             if helper.ident is not None:
+                end.wait()
                 helper.join()
         torch.set_num_threads(before)
     if work.error is not None:
@@ -72,16 +75,18 @@ class _Work:
         self.results: list[Any] = [None] * len(items)
         self.error: BaseException | None = None
 
-    def help(self) -> None:
-        """Take items and work on them, in a thread of its own."""
+    def help(self, end: threading.Event) -> None:
+        """Take items and work on them, in a thread of its own; tell when there are no more."""
         _HERE.working = True
-        torch.set_num_threads(1)
-        for index in self._next:
-            try:
+        try:
+            torch.set_num_threads(1)
+            for index in self._next:
                 self.results[index] = self._function(self._items[index])
-            except BaseException as error:  # raised again by the caller
-                self.error = self.error or error
-                self.stop()
+        except BaseException as error:  # raised again by the caller
+            self.error = self.error or error
+            self.stop()
+        finally:
+            end.set()
 
     def stop(self) -> None:
         """Begin no further item."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from torch import Tensor
+
 from cl_merge.errors import InputError, nearest
-from cl_merge.task_vector import check_scale
+from cl_merge.task_vector import check_scale, moved
 
 _REST = "*"
 
@@ -88,6 +90,31 @@ class Scales:
         """A number for tables, or the range of the numbers."""
         numbers = sorted({number for _, number in self.factors})
         return "-".join(f"{number:g}" for number in dict.fromkeys((numbers[0], numbers[-1])))
+
+
+def scaled(
+    base: Mapping[str, Tensor], changes: Iterable[tuple[str, Tensor]], scales: Scales
+) -> Iterator[tuple[str, Tensor]]:
+    """Add the merged task vector to the base, a parameter at a time.
+
+    Args:
+        base: The weights before any training, floating point.
+        changes: The merged task vector as pairs of name and values, for some or all of the base.
+        scales: Its factors.
+
+    Yields:
+        Name and weights: base + scale * change, and then, as they are, those that do not change.
+
+    Example:
+        >>> import torch
+        >>> base = {"a": torch.tensor([1.0]), "b": torch.tensor([2.0])}
+        >>> list(scaled(base, [("b", torch.tensor([4.0]))], Scales.read(0.5, default=1.0)))
+        [('b', tensor([4.])), ('a', tensor([1.]))]
+    """
+    rest = dict(base)
+    for name, change in changes:
+        yield name, moved(rest.pop(name), change, scales.of(name))
+    yield from rest.items()
 
 
 def check_fits(what: str, pattern: str, names: list[str]) -> None:

@@ -10,5 +10,12 @@ ANY_NUMBER = [name for name, kind in MERGERS.items() if name != "slerp" and not 
 CHANGING_ONE = {"iso-c"}
 """Those that change even a single task vector."""
 
-DROPPING_NOTHING: dict[str, dict[str, Any]] = {"ties": {"density": 1.0}}
+DROPPING_NOTHING: dict[str, dict[str, Any]] = {
+    "ties": {"density": 1.0},
+    "dare": {"density": 1.0},
+    "dare-ties": {"density": 1.0},
+    "della": {"density": 1.0, "epsilon": 0.0},
+    "breadcrumbs": {"beta": 0.0, "gamma": 0.0},
+    "consensus": {"threshold": 0.0},
+}
 """Options with which every value stays."""

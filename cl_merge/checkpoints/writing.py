@@ -138,7 +138,9 @@ class Writer:
             )
         if start == stop:
             return
-        raw = values.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
+        flat = values.detach().cpu().reshape(-1).contiguous()
+        # One element counts as contiguous whatever its stride, which a view as bytes minds.
+        raw = flat.as_strided(flat.shape, (1,)).view(torch.uint8)
         with storage_errors(self._path):
             offset = shard.layout.offsets[name] + start * dtype.itemsize
             shard.file.write(raw.numpy().data, offset)

@@ -22,8 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 for success, 1 if the disk or the system stops it or an inspection finds
         what cannot be merged, 2 for wrong input, 130 after Ctrl-C.
     """
-    parsed = _parser().parse_args(arguments)
     try:
+        parsed = _parser().parse_args(arguments)
         return int(parsed.execute(parsed) or 0)
     except InputError as error:
         sys.stderr.write(f"cl-merge: {error}\n")

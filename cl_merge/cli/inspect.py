@@ -25,6 +25,8 @@ which names, shapes and dtypes differ from the base, and how much the tasks agre
 With --base, figures are those of the task vectors, weights minus base. Exit code 1 if something is
 found that would keep the files from being merged.
 """
+_BROKEN = "holds NaN or infinity"
+_MOST_COLUMNS = 11  # of a table that fits a terminal
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -76,7 +78,7 @@ def inspect(parsed: argparse.Namespace) -> int:
             parsed.files, parsed.base, density=parsed.density, progress=progress
         )
     if parsed.json:
-        sys.stdout.write(json.dumps(_plain(asdict(found)), indent=2) + "\n")
+        sys.stdout.write(json.dumps(_plain(asdict(found) | {"fine": found.fine}), indent=2) + "\n")
     else:
         _show(Console(highlight=False), found, layers=parsed.layers)
     return 0 if found.fine else 1
@@ -85,89 +87,137 @@ def inspect(parsed: argparse.Namespace) -> int:
 def _show(console: Console, found: Inspection, *, layers: bool) -> None:
     from rich.markup import escape
 
+    for number, file in enumerate(found.files):
+        path = escape(str(file.path))
+        console.print(f"{number:<2} {path}  [dim]{_content(file)}[/]", soft_wrap=True)
+    console.print()
+    console.print(f"[bold]{escape(_title(found))}[/]", soft_wrap=True)
     console.print(_overview(found))
-    for file in found.files:
-        for text in _problems(file, "the base" if found.base else "the first file"):
-            console.print(f"[bold red]{escape(str(file.path))}[/]: {escape(text)}", soft_wrap=True)
     if len(found.files) > 1:
-        console.print(_agreement(found))
-        console.print(
-            f"sign conflicts: {_percent(found.conflicts)} of all positions that move, "
-            f"{_percent(found.top_conflicts)} among the largest {_percent(found.density)} of each "
-            "task"
-        )
+        _show_agreement(console, found)
     if layers:
+        console.print("\n[bold]norm by tensor[/]")
         console.print(_by_layer(found))
+    if not found.fine:
+        console.print("\n[bold red]cannot be merged as they are[/]")
+    for path, text in _problems(found):
+        console.print(f"[red]{escape(path)}[/]: {escape(text)}", soft_wrap=True)
+
+
+def _content(file: FileReport) -> str:
+    values = f"{file.parameters / 1e6:,.2f} M" if file.parameters > 1e6 else file.parameters
+    return f"{file.kind}, {_tensors(file.tensors)}, {values} values, {listing(file.dtypes)}"
+
+
+def _title(found: Inspection) -> str:
+    if found.base is not None:
+        what = f"task vectors over {found.base}"
+    elif found.are_changes:
+        what = "task vectors"
+    else:
+        what = "weights as they are; --base shows what training changed"
+    differ = any(f.missing or f.extra or f.shapes or f.uneven for f in found.files)
+    return f"{what}; only the {_tensors(found.compared)} that all have alike" if differ else what
 
 
 def _overview(found: Inspection) -> Table:
-    table = _table(
-        f"task vectors over {found.base}" if found.base else "as they are, without a base",
-        "file", "kind", "tensors", "parameters", "dtype", "norm",
-        *(["of base"] if found.base else []), "zeros", "largest",
-    )  # fmt: skip
+    table = _table("", "norm", *(["of base's norm"] if found.base else []), "zeros", "largest")
     for number, file in enumerate(found.files):
         table.add_row(
-            f"{number}  {file.path.name}",
-            file.kind,
-            str(file.tensors),
-            f"{file.parameters / 1e6:.2f} M",
-            listing(file.dtypes),
-            f"{file.norm:.4g}",
-            *([f"{file.relative:.2%}"] if found.base else []),
+            str(number),
+            _number(file.norm, ".4g"),
+            *([_percent(file.relative)] if found.base else []),
             _percent(file.zeros),
-            f"{file.largest:.3g}",
+            _number(file.largest, ".3g"),
         )
     return table
 
 
-def _problems(file: FileReport, reference: str) -> list[str]:
-    return [
-        f"{what}: {listing(names)}"
-        for what, names in (
-            ("NaN or infinity in", file.not_finite),
-            (f"lacks tensors of {reference}", file.missing),
-            (f"has tensors that are not in {reference}", file.extra),
-            (f"differs from {reference}", file.shapes),
+def _show_agreement(console: Console, found: Inspection) -> None:
+    pairs = [(i, j) for i in range(len(found.files)) for j in range(i)]
+    if len(found.files) <= _MOST_COLUMNS:
+        console.print("[bold]cosine between tasks[/]")
+        console.print(_cosines(found))
+    else:
+        by_cosine = sorted(pairs, key=lambda pair: found.cosines[pair[0]][pair[1]])
+        (low, high), values = (by_cosine[0], by_cosine[-1]), [found.cosines[i][j] for i, j in pairs]
+        console.print(
+            f"cosine between tasks: {sum(values) / len(values):.2f} on average, from "
+            f"{min(values):.2f} ({low[1]} and {low[0]}) to {max(values):.2f} ({high[1]} and "
+            f"{high[0]})\n",
+            soft_wrap=True,
         )
-        if names
-    ]
+    if found.are_changes:
+        console.print(
+            "sign conflicts, one task up and another down:\n"
+            f"  {_percent(found.conflicts):>7} of all values that a task moves\n"
+            f"  {_percent(found.top_conflicts):>7} of the largest {100 * found.density:g} % of "
+            "each task, as TIES trims"
+        )
 
 
-def _agreement(found: Inspection) -> Table:
-    table = _table("cosine between tasks", "", *map(str, range(len(found.files))))
-    for number, row in enumerate(found.cosines):
-        table.add_row(str(number), *(f"{cosine:.2f}" for cosine in row))
+def _cosines(found: Inspection) -> Table:
+    table = _table("", *map(str, range(len(found.files) - 1)))
+    for number, row in enumerate(found.cosines[1:], start=1):
+        table.add_row(str(number), *(_number(cosine, ".2f") for cosine in row[:number]))
     return table
+
+
+def _problems(found: Inspection) -> list[tuple[str, str]]:
+    """What keeps the files from being merged: which file, and what it is."""
+    reference = "the base" if found.base else f"'{found.files[0].path}'"
+    lines = [(str(found.base), _BROKEN, found.base_not_finite)]
+    for file in found.files:
+        lines += [
+            (str(file.path), what, names)
+            for what, names in (
+                (_BROKEN, file.not_finite),
+                (f"lacks tensors of {reference}", file.missing),
+                (f"has tensors that {reference} lacks", file.extra),
+                (f"differs from {reference}", file.shapes),
+                (f"changes other tensors than '{found.files[0].path}'", file.uneven),
+            )
+        ]
+    return [(path, f"{what}: {listing(names)}") for path, what, names in lines if names]
 
 
 def _by_layer(found: Inspection) -> Table:
-    table = _table("norm by tensor", "tensor", *map(str, range(len(found.files))))
+    from rich.markup import escape
+
+    table = _table("tensor", *map(str, range(len(found.files))))
     for name in found.files[0].layers:
-        table.add_row(name, *(f"{file.layers[name]:.3g}" for file in found.files))
+        table.add_row(escape(name), *(f"{file.layers[name]:.3g}" for file in found.files))
     return table
 
 
-def _table(title: str, *columns: str) -> Table:
+def _table(*columns: str) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     return table
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold: it knows neither paths nor NaN."""
+    """What JSON can hold: it knows neither paths, nor NaN, nor infinity."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_plain(item) for item in value]
     if isinstance(value, Path):
         return str(value)
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return "-" if math.isnan(share) else f"{100 * share:.1f} %"
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
+
+
+def _tensors(number: int) -> str:
+    return "1 tensor" if number == 1 else f"{number} tensors"

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
-from cl_merge.errors import InputError
+from cl_merge.errors import InputError, unknown_name
+
+if TYPE_CHECKING:
+    from cl_merge.engine import Merged
 
 _DESCRIPTION = """\
 Merge fine-tuned checkpoints into the base that they were fine-tuned from.
@@ -23,6 +28,7 @@ examples:
   cl-merge merge base.pt task*.pt --scale 0.5 --scale 'visual.*attn*=0.3' -o merged.safetensors
   cl-merge merge base.safetensors task*.safetensors --method mine.py:median -o merged.safetensors
 """
+_ARGUMENTS = ("method", "scale", "include", "exclude", "importance", "overwrite")
 _SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -101,6 +107,7 @@ def merge(parsed: argparse.Namespace) -> None:
 
     scale = read_scale(parsed.scale)
     options: Any = OmegaConf.to_container(parse_arguments(parsed.set))
+    _check_options(parsed.method, options)
     shard_bytes = read_size(parsed.shard_size)
     console = Console(stderr=True, highlight=False)
     show_messages(console)
@@ -119,13 +126,50 @@ def merge(parsed: argparse.Namespace) -> None:
             progress=progress,
             **options,
         )
-    speed = done.bytes_read / max(done.seconds, 1e-9) / 1e9
-    Console(highlight=False, soft_wrap=True).print(
-        f"{done.path}: {done.merged} tensors of {len(parsed.tasks)} tasks merged by "
-        f"{done.provenance['cl_merge.method']}, scale {done.provenance['cl_merge.scale']}; "
-        f"{done.copied} taken from the base; {done.bytes_read / 1e9:.2f} GB read in "
-        f"{done.seconds:.1f} s, {speed:.1f} GB/s"
+    sys.stdout.write(_summary(done, len(parsed.tasks)) + "\n")
+
+
+def _check_options(method: str, options: Any) -> None:
+    """Make sure that the method has these options, and none that means something else here."""
+    import inspect
+
+    from cl_merge.mergers.registry import find_merger
+
+    known = inspect.signature(find_merger(method)).parameters
+    for option in options:
+        if option not in known:
+            unknown = unknown_name(f"option of method '{method}'", option, known)
+            hint = f"; without --set: --{option}" if option in _ARGUMENTS else ""
+            raise InputError(f"{unknown}{hint}")
+
+
+def _summary(done: Merged, tasks: int) -> str:
+    made = done.provenance
+    merged, of_tasks = _number(done.merged, "tensor"), _number(tasks, "task")
+    copied = f", {done.copied} taken from the base" if done.copied else ""
+    size, speed = done.bytes_read, done.bytes_read / max(done.seconds, 1e-9)
+    return (
+        f"{done.path}: {merged} merged from {of_tasks}{copied}\n"
+        f"method {made['cl_merge.method']}{_words(made['cl_merge.options'])}, scale "
+        f"{made['cl_merge.scale']}; read {_bytes(size)} in {done.seconds:.1f} s, {_bytes(speed)}/s"
     )
+
+
+def _number(number: int, what: str) -> str:
+    return f"1 {what}" if number == 1 else f"{number} {what}s"
+
+
+def _words(options: str) -> str:
+    """Write options as they are given, in brackets."""
+    words = ", ".join(f"{key}={value}" for key, value in json.loads(options).items())
+    return f" ({words})" if words else ""
+
+
+def _bytes(number: float) -> str:
+    for unit, size in reversed(_SIZES.items()):
+        if number >= size:
+            return f"{number / size:.3g} {unit or 'bytes'}"
+    return "0 bytes"
 
 
 def read_scale(words: list[str] | None) -> float | dict[str, float] | None:
@@ -151,7 +195,8 @@ def read_scale(words: list[str] | None) -> float | dict[str, float] | None:
         pattern, equals, number = word.rpartition("=")
         key = pattern if equals else "*"
         if key in found:
-            raise InputError(f"--scale is given twice for '{key}'; give it once")
+            of_what = f" for '{key}'" if equals else ""
+            raise InputError(f"--scale is given twice{of_what}; give it once")
         try:
             found[key] = float(number)
         except ValueError:

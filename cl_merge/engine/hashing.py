@@ -25,7 +25,7 @@ class ContentHash:
         >>> content = ContentHash()
         >>> content.add("weight", torch.float32, torch.Size([2]), 0, digest(torch.ones(2)))
         >>> content.hexdigest()
-        'ec8ff11a3ed5cf4b4b3b5bbcd3e3a9ec'
+        '0a93220a8bd5af31c6ef0d41c98a1344'
     """
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class BlockHash:
         """Add the next chunk, contiguous, of any dtype."""
         while chunk.numel():
             part, chunk = chunk[: self._room], chunk[self._room :]
-            self._hash.update(memoryview(part.view(torch.uint8).numpy()))
+            self._hash.update(part.view(torch.uint8).numpy().data)
             self._room -= part.numel()
             if self._room == 0:
                 self._done.append(self._hash.digest())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cl_merge.checkpoints import Weights
 from cl_merge.engine.hashing import BlockHash
-from cl_merge.engine.plan import Plan
+from cl_merge.engine.plan import Plan, dtype_name
 from cl_merge.errors import InputError, listing
 from cl_merge.mergers.chunks import Reader
 from cl_merge.task_vector import is_finite, not_finite, subtract
@@ -225,10 +225,9 @@ class Inputs:
         names = self._not_finite(base)
         if names:
             return self._broken_base(names)
-        dtype = str(base.dtype(name)).removeprefix("torch.")
         return InputError(
-            f"'{name}' overflows {dtype} after merging; use a smaller scale, or convert the inputs "
-            "to a wider dtype"
+            f"'{name}' overflows {dtype_name(base, name)} after merging; use a smaller scale, or "
+            "convert the inputs to a wider dtype"
         )
 
     def _broken_base(self, names: list[str]) -> InputError:

@@ -1,8 +1,9 @@
-"""What is in checkpoints and task vectors, and how they differ; read once, in little memory."""
+"""What is in checkpoints and task vectors, and how they differ; read twice, in little memory."""
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -13,11 +14,12 @@ from torch import Tensor
 
 from cl_merge.checkpoints import Weights, open_weights
 from cl_merge.engine.hashing import BLOCK
+from cl_merge.engine.plan import dtype_name
 from cl_merge.errors import InputError
 from cl_merge.mergers.chunks import Reader, chunk_size, cut, stretches
-from cl_merge.mergers.ties import trim_threshold
+from cl_merge.mergers.selection import trim_threshold
 from cl_merge.parallel import in_threads
-from cl_merge.task_vector import subtract
+from cl_merge.task_vector import is_finite, subtract
 
 _CPU = torch.device("cpu")
 
@@ -32,10 +34,11 @@ class FileReport:
         tensors: Number of tensors.
         parameters: Number of floating-point values.
         dtypes: Names of the dtypes.
-        missing: Tensors of the reference that it lacks.
+        missing: Tensors of the reference, the base or else the first file, that it lacks.
         extra: Tensors that the reference lacks.
         shapes: Tensors whose shape or dtype differs from the reference's, and how.
-        not_finite: Tensors that hold NaN or infinity.
+        uneven: Tensors that either this file or the first one changes, but not the other.
+        not_finite: Tensors that hold NaN or infinity; such values count as zeros in the figures.
         norm: Euclidean norm of the task vector; of the weights without a base.
         relative: That norm, divided by the norm of the base's same tensors.
         zeros: Share of the task vector's values that are zero.
@@ -51,12 +54,18 @@ class FileReport:
     missing: list[str] = field(default_factory=list)
     extra: list[str] = field(default_factory=list)
     shapes: list[str] = field(default_factory=list)
+    uneven: list[str] = field(default_factory=list)
     not_finite: list[str] = field(default_factory=list)
     norm: float = math.nan
     relative: float = math.nan
     zeros: float = math.nan
     largest: float = math.nan
     layers: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def fine(self) -> bool:
+        """Whether nothing keeps this file from being merged with the others."""
+        return not (self.missing or self.extra or self.shapes or self.uneven or self.not_finite)
 
 
 @dataclass
@@ -66,6 +75,8 @@ class Inspection:
     Attributes:
         files: A report on each.
         base: The base, where there is one.
+        base_not_finite: Its tensors that hold NaN or infinity, of those that are compared.
+        are_changes: Whether the figures are of task vectors; else they are of weights.
         compared: Number of tensors that all files have alike, over which the figures run.
         cosines: Cosine of the angle between each two task vectors, ``[T][T]``.
         conflicts: Share of positions that tasks move in both directions, of those that any moves.
@@ -75,6 +86,8 @@ class Inspection:
 
     files: list[FileReport]
     base: Path | None
+    base_not_finite: list[str]
+    are_changes: bool
     compared: int
     cosines: list[list[float]]
     conflicts: float
@@ -84,7 +97,7 @@ class Inspection:
     @property
     def fine(self) -> bool:
         """Whether the files could be merged: the same tensors everywhere, and all finite."""
-        return not any(f.missing or f.extra or f.shapes or f.not_finite for f in self.files)
+        return not self.base_not_finite and all(file.fine for file in self.files)
 
 
 def inspect_checkpoints(
@@ -108,13 +121,21 @@ def inspect_checkpoints(
         What was found.
 
     Raises:
-        InputError: If a file is missing or damaged, or the density is outside (0, 1].
+        InputError: If there is no file, one is missing or damaged, the base is a task vector, or
+            the density is outside (0, 1].
     """
+    if not tasks:
+        raise InputError("nothing to inspect; give at least one checkpoint or task vector")
     if not 0 < density <= 1:
         raise InputError(f"the density must be above 0 and at most 1, not {density}")
     with ExitStack() as stack:
         opened = [stack.enter_context(open_weights(path)) for path in tasks]
         before = stack.enter_context(open_weights(base)) if base is not None else None
+        if before is not None and before.is_task_vector:
+            raise InputError(
+                f"'{before.path}' is a task vector, but the base must hold the weights before "
+                "fine-tuning"
+            )
         return _Look(opened, before, density, progress).run()
 
 
@@ -131,15 +152,15 @@ class _Look:
         self._tasks = tasks
         self._base = base
         self._density = density
-        self._reports = [_compared(task, base or tasks[0], base is None) for task in tasks]
+        self._reports = [_compared(task, base or tasks[0], tasks[0], base) for task in tasks]
         self._shapes = self._common()
-        read = [*tasks, *([base] if base is not None else [])]
-        total = 2 * sum(
-            shape.numel() * weights.dtype(name).itemsize
-            for weights in read
-            for name, shape in self._shapes.items()
-        )
-        self._tell = progress(total) if progress else None
+        self._lock = threading.Lock()
+        self._broken: list[set[str]] = [set() for _ in tasks]
+        self._broken_base: set[str] = set()
+        self._to_come = 2 * sum(self._size(weights) for weights in tasks)
+        if base is not None:
+            self._to_come += self._size(base)
+        self._tell = progress(self._to_come) if progress else None
 
     def run(self) -> Inspection:
         """Read everything twice: for the thresholds, and for the figures."""
@@ -147,15 +168,18 @@ class _Look:
         blocks = list(cut(self._shapes, "element", BLOCK))
         figures = in_threads(lambda block: self._figures(*block, thresholds), blocks)
         total = _Figures(len(self._tasks))
-        for (name, _), found in zip(blocks, figures, strict=True):
-            total.add(name, found)
+        for found in figures:
+            total.add(found)
         for task, report in enumerate(self._reports):
             total.into(report, task, sum(shape.numel() for shape in self._shapes.values()))
+            report.not_finite = [n for n in self._shapes if n in self._broken[task]]
         norms = total.gram.diagonal().sqrt()
         cosines = total.gram / (norms[:, None] * norms[None, :])
         return Inspection(
             self._reports,
             self._base.path if self._base is not None else None,
+            [name for name in self._shapes if name in self._broken_base],
+            self._base is not None or all(task.is_task_vector for task in self._tasks),
             len(self._shapes),
             cosines.tolist(),
             _share(total.conflicts, total.moved),
@@ -165,26 +189,41 @@ class _Look:
 
     def _common(self) -> dict[str, torch.Size]:
         """What all files have alike, in the order of the first."""
-        odd = {name for report in self._reports for name in (*report.missing, *report.extra)}
-        odd |= {text.split(" ")[0] for report in self._reports for text in report.shapes}
-        first = self._tasks[0]
+        weights = [*self._tasks, *([self._base] if self._base is not None else [])]
+        names = set.intersection(*(set(each.names) for each in weights))
         return {
-            name: first.shape(name)
-            for name in first.names
-            if name not in odd
-            and first.dtype(name).is_floating_point
-            and all(name in task.names for task in self._tasks)
+            name: self._tasks[0].shape(name)
+            for name in self._tasks[0].names
+            if name in names
+            and len({each.shape(name) for each in weights}) == 1
+            and all(each.dtype(name).is_floating_point for each in weights)
+            and len({e.dtype(name) for e in weights if not e.is_task_vector}) < 2
         }
 
+    def _size(self, weights: Weights) -> int:
+        return sum(
+            shape.numel() * weights.dtype(name).itemsize for name, shape in self._shapes.items()
+        )
+
     def _vector(self, task: int, name: str, part: slice) -> Tensor:
-        """Read a stretch of a task vector, NaN and infinity included; float32 [n]."""
+        """Read a stretch of a task vector, float32 [n], with zeros for NaN and infinity."""
         weights = self._tasks[task]
         raw = weights.read(name, part.start, part.stop)
         self._count(raw)
         if weights.is_task_vector or self._base is None:
-            return raw.to(torch.float32)
-        vector = torch.empty(raw.numel())
-        subtract(raw, self._base.read(name, part.start, part.stop), vector)
+            vector = raw.to(torch.float32)
+            fine = is_finite(vector)
+        else:
+            base = self._base.read(name, part.start, part.stop)
+            vector = torch.empty(raw.numel(), dtype=torch.float32)
+            fine = subtract(raw, base, vector)
+            if not fine and not bool(base.float().isfinite().all()):
+                self._broken_base.add(name)
+                fine = bool(raw.float().isfinite().all())
+                vector.nan_to_num_(0.0, 0.0, 0.0)
+        if not fine:
+            self._broken[task].add(name)
+            vector = vector.nan_to_num(0.0, 0.0, 0.0)
         return vector
 
     def _threshold(self, task: int) -> float:
@@ -193,20 +232,29 @@ class _Look:
 
     def _figures(self, name: str, block: slice, thresholds: list[float]) -> _Figures:
         found = _Figures(len(self._tasks))
-        for part in stretches(self._shapes[name], "element", chunk_size(_CPU), block):
+        # The tasks' chunks together shall stay in a core's cache.
+        size = max(chunk_size(_CPU) // (2 * len(self._tasks)), 1 << 12)
+        for part in stretches(self._shapes[name], "element", size, block):
             vectors = torch.stack(
                 [self._vector(task, name, part) for task in range(len(self._tasks))]
             )
-            base = None
+            found.take(name, vectors, thresholds)
             if self._base is not None:
-                base = self._base.read(name, part.start, part.stop).to(torch.float32)
+                base = self._base.read(name, part.start, part.stop)
                 self._count(base)
-            found.take(name, vectors, base, thresholds)
+                if not is_finite(base.float()):
+                    self._broken_base.add(name)
+                found.base_squares += _squares(base)
         return found
 
     def _count(self, raw: Tensor) -> None:
-        if self._tell is not None:
-            self._tell(raw.numel() * raw.element_size())
+        if self._tell is None:
+            return
+        with self._lock:
+            # Thresholds that are hard to find take more passes than were announced.
+            announced = min(raw.numel() * raw.element_size(), self._to_come)
+            self._to_come -= announced
+        self._tell(announced)
 
 
 class _Figures:
@@ -218,89 +266,106 @@ class _Figures:
         self.base_squares = 0.0
         self.zeros = torch.zeros(tasks, dtype=torch.int64)
         self.largest = torch.zeros(tasks)
-        self.broken: list[set[str]] = [set() for _ in range(tasks)]
         self.moved = self.conflicts = self.top_moved = self.top_conflicts = 0
 
-    def take(
-        self, name: str, vectors: Tensor, base: Tensor | None, thresholds: list[float]
-    ) -> None:
-        """Take up a stretch of all task vectors, float32 [T, n]; they are changed."""
-        for task, vector in enumerate(vectors):
-            if not bool(vector.sum().isfinite()) and not bool(vector.isfinite().all()):
-                self.broken[task].add(name)
-                vector.nan_to_num_(0.0, 0.0, 0.0)
+    def take(self, name: str, vectors: Tensor, thresholds: list[float]) -> None:
+        """Take up a stretch of all task vectors, float32 [T, n], n > 0; they are changed."""
         wide = vectors.to(torch.float64)
         gram = wide @ wide.T
         self.gram += gram
         self.squares[name] = self.squares.get(name, 0) + gram.diagonal()
-        if base is not None:
-            self.base_squares += float(base.to(torch.float64).square().sum())
-        self.zeros += (vectors == 0).sum(dim=1)
-        if vectors.shape[1]:
-            self.largest = torch.maximum(self.largest, vectors.abs().amax(dim=1))
+        self.zeros += vectors.shape[1] - vectors.count_nonzero(dim=1)
         moved, conflicts = _both_signs(vectors)
         self.moved, self.conflicts = self.moved + moved, self.conflicts + conflicts
-        limit = torch.tensor(thresholds)[:, None]
-        moved, conflicts = _both_signs(vectors.masked_fill_(vectors.abs() < limit, 0))
+        magnitudes = vectors.abs()
+        self.largest = torch.maximum(self.largest, magnitudes.amax(dim=1))
+        vectors.masked_fill_(magnitudes < torch.tensor(thresholds)[:, None], 0)
+        moved, conflicts = _both_signs(vectors)
         self.top_moved, self.top_conflicts = self.top_moved + moved, self.top_conflicts + conflicts
 
-    def add(self, name: str, other: _Figures) -> None:
-        """Add the sums of another stretch, of one tensor."""
+    def add(self, other: _Figures) -> None:
+        """Add the sums of another stretch."""
         self.gram += other.gram
         for tensor, squares in other.squares.items():
             self.squares[tensor] = self.squares.get(tensor, 0) + squares
         self.base_squares += other.base_squares
         self.zeros += other.zeros
         self.largest = torch.maximum(self.largest, other.largest)
-        for mine, theirs in zip(self.broken, other.broken, strict=True):
-            mine |= theirs
         self.moved, self.conflicts = self.moved + other.moved, self.conflicts + other.conflicts
         self.top_moved += other.top_moved
         self.top_conflicts += other.top_conflicts
 
     def into(self, report: FileReport, task: int, size: int) -> None:
         """Write one task's figures into its report."""
+        if size == 0:
+            return
         report.norm = float(self.gram[task, task].sqrt())
         if self.base_squares:
             report.relative = report.norm / math.sqrt(self.base_squares)
         report.zeros = _share(int(self.zeros[task]), size)
         report.largest = float(self.largest[task])
-        report.not_finite = sorted(self.broken[task])
         report.layers = {name: float(sums[task].sqrt()) for name, sums in self.squares.items()}
 
 
 def _both_signs(vectors: Tensor) -> tuple[int, int]:
-    positive, negative = (vectors > 0).any(dim=0), (vectors < 0).any(dim=0)
-    return int((positive | negative).sum()), int((positive & negative).sum())
+    """Count the positions that any task moves, and those that tasks move in both directions."""
+    positive, negative = vectors.amax(dim=0) > 0, vectors.amin(dim=0) < 0
+    return (
+        int((positive | negative).count_nonzero()),
+        int((positive & negative).count_nonzero()),
+    )
+
+
+def _squares(values: Tensor) -> float:
+    """Sum of the squares of all finite values."""
+    total = float(values.to(torch.float64).square_().sum())
+    if math.isfinite(total):
+        return total
+    return float(values.to(torch.float64).nan_to_num_(0.0, 0.0, 0.0).square_().sum())
 
 
 def _share(part: int, whole: int) -> float:
     return part / whole if whole else math.nan
 
 
-def _compared(task: Weights, reference: Weights, among_tasks: bool) -> FileReport:
+def _compared(
+    task: Weights, reference: Weights, first: Weights, base: Weights | None
+) -> FileReport:
     """Compare names, shapes and dtypes with the base's, or with the first file's."""
     ours, theirs = set(reference.names), set(task.names)
-    report = FileReport(
+    changed, of_first = set(_floating(task)), set(_floating(first))
+    # A task vector holds what trained, which may be a part of the base.
+    lacks = [name for name in reference.names if name not in theirs]
+    missing = [] if task.is_task_vector and base is not None else lacks
+    extra = [name for name in task.names if name not in ours]
+    return FileReport(
         path=task.path,
         kind=task.kind,
         tensors=len(task.names),
-        parameters=sum(
-            task.shape(name).numel() for name in task.names if task.dtype(name).is_floating_point
-        ),
-        dtypes=sorted({str(task.dtype(name)).removeprefix("torch.") for name in task.names}),
-        extra=[name for name in task.names if name not in ours],
+        parameters=sum(task.shape(name).numel() for name in _floating(task)),
+        dtypes=sorted({dtype_name(task, name) for name in task.names}),
+        missing=missing,
+        extra=extra,
+        shapes=[
+            difference
+            for name in task.names
+            if name in ours and (difference := _unlike(task, reference, name))
+        ],
+        uneven=sorted((changed ^ of_first) - set(missing) - set(extra)) if base else [],
     )
-    # A task vector holds what trained, which may be a part of the base.
-    if among_tasks or not task.is_task_vector:
-        report.missing = [name for name in reference.names if name not in theirs]
-    for name in task.names:
-        if name not in ours:
-            continue
-        if task.shape(name) != reference.shape(name):
-            report.shapes.append(
-                f"{name} {tuple(task.shape(name))} instead of {tuple(reference.shape(name))}"
-            )
-        elif not task.is_task_vector and task.dtype(name) != reference.dtype(name):
-            report.shapes.append(f"{name} {task.dtype(name)} instead of {reference.dtype(name)}")
-    return report
+
+
+def _floating(weights: Weights) -> list[str]:
+    return [name for name in weights.names if weights.dtype(name).is_floating_point]
+
+
+def _unlike(task: Weights, reference: Weights, name: str) -> str:
+    """Say how a tensor differs in shape or dtype; nothing if it does not."""
+    if task.shape(name) != reference.shape(name):
+        return f"{name} {tuple(task.shape(name))} instead of {tuple(reference.shape(name))}"
+    mine, other = task.dtype(name), reference.dtype(name)
+    either = task.is_task_vector or reference.is_task_vector
+    # Task vectors are of any floating-point dtype.
+    if mine == other or (either and mine.is_floating_point and other.is_floating_point):
+        return ""
+    return f"{name} {dtype_name(task, name)} instead of {dtype_name(reference, name)}"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cl_merge.checkpoints import Writer, check_output, open_weights, write_weights
+from cl_merge.checkpoints import Weights, Writer, check_output, open_weights, write_weights
 from cl_merge.engine.hashing import BLOCK, BlockHash, ContentHash
 from cl_merge.engine.inputs import Inputs
 from cl_merge.engine.plan import Plan, make_plan
@@ -22,7 +22,7 @@ from cl_merge.engine.provenance import describe_merge
 from cl_merge.errors import InputError, listing
 from cl_merge.mergers import Merger, get_merger
 from cl_merge.mergers.base import Accumulators
-from cl_merge.mergers.chunks import End, Place, chunk_size, cut, stretches
+from cl_merge.mergers.chunks import End, Place, Unit, chunk_size, cut, stretches
 from cl_merge.parallel import in_threads
 from cl_merge.patterns import Selection
 from cl_merge.scales import Scales
@@ -206,12 +206,13 @@ class _Work:
 
     def warn(self) -> None:
         """Tell what no one would do on purpose."""
-        seen: dict[str, Path] = {}
+        seen: dict[str, Weights] = {}
         for weights, content in zip(self._inputs.hashed, self._hashes, strict=True):
-            name = content.hexdigest()
-            if name in seen:
-                log.warning("'%s' holds the same as '%s'", weights.path, seen[name])
-            seen.setdefault(name, weights.path)
+            first = seen.setdefault(content.hexdigest(), weights)
+            if first.path != weights.path:
+                log.warning("'%s' holds the same as '%s'", weights.path, first.path)
+            elif first is not weights:
+                log.warning("'%s' is given more than once", weights.path)
         differing = self._inputs.differing
         if differing:
             log.warning(
@@ -222,7 +223,7 @@ class _Work:
     def _blocks(self) -> list[tuple[str, slice]]:
         """What a thread takes at a time: whole parameters where the rule needs them."""
         shapes = {name: self.plan.base.shape(name) for name in self.plan.merged}
-        unit = "element" if self.merger.unit == "element" else "parameter"
+        unit: Unit = "element" if self.merger.unit == "element" else "parameter"
         return list(cut(shapes, unit, BLOCK))
 
     def _copied_blocks(self) -> list[tuple[str, slice]]:

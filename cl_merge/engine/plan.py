@@ -69,9 +69,7 @@ def make_plan(
             )
     merged = of_first or set()
     if not merged:
-        raise InputError(
-            f"nothing to merge: no floating-point tensor of '{tasks[0].path}' is selected"
-        )
+        raise InputError(f"nothing to merge: '{tasks[0].path}' holds no floating-point tensor")
     for importance in importances:
         _check_importance(importance, base, merged)
     return Plan(
@@ -81,6 +79,11 @@ def make_plan(
         [name for name in base.names if name in merged],
         [name for name in base.names if name not in merged],
     )
+
+
+def dtype_name(weights: Weights, name: str) -> str:
+    """Name the dtype of a tensor as users know it, as in ``"float32"``."""
+    return str(weights.dtype(name)).removeprefix("torch.")
 
 
 def _floating(weights: Weights) -> list[str]:
@@ -102,7 +105,7 @@ def _check_task(task: Weights, base: Weights) -> None:
         _check_moves_floats(task, base)
         return
     dtypes = [
-        f"{name} {task.dtype(name)} instead of {base.dtype(name)}"
+        f"{name} {dtype_name(task, name)} instead of {dtype_name(base, name)}"
         for name in task.names
         if task.dtype(name) != base.dtype(name)
     ]
@@ -147,11 +150,12 @@ def _check_shapes(weights: Weights, base: Weights) -> None:
 
 def _prefix_hint(task: Weights, base: Weights) -> str:
     """Tell if names differ by a prefix only, the usual mark of a wrapper around the model."""
-    one, other = task.names, base.names
-    for longer, shorter, which in ((one, other, "The former's"), (other, one, "The latter's")):
-        for name in longer[:1]:
-            for short in shorter:
+    for wrapped, bare in ((task, base), (base, task)):
+        for name in wrapped.names[:1]:
+            for short in bare.names:
                 prefix = name.removesuffix(short)
-                if prefix != name and {prefix + n for n in shorter} == set(longer):
-                    return f" {which} names begin with '{prefix}': save both in one way."
+                if prefix != name and {prefix + n for n in bare.names} == set(wrapped.names):
+                    return (
+                        f" Names in '{wrapped.path}' begin with '{prefix}': save both in one way."
+                    )
     return ""

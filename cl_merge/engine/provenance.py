@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 from cl_merge import __version__
 from cl_merge.engine.plan import Plan
@@ -29,7 +31,13 @@ def describe_merge(
         Words under keys that begin with ``cl_merge.``; hashes are still zeros.
     """
     inputs = [
-        {"file": weights.path.name, "kind": weights.kind, "role": role, "xxh3_128": _NO_HASH}
+        # Of "." and "..", too, the name is that of the folder.
+        {
+            "file": Path(os.path.abspath(weights.path)).name,
+            "kind": weights.kind,
+            "role": role,
+            "xxh3_128": _NO_HASH,
+        }
         for role, group in (
             ("base", [plan.base]),
             ("task", plan.tasks),

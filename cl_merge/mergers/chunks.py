@@ -99,19 +99,28 @@ class Reader:
         """Number of values."""
         return sum(shape.numel() for shape in self.shapes.values())
 
-    def map(self, function: Callable[[Tensor], Result], name: str | None = None) -> list[Result]:
+    def only(self, name: str) -> Reader:
+        """Read one parameter.
+
+        Args:
+            name: Its name.
+
+        Returns:
+            A reader of nothing else.
+        """
+        return Reader({name: self.shapes[name]}, self.read, self.device)
+
+    def map(self, function: Callable[[Tensor], Result]) -> list[Result]:
         """Apply a function to every chunk.
 
         Args:
             function: Maps a chunk, float32 [n], which it must not change or keep, to what is
                 wanted.
-            name: Read this parameter only.
 
         Returns:
             The results in the order of parameters and chunks.
         """
-        shapes = self.shapes if name is None else {name: self.shapes[name]}
-        pieces = list(cut(shapes, "element", chunk_size(self.device)))
+        pieces = list(cut(self.shapes, "element", chunk_size(self.device)))
         return over(lambda piece: function(self.read(*piece)), pieces, self.device)
 
     def sample(self, count: int, run: int = 256) -> Tensor:

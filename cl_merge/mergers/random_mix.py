@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from cl_merge.errors import InputError
 from cl_merge.kernels import fold_drawn
 from cl_merge.mergers.base import Accumulators, Merger
 from cl_merge.mergers.chunks import End, Place
+from cl_merge.mergers.options import checked_count
 from cl_merge.seeds import derive_seed
 
 _LARGEST = 2**63 - 1
@@ -45,10 +45,8 @@ class RandomMix(Merger):
     accumulators: ClassVar = {"merged": torch.float32}
 
     def __init__(self, *, seed: int = 0) -> None:
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise InputError(f"seed must be a whole number, not {seed!r}")
         super().__init__()
-        self.seed = seed
+        self.seed = checked_count("seed", seed)
 
     @override
     def fold(self, kept: Accumulators, chunk: Tensor, place: Place) -> None:

@@ -9,9 +9,16 @@ from typing import Any
 from cl_merge.errors import InputError, unknown_name
 from cl_merge.mergers.average import Average
 from cl_merge.mergers.base import Merger
+from cl_merge.mergers.breadcrumbs import Breadcrumbs
+from cl_merge.mergers.consensus import Consensus
+from cl_merge.mergers.dare import Dare, DareTies
+from cl_merge.mergers.della import Della
+from cl_merge.mergers.emr import Emr
+from cl_merge.mergers.fisher_average import FisherAverage
 from cl_merge.mergers.isotropic import Isotropic
 from cl_merge.mergers.locate import is_location, locate
 from cl_merge.mergers.max_magnitude import MaxMagnitude
+from cl_merge.mergers.moving_average import MovingAverage
 from cl_merge.mergers.orthogonal import OrthogonalProjection
 from cl_merge.mergers.random_mix import RandomMix
 from cl_merge.mergers.singular_vectors import SingularVectors
@@ -27,6 +34,14 @@ MERGERS: dict[str, type[Merger]] = {
     "task-arithmetic": TaskArithmetic,
     "random-mix": RandomMix,
     "ties": Ties,
+    "dare": Dare,
+    "dare-ties": DareTies,
+    "della": Della,
+    "breadcrumbs": Breadcrumbs,
+    "consensus": Consensus,
+    "emr": Emr,
+    "ema": MovingAverage,
+    "fisher": FisherAverage,
     "opcm": OrthogonalProjection,
     "iso-c": Isotropic,
     "tsv": SingularVectors,

@@ -5,12 +5,20 @@ import math
 
 import pytest
 import torch
+from merger_cases import ANY_NUMBER
 
 from cl_merge.errors import InputError
-from cl_merge.mergers import MERGERS, Average, MaxMagnitude, RandomMix, Ties, get_merger, merge
-from cl_merge.mergers import ties as ties_module
+from cl_merge.mergers import (
+    MERGERS,
+    Average,
+    MaxMagnitude,
+    RandomMix,
+    Ties,
+    election,
+    get_merger,
+    merge,
+)
 from cl_merge.task_vector import TaskVector
-from merger_cases import ANY_NUMBER
 
 METHODS = pytest.mark.parametrize("method", ANY_NUMBER)
 
@@ -135,14 +143,23 @@ def test_every_method_has_the_scale_it_was_published_with():
         "task-arithmetic": 0.4,
         "random-mix": 1.0,
         "ties": 0.55,
+        "dare": 0.4,
+        "dare-ties": 0.55,
+        "della": 0.55,
+        "breadcrumbs": 0.4,
+        "consensus": 0.4,
+        "emr": 1.0,
+        "ema": 1.0,
+        "fisher": 1.0,
+        "opcm": 1.0,
+        "iso-c": 1.0,
+        "tsv": 1.0,
+        "slerp": 1.0,
     }
 
 
 def test_an_unknown_method_is_an_error_that_names_the_nearest():
-    message = (
-        "unknown method 'magmix'; did you mean 'magmax'? "
-        "Known: magmax, max-abs, average, task-arithmetic, random-mix, ties"
-    )
+    message = f"unknown method 'magmix'; did you mean 'magmax'? Known: {', '.join(MERGERS)}"
     assert error_of(get_merger, "magmix") == message
     assert error_of(merge, [vector(1)], method="magmix") == message
 
@@ -233,9 +250,9 @@ def test_integer_tensors_are_never_merged():
 
 
 def test_ties_does_not_count_past_the_range_of_its_counters(monkeypatch):
-    monkeypatch.setattr(ties_module, "_MOST_TASKS", 2)
+    monkeypatch.setattr(election, "_MOST_TASKS", 2)
     assert error_of(merge, [vector(1)] * 3, "ties") == (
-        "TIES counts up to 2 tasks; merge them in groups"
+        "'ties' counts up to 2 tasks; merge them in groups"
     )
 
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from merger_cases import ANY_NUMBER, CHANGING_ONE, DROPPING_NOTHING
 
 from cl_merge.mergers import RandomMix, get_merger, merge
 from cl_merge.mergers import chunks as chunks_module
 from cl_merge.mergers.chunks import End, Place, Reader
 from cl_merge.mergers.random_mix import random_bits
 from cl_merge.seeds import derive_seed
-from merger_cases import ANY_NUMBER, CHANGING_ONE, DROPPING_NOTHING
 
 ORDER_FREE = ["average", "task-arithmetic", "ties"]
 EXACT = st.integers(-64, 64).map(lambda n: n / 16)  # sums of these are exact: order may not matter

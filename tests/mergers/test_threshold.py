@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from cl_merge.mergers import ties as ties_module
+from cl_merge.mergers import selection
 from cl_merge.mergers.chunks import Reader
-from cl_merge.mergers.ties import trim_threshold
+from cl_merge.mergers.selection import trim_threshold
 
 
 @pytest.mark.parametrize("density", [0.01, 0.2, 0.5, 0.9])
 @pytest.mark.parametrize("kind", ["few values", "one value", "bfloat16", "mostly zero", "outliers"])
 @pytest.mark.parametrize("room", [1 << 24, 0], ids=["from a bracket", "by bits"])
 def test_the_threshold_is_exact_for_large_vectors(density, kind, room, monkeypatch):
-    monkeypatch.setattr(ties_module, "_ROOM", room)
+    monkeypatch.setattr(selection, "_ROOM", room)
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(400_000, generator=generator)
     values = {

@@ -1,0 +1,121 @@
+"""What a smaller store of task vectors costs: accuracy of finished runs, merged from each store.
+
+    python -m cl_merge.benchmarks.store_accuracy runs/plain-0 runs/plain-1 runs/plain-2
+
+Takes the float32 task vectors that `cl-merge run` has left, stores each in fewer bits, and merges
+and evaluates what comes back. The training is not repeated: it does not depend on the store.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import lightning as L
+
+from cl_merge.benchmarks.catalog import find_data, open_data
+from cl_merge.clip import CLIPClassifier
+from cl_merge.config import RunConfig, read_config
+from cl_merge.errors import InputError
+from cl_merge.load import load_clip
+from cl_merge.mergers import get_merger
+from cl_merge.metrics import AccuracyMatrix
+from cl_merge.quantize import STORES, stored
+from cl_merge.stream import TaskStream
+from cl_merge.task_vector import TaskVector, moved
+from cl_merge.weights import copies, swapped, trained_parameters
+
+
+def measure(folder: Path, training: str, method: str) -> dict[str, float]:
+    """Evaluate one run's merged model from each store.
+
+    Args:
+        folder: Of the run.
+        training: Whose task vectors, such as ``"sequential"``.
+        method: What merges them, at its published scale.
+
+    Returns:
+        Accuracy on all test images in per cent, by store.
+    """
+    config = read_config([], {}, folder / "config.yaml")
+    stream, model = _load(config)
+    base, live = copies(trained_parameters(model)), trained_parameters(model)
+    found = {}
+    for store in STORES:
+        merger = get_merger(method)
+        for vector in _vectors(folder / "task_vectors" / training):
+            merger.update(stored(vector, store))
+        scale = merger.published_scale
+        with swapped(live, ((n, moved(base[n], v, scale)) for n, v in merger.items())):
+            found[store] = _accuracy(stream, model)
+    return found
+
+
+def main() -> None:
+    """Measure every run, and print a table of means and spreads."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
+    parser.add_argument("--methods", nargs="+", default=["magmax", "average", "ties"])
+    parser.add_argument("--trainings", nargs="+", default=["sequential", "independent"])
+    arguments = parser.parse_args()
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("trained", "merged", *STORES):
+        table.add_column(column)
+    for training in arguments.trainings:
+        for method in arguments.methods:
+            runs = [measure(folder, training, method) for folder in arguments.runs]
+            cells = [_mean_and_spread([run[store] for run in runs]) for store in STORES]
+            table.add_row(training, method, *cells)
+    Console().print(table)
+
+
+def _load(config: RunConfig) -> tuple[TaskStream, CLIPClassifier]:
+    L.seed_everything(config.seed, verbose=False)
+    clip = load_clip(config.model, image_size=config.image_size)
+    options = asdict(config.stream) | {
+        "train_transform": clip.train_transform,
+        "test_transform": clip.test_transform,
+        "seed": config.seed,
+    }
+    splits = open_data(find_data(config.data).source, revision=config.stream.revision)
+    stream = TaskStream(splits, **options)
+    stream.select(len(stream.tasks) - 1)
+    names = config.class_names or stream.class_names
+    return stream, CLIPClassifier.from_clip(clip, names, config.prompts)
+
+
+def _vectors(folder: Path) -> Iterator[TaskVector]:
+    files = sorted(folder.glob("task*.safetensors"), key=lambda file: int(file.stem[4:]))
+    if not files:
+        raise InputError(f"there are no task vectors in '{folder}'")
+    return (TaskVector.load(file) for file in files)
+
+
+def _accuracy(stream: TaskStream, model: CLIPClassifier) -> float:
+    classes = [task.classes for task in stream.tasks]
+    model.accuracy = matrix = AccuracyMatrix(classes, len(stream.class_names))
+    trainer = L.Trainer(
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.test(model, datamodule=stream, verbose=False)
+    return matrix.figures()["accuracy"]
+
+
+def _mean_and_spread(values: list[float]) -> str:
+    spread = statistics.stdev(values) if len(values) > 1 else math.nan
+    return f"{statistics.mean(values):.2f} ± {spread:.2f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""DARE: drop most of each task vector at random, and rescale the rest."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from cl_merge.mergers.base import Accumulators, Merger
+from cl_merge.mergers.chunks import End, Place
+from cl_merge.mergers.election import SignElection
+from cl_merge.mergers.options import checked_count, checked_share
+from cl_merge.mergers.random_mix import random_bits
+from cl_merge.seeds import derive_seed
+
+
+class _Dropping(Merger):
+    """Hands each task vector on with values dropped at random and the others rescaled."""
+
+    def __init__(self, *, density: float = 0.1, seed: int = 0) -> None:
+        super().__init__()
+        self.density = checked_share("density", density)
+        self.seed = checked_count("seed", seed)
+
+    @override
+    def fold(self, kept: Accumulators, chunk: Tensor, place: Place) -> None:
+        key = derive_seed(self.seed, place.name, place.task)
+        draws = random_bits(key, place.start, chunk.numel(), chunk.device)
+        dropped = draws > int(self.density * 2.0**63) - 1  # they are 0 to 2^63 - 1
+        self.take(kept, (chunk / self.density).masked_fill_(dropped, 0), place)
+
+    @abstractmethod
+    def take(self, kept: Accumulators, values: Tensor, place: Place) -> None:
+        """Take up what is left of a chunk, float32 [n]."""
+
+
+class Dare(_Dropping):
+    """Drop values of each task vector at random, rescale the others, and take the sum over tasks.
+
+    Each value stays with probability `density` and is divided by it then, so that the mean over
+    all draws is the task vector. The random numbers are a function of seed, parameter name, task
+    and element alone.
+
+    Args:
+        density: Share of each task vector that stays, on average, above 0 and up to 1. The paper
+            drops 90 % and more.
+        seed: Chooses the random numbers.
+
+    Example:
+        >>> merger = Dare(density=0.5, seed=2)
+        >>> merger.update({"weight": torch.ones(8)})
+        >>> merger.merged()["weight"]
+        tensor([2., 0., 0., 0., 2., 2., 0., 2.])
+
+    Reference:
+        Yu et al., Language Models are Super Mario: Absorbing Abilities from Homologous Models as a
+        Free Lunch, ICML 2024, section 3. It has no scale of its own: that of task arithmetic.
+    """
+
+    name = "dare"
+    published_scale = 0.4
+    accumulators: ClassVar = {"sum": torch.float32}
+
+    @override
+    def take(self, kept: Accumulators, values: Tensor, place: Place) -> None:
+        kept["sum"].add_(values)
+
+    @override
+    def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:
+        out.copy_(kept["sum"])
+
+
+class DareTies(_Dropping, SignElection):
+    """Drop and rescale as in `Dare`, then elect a sign per element and average, as in `Ties`.
+
+    Args:
+        density: Share of each task vector that stays, on average, above 0 and up to 1.
+        seed: Chooses the random numbers.
+
+    Example:
+        >>> merger = DareTies(density=1)
+        >>> merger.update({"weight": torch.tensor([4.0, 1.0])})
+        >>> merger.update({"weight": torch.tensor([2.0, -3.0])})
+        >>> merger.merged()["weight"]
+        tensor([ 3., -3.])
+
+    Reference:
+        Yu et al., Language Models are Super Mario, ICML 2024, section 3, with the election of
+        Yadav et al., TIES-Merging, NeurIPS 2023; scale as of `Ties`.
+    """
+
+    name = "dare-ties"
+    published_scale = 0.55
+
+    @override
+    def take(self, kept: Accumulators, values: Tensor, place: Place) -> None:
+        self.stand(kept, values, place.task)

@@ -1,0 +1,51 @@
+"""EMR: the elected sign with the largest magnitude that has it."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from cl_merge.mergers.base import Accumulators, Merger
+from cl_merge.mergers.chunks import End, Place
+
+
+class Emr(Merger):
+    """Elect a sign per element, that of the sum over tasks, and take the largest value that has it.
+
+    This is the *elect* of the paper, its unified task vector. The masks and rescalers that the
+    paper adds for each task are left out: they need to know the task, and here one model shall be
+    good at all of them. Elements whose sum is zero are zero.
+
+    Example:
+        >>> merger = Emr()
+        >>> merger.update({"weight": torch.tensor([3.0, -1.0, 2.0])})
+        >>> merger.update({"weight": torch.tensor([1.0, -4.0, -5.0])})
+        >>> merger.merged()["weight"]
+        tensor([ 3., -4., -5.])
+
+    Reference:
+        Huang et al., EMR-Merging: Tuning-Free High-Performance Model Merging, NeurIPS 2024,
+        section 3. Without its rescalers there is no published scale: the vector is added as it is.
+    """
+
+    name = "emr"
+    published_scale = 1.0
+    accumulators: ClassVar = {
+        "sum": torch.float32,
+        "largest": torch.float32,
+        "smallest": torch.float32,
+    }
+
+    @override
+    def fold(self, kept: Accumulators, chunk: Tensor, place: Place) -> None:
+        kept["sum"].add_(chunk)
+        torch.maximum(kept["largest"], chunk, out=kept["largest"])
+        torch.minimum(kept["smallest"], chunk, out=kept["smallest"])
+
+    @override
+    def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:
+        torch.where(kept["sum"] > 0, kept["largest"], kept["smallest"], out=out)
+        out.masked_fill_(kept["sum"] == 0, 0)

@@ -1,0 +1,56 @@
+"""Fisher-weighted average: each task counts where it matters to it."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from cl_merge.mergers.base import Accumulators, Merger
+from cl_merge.mergers.chunks import End, Place
+
+
+class FisherAverage(Merger):
+    """Take the mean over tasks, each element weighted with its importance to the task.
+
+    The importance is the diagonal of the Fisher information at the end of the task: sum of F_t τ_t
+    divided by the sum of F_t. Where no task finds an element important it is the plain mean, as in
+    the limit of equal, small importances.
+
+    Example:
+        >>> merger = FisherAverage()
+        >>> merger.update({"weight": torch.tensor([2.0])}, {"weight": torch.tensor([3.0])})
+        >>> merger.update({"weight": torch.tensor([6.0])}, {"weight": torch.tensor([1.0])})
+        >>> merger.merged()["weight"]
+        tensor([3.])
+
+    Reference:
+        Matena & Raffel, Merging Models with Fisher-Weighted Averaging, NeurIPS 2022, equation 4.
+        The average is applied as it is, at scale 1.
+    """
+
+    name = "fisher"
+    published_scale = 1.0
+    weighted = True
+    # In float64: importances are squares of gradients, and their products leave float32's range.
+    accumulators: ClassVar = {
+        "weighted_sum": torch.float64,
+        "importance": torch.float64,
+        "sum": torch.float32,
+    }
+
+    @override
+    def fold(self, kept: Accumulators, chunk: Tensor, place: Place) -> None:
+        assert place.importance is not None  # noqa: S101 - the driver has checked it
+        importance = place.importance.to(torch.float64)
+        kept["importance"].add_(importance)
+        kept["weighted_sum"].addcmul_(importance, chunk.to(torch.float64))
+        kept["sum"].add_(chunk)
+
+    @override
+    def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:
+        nowhere = kept["importance"] == 0
+        mean = kept["weighted_sum"] / kept["importance"].masked_fill(nowhere, 1)
+        out.copy_(torch.where(nowhere, kept["sum"].to(torch.float64) / end.tasks, mean))

@@ -1,0 +1,31 @@
+"""The progress bar counts bytes, from any thread, and only on a terminal."""
+
+import io
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+from rich.console import Console
+
+from cl_merge.cli.progress import byte_progress
+
+
+def shown(told, terminal=True):
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=terminal, width=80)
+    with byte_progress(console, "merging") as progress:
+        tell = progress(4_000_000)
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(tell, told))
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
+
+
+def test_bytes_speed_and_time_are_shown_on_one_line():
+    lines = shown([1_000_000] * 3).splitlines()
+    assert any(
+        re.search(r"merging .*3\.0/4\.0 MB \S+ [KMG]B/s \d:\d\d:\d\d", line) for line in lines
+    )
+    assert max(map(len, lines)) <= 80
+
+
+def test_nothing_is_shown_where_there_is_no_terminal():
+    assert shown([1_000_000], terminal=False).strip() == ""

@@ -1,0 +1,265 @@
+"""Mergers that drop, elect, weigh and compare, each against a reference in float64."""
+
+import hashlib
+import json
+import math
+
+import pytest
+import torch
+
+from cl_merge.errors import InputError
+from cl_merge.mergers import get_merger, merge
+
+pytestmark = pytest.mark.usefixtures("any_chunk")
+
+
+def flat(vector, name):
+    """One parameter as a list of numbers."""
+    return vector[name].reshape(-1).float().double()
+
+
+def draw(seed, name, task, index):
+    """SplitMix64 in Python's own integers, as a number from 0 to 1."""
+    text = json.dumps([seed, name, task]).encode()
+    key = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+    state = (key + (index + 1) * 0x9E3779B97F4A7C15) % 2**64
+    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
+    return ((state ^ (state >> 31)) >> 1) / 2**63
+
+
+def elect(columns, majority):
+    """TIES' election of one element among the values of all tasks."""
+    sign = math.copysign(1, sum(columns)) if sum(columns) else majority
+    agreeing = [value for value in columns if value * sign > 0]
+    return sum(agreeing) / len(agreeing) if agreeing else 0.0
+
+
+def elected(per_parameter):
+    """Elect every element; rows [T][n] by parameter."""
+    sums = [sum(column) for rows in per_parameter.values() for column in zip(*rows, strict=True)]
+    majority = sum((total > 0) - (total < 0) for total in sums)
+    majority = (majority > 0) - (majority < 0)
+    return {
+        name: [elect(column, majority) for column in zip(*rows, strict=True)]
+        for name, rows in per_parameter.items()
+    }
+
+
+def check(method, vectors, expected, tolerance=1e-5, **options):
+    merged = merge(vectors, method, **options)
+    assert list(merged) == list(vectors[0])
+    for name, tensor in merged.items():
+        assert tensor.dtype == torch.float32
+        assert tensor.shape == vectors[0][name].shape
+        want = torch.tensor(expected[name], dtype=torch.float64).reshape(-1)
+        torch.testing.assert_close(
+            tensor.reshape(-1).double(), want, rtol=tolerance, atol=tolerance
+        )
+
+
+@pytest.fixture(params=[1, 2, 5], ids=lambda tasks: f"{tasks} tasks")
+def tasks(request):
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["normal", "grid"])
+def vectors(request, tasks, make_vector):
+    return [make_vector(10 * tasks + task, grid=request.param) for task in range(tasks)]
+
+
+def dropped(vectors, name, density, seed):
+    return [
+        [
+            float(value) / density if draw(seed, name, task, i) < density else 0.0
+            for i, value in enumerate(flat(vector, name))
+        ]
+        for task, vector in enumerate(vectors)
+    ]
+
+
+@pytest.mark.parametrize(("density", "seed"), [(0.5, 0), (0.1, 7), (1.0, 0)])
+def test_dare_drops_rescales_and_sums(vectors, density, seed):
+    expected = {
+        name: [sum(column) for column in zip(*dropped(vectors, name, density, seed), strict=True)]
+        for name in vectors[0]
+    }
+    check("dare", vectors, expected, density=density, seed=seed)
+
+
+def test_dare_ties_drops_rescales_and_elects(vectors):
+    # A power of two: dividing by it is exact, and so are the sums of the grid that cancel.
+    expected = elected({name: dropped(vectors, name, 0.5, 3) for name in vectors[0]})
+    check("dare-ties", vectors, expected, density=0.5, seed=3)
+
+
+def test_dare_keeps_the_mean():
+    ones = {"w": torch.ones(40_000)}
+    for method in ("dare", "dare-ties"):
+        merged = merge([ones], method, density=0.2)["w"]
+        assert set(merged.unique().tolist()) == {0.0, 5.0}
+        assert float(merged.mean()) == pytest.approx(1, abs=0.05)  # five standard deviations
+
+
+def test_dare_draws_anew_for_each_task_parameter_and_seed():
+    ones = {"a": torch.ones(1000), "b": torch.ones(1000)}
+    first = merge([ones], "dare", density=0.5)
+    second = merge([{n: 0 * t for n, t in ones.items()}, ones], "dare", density=0.5)
+    other = merge([ones], "dare", density=0.5, seed=1)
+    assert not torch.equal(first["a"], first["b"])
+    assert not torch.equal(first["a"], second["a"])
+    assert not torch.equal(first["a"], other["a"])
+
+
+@pytest.mark.parametrize(("beta", "gamma"), [(0.5, 0.1), (0.85, 0.007), (0.0, 0.3), (0.3, 0.0)])
+def test_breadcrumbs_leaves_out_both_ends_of_each_parameter(vectors, beta, gamma):
+    expected = {}
+    for name in vectors[0]:
+        total = torch.zeros(vectors[0][name].numel(), dtype=torch.float64)
+        for vector in vectors:
+            values = flat(vector, name)
+            ordered = sorted(values.abs().tolist())
+            first, last = int(beta * len(values)), len(values) - int(gamma * len(values))
+            for i, value in enumerate(values.tolist()):
+                if ordered[first] <= abs(value) <= ordered[last - 1]:
+                    total[i] += value
+        expected[name] = total.tolist()
+    check("breadcrumbs", vectors, expected, beta=beta, gamma=gamma)
+
+
+@pytest.mark.parametrize(("density", "epsilon"), [(0.5, 0.5), (0.4, 0.2), (1.0, 0.0)])
+def test_della_drops_by_rank_within_rows_and_elects(vectors, density, epsilon):
+    per_parameter = {}
+    for name, tensor in vectors[0].items():
+        row = tensor.numel() if tensor.ndim < 2 else tensor.numel() // max(len(tensor), 1)
+        per_parameter[name] = []
+        for task, vector in enumerate(vectors):
+            values, kept = flat(vector, name).tolist(), []
+            for i, value in enumerate(values):
+                begin = i // row * row
+                mates = values[begin : begin + row]
+                before = sum(
+                    abs(other) > abs(value) or (abs(other) == abs(value) and begin + j < i)
+                    for j, other in enumerate(mates)
+                )
+                drop = 1 - density - epsilon / 2 + epsilon * before / row
+                stays = draw(2, name, task, i) >= drop
+                kept.append(torch.tensor(value / (1 - drop)).item() if stays else 0.0)
+            per_parameter[name].append(kept)
+    check("della", vectors, elected(per_parameter), density=density, epsilon=epsilon, seed=2)
+
+
+def test_della_drops_small_values_more_often():
+    values = torch.linspace(1, 0.001, 500).expand(200, 500)
+    merged = merge([{"w": values}], "della", density=0.5, epsilon=0.8)["w"]
+    kept = (merged != 0).float().mean(dim=0)
+    assert float(kept[:50].mean()) == pytest.approx(0.86, abs=0.02)
+    assert float(kept[-50:].mean()) == pytest.approx(0.14, abs=0.02)
+    assert float(merged.mean() / values.mean()) == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize(("threshold", "least"), [(0.4, 2), (1.0, 1), (0.2, 3)])
+def test_consensus_keeps_what_enough_tasks_use(vectors, threshold, least):
+    expected = {}
+    for name in vectors[0]:
+        expected[name] = []
+        for column in zip(*(flat(vector, name).tolist() for vector in vectors), strict=True):
+            total = sum(column)
+            users = sum(abs(value) > threshold * abs(total - value) for value in column)
+            expected[name].append(total if users >= min(least, len(column)) else 0.0)
+    check("consensus", vectors, expected, threshold=threshold, least=least)
+
+
+def test_emr_takes_the_largest_value_of_the_elected_sign(vectors):
+    expected = {}
+    for name in vectors[0]:
+        columns = zip(*(flat(vector, name).tolist() for vector in vectors), strict=True)
+        expected[name] = [
+            max(column) if sum(column) > 0 else min(column) if sum(column) < 0 else 0.0
+            for column in columns
+        ]
+    check("emr", vectors, expected, tolerance=0)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9, 1.0])
+def test_the_moving_average_forgets_exponentially(vectors, decay):
+    expected = {}
+    for name in vectors[0]:
+        average = flat(vectors[0], name)
+        for vector in vectors[1:]:
+            average = decay * average + (1 - decay) * flat(vector, name)
+        expected[name] = average.tolist()
+    check("ema", vectors, expected, decay=decay)
+
+
+def test_the_fisher_average_weighs_each_element(vectors, make_vector):
+    fishers = [
+        {name: tensor.float().square() * 1e-30 for name, tensor in make_vector(90 + task).items()}
+        for task in range(len(vectors))
+    ]
+    for fisher in fishers:
+        fisher["weight"][:3] = 0  # important to none
+    merger = get_merger("fisher")
+    for vector, fisher in zip(vectors, fishers, strict=True):
+        merger.update(vector, fisher)
+    for name, merged in merger.items():
+        rows = torch.stack([flat(vector, name) for vector in vectors])
+        weights = torch.stack([flat(fisher, name) for fisher in fishers])
+        weights[:, weights.sum(dim=0) == 0] = 1
+        want = (rows * weights).sum(dim=0) / weights.sum(dim=0)
+        torch.testing.assert_close(merged.reshape(-1).double(), want, rtol=1e-6, atol=1e-6)
+
+
+def test_an_importance_is_needed_by_those_that_weigh_and_by_no_other():
+    vector = {"w": torch.ones(2)}
+    with pytest.raises(InputError, match="task 0: 'fisher' needs the importance of each element"):
+        get_merger("fisher").update(vector)
+    with pytest.raises(InputError, match="task 0: 'magmax' takes no importance; leave it out"):
+        get_merger("magmax").update(vector, vector)
+
+
+@pytest.mark.parametrize(
+    ("importance", "message"),
+    [
+        ({"w": torch.tensor([1.0, -1.0])}, "is negative in w; expected 0 or more"),
+        ({"w": torch.tensor([1.0, math.nan])}, "NaN or infinity in w"),
+        ({"w": torch.ones(3)}, "has other shapes than the task vector"),
+        ({"v": torch.ones(2)}, "has other tensors than the task vector"),
+    ],
+)
+def test_a_bad_importance_is_named_and_nothing_is_folded(importance, message):
+    merger = get_merger("fisher")
+    with pytest.raises(InputError) as caught:
+        merger.update({"w": torch.ones(2)}, importance)
+    assert str(caught.value).startswith("the importance of task 0")
+    assert message in str(caught.value)
+    assert merger.tasks == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("dare", {"density": 0}, "density must be a number above 0 and at most 1, not 0"),
+        ("dare-ties", {"seed": 0.5}, "seed must be a whole number, not 0.5"),
+        ("breadcrumbs", {"beta": -0.1}, "beta must be a number from 0 to 1, not -0.1"),
+        (
+            "breadcrumbs",
+            {"beta": 0.6, "gamma": 0.4},
+            "beta=0.6 and gamma=0.4 leave nothing; expected less than 1 together",
+        ),
+        ("della", {"epsilon": math.nan}, "epsilon must be a number from 0 to 1, not nan"),
+        (
+            "della",
+            {"density": 0.1, "epsilon": 0.3},
+            "density=0.1 and epsilon=0.3 make probabilities from 0.75 to 1.05 to drop a value; "
+            "expected 0 or more, and below 1",
+        ),
+        ("consensus", {"least": 0}, "least must be a whole number of 1 or more, not 0"),
+        ("consensus", {"threshold": "1"}, "threshold must be a number from 0 to inf, not '1'"),
+        ("ema", {"decay": 1.5}, "decay must be a number from 0 to 1, not 1.5"),
+    ],
+)
+def test_an_option_out_of_range_is_an_error(method, options, message):
+    with pytest.raises(InputError) as caught:
+        get_merger(method, **options)
+    assert str(caught.value) == message
