@@ -31,6 +31,7 @@ from cl_merge.task_vector import is_finite, moved
 log = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
+_HOLD = 1 << 28  # bytes
 
 Progress = Callable[[int], None]
 """Told how many bytes of the inputs were read since the last call, from several threads."""
@@ -174,7 +175,8 @@ class _Work:
         self._hashes = [ContentHash() for _ in self._inputs.hashed]
         self._surveys: list[Any] = [None] * len(plan.tasks)
         self._tallies: list[int] = []
-        self._waiting: list[tuple[str, slice]] = []
+        self._waiting: list[tuple[str, slice, Accumulators | None]] = []
+        self._held = 0
         surveyed = type(merger).survey is not Merger.survey
         self._to_come = self._inputs.size(passes=2 if surveyed else 1)
         self._tell = progress(self._to_come) if progress else None
@@ -193,8 +195,8 @@ class _Work:
             )
         in_threads(lambda block: self._merge_block(writer, *block), self._blocks())
         tally = sum(self._tallies)
-        # The few stretches whose result depends on all others: once more, now that it is known.
-        in_threads(lambda piece: self._finish(writer, *piece, tally), self._waiting)
+        # The stretches whose result depends on all others, now that it is known.
+        in_threads(lambda waiting: self._finish(writer, *waiting, tally), self._waiting)
         in_threads(lambda block: self._copy_block(writer, *block), self._copied_blocks())
 
     def with_hashes(self, made: Mapping[str, str]) -> dict[str, str]:
@@ -238,13 +240,25 @@ class _Work:
             number, awaits = self.merger.tally(kept)
             self._tallies.append(number)
             if awaits:
-                self._waiting.append((name, part))
+                self._waiting.append((name, part, self._hold(kept)))
             else:
                 self._write(writer, kept, name, part, 0)
         self._add_hashes(name, block, hashes)
 
-    def _finish(self, writer: Writer, name: str, part: slice, tally: int) -> None:
-        self._write(writer, self._fold(name, part, None), name, part, tally)
+    def _hold(self, kept: Accumulators) -> Accumulators | None:
+        """Hold accumulators in memory, as far as there is room; the others are made once more."""
+        size = sum(tensor.nbytes for tensor in kept.values())
+        with self._lock:
+            if self._held + size > _HOLD:
+                return None
+            self._held += size
+        return kept
+
+    def _finish(
+        self, writer: Writer, name: str, part: slice, kept: Accumulators | None, tally: int
+    ) -> None:
+        kept = self._fold(name, part, None) if kept is None else kept
+        self._write(writer, kept, name, part, tally)
 
     def _fold(self, name: str, part: slice, hashes: list[BlockHash] | None) -> Accumulators:
         kept: Accumulators = {}

@@ -34,8 +34,8 @@ class Merger(ABC):
     A subclass is a rule: the accumulators that it keeps for every element, `fold`, which takes up a
     chunk of a task vector, and `finish`, which reads the merged values off the accumulators. These
     work on flat chunks and touch nothing else, on several threads at once, so that whoever holds
-    the data may drive them: this class does it one task at a time over all parameters, `cl_merge.
-    engine` one chunk at a time over all tasks. `survey` and `tally` are for rules that must look at
+    the data may drive them: this class does it one task at a time over all parameters,
+    `merge_checkpoints` one chunk at a time over all tasks. `survey` and `tally` are for rules that must look at
     a whole task vector, or at all accumulators, first.
 
     Attributes:
