@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,7 @@ def shapes_of(model: str, gigabytes: float, dtype: torch.dtype) -> dict[str, tor
     if model == "vit":
         import open_clip
 
-        with torch.device("meta"):
-            visual = open_clip.create_model("ViT-B-16", load_weights=False).visual
+        visual: Any = open_clip.create_model("ViT-B-16", load_weights=False).visual
         return {f"visual.{name}": tensor.shape for name, tensor in visual.state_dict().items()}
     width, inner, words = 4096, 11008, 32000
     layer = {
@@ -115,7 +115,7 @@ def floor(folder: Path, tasks: int) -> None:
         total = maps[0][start : start + length].view(torch.float32).clone()
         for one in maps[1:]:
             total.add_(one[start : start + length].view(torch.float32))
-        os.pwrite(output, memoryview(total.numpy()).cast("B"), start)
+        os.pwrite(output, total.view(torch.uint8).numpy().data, start)
 
     in_threads(add, range(0, size, _PIECE))
     os.fsync(output)
@@ -150,7 +150,7 @@ def _naive_ties(vectors: list[dict[str, Tensor]], names: list[str]) -> dict[str,
     signs[signs == 0] = signs.sum().sign()
     rows *= rows.sign() == signs
     flat = rows.sum(dim=0) / (rows != 0).sum(dim=0).clamp(min=1)
-    parts = flat.split([vectors[0][name].numel() for name in names])
+    parts = torch.split(flat, [vectors[0][name].numel() for name in names])
     return {n: part.view_as(vectors[0][n]) for n, part in zip(names, parts, strict=True)}
 
 
@@ -169,13 +169,11 @@ def measure(what: str, folder: Path, arguments: argparse.Namespace) -> dict[str,
     for old in (output, folder / "floor.bin"):
         old.unlink(missing_ok=True)
     base, *tasks = _files(folder, arguments.tasks)
-    work: Callable[[], object]
+    work: Callable[[], object] = partial(merge_checkpoints, base, tasks, output, method=what)
     if what == "floor":
-        work = lambda: floor(folder, arguments.tasks)  # noqa: E731
+        work = partial(floor, folder, arguments.tasks)
     elif what.startswith("naive "):
-        work = lambda: naive(what.removeprefix("naive "), folder, arguments.tasks, output)  # noqa: E731
-    else:
-        work = lambda: merge_checkpoints(base, tasks, output, method=what)  # noqa: E731
+        work = partial(naive, what.removeprefix("naive "), folder, arguments.tasks, output)
     if arguments.cold:
         _forget(folder, arguments.tasks)
     with _peak_memory() as peak:
@@ -197,7 +195,7 @@ def fold_in_memory(arguments: argparse.Namespace) -> dict[str, float]:
     for method in METHODS:
         merger = get_merger(method)
         merger.update(vectors[0])
-        found[method] = _least(lambda merger=merger: merger.update(vectors[1]))
+        found[method] = _least(partial(merger.update, vectors[1]))
     return found
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cl_merge.errors import InputError, unknown_name
-from cl_merge.mergers import MERGERS, Merger, get_merger
+from cl_merge.mergers import MERGERS, Merger, find_merger, get_merger
+from cl_merge.mergers.locate import is_location
 
 
 @dataclass(frozen=True)
@@ -45,18 +49,29 @@ class Method:
     training: str | None
     merger: str | None = None
 
-    def make_merger(self, options: dict[str, Any]) -> Merger:
+    @property
+    def options(self) -> list[str]:
+        """Names of the options of its merger."""
+        return list(inspect.signature(find_merger(self.merger)).parameters) if self.merger else []
+
+    def make_merger(
+        self, common: Mapping[str, Any], options: Mapping[str, Any] | None = None
+    ) -> Merger:
         """Make its merger.
 
         Args:
-            options: Values for the options that some mergers take; others ignore them.
+            common: Values for options that some mergers have; others ignore them.
+            options: Options of this very merger, which win.
 
         Returns:
             A fresh merger.
+
+        Raises:
+            InputError: If it has no such option, or a value is wrong.
         """
         assert self.merger is not None  # noqa: S101 - asked only of methods that merge
-        accepted = {"ties": {"density"}, "random-mix": {"seed"}}.get(self.merger, set())
-        return get_merger(self.merger, **{k: v for k, v in options.items() if k in accepted})
+        given = {name: value for name, value in common.items() if name in self.options}
+        return get_merger(self.merger, **given | dict(options or {}))
 
 
 TRAININGS: dict[str, Training] = {
@@ -69,6 +84,11 @@ TRAININGS: dict[str, Training] = {
         Training("joint", joint=True),
     )
 }
+
+_PLAIN = ("sequential", "independent")
+
+# Mergers that were made for tasks that come one after another, each from the weights of the last.
+_FOR_SEQUENCES = {"ema", "opcm"}
 
 # In the order of the tables. With every method but MagMax the paper merges independent
 # fine-tunings; the same mergers of sequential task vectors come close, so they are shown too.
@@ -100,10 +120,13 @@ def find_method(name: str) -> Method:
     """Look up a method.
 
     Args:
-        name: As in tables.
+        name: As in tables; any merger's name, which may end in ``-sequential`` or ``-independent``
+            to say which training it merges; or where to import a merger from, as for
+            `cl_merge.get_merger`, with the same endings.
 
     Returns:
-        The method.
+        The method. Mergers that are not in the tables merge independent fine-tunings, but for those
+        made for sequences.
 
     Raises:
         InputError: If there is none of that name; names the nearest.
@@ -111,10 +134,42 @@ def find_method(name: str) -> Method:
     Example:
         >>> find_method("ties").training
         'independent'
+        >>> find_method("magmax-independent")
+        Method(name='magmax-independent', training='independent', merger='magmax')
     """
-    if name not in METHODS:
-        raise unknown_name("method", name, METHODS)
-    return METHODS[name]
+    if name in METHODS:
+        return METHODS[name]
+    merger, training = name, None
+    for ending in _PLAIN:
+        if name.endswith(f"-{ending}"):
+            merger, training = name.removesuffix(f"-{ending}"), ending
+    if not is_location(merger) and merger not in MERGERS:
+        raise unknown_name("method", name, [*METHODS, *(m for m in MERGERS if m not in METHODS)])
+    label = _label(merger)
+    usual = METHODS[merger].training if merger in METHODS else None
+    usual = usual or ("sequential" if merger in _FOR_SEQUENCES else "independent")
+    if training in (None, usual):
+        return METHODS.get(merger) or Method(label, usual, merger)
+    return Method(f"{label}-{training}", training, merger)
+
+
+def whole_path(name: str) -> str:
+    """Name the file of a method from the root.
+
+    Args:
+        name: What names a method.
+
+    Returns:
+        The same; if it is a place in a file, with the whole path of the file.
+
+    Example:
+        >>> whole_path("ties"), whole_path("/home/../tmp/own.py:median")
+        ('ties', '/tmp/own.py:median')
+    """
+    where, colon, method = name.rpartition(":")
+    if not colon or not where.endswith(".py"):
+        return name
+    return f"{Path(where).expanduser().resolve()}:{method}"
 
 
 def methods_beside(name: str, compare: bool | str | list[str]) -> list[Method]:
@@ -123,33 +178,60 @@ def methods_beside(name: str, compare: bool | str | list[str]) -> list[Method]:
     Args:
         name: The run's own method.
         compare: What to show beside it and zero-shot: False for nothing, True for what plain
-            fine-tuning and the method's own training give, ``"all"`` for everything, or names.
+            fine-tuning and the method's own training give, ``"all"`` for all of `METHODS`, or
+            names.
 
     Returns:
         The methods, in the order of the tables.
 
     Raises:
-        InputError: If a method is unknown, or `compare` is something else.
+        InputError: If a method is unknown or cannot be shown beside another, or `compare` is
+            something else.
 
     Example:
         >>> [method.name for method in methods_beside("lwf-magmax", ["lwf"])]
         ['zero-shot', 'lwf', 'lwf-magmax']
     """
     own = find_method(name)
+    wanted = {"zero-shot": METHODS["zero-shot"], own.name: own}
     if compare == "all":
-        return list(METHODS.values())
-    wanted = {"zero-shot", name}
-    if compare is True:
+        wanted |= METHODS
+    elif compare is True:
         trainings = {t.name for t in TRAININGS.values() if t.plain} | {own.training}
-        wanted |= {method.name for method in METHODS.values() if method.training in trainings}
+        wanted |= {m.name: m for m in METHODS.values() if m.training in trainings}
     elif isinstance(compare, (str, list)):
-        names = [compare] if isinstance(compare, str) else compare
-        wanted |= {find_method(other).name for other in names}
+        for other in [compare] if isinstance(compare, str) else compare:
+            wanted |= {(method := _beside(other, own)).name: method}
     elif compare:
         raise InputError(f"compare={compare}; expected true, false, all, or a list of methods")
-    return [method for method in METHODS.values() if method.name in wanted]
+    others = [method for method in wanted.values() if method.name not in METHODS]
+    return [method for method in METHODS.values() if method.name in wanted] + others
 
 
 def published_scale(method: Method) -> float | None:
     """The scale that a method was published with; None if it does not merge."""
-    return MERGERS[method.merger].published_scale if method.merger else None
+    return find_merger(method.merger).published_scale if method.merger else None
+
+
+def _label(merger: str) -> str:
+    """What a merger is called in tables: a user's own one by its own name, not by its place."""
+    if not is_location(merger):
+        return merger
+    label = find_merger(merger).name
+    if label in METHODS or (label in MERGERS and MERGERS[label] is not find_merger(merger)):
+        raise InputError(
+            f"'{merger}' calls itself '{label}', which is the name of another method; give it "
+            "another name"
+        )
+    return label
+
+
+def _beside(name: str, own: Method) -> Method:
+    method = find_method(name)
+    # The callback of a training estimates what such a merger needs; there is one for each training.
+    if method.merger and method != own and find_merger(method.merger).weighted:
+        raise InputError(
+            f"compare={name}: '{method.name}' weighs the elements of each task vector by what they "
+            f"matter, and can only be the method of a run of its own: method={name}"
+        )
+    return method

@@ -69,12 +69,10 @@ def results_table(results: Mapping[str, Any]) -> Table:
     table.add_column("scale", justify="right", no_wrap=True)
     for title in _COLUMNS.values():
         table.add_column(title, justify="right", no_wrap=True)
-    for title, group in _GROUPS.items():
-        shown = [name for name in group if name in methods]
-        if shown:
-            table.add_section()
-            table.add_row(title, style="dim italic")
-        for name in shown:
+    for title, group in _grouped(methods).items():
+        table.add_section()
+        table.add_row(title, style="dim italic")
+        for name in group:
             method = methods[name]
             figures = [_figure(method["metrics"][key]) for key in _COLUMNS]
             table.add_row(name, _scale(method), *figures, style="bold" if name == best else "")
@@ -90,11 +88,13 @@ def show_start(console: Console, run: Run) -> None:
     """
     stream = run.stream
     train = sum(len(task.train) for task in stream.tasks)
+    held_out = sum(len(task.held_out) for task in stream.tasks)
     test = sum(len(task.test) for task in stream.tasks)
     console.print(
         f"{run.config.data} with {run.config.model}: {len(stream.class_names)} classes in "
         f"{_tasks(stream.tasks)} ({run.config.stream.scenario}-incremental), {train} images to "
-        f"train on, {test} to test on; writing to {run.folder.path}"
+        f"train on, {f'{held_out} held out, ' if held_out else ''}{test} to test on; "
+        f"writing to {run.folder.path}"
     )
 
 
@@ -108,14 +108,19 @@ def show_task(console: Console, run: Run, training: Training, end: TaskEnd) -> N
         end: The task that was just learned.
     """
     figures = {
-        method.name: run.matrices[method.name].seen()[-1] for method in run.trainings[training.name]
+        method.name: run.matrices[method.name].seen()[-1]
+        for method in run.trainings[training.name]
+        if run.matrices[method.name].rows
     }
-    best, tasks = max(figures.values()), len(run.stream.tasks)
+    tasks = len(run.stream.tasks)
     which = _tasks(run.stream.tasks) if training.joint else f"task {end.task.index + 1}/{tasks}"
-    console.print(
-        f"[bold]{which}[/] ({end.task.name}), {training.name} training, "
-        f"{end.cost.seconds:.0f} s; accuracy on everything seen, %:"
-    )
+    said = f"[bold]{which}[/] ({end.task.name}), {training.name} training, "
+    said += f"{end.cost.seconds:.0f} s"
+    if not figures:
+        console.print(said)
+        return
+    console.print(f"{said}; accuracy on everything seen, %:")
+    best = max(figures.values())
     shown = [
         f"[bold]{name} {value:.1f}[/]" if value == best else f"{name} {value:.1f}"
         for name, value in figures.items()
@@ -226,8 +231,26 @@ def _tasks(tasks: Sequence[Any]) -> str:
     return "1 task" if len(tasks) == 1 else f"{len(tasks)} tasks"
 
 
+def _grouped(methods: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The rows by group; those that are in none go where their training is."""
+    grouped = {
+        title: [name for name in group if name in methods] for title, group in _GROUPS.items()
+    }
+    known = {name for group in _GROUPS.values() for name in group}
+    for name in methods:
+        if name not in known:
+            independent = methods[name]["training"] == "independent"
+            grouped["independent training" if independent else "sequential training"].append(name)
+    return {title: group for title, group in grouped.items() if group}
+
+
 def _scale(method: Mapping[str, Any]) -> str:
-    return "" if method["scale"] is None else f"{method['scale']:g}"
+    scale = method["scale"]
+    if scale is None:
+        return ""
+    numbers = sorted(set(scale.values())) if isinstance(scale, Mapping) else [scale]
+    shown = "-".join(f"{number:g}" for number in dict.fromkeys((numbers[0], numbers[-1])))
+    return f"{shown} auto" if "chosen_scales" in method else shown
 
 
 def _figure(value: float | None, digits: int = 1) -> str:

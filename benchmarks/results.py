@@ -27,7 +27,7 @@ def results(run: Run) -> dict[str, Any]:
     """
     zero_shot = run.matrices["zero-shot"]
     return {
-        "method": run.config.method,
+        "method": run.own.name,
         "seed": run.config.seed,
         "data": run.config.data,
         "model": run.config.model,
@@ -38,6 +38,7 @@ def results(run: Run) -> dict[str, Any]:
                 "classes": list(task.classes),
                 "class_names": list(task.class_names),
                 "train_images": len(task.train),
+                "held_out_images": len(task.held_out),
                 "test_images": len(task.test),
             }
             for task in run.stream.tasks
@@ -58,14 +59,18 @@ def results(run: Run) -> dict[str, Any]:
 def _method_results(run: Run, method: Method, zero_shot: AccuracyMatrix) -> dict[str, Any]:
     matrix = run.matrices[method.name]
     figures, seen = matrix.figures(zero_shot), matrix.seen()
-    return {
+    scales = run.scales.get(method.name)
+    found = {
         "accuracy": figures["accuracy"],
         "metrics": figures,
         "matrix": matrix.accuracy().tolist(),
         "matrix_task_aware": matrix.accuracy(aware=True).tolist(),
-        # Joint training is evaluated after all tasks only.
+        # Joint training, and with evaluate=last every other, is evaluated after all tasks only.
         "seen": [None] * (len(run.stream.tasks) - len(seen)) + seen,
         "training": method.training,
         "merger": method.merger,
-        "scale": run.scales.get(method.name),
+        "scale": scales.plain() if scales else None,
     }
+    if method.name in run.chosen:
+        found["chosen_scales"] = [scales.plain() for scales in run.chosen[method.name]]
+    return found

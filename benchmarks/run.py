@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import lightning as L
 from torch import Tensor
@@ -11,13 +14,16 @@ from cl_merge.benchmarks.catalog import find_data, open_data
 from cl_merge.benchmarks.folder import RunFolder
 from cl_merge.benchmarks.methods import TRAININGS, Method, find_method, methods_beside
 from cl_merge.callbacks import EWC, LwF, MergeCallback
+from cl_merge.callbacks.auto_scale import AutoScale
 from cl_merge.callbacks.regularizer import Regularizer
 from cl_merge.clip import CLIPClassifier
-from cl_merge.config import RunConfig
+from cl_merge.config import HELD_OUT, RunConfig
 from cl_merge.errors import InputError
 from cl_merge.load import load_clip
 from cl_merge.measure import Cost
+from cl_merge.mergers import get_merger
 from cl_merge.metrics import AccuracyMatrix
+from cl_merge.scales import Scales
 from cl_merge.stream import TaskStream
 from cl_merge.weights import copies, trained_parameters
 
@@ -34,6 +40,7 @@ class Run:
         base: The pre-trained weights, by parameter name.
         matrices: The accuracy matrix of every method.
         scales: The scale of every method that merges.
+        chosen: The scale after each task, of a method that chooses it.
         costs: What each task's training took, by training.
         cost: What the whole run took.
     """
@@ -44,11 +51,17 @@ class Run:
     model: CLIPClassifier
     base: dict[str, Tensor]
     matrices: dict[str, AccuracyMatrix] = field(default_factory=dict)
-    scales: dict[str, float] = field(default_factory=dict)
+    scales: dict[str, Scales] = field(default_factory=dict)
+    chosen: dict[str, list[Scales]] = field(default_factory=dict)
     costs: dict[str, list[Cost]] = field(default_factory=dict)
     cost: Cost = field(default_factory=Cost)
 
-    @property
+    @cached_property
+    def own(self) -> Method:
+        """The method that the run is about."""
+        return find_method(self.config.method)
+
+    @cached_property
     def methods(self) -> list[Method]:
         """The methods of this run, in the order of the tables."""
         return methods_beside(self.config.method, self.config.compare)
@@ -61,6 +74,18 @@ class Run:
             for name in TRAININGS
             if (methods := [method for method in self.methods if method.training == name])
         }
+
+    def rows(self, training: str) -> list[int]:
+        """After which tasks of a training its methods are evaluated.
+
+        Args:
+            training: Its name.
+
+        Returns:
+            Indices of tasks in the training's own stream.
+        """
+        tasks = 1 if TRAININGS[training].joint else len(self.stream.tasks)
+        return list(range(tasks))[0 if self.config.evaluate == "every" else -1 :]
 
     def new_matrix(self, method: str) -> AccuracyMatrix:
         """Begin the accuracy matrix of a method, with the rows that the folder has already.
@@ -110,7 +135,8 @@ def start_run(config: RunConfig) -> Run:
             f"{len(stream.class_names)} classes"
         )
     model = CLIPClassifier.from_clip(clip, names, config.prompts, **asdict(config.optimizer))
-    name = f"{entry.name.strip('/').split('/')[-1]}-{method.name}"
+    merge_callback(config, method).check_names(trained_parameters(model))
+    name = f"{entry.name.strip('/').split('/')[-1]}-{method.name.replace('/', '-')}"
     folder = RunFolder.claim(config, name)
     return Run(config, folder, stream, model, copies(trained_parameters(model)))
 
@@ -131,7 +157,7 @@ def count_batches(run: Run, train_cost: int = 3) -> int:
     epochs = run.config.trainer["max_epochs"] or 1
     total = 0 if run.folder.rows("zero-shot") else test
     for name, methods in run.trainings.items():
-        rows = 1 if TRAININGS[name].joint else len(tasks)
+        rows = len(run.rows(name))
         left = [rows - len(run.folder.rows(method.name)) for method in methods]
         total += test * sum(left) + train * epochs * train_cost * max(left) // rows
     return total
@@ -152,6 +178,54 @@ def make_regularizer(config: RunConfig, name: str) -> Regularizer:
     )
 
 
+def merge_callback(
+    config: RunConfig,
+    method: Method | None,
+    *,
+    start: str = "sequential",
+    directory: Path | None = None,
+) -> MergeCallback:
+    """Make the callback that merges in a training.
+
+    Args:
+        config: Holds its options. Those of the method are for the run's own; another one merges as
+            it was published.
+        method: What it merges with; without one that merges, only its task vectors are of use.
+        start: Where each task starts to train.
+        directory: Where it writes the task vectors.
+
+    Returns:
+        A fresh callback.
+
+    Raises:
+        InputError: If an option is wrong.
+    """
+    options, merger, scale = config.merge, get_merger("magmax"), None
+    own = method == find_method(config.method)
+    if method is not None and method.merger:
+        if own and options.density is not None and "density" not in method.options:
+            raise InputError(
+                f"merge.density={options.density}, but method '{method.name}' has no density"
+            )
+        given: dict[str, Any] = {"seed": options.seed} if own else {}
+        if own and options.density is not None:
+            given["density"] = options.density
+        merger = method.make_merger(given, options.options if own else None)
+        scale = options.scale if own else None
+    return MergeCallback(
+        merger,
+        scale=AutoScale(options.groups) if scale == "auto" else scale,
+        start=start,
+        buffers=options.buffers,
+        include=options.include,
+        exclude=options.exclude,
+        store=options.store,
+        directory=directory,
+        device=options.device,
+        importance_samples=options.importance_samples,
+    )
+
+
 def _try_settings(config: RunConfig, method: Method) -> None:
     """Make once what the run will make for every task, so that wrong settings show at once."""
     methods_beside(config.method, config.compare)
@@ -160,6 +234,13 @@ def _try_settings(config: RunConfig, method: Method) -> None:
     # Lightning raises errors of several kinds for its arguments.
     except Exception as error:
         raise InputError(f"trainer: {' '.join(str(error).split())}") from error
-    MergeCallback(method.merger or "magmax", buffers=config.merge.buffers)
+    merge_callback(config, method)
+    if config.merge.scale == "auto" and not method.merger:
+        raise InputError(f"merge.scale=auto, but method '{method.name}' merges nothing")
+    if config.merge.scale == "auto" and not config.stream.held_out:
+        raise InputError(
+            f"stream.held_out={config.stream.held_out}, but merge.scale=auto needs images to "
+            f"choose on; leave it out for {HELD_OUT}, or give a share above 0"
+        )
     for regularizer in ("lwf", "ewc"):
         make_regularizer(config, regularizer)

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from cl_merge.benchmarks.catalog import find_data
-from cl_merge.benchmarks.methods import find_method
+from cl_merge.benchmarks.methods import find_method, whole_path
 from cl_merge.config import RunConfig, parse_arguments, read_config, read_yaml
 from cl_merge.errors import InputError
 
@@ -45,11 +45,11 @@ def read_settings(settings: Sequence[str], file: str | Path | None = None) -> Ru
     begun = Path(str(out)).expanduser() / "config.yaml" if out is not None else None
     if begun is not None and begun.exists():
         saved: Any = OmegaConf.to_container(read_yaml(begun))
-        config = read_config(settings, saved, file, origin=str(begun))
+        config = _with_whole_paths(read_config(settings, saved, file, origin=str(begun)))
         check_same_run(config, begun)
         return config
     entry = find_data(str(given.get("data", layer.get("data", RunConfig.data))))
-    config = read_config(settings, entry.recipe, file)
+    config = _with_whole_paths(read_config(settings, entry.recipe, file))
     find_method(config.method)
     return config
 
@@ -78,6 +78,14 @@ def check_same_run(config: RunConfig, saved: Path) -> None:
             f"{f' ({more} more settings differ)' if more else ''}; name a new folder, or leave the "
             "setting out to go on with that run"
         )
+
+
+def _with_whole_paths(config: RunConfig) -> RunConfig:
+    """Name files of methods from the root, so that a run goes on wherever it is called from."""
+    config.method = whole_path(config.method)
+    if isinstance(config.compare, list):
+        config.compare = [whole_path(str(name)) for name in config.compare]
+    return config
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

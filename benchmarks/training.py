@@ -10,15 +10,16 @@ import lightning as L
 
 from cl_merge.benchmarks.methods import TRAININGS, Method, Training
 from cl_merge.benchmarks.progress import RunProgress
-from cl_merge.benchmarks.run import Run, make_regularizer
+from cl_merge.benchmarks.run import Run, make_regularizer, merge_callback
 from cl_merge.benchmarks.trainers import evaluation_trainer, training_trainer
 from cl_merge.callbacks import MergeCallback
 from cl_merge.fit import TaskEnd, fit_stream
 from cl_merge.measure import measured
 from cl_merge.mergers import Merger
+from cl_merge.scales import Scales, scaled
 from cl_merge.scenario import Task
 from cl_merge.stream import TaskStream
-from cl_merge.task_vector import TaskVector, moved
+from cl_merge.task_vector import TaskVector
 from cl_merge.weights import install, swapped, trained_parameters
 
 Tell = Callable[[Run, Training, TaskEnd], None]
@@ -59,17 +60,31 @@ def _train(
 ) -> None:
     """Train the stream once; evaluate after each task every method that shares this training."""
     install(trained_parameters(run.model), run.base)
-    own = next((method for method in methods if method.name == run.config.method), None)
+    own = next((method for method in methods if method == run.own), None)
     merging = [method for method in methods if method.merger]
     # The callback merges with one method as it trains; the others fold the same task vectors here.
     lead = own if own in merging else next(iter(merging), None)
-    callback = _merge_callback(run, training, lead)
+    callback = merge_callback(
+        run.config,
+        lead,
+        start=training.start,
+        directory=run.folder.task_vectors(training.name),
+    )
     mergers = {method.name: method.make_merger({}) for method in merging if method is not lead}
-    run.scales |= {name: merger.published_scale for name, merger in mergers.items()}
+    run.scales |= {
+        name: Scales.read(None, merger.published_scale) for name, merger in mergers.items()
+    }
     for method in methods:
         run.new_matrix(method.name)
 
+    def note_scale() -> None:
+        if lead is not None:
+            run.scales[lead.name] = callback.scales
+            run.chosen |= {lead.name: callback.chosen} if callback.chosen else {}
+
     stream = run.stream.joint() if training.joint else run.stream
+
+    rows = run.rows(training.name)
 
     def make_trainer(task: Task) -> L.Trainer:
         progress.describe(f"{_place(run, task.index)}, {training.name}")
@@ -79,9 +94,10 @@ def _train(
         if mergers:
             vector = callback.task_vector(run.model)
             for merger in mergers.values():
-                _catch_up(merger, run.folder.task_vectors(training.name), end.task.index)
+                _catch_up(merger, run.folder.task_vectors(training.name), end.task.index, vector)
                 merger.update(vector)
-        for method in methods:
+        note_scale()
+        for method in methods if end.task.index in rows else ():
             progress.describe(f"{_place(run, end.task.index)}, evaluating {method.name}")
             merging = callback if method is lead else mergers.get(method.name)
             _evaluate(run, stream, method.name, progress, merging)
@@ -100,6 +116,7 @@ def _train(
         checkpoint_seconds=run.config.checkpoint_seconds,
     )
     run.costs[training.name] = found.costs
+    note_scale()
     if own is not None:
         _save_model(run, callback if own is lead else None)
 
@@ -108,27 +125,12 @@ def _regularizers(run: Run, training: Training) -> list[L.Callback]:
     return [make_regularizer(run.config, training.regularizer)] if training.regularizer else []
 
 
-def _merge_callback(run: Run, training: Training, lead: Method | None) -> MergeCallback:
-    """The callback of a training; without a lead method only its task vectors are of use."""
-    own = lead is not None and lead.name == run.config.method
-    options = run.config.merge
-    given = {"density": options.density, "seed": options.seed} if own else {}
-    callback = MergeCallback(
-        lead.make_merger(given) if lead else "magmax",
-        start=training.start,
-        scale=options.scale if own else None,
-        buffers=options.buffers,
-        directory=run.folder.task_vectors(training.name),
-    )
-    if lead is not None:
-        run.scales[lead.name] = callback.scale
-    return callback
-
-
-def _catch_up(merger: Merger, folder: Path, tasks: int) -> None:
+def _catch_up(merger: Merger, folder: Path, tasks: int, like: TaskVector) -> None:
     """Fold what a run that was stopped had folded: the task vectors it has written."""
+    device = next(iter(like.values())).device
     for index in range(merger.tasks, tasks):
-        merger.update(TaskVector.load(folder / f"task{index}.safetensors"))
+        vector = TaskVector.load(folder / f"task{index}.safetensors")
+        merger.update({name: tensor.to(device) for name, tensor in vector.items()})
 
 
 def _evaluate(
@@ -149,8 +151,7 @@ def _evaluate(
     if isinstance(merging, MergeCallback):
         callbacks = [merging, progress]
     elif merging is not None:
-        scale = run.scales[name]
-        weights = swapped(live, ((n, moved(run.base[n], v, scale)) for n, v in merging.items()))
+        weights = swapped(live, scaled(run.base, merging.items(), run.scales[name]))
     with weights:
         evaluation_trainer(run, callbacks).test(run.model, datamodule=stream, verbose=False)
     run.folder.add_row(name, row, matrix.rows[row])
@@ -164,10 +165,11 @@ def _save_model(run: Run, callback: MergeCallback | None) -> None:
     """Write the whole classifier with the weights of the run's method, which stay in the model."""
     if callback is not None:
         callback.install(run.model)
+    scales = run.scales.get(run.own.name)
     metadata = {
         "format": "cl_merge.model",
         "model": run.config.model,
         "method": run.config.method,
-        "scale": str(run.scales.get(run.config.method)),
+        "scale": str(scales.plain() if scales else None),
     }
     run.folder.write_tensors("merged.safetensors", run.model.state_dict(), metadata)

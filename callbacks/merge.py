@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from cl_merge.callbacks.task import TaskCallback
-from cl_merge.errors import InputError, listing, unknown_name
-from cl_merge.mergers import Average, Merger, get_merger
-from cl_merge.task_vector import TaskVector, check_scale, moved
+from cl_merge.callbacks.auto_scale import AutoScale, Loader, held_out_batches
+from cl_merge.callbacks.buffers import EvaluationBuffers
+from cl_merge.callbacks.evaluation import EvaluationCallback
+from cl_merge.callbacks.importance import task_importance
+from cl_merge.errors import InputError, unknown_name
+from cl_merge.files import save_tensors
+from cl_merge.mergers import Merger, get_merger
+from cl_merge.mergers.stack import StackMerger
+from cl_merge.patterns import Selection
+from cl_merge.quantize import check_store, stored
+from cl_merge.scales import Scales, scaled
+from cl_merge.task_vector import TaskVector
 from cl_merge.weights import (
     check_same_parameters,
     copies,
@@ -25,11 +32,12 @@ from cl_merge.weights import (
     trained_parameters,
 )
 
+log = logging.getLogger(__name__)
+
 STARTS = ("sequential", "independent", "merged")
-BUFFERS = ("trained", "base", "average")
 
 
-class MergeCallback(TaskCallback):
+class MergeCallback(EvaluationCallback):
     """Merge the tasks that a module learns one after another.
 
     Each ``trainer.fit`` is a task. The first one fixes the base, the weights before any training.
@@ -47,24 +55,43 @@ class MergeCallback(TaskCallback):
     Args:
         method: ``"magmax"``, another name that `cl_merge.get_merger` knows, or a fresh `Merger`.
         scale: Factor of the merged task vector; None takes the one that the method was published
-            with.
+            with. A mapping from patterns on parameter names to numbers gives each layer its own:
+            ``{"*attn*": 0.3, "*": 0.5}``, the first that fits counts. ``"auto"`` chooses it after
+            each task, on images that were held out of the training; see `AutoScale`.
         start: Where the training of a task starts: ``"sequential"`` at the weights that the last
             task left, ``"independent"`` at the base, ``"merged"`` at the merged model.
         buffers: What floating-point buffers, such as batch-norm statistics, hold during evaluation:
             ``"trained"`` those of the last task, ``"base"`` those before any training,
             ``"average"`` their mean over tasks. None means ``"trained"``, with a warning that names
             the buffers that moved.
-        directory: Folder in which to write each task vector, as ``task0.safetensors`` and so on.
-        device: Where the base and the merged vector are kept.
+        include: Patterns on the names of the parameters to merge; none for all that train.
+        exclude: Patterns on the names of those to leave out. Task vectors do not hold what is left
+            out, and evaluation shows its base values, whatever training did to it.
+        store: In how many bits task vectors are written: ``"float32"``, ``"bf16"``, ``"int8"``,
+            ``"int4"`` or ``"int2"``. Each is folded as it comes back from the file, so that merging
+            the files later gives the same, bit for bit.
+        directory: Folder in which to write each task vector, as ``task0.safetensors`` and so on;
+            for methods that weigh elements also ``importance0.safetensors``.
+        device: Where the base and the merged vector are kept; None is where the module trains.
+            ``"cpu"`` saves the memory of the other device.
+        held_out: For ``scale="auto"``: makes a loader of the held-out images of the tasks so far;
+            None asks the trainer's data module for its ``held_out_dataloader()``.
+        importance_samples: For methods that weigh elements, such as ``"fisher"``: estimate the
+            diagonal Fisher, which is the importance, from at most so many samples of a task, one
+            backward pass each; None uses all. As in `EWC` logits are the module's ``task_logits``
+            if it has them, and labels are drawn from its predictions.
         **options: Options of the method, such as ``density`` for TIES.
 
     Attributes:
         tasks: Number of tasks folded so far.
         base: The weights before any training, by parameter name.
+        scales: The scale in use.
+        chosen: The scales that were chosen, one for each task, if the scale is ``"auto"``.
 
     Raises:
-        InputError: If the method, an option or a value is wrong, a task vector is not finite, or
-            the parameters that train are not those of the first task.
+        InputError: If the method, an option, a pattern or a value is wrong, a task vector is not
+            finite, the parameters that train are not those of the first task, or there are no
+            held-out images to choose the scale on.
         RuntimeError: Under a strategy that shards parameters or spawns processes.
 
     Example::
@@ -84,34 +111,50 @@ class MergeCallback(TaskCallback):
         self,
         method: str | Merger = "magmax",
         *,
-        scale: float | None = None,
+        scale: float | Mapping[str, float] | str | AutoScale | None = None,
         start: str = "sequential",
         buffers: str | None = None,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        store: str = "float32",
         directory: str | Path | None = None,
-        device: str | torch.device = "cpu",
+        device: str | torch.device | None = None,
+        held_out: Loader | None = None,
+        importance_samples: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
         if start not in STARTS:
             raise unknown_name("start", start, STARTS)
-        if buffers is not None and buffers not in BUFFERS:
-            raise unknown_name("choice of buffers", buffers, BUFFERS)
         self.merger = method if isinstance(method, Merger) else get_merger(method, **options)
         self.start = start
-        self.scale = check_scale(self.merger.published_scale if scale is None else scale)
+        scale = AutoScale() if scale == "auto" else scale
+        self._auto = scale if isinstance(scale, AutoScale) else None
+        self.scales = Scales.read(None if self._auto else scale, self.merger.published_scale)
+        self.chosen: list[Scales] = []
+        self._selection = Selection(include, exclude)
+        self._store = check_store(store)
+        if held_out is not None and self._auto is None:
+            raise InputError(f"held_out is for scale='auto', but the scale is {self.scale}")
+        self._held_out = held_out
+        if importance_samples is not None and importance_samples < 1:
+            raise InputError(f"importance_samples={importance_samples}; expected 1 or more")
+        self._importance_samples = importance_samples
         self.base: dict[str, Tensor] = {}
-        self._buffers = buffers
-        self._base_buffers: dict[str, Tensor] = {}
-        self._buffer_average = Average()
+        self._buffers = EvaluationBuffers(buffers)
         self._directory = Path(directory) if directory is not None else None
-        self._device = torch.device(device)
-        self._trained: dict[str, Tensor] | None = None
+        self._device = _checked_device(device)
 
     @property
     @override
     def tasks(self) -> int:
         """Number of tasks folded so far."""
         return self.merger.tasks
+
+    @property
+    def scale(self) -> float | dict[str, float]:
+        """The scale in use: a number, or numbers by pattern."""
+        return self.scales.plain()
 
     @property
     @override
@@ -123,19 +166,38 @@ class MergeCallback(TaskCallback):
         return self.merger.merged()
 
     def task_vector(self, module: nn.Module) -> TaskVector:
-        """The difference of a module's weights to the base.
+        """The difference of a module's weights to the base, of the parameters that are merged.
 
         Args:
             module: The module in training, or one with the same parameters.
 
         Returns:
-            The task vector, float32 by parameter name, on `device`.
+            The task vector as it comes back from the store, float32 by parameter name, on `device`.
 
         Raises:
             InputError: If the parameters differ from those of the first task, or one is not finite.
         """
-        return TaskVector.between(self.base, trained_parameters(module))
+        names = self._selection.names(self.base)
+        left_out = self.base.keys() - set(names)
+        live = {n: p for n, p in trained_parameters(module).items() if n not in left_out}
+        vector = TaskVector.between({name: self.base[name] for name in names}, live)
+        return TaskVector(stored(vector, self._store))
 
+    def check_names(self, names: Iterable[str]) -> None:
+        """Make sure that all patterns fit parameters; a fit does this by itself.
+
+        Args:
+            names: Of all parameters that train.
+
+        Raises:
+            InputError: If a pattern fits none; names the nearest.
+        """
+        merged = self._selection.names(names)
+        self.scales.check(merged)
+        if self._auto is not None:
+            self._auto.check(merged)
+
+    @override
     def install(self, module: nn.Module) -> None:
         """Put the merged weights into a module, to stay.
 
@@ -147,8 +209,8 @@ class MergeCallback(TaskCallback):
         """
         if self.tasks == 0:
             raise InputError("nothing to install: no task has been trained and merged yet")
-        install(trained_parameters(module), self._merged_weights())
-        install(floating_buffers(module), self._evaluation_buffers())
+        install(trained_parameters(module), scaled(self.base, self.merger.items(), self.scales))
+        install(floating_buffers(module), self._buffers.values())
 
     # Hooks, in the order in which they fire.
 
@@ -159,8 +221,12 @@ class MergeCallback(TaskCallback):
         live = trained_parameters(pl_module)
         if not self.base:
             self.base = copies(live, self._device)
-            self._base_buffers = copies(floating_buffers(pl_module), self._device)
+            self._buffers.keep_base(pl_module, self._device)
         check_same_parameters(self.base, live, "MergeCallback")
+        self._settle(pl_module)
+        self.check_names(self.base)
+        if self._auto is not None:
+            held_out_batches(trainer, self._held_out)  # if there are none, it shows before the work
         # Weights from a checkpoint within a task are where that task stood, and stay.
         if self.tasks and not goes_on:
             self._set_start(pl_module)
@@ -171,101 +237,86 @@ class MergeCallback(TaskCallback):
             vector = self.task_vector(pl_module)
         except InputError as error:
             raise InputError(f"task {self.tasks}: {error}") from error
-        self.merger.update(vector)
-        self._fold_buffers(pl_module)
+        importance = None
+        if self.merger.weighted:
+            samples = self._importance_samples
+            importance = task_importance(
+                trainer, pl_module, vector, samples=samples, task=self.tasks
+            )
+        self.merger.update(vector, importance)
+        self._tell_memory(vector)
+        self._buffers.fold(pl_module)
         if self._directory is not None and trainer.is_global_zero:
-            vector.save(self._directory / f"task{self.tasks - 1}.safetensors")
+            task = self.tasks - 1
+            vector.save(self._directory / f"task{task}.safetensors", store=self._store)
+            if importance is not None:
+                save_tensors(self._directory / f"importance{task}.safetensors", importance, {})
+        if self._auto is not None:
+            self._choose_scale(self._auto, trainer, pl_module)
 
     @override
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.VALIDATING:
-            self._show_merged(pl_module)
-
-    @override
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._restore_trained(pl_module)
-
-    @override
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._show_merged(pl_module)
-
-    @override
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._restore_trained(pl_module)
-
-    @override
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._show_merged(pl_module)
-
-    @override
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._restore_trained(pl_module)
-
-    @override
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
-        super().on_exception(trainer, pl_module, exception)
-        self._restore_trained(pl_module)
+    def begin_evaluation(self, module: nn.Module) -> None:
+        if self.tasks:
+            self._settle(module)
+        super().begin_evaluation(module)
 
     @override
     def task_state(self) -> dict[str, Any]:
         return {
             "base": self.base,
-            "base_buffers": self._base_buffers,
             "merger": self.merger.state_dict(),
-            "buffer_average": self._buffer_average.state_dict(),
+            "chosen": [scales.plain() for scales in self.chosen],
+            **self._buffers.state_dict(),
         }
 
     @override
     def load_task_state(self, state: dict[str, Any]) -> None:
         self.base = copies(state["base"], self._device)
-        self._base_buffers = copies(state["base_buffers"], self._device)
-        self.merger.load_state_dict(state["merger"])
-        self._buffer_average.load_state_dict(state["buffer_average"])
+        self.merger.load_state_dict(state["merger"], self._device)
+        self._buffers.load_state_dict(state, self._device)
+        self.chosen = [Scales.read(scale, 0.0) for scale in state.get("chosen", [])]
+        if self._auto is not None and self.chosen:
+            self.scales = self.chosen[-1]
+
+    def _settle(self, module: nn.Module) -> None:
+        """Move what is kept to the module, which only now is where it works.
+
+        What comes from a checkpoint is on the CPU: it is loaded before the module is placed.
+        """
+        device = next(module.parameters()).device
+        if self._device is not None or next(iter(self.base.values())).device == device:
+            return
+        # An evaluation runs in inference mode, whose tensors are of no use to the next training.
+        with torch.inference_mode(False):
+            self.base = copies(self.base, device)
+            self._buffers.to(device)
+            self.merger.load_state_dict(self.merger.state_dict(), device)
+
+    def _choose_scale(self, auto: AutoScale, trainer: L.Trainer, module: L.LightningModule) -> None:
+        batches = held_out_batches(trainer, self._held_out)
+        changes, buffers = dict(self.merger.items()), self._buffers.values()
+        found = auto.choose(trainer, module, batches, self.base, changes, buffers)
+        self.scales = found.scales
+        self.chosen.append(found.scales)
+
+    def _tell_memory(self, vector: TaskVector) -> None:
+        if isinstance(self.merger, StackMerger) and self.tasks == 1:
+            size, where = 4 * vector.numel() / 2**20, next(iter(vector.values())).device
+            message = "method '%s' keeps every task vector in memory: %.1f MiB per task on %s"
+            log.info(message, self.merger.name, size, where)
 
     def _set_start(self, module: nn.Module) -> None:
         if self.start == "independent":
             install(trained_parameters(module), self.base)
-            install(floating_buffers(module), self._base_buffers)
+            install(floating_buffers(module), self._buffers.base)
         elif self.start == "merged":
             self.install(module)
 
-    def _show_merged(self, module: nn.Module) -> None:
-        if self.tasks == 0:
-            return
-        self._trained = copies(trained_parameters(module) | floating_buffers(module))
-        self.install(module)
 
-    def _restore_trained(self, module: nn.Module) -> None:
-        if self._trained is not None:
-            install(trained_parameters(module) | floating_buffers(module), self._trained)
-            self._trained = None
-
-    def _merged_weights(self) -> Iterator[tuple[str, Tensor]]:
-        for name, change in self.merger.items():
-            yield name, moved(self.base[name], change, self.scale)
-
-    def _fold_buffers(self, module: nn.Module) -> None:
-        live = floating_buffers(module)
-        changed = [
-            name
-            for name, before in self._base_buffers.items()
-            if not torch.equal(live[name].to(before.device), before)
-        ]
-        if self._buffers is None and changed:
-            rank_zero_warn(
-                f"{len(changed)} floating-point buffers moved during training and are not merged: "
-                f"{listing(changed)}. Evaluation uses those of the last task; choose with "
-                "MergeCallback(buffers='trained' | 'base' | 'average'), or freeze them"
-            )
-            self._buffers = "trained"
-        if self._buffers == "average":
-            self._buffer_average.update(copies(live, self._device))
-
-    def _evaluation_buffers(self) -> dict[str, Tensor]:
-        if self._buffers == "base":
-            return self._base_buffers
-        if self._buffers == "average":
-            return dict(self._buffer_average.items())
-        return {}
+def _checked_device(device: str | torch.device | None) -> torch.device | None:
+    try:
+        return torch.device(device) if device is not None else None
+    except RuntimeError as error:
+        raise InputError(
+            f"device={device}: no such device; expected as in 'cpu', 'cuda'"
+        ) from error

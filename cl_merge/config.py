@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -13,7 +12,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cl_merge.errors import InputError, nearest
+from cl_merge.errors import InputError, nearest, unknown_name
+from cl_merge.quantize import STORES
+from cl_merge.scales import Scales
+
+EVALUATE = ("every", "last")
+
+# The share of the training images that are held out if nothing is said and a scale is to be chosen.
+HELD_OUT = 0.1
 
 
 def _key(default: object, about: str) -> Any:
@@ -31,6 +37,9 @@ class StreamConfig:
     scenario: str = _key("class", "class (disjoint classes), domain (one each) or data (at random)")
     order: Any = _key("natural", "order of classes or domains: natural, a seed, or a list")
     images_per_class: int | None = _key(None, "train on at most so many images of each class")
+    held_out: float | None = _key(
+        None, "share of the training images to choose merge.scale=auto on; null: 0.1 for that"
+    )
     batch_size: int = _key(128, "images per batch and process")
     num_workers: int = _key(0, "processes that load images")
     cache: Any = _key("auto", "keep images in memory: true, false or auto")
@@ -58,9 +67,20 @@ class OptimizerConfig:
 class MergeConfig:
     """How the method of the run merges; the methods beside it keep their own defaults."""
 
-    scale: float | None = _key(None, "factor of the merged task vector; null: the published one")
-    density: float = _key(0.2, "share of the entries that TIES keeps")
-    seed: int = _key(0, "of random-mix")
+    scale: Any = _key(
+        None, "factor of the merged task vector, or one by pattern, or auto; null: the published"
+    )
+    groups: Any = _key(None, "of layers, a scale=auto for each: block, or a list of patterns")
+    options: dict[str, Any] = _key(dict, "any options of the method")
+    density: float | None = _key(None, "share of the entries kept; null: as published")
+    seed: int = _key(0, "of methods that draw, as random-mix")
+    include: list[str] = _key(list, "patterns of the parameters to merge; none: all that train")
+    exclude: list[str] = _key(list, "patterns of the parameters that keep their base values")
+    store: str = _key("float32", "of task vectors: float32, bf16, int8, int4 or int2")
+    device: str | None = _key(None, "where merging is done; null: where the training is")
+    importance_samples: int | None = _key(
+        None, "images of a task to weigh elements by, as fisher does; null: all"
+    )
     buffers: str | None = _key(None, "batch-norm statistics when testing: trained, base or average")
 
 
@@ -96,6 +116,7 @@ class RunConfig:
     class_names: list[str] | None = _key(None, "names for the prompts instead of the data set's")
     method: str = _key("magmax", "what merges the tasks")
     compare: Any = _key(True, "methods beside it: true (plain fine-tuning), all, false, or a list")
+    evaluate: str = _key("every", "test after every task, or after the last one only: every, last")
     seed: int = _key(0, "of everything random")
     out: str | None = _key(None, "folder of the run, which goes on there; null: a new one in runs/")
     checkpoint_seconds: float = _key(60.0, "least time between checkpoints, at ends of epochs")
@@ -149,7 +170,7 @@ def default_of(key: str) -> Any:
     found: Any = RunConfig()
     for part in key.split("."):
         found = getattr(found, part)
-    return None if is_dataclass(found) or found == {} else found
+    return None if is_dataclass(found) or found in ({}, []) else found
 
 
 def read_config(
@@ -187,6 +208,8 @@ def read_config(
         config = _merged(config, layer, source)
     found: Any = OmegaConf.to_object(config)
     _check_values(found)
+    if found.stream.held_out is None:
+        found.stream.held_out = HELD_OUT if found.merge.scale == "auto" else 0.0
     return found  # type: ignore[no-any-return]
 
 
@@ -293,16 +316,30 @@ def _check_values(config: RunConfig) -> None:
             raise InputError(
                 f"unknown key 'trainer.{key}'{hint} It is no argument of Lightning's Trainer"
             )
-    if config.merge.scale is not None and not math.isfinite(config.merge.scale):
-        raise InputError(f"merge.scale={config.merge.scale}; expected a finite number")
-    if not 0 < config.merge.density <= 1:
-        raise InputError(f"merge.density={config.merge.density}; expected more than 0, at most 1")
+    _check_merge(config.merge)
+    if config.evaluate not in EVALUATE:
+        raise unknown_name("value of evaluate", config.evaluate, EVALUATE)
     if config.stream.batch_size < 1:
         raise InputError(f"stream.batch_size={config.stream.batch_size}; expected 1 or more")
     if not config.checkpoint_seconds >= 0:
         raise InputError(f"checkpoint_seconds={config.checkpoint_seconds}; expected 0 or more")
     if config.seed < 0:
         raise InputError(f"seed={config.seed}; expected 0 or more")
+
+
+def _check_merge(merge: MergeConfig) -> None:
+    if merge.scale != "auto":
+        try:
+            Scales.read(merge.scale, 1.0)
+        except InputError as error:
+            hint = "expected a finite number, finite numbers by pattern, or auto"
+            raise InputError(f"merge.scale={merge.scale}; {hint}") from error
+        if merge.groups:
+            raise InputError(f"merge.groups={merge.groups}; only for merge.scale=auto")
+    if merge.density is not None and not 0 < merge.density <= 1:
+        raise InputError(f"merge.density={merge.density}; expected more than 0, at most 1")
+    if merge.store not in STORES:
+        raise unknown_name("value of merge.store", merge.store, STORES)
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -33,6 +33,8 @@ class Task:
         class_names: The names of those classes.
         train: Rows of the training set that belong to the task, int64, ascending.
         test: Rows of the test set that belong to the task, int64, ascending.
+        held_out: Rows of the training set that belong to the task and are not trained on, int64,
+            ascending.
     """
 
     index: int
@@ -41,6 +43,7 @@ class Task:
     class_names: tuple[str, ...]
     train: Indices
     test: Indices
+    held_out: Indices = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     def __post_init__(self) -> None:
         if len(self.train) == 0:
@@ -242,6 +245,31 @@ def limit_per_class(labels: Indices, limit: int, seed: int) -> Indices:
     _, counts = np.unique(labels, return_counts=True)
     rank_in_class = np.concatenate([np.arange(count) for count in counts] or [np.arange(0)])
     return np.sort(grouped[rank_in_class < limit])
+
+
+def hold_out(labels: Indices, share: float, seed: int) -> NDArray[np.bool_]:
+    """Choose a share of the images of each class, at random.
+
+    Args:
+        labels: Labels, int64 [N].
+        share: Which share, 0 to 1. At least one image is chosen of a class that has two or more,
+            and at least one is left.
+        seed: Which images.
+
+    Returns:
+        Whether each image is chosen, bool [N].
+
+    Example:
+        >>> chosen = hold_out(np.array([0, 0, 0, 0, 1, 1, 2]), 0.5, seed=0)
+        >>> int(chosen[:4].sum()), int(chosen[4:6].sum()), int(chosen[6])
+        (2, 1, 0)
+    """
+    random = np.random.default_rng(seed)
+    chosen = np.zeros(len(labels), dtype=np.bool_)
+    for label in np.unique(labels):
+        rows = random.permutation(np.flatnonzero(labels == label))
+        chosen[rows[: min(max(round(share * len(rows)), 1), len(rows) - 1)]] = True
+    return chosen
 
 
 def _task(

@@ -12,7 +12,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 from torchvision.transforms.functional import to_tensor
 from typing_extensions import override
 
@@ -31,6 +31,7 @@ from cl_merge.scenario import (
     Indices,
     Order,
     Task,
+    hold_out,
     limit_per_class,
     split_by_class,
     split_by_data,
@@ -71,6 +72,8 @@ class TaskStream(L.LightningDataModule):
             no test split, drawn from `seed`.
         revision: Which commit of a hub data set.
         images_per_class: Train on at most so many images of each class, drawn from `seed`.
+        held_out: Share of each task's training images not to train on, drawn from `seed` for each
+            class and task, at least one where there are two: what `held_out_dataloader` shows.
         train_transform: Turns a PIL image into a float tensor [3, H, W] for training.
         test_transform: The same for testing; draws no random numbers.
         batch_size: Images per batch and process.
@@ -115,6 +118,7 @@ class TaskStream(L.LightningDataModule):
         test_fraction: float | None = None,
         revision: str | None = None,
         images_per_class: int | None = None,
+        held_out: float = 0.0,
         train_transform: Transform = to_tensor,
         test_transform: Transform = to_tensor,
         batch_size: int = 128,
@@ -140,9 +144,13 @@ class TaskStream(L.LightningDataModule):
         self.tasks = self._split(scenario, tasks, order)
         if images_per_class is not None:
             self.tasks = _limited(self.tasks, self._train_labels, images_per_class, seed)
+        if held_out != 0:
+            self.tasks = _held_out(self.tasks, self._train_labels, held_out, seed)
         self._current = 0
         self._original: list[Task] | None = None
         self._test_samples: ImageDataset | TensorSamples | None = None
+        # By task; a joint stream has its own.
+        self._held_out: dict[int, ImageDataset | TensorSamples] = {}
 
     @property
     def task(self) -> Task:
@@ -179,6 +187,7 @@ class TaskStream(L.LightningDataModule):
         joined = copy.copy(self)
         joined._original = list(self.test_tasks)
         joined._current = 0
+        joined._held_out = {}
         joined.tasks = [
             Task(
                 index=0,
@@ -187,6 +196,7 @@ class TaskStream(L.LightningDataModule):
                 class_names=tuple(self.class_names[label] for label in classes),
                 train=np.unique(np.concatenate([task.train for task in self.tasks])),
                 test=np.unique(np.concatenate([task.test for task in self.tasks])),
+                held_out=np.unique(np.concatenate([task.held_out for task in self.tasks])),
             )
         ]
         return joined
@@ -243,23 +253,30 @@ class TaskStream(L.LightningDataModule):
         """Load the test images of every task, each exactly once over all processes."""
         if self._test_samples is None:
             self._test_samples = self._prepare_test()
-        world = self.trainer.world_size if self.trainer else 1
-        in_memory = isinstance(self._test_samples, TensorSamples)
-        return DataLoader(
-            self._test_samples,
-            batch_size=self.batch_size,
-            # Lightning would pad the shards of a test set with repeated images.
-            sampler=UnrepeatedDistributedSampler(
-                self._test_samples, num_replicas=world, rank=self.trainer.global_rank, shuffle=False
+        return self._evaluation_loader(self._test_samples)
+
+    def held_out_dataloader(self) -> DataLoader[Sample]:
+        """Load the held-out training images of all tasks up to the current one, as if for a test.
+
+        They were never trained on, and are no test images: what is chosen on them, such as the
+        scale of a merge, leaves the test untouched.
+
+        Returns:
+            A loader that shows each image exactly once over all processes, in a fixed order.
+
+        Raises:
+            InputError: If no image is held out.
+        """
+        seen = self.tasks[: self._current + 1]
+        if not any(len(task.held_out) for task in seen):
+            raise InputError(
+                "no training image is held out: set stream.held_out, the share of each task's "
+                "training images, to more than 0, such as 0.1"
             )
-            if world > 1 and self.trainer
-            else None,
-            num_workers=0 if in_memory else self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            # A generator of its own: to make an iterator draws a number, and that must not come
-            # from the global generator, or an evaluation would change the training after it.
-            generator=torch.Generator().manual_seed(self._seed),
-        )
+        for task in seen:
+            if task.index not in self._held_out:
+                self._held_out[task.index] = self._prepare_held_out(task)
+        return self._evaluation_loader(ConcatDataset([self._held_out[t.index] for t in seen]))
 
     @override
     def predict_dataloader(self) -> DataLoader[Sample]:
@@ -308,6 +325,37 @@ class TaskStream(L.LightningDataModule):
             num_replicas=trainer.world_size if trainer else 1,
             rank=trainer.global_rank if trainer else 0,
         )
+
+    def _evaluation_loader(self, samples: Dataset[Sample]) -> DataLoader[Sample]:
+        trainer = self.trainer
+        world = trainer.world_size if trainer else 1
+        parts = samples.datasets if isinstance(samples, ConcatDataset) else [samples]
+        in_memory = all(isinstance(part, TensorSamples) for part in parts)
+        return DataLoader(
+            samples,
+            batch_size=self.batch_size,
+            # Lightning would pad the shards of a test set with repeated images.
+            sampler=UnrepeatedDistributedSampler(
+                samples, num_replicas=world, rank=trainer.global_rank, shuffle=False
+            )
+            if world > 1 and trainer
+            else None,
+            num_workers=0 if in_memory else self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            # A generator of its own: to make an iterator draws a number, and that must not come
+            # from the global generator, or an evaluation would change the training after it.
+            generator=torch.Generator().manual_seed(self._seed),
+        )
+
+    def _prepare_held_out(self, task: Task) -> ImageDataset | TensorSamples:
+        tasks = np.full(len(self._train), task.index)
+        transform = self._transforms["test"]
+        dataset = ImageDataset(self._train, task.held_out, self._train_labels, tasks, transform)
+        # The limit is for the images of all tasks, which are in memory together at the end.
+        images = sum(len(other.held_out) for other in self.tasks)
+        if len(dataset) and self._use_cache(lambda: dataset[0].image.nbytes * images):
+            return TensorSamples.of(dataset, num_workers=self.num_workers)
+        return dataset
 
     def _prepare_test(self) -> ImageDataset | TensorSamples:
         task_of_row = np.full(len(self._test), -1)
@@ -404,3 +452,14 @@ def _limited(tasks: list[Task], labels: Indices, limit: int, seed: int) -> list[
         raise InputError(f"stream.images_per_class={limit}; expected 1 or more")
     kept = limit_per_class(labels, limit, seed)
     return [replace(task, train=np.intersect1d(task.train, kept)) for task in tasks]
+
+
+def _held_out(tasks: list[Task], labels: Indices, share: float, seed: int) -> list[Task]:
+    number = isinstance(share, (int, float)) and not isinstance(share, bool)
+    if not (number and 0 <= share < 1):
+        raise InputError(f"stream.held_out={share}; expected 0 or more, below 1")
+    split = []
+    for task in tasks:
+        chosen = hold_out(labels[task.train], share, derive_seed("held out", seed, task.index))
+        split.append(replace(task, train=task.train[~chosen], held_out=task.train[chosen]))
+    return split

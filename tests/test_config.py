@@ -47,6 +47,39 @@ def test_a_written_configuration_reads_back_the_same(tmp_path):
     assert read_config([], {}, file) == config
 
 
+def test_scales_are_numbers_patterns_or_auto():
+    assert read_config(["merge.scale=3e-1"], {}).merge.scale == 0.3
+    given = 'merge.scale={"*attn*": 0.3, visual.*: 1}'
+    assert read_config([given], {}).merge.scale == {"*attn*": 0.3, "visual.*": 1}
+    assert read_config(["merge.scale=auto", "merge.groups=block"], {}).merge.groups == "block"
+
+
+def test_images_are_held_out_to_choose_a_scale_on_unless_a_share_is_given():
+    assert read_config([], {}).stream.held_out == 0.0
+    assert read_config(["merge.scale=auto"], {}).stream.held_out == 0.1
+    assert read_config(["merge.scale=auto", "stream.held_out=0.3"], {}).stream.held_out == 0.3
+    assert read_config(["stream.held_out=0.3"], {}).stream.held_out == 0.3
+
+
+def test_everything_about_the_merge_reads_back_the_same(tmp_path):
+    words = [
+        'merge.scale={"*attn*": 0.3, "*": 0.5}',
+        "merge.options.density=0.3",
+        "merge.options={rate: 2}",
+        "merge.include=[visual.*]",
+        'merge.exclude=["*.bias"]',
+        "merge.store=int4",
+        "evaluate=last",
+    ]
+    config = read_config(words, {})
+    assert config.merge.options == {"density": 0.3, "rate": 2}
+    assert (config.merge.include, config.merge.exclude) == (["visual.*"], ["*.bias"])
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    assert read_config([], {}, file) == config
+    assert list(read_config([], {}, file).merge.scale) == ["*attn*", "*"]
+
+
 def test_the_defaults_are_the_recipe_of_the_paper():
     config = read_config([], {})
     assert (config.optimizer.lr, config.optimizer.weight_decay) == (1e-5, 0.1)
@@ -80,7 +113,23 @@ def test_every_key_says_what_it_means():
         ("--seed=3", "'--seed=3': settings are written without dashes: seed=3"),
         ("digits", "'digits' is no setting; expected key=value, such as stream.tasks=5"),
         ("merge.density=1.5", "merge.density=1.5; expected more than 0, at most 1"),
-        ("merge.scale=.nan", "merge.scale=nan; expected a finite number"),
+        (
+            "merge.scale=.nan",
+            "merge.scale=nan; expected a finite number, finite numbers by pattern, or auto",
+        ),
+        (
+            "merge.scale=much",
+            "merge.scale=much; expected a finite number, finite numbers by pattern, or auto",
+        ),
+        ("merge.groups=block", "merge.groups=block; only for merge.scale=auto"),
+        (
+            "merge.store=int3",
+            "unknown value of merge.store 'int3'; did you mean 'int8'? Known: float32, bf16, int8, int4, int2",
+        ),
+        (
+            "evaluate=lats",
+            "unknown value of evaluate 'lats'; did you mean 'last'? Known: every, last",
+        ),
         ("stream.batch_size=0", "stream.batch_size=0; expected 1 or more"),
         ("seed=-1", "seed=-1; expected 0 or more"),
     ],

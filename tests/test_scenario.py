@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from cl_merge.errors import InputError
 from cl_merge.scenario import (
+    hold_out,
     limit_per_class,
     parts,
     resolve_order,
@@ -132,3 +133,18 @@ def test_the_published_orders_are_permutations(shared):
     for order in orders.values():
         names = [str(i) for i in range(len(order))]
         assert resolve_order(order, names, "class") == order
+
+
+@given(
+    labels=st.lists(st.integers(0, 4), min_size=1, max_size=60),
+    share=st.floats(0.01, 0.9),
+    seed=st.integers(0, 9),
+)
+def test_of_each_class_a_share_is_held_out_and_never_all(labels, share, seed):
+    labels = np.asarray(labels)
+    chosen = hold_out(labels, share, seed)
+    assert np.array_equal(chosen, hold_out(labels, share, seed))
+    for label in np.unique(labels):
+        images = int((labels == label).sum())
+        expected = min(max(round(share * images), 1), images - 1)
+        assert int(chosen[labels == label].sum()) == expected

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
+from cl_merge.callbacks import MergeCallback
 from cl_merge.errors import InputError
 from cl_merge.fit import fit_stream
 from cl_merge.images import Sample
@@ -158,6 +159,66 @@ def test_held_out_images_are_no_training_images():
         range(20)
     )
     assert len(stream.tasks[0].test) == 4
+
+
+def test_a_held_out_share_of_each_class_is_not_trained_on_and_shown_as_in_a_test(splits):
+    whole = TaskStream(splits, tasks=2, seed=1)
+    stream = TaskStream(splits, tasks=2, held_out=0.3, batch_size=3, seed=1)
+    seen = []
+    for task, before in zip(stream.tasks, whole.tasks, strict=True):
+        stream.select(task.index)
+        assert set(task.train) | set(task.held_out) == set(before.train)
+        assert set(rows_of(stream.train_dataloader())) == set(task.train.tolist())
+        seen += task.held_out.tolist()
+        assert rows_of(stream.held_out_dataloader()) == seen
+        labels = torch.cat([batch.label for batch in stream.held_out_dataloader()])
+        # 2 of the 5 images of each class.
+        assert labels.bincount().tolist() == [2, 2, 2, 2][: len(labels) // 2]
+        tasks = torch.cat([batch.task for batch in stream.held_out_dataloader()])
+        assert tasks.bincount().tolist() == [4] * (task.index + 1)
+    again = TaskStream(splits, tasks=2, held_out=0.3, seed=1)
+    assert [task.held_out.tolist() for task in again.tasks] == [
+        task.held_out.tolist() for task in stream.tasks
+    ]
+    assert sorted(stream.joint().task.held_out) == sorted(seen)
+    assert sorted(rows_of(stream.joint().held_out_dataloader())) == sorted(seen)
+
+
+def test_held_out_images_are_of_the_limited_ones(splits):
+    stream = TaskStream(splits, tasks=2, images_per_class=2, held_out=0.1)
+    assert [len(task.train) for task in stream.tasks] == [2, 2]
+    assert [len(task.held_out) for task in stream.tasks] == [2, 2]
+
+
+def test_showing_held_out_images_leaves_the_global_generator_and_the_training_alone(splits):
+    stream = TaskStream(splits, tasks=2, held_out=0.2, seed=5)
+    first, before = rows_of(stream.train_dataloader()), torch.get_rng_state()
+    for cache in (True, False):
+        again = TaskStream(splits, tasks=2, held_out=0.2, seed=5, cache=cache)
+        assert rows_of(again.held_out_dataloader()) == rows_of(stream.held_out_dataloader())
+        assert rows_of(again.train_dataloader()) == first
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_with_nothing_held_out_there_is_nothing_to_show(splits):
+    stream = TaskStream(splits, tasks=2)
+    assert [len(task.held_out) for task in stream.tasks] == [0, 0]
+    with pytest.raises(InputError, match=r"^no training image is held out: set stream.held_out"):
+        stream.held_out_dataloader()
+
+
+def test_the_scale_of_a_stream_is_chosen_on_its_held_out_images():
+    stream = tiny.stream(held_out=0.25)
+    merge = MergeCallback("magmax", scale="auto")
+    fit_stream(tiny.classifier(), stream, callbacks=[merge], trainer=tiny.QUIET | {"max_epochs": 2})
+    assert len(merge.chosen) == 3
+    with pytest.raises(InputError, match="^no training image is held out"):
+        fit_stream(
+            tiny.classifier(),
+            tiny.stream(),
+            callbacks=[MergeCallback("magmax", scale="auto")],
+            trainer=tiny.QUIET,
+        )
 
 
 def test_a_limit_that_leaves_a_task_without_training_images_is_an_error():

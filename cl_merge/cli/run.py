@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,14 +109,26 @@ def _key_help() -> str:
     from cl_merge.benchmarks.catalog import catalog
     from cl_merge.benchmarks.methods import METHODS
     from cl_merge.config import default_of, described_keys
+    from cl_merge.mergers import MERGERS
 
     lines = ["settings:"]
     for key, about in described_keys().items():
         default = default_of(key)
         shown = f"  [{default}]" if default is not None else ""
-        lines.append(f"  {key:<26}{about}{shown}")
-    lines += ["", "data sets: " + ", ".join(catalog()), "methods: " + ", ".join(METHODS)]
+        lines += _wrapped(f"  {key:<26}{about}{shown}", indent=28)
+    others = [name for name in MERGERS if name not in METHODS]
+    for text in (
+        "data sets: " + ", ".join(catalog()),
+        "methods: " + ", ".join(METHODS),
+        "and, of independent or sequential training, as in NAME-sequential: " + ", ".join(others),
+        "or a method of your own: FILE.py:NAME",
+    ):
+        lines += ["", *_wrapped(text, indent=2)]
     return "\n".join(lines) + "\n"
+
+
+def _wrapped(text: str, indent: int) -> list[str]:
+    return textwrap.wrap(text, 100, subsequent_indent=" " * indent, break_on_hyphens=False)
 
 
 def _quieten() -> None:

@@ -35,8 +35,8 @@ class Merger(ABC):
     chunk of a task vector, and `finish`, which reads the merged values off the accumulators. These
     work on flat chunks and touch nothing else, on several threads at once, so that whoever holds
     the data may drive them: this class does it one task at a time over all parameters,
-    `merge_checkpoints` one chunk at a time over all tasks. `survey` and `tally` are for rules that must look at
-    a whole task vector, or at all accumulators, first.
+    `merge_checkpoints` one chunk at a time over all tasks. `survey` and `tally` are for rules that
+    must look at a whole task vector, or at all accumulators, first.
 
     Attributes:
         name: Name of the method.

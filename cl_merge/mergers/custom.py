@@ -31,6 +31,8 @@ _TAKEN = frozenset(
         "device",
         "directory",
         "exclude",
+        "held_out",
+        "importance_samples",
         "importances",
         "include",
         "method",
@@ -42,6 +44,7 @@ _TAKEN = frozenset(
         "scale",
         "shard_bytes",
         "start",
+        "store",
         "tasks",
         "vectors",
     }

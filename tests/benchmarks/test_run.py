@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from cl_merge import TaskVector, cli, load_clip, merge
 from cl_merge.benchmarks.digits import digits
 from cl_merge.benchmarks.methods import METHODS, published_scale
+from cl_merge.scales import Scales, scaled
 
 SMALL = [
     "stream.tasks=2",
@@ -141,6 +142,121 @@ def test_options_of_the_method_are_its_own(tmp_path):
     assert not (tmp_path / "ties" / "task_vectors" / "sequential").exists()
 
 
+def test_the_scale_is_chosen_on_training_images_and_written_down(tmp_path, capsys):
+    words = [*SMALL, "merge.scale=auto", "compare=[ties-sequential]", f"out={tmp_path / 'run'}"]
+    assert run(*words) == 0
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [(task["train_images"], task["held_out_images"]) for task in found["tasks"]] == [
+        (180, 20)
+    ] * 2
+    method = found["methods"]["magmax"]
+    assert len(method["chosen_scales"]) == 2
+    assert method["chosen_scales"][-1] == method["scale"]
+    assert found["methods"]["ties-sequential"]["scale"] == 0.55
+    assert "held_out: 0.1" in (tmp_path / "run" / "config.yaml").read_text()
+    out = " ".join(capsys.readouterr().out.split())
+    assert re.search(rf"magmax +{method['scale']:g} auto", out)
+    assert "of 40 held-out images right" in out
+    vectors = [
+        TaskVector.load(tmp_path / f"run/task_vectors/sequential/task{task}.safetensors")
+        for task in (0, 1)
+    ]
+    base = {f"visual.{k}": v for k, v in load_clip("glyph").model.visual.state_dict().items()}
+    expected = merge(vectors, "magmax").apply_to(base, method["scale"])
+    saved = load_file(tmp_path / "run" / "merged.safetensors")
+    assert all(torch.equal(saved[name], expected[name]) for name in vectors[0])
+
+
+def test_everything_about_the_merge_can_be_set(tmp_path):
+    words = [
+        "method=ties-sequential",
+        "merge.options.density=0.5",
+        'merge.scale={"*norm*": 0.1, "*": 0.4}',
+        'merge.exclude=["*.bias"]',
+        "merge.store=int8",
+        "compare=[opcm]",
+    ]
+    assert run(*SMALL, *words, f"out={tmp_path / 'run'}") == 0
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert list(found["methods"]) == ["zero-shot", "ties-sequential", "opcm"]
+    assert found["methods"]["ties-sequential"]["scale"] == {"*norm*": 0.1, "*": 0.4}
+    assert found["methods"]["opcm"]["training"] == "sequential"
+    vectors = [
+        TaskVector.load(tmp_path / f"run/task_vectors/sequential/task{task}.safetensors")
+        for task in (0, 1)
+    ]
+    base = {f"visual.{k}": v for k, v in load_clip("glyph").model.visual.state_dict().items()}
+    merged, scales = merge(vectors, "ties", density=0.5), Scales.read({"*norm*": 0.1}, 0.4)
+    expected = dict(scaled(base, merged.items(), scales))
+    saved = load_file(tmp_path / "run" / "merged.safetensors")
+    for name in [n for n in saved if n.startswith("visual.")]:
+        assert torch.equal(saved[name], expected[name]), name
+        assert (name in merged) == (name in vectors[0])
+        assert name not in merged or not name.endswith(".bias")
+
+
+def test_methods_evaluated_after_the_last_task_only_end_with_the_same_figures(
+    whole, results, tmp_path
+):
+    folder = tmp_path / "last"
+    assert run(*SMALL, "compare=[ties, sequential, joint]", "evaluate=last", f"out={folder}") == 0
+    found = json.loads((folder / "results.json").read_text())
+    assert list(found["methods"]) == ["zero-shot", "joint", "sequential", "magmax", "ties"]
+    for name, method in found["methods"].items():
+        before = results["methods"][name]
+        assert method["accuracy"] == before["accuracy"]
+        assert method["matrix"][-1] == before["matrix"][-1]
+        if name not in ("zero-shot", "joint"):
+            assert len(method["matrix"]) == 1
+            assert method["seen"] == [None, before["seen"][-1]]
+            assert method["metrics"]["forgetting"] is None
+    assert (folder / "accuracy_by_task.png").exists()
+
+
+def test_a_run_with_a_method_of_ones_own_goes_on_from_anywhere(tmp_path, monkeypatch):
+    from cl_merge.benchmarks import training
+
+    source = tmp_path / "methods" / "own.py"
+    source.parent.mkdir()
+    source.write_text(
+        "from cl_merge import merge_method\n"
+        "@merge_method('of-a-run', scale=0.5)\n"
+        "def mine(values, *, rate: float = 1.0): return rate * values.mean(dim=0)\n"
+    )
+    words = [
+        *SMALL,
+        "method=own.py:mine",
+        "compare=[own.py:mine-sequential]",
+        "merge.options.rate=2",
+        "merge.scale=auto",
+        "merge.store=bf16",
+        "checkpoint_seconds=0",
+    ]
+    monkeypatch.chdir(source.parent)
+    assert run(*words, f"out={tmp_path / 'whole'}") == 0
+    evaluate, calls = training._evaluate, []
+
+    def stop(*arguments):
+        calls.append(arguments[2])
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        evaluate(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "_evaluate", stop)
+        assert run(*words, f"out={tmp_path / 'broken'}") == 130
+    monkeypatch.chdir(tmp_path)
+    assert run(f"out={tmp_path / 'broken'}") == 0
+    first, second = (
+        json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "broken")
+    )
+    assert list(first["methods"]) == ["zero-shot", "of-a-run", "of-a-run-sequential"]
+    assert first["method"] == "of-a-run"
+    assert first["methods"] == second["methods"]
+    saved = [tmp_path / name / "merged.safetensors" for name in ("whole", "broken")]
+    assert saved[0].read_bytes() == saved[1].read_bytes()
+
+
 def test_it_prints_progress_by_task_and_ends_with_the_table(tmp_path, capsys):
     assert run(*SMALL, "method=sequential", "compare=false", f"out={tmp_path / 'run'}") == 0
     # Long lines are wrapped at the width of the terminal.
@@ -176,6 +292,15 @@ def test_help_explains_every_setting(capsys):
         (["stream.order=[1,2]"], "the class order must hold each class once"),
         (["optimizer.lr=-1"], "optimizer.lr=-1.0; expected a finite number above 0"),
         (["merge.scale=.inf"], "merge.scale=inf; expected a finite number"),
+        (["merge.density=0.3"], "merge.density=0.3, but method 'magmax' has no density"),
+        (["merge.options.rate=1"], "unknown option of method 'magmax' 'rate'"),
+        (["merge.exclude=[visual.trnk.*]"], "exclude: the pattern 'visual.trnk.*' fits no param"),
+        (['merge.scale={"visual.trnk.*": 1}'], "scale: the pattern 'visual.trnk.*' fits no param"),
+        (["merge.scale=auto", "stream.held_out=0"], "stream.held_out=0.0, but merge.scale=auto"),
+        (["merge.scale=auto", "method=lwf"], "merge.scale=auto, but method 'lwf' merges nothing"),
+        (["merge.scale=auto", "merge.groups=[zz*]"], "groups: the pattern 'zz*' fits no parameter"),
+        (["stream.held_out=1"], "stream.held_out=1.0; expected 0 or more, below 1"),
+        (["method=none.py:own"], "there is no file '"),
         (["merge.density=0"], "merge.density=0.0; expected more than 0, at most 1"),
         (
             ["trainer.acelerator=cpu"],

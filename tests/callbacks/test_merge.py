@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from typing import ClassVar
 
 import lightning as L
 import pytest
@@ -9,10 +10,15 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy
 from plain import Plain, fit, loader, same, trainer, weights
+from safetensors.torch import load_file
 
 from cl_merge import TaskVector, merge
 from cl_merge.callbacks import MergeCallback
-from cl_merge.errors import InputError
+from cl_merge.callbacks.auto_scale import AutoScale
+from cl_merge.errors import InputError, listing
+from cl_merge.mergers import MERGERS
+from cl_merge.mergers.base import Merger
+from cl_merge.quantize import STORES
 
 
 def test_test_sees_merged_weights_and_fit_continues_from_trained_ones():
@@ -291,13 +297,21 @@ def test_other_parameters_than_in_the_first_task_are_named():
     [
         (
             {"method": "magmx"},
-            "unknown method 'magmx'; did you mean 'magmax'? Known: magmax, max-abs, average, task-arithmetic, random-mix, ties",
+            "unknown method 'magmx'; did you mean 'magmax'? Known: " + listing(MERGERS, limit=20),
         ),
         (
             {"start": "sequentially"},
             "unknown start 'sequentially'; did you mean 'sequential'? Known: sequential, independent, merged",
         ),
         ({"buffers": "mean"}, "unknown choice of buffers 'mean'. Known: trained, base, average"),
+        (
+            {"store": "int3"},
+            "unknown store 'int3'; did you mean 'int8'? Known: " + listing(STORES, 5),
+        ),
+        ({"device": "cdua"}, "device=cdua: no such device; expected as in 'cpu', 'cuda'"),
+        ({"importance_samples": 0}, "importance_samples=0; expected 1 or more"),
+        ({"held_out": list}, "held_out is for scale='auto', but the scale is 0.5"),
+        ({"include": "net.*"}, "include must be a list of patterns, as in ['net.*']"),
         ({"scale": float("nan")}, "the scale must be a finite number, not nan"),
         ({"method": "ties", "density": 0}, "density must be a number above 0 and at most 1, not 0"),
         ({"densty": 1}, "unknown option of method 'magmax' 'densty'. Known: none"),
@@ -306,6 +320,223 @@ def test_other_parameters_than_in_the_first_task_are_named():
 def test_wrong_options_are_named_at_once(options, message):
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         MergeCallback(**options)
+
+
+def test_layers_may_have_scales_of_their_own():
+    module, callback = Plain(), MergeCallback("magmax", scale={"net.0.*": 0.1, "*.bias": 0.2})
+    base = weights(module)
+    vector = TaskVector.between(base, fit(module, callback, 0))
+    trainer(callback).test(module, loader(0), verbose=False)
+    factors = {"net.0.weight": 0.1, "net.0.bias": 0.1, "net.2.weight": 0.5, "net.2.bias": 0.2}
+    for name, factor in factors.items():
+        assert torch.equal(module.seen["test"][name], vector.apply_to(base, factor)[name])
+    assert callback.scale == {"net.0.*": 0.1, "*.bias": 0.2, "*": 0.5}
+
+
+def test_what_is_left_out_is_not_merged_and_shows_its_base_values(tmp_path):
+    module = Plain()
+    callback = MergeCallback("magmax", include=["net.*"], exclude=["*.bias"], directory=tmp_path)
+    base = weights(module)
+    trained = fit(module, callback, 0)
+    trainer(callback).test(module, loader(0), verbose=False)
+    merged = {"net.0.weight", "net.2.weight"}
+    assert TaskVector.load(tmp_path / "task0.safetensors").keys() == merged
+    assert callback.merged().keys() == merged
+    for name, seen in module.seen["test"].items():
+        assert torch.equal(seen, base[name]) == (name not in merged)
+    assert same(weights(module), trained)
+
+
+@pytest.mark.parametrize("options", [{"exclude": ["net.1*"]}, {"scale": {"net.1*": 1.0}}])
+def test_patterns_that_fit_nothing_stop_the_first_fit_before_it_trains(options):
+    module, callback = Plain(), MergeCallback("magmax", **options)
+    before = weights(module)
+    with pytest.raises(InputError, match=r"the pattern 'net.1\*' fits no parameter"):
+        fit(module, callback, 0)
+    assert same(weights(module), before)
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_merging_the_files_gives_what_the_run_gave_whatever_the_store(store, tmp_path):
+    module, callback = Plain(), MergeCallback("ties", store=store, directory=tmp_path)
+    base = weights(module)
+    for task in range(3):
+        fit(module, callback, task)
+    files = [TaskVector.load(tmp_path / f"task{task}.safetensors") for task in range(3)]
+    merged = merge(files, method="ties")
+    assert merged == callback.merged()
+    callback.install(module)
+    assert same(weights(module), merged.apply_to(base, 0.55))
+
+
+def test_a_coarse_store_goes_on_after_a_checkpoint_as_if_nothing_had_happened(tmp_path):
+    runs = []
+    for stopped in (False, True):
+        module, callback = Plain(), MergeCallback("random-mix", store="bf16")
+        fit(module, callback, 0)
+        if stopped:
+            state = callback.state_dict()
+            callback = MergeCallback("random-mix", store="bf16")
+            callback.load_state_dict(state)
+        fit(module, callback, 1)
+        runs.append(dict(callback.merged()))
+    assert same(*runs)
+
+
+def held_out():
+    return loader(7)
+
+
+def test_the_automatic_scale_is_the_best_one_on_the_held_out_images(caplog):
+    module, callback = Plain(), MergeCallback("average", scale="auto", held_out=held_out)
+    base = weights(module)
+    with caplog.at_level("INFO", "cl_merge"):
+        trained = fit(module, callback, 0)
+    assert same(weights(module), trained)
+    assert module.training
+    vector = TaskVector.between(base, trained)
+
+    def correct(scale):
+        probe = Plain()
+        probe.load_state_dict(vector.apply_to(base, scale), strict=False)
+        return sum(int((probe(x).argmax(dim=1) == y).sum()) for x, y in held_out())
+
+    assert correct(callback.scale) == max(correct(step / 10) for step in range(1, 16, 2))
+    assert callback.chosen == [callback.scales]
+    assert f"scale {callback.scales} gets " in caplog.text
+    assert "of 24 held-out images right, the best of" in caplog.text
+    trainer(callback).test(module, loader(0), verbose=False)
+    assert same(module.seen["test"], vector.apply_to(base, callback.scale))
+
+
+def test_the_automatic_scale_survives_a_checkpoint():
+    module, callback = Plain(), MergeCallback("average", scale="auto", held_out=held_out)
+    for task in range(2):
+        fit(module, callback, task)
+    fresh = MergeCallback("average", scale="auto", held_out=held_out)
+    fresh.load_state_dict(callback.state_dict())
+    assert fresh.chosen == callback.chosen
+    assert len(fresh.chosen) == 2
+    assert fresh.scale == callback.scale
+
+
+def test_choosing_a_scale_changes_nothing_in_the_training():
+    plain, choosing = Plain(batch_norm=True), Plain(batch_norm=True)
+    first = MergeCallback("magmax", buffers="average")
+    second = MergeCallback("magmax", buffers="average", scale="auto", held_out=held_out)
+    for task in range(2):
+        fit(plain, first, task)
+        fit(choosing, second, task)
+    assert same(weights(plain), weights(choosing))
+    assert same(dict(plain.named_buffers()), dict(choosing.named_buffers()))
+
+
+def test_groups_of_layers_get_scales_of_their_own():
+    scale = AutoScale(groups="block")
+    module, callback = Plain(), MergeCallback("average", scale=scale, held_out=held_out)
+    fit(module, callback, 0)
+    plain = callback.scale
+    assert not isinstance(plain, dict) or list(plain) == ["net.0.*", "net.2.*", "*"]
+
+
+def test_other_batches_need_a_function_that_makes_logits():
+    def named():
+        return [{"x": images, "y": labels} for images, labels in loader(7)]
+
+    callback = MergeCallback("average", scale="auto", held_out=named)
+    with pytest.raises(InputError, match=r"of type dict; give scale=AutoScale\(logits=...\)"):
+        fit(Plain(), callback, 0)
+    scale = AutoScale(logits=lambda module, batch: (module(batch["x"]), batch["y"]))
+    by_name = MergeCallback("average", scale=scale, held_out=named)
+    plain = MergeCallback("average", scale="auto", held_out=held_out)
+    for callback in (by_name, plain):
+        fit(Plain(), callback, 0)
+    assert by_name.chosen == plain.chosen
+
+
+def test_without_held_out_images_the_first_fit_stops_before_it_trains():
+    module, callback = Plain(), MergeCallback("magmax", scale="auto")
+    before = weights(module)
+    with pytest.raises(InputError, match=r"^scale='auto' needs images that are not trained on: "):
+        fit(module, callback, 0)
+    assert same(weights(module), before)
+    with pytest.raises(InputError, match="^there is no held-out image to choose the scale on$"):
+        fit(Plain(), MergeCallback("magmax", scale="auto", held_out=list), 0)
+
+
+class Weighing(Merger):
+    """The weighted mean of task vectors."""
+
+    name = "weighing"
+    published_scale = 1.0
+    weighted = True
+    accumulators: ClassVar = {"sum": torch.float32, "weight": torch.float32}
+
+    def fold(self, kept, chunk, place):
+        kept["sum"].addcmul_(chunk, place.importance)
+        kept["weight"].add_(place.importance)
+
+    def finish(self, kept, out, end):
+        torch.div(kept["sum"], kept["weight"].clamp_min(1e-12), out=out)
+
+
+def test_mergers_that_weigh_elements_are_given_the_fisher_of_each_task(tmp_path):
+    module = Plain()
+    callback = MergeCallback(Weighing(), directory=tmp_path, exclude=["*.bias"])
+    base, vectors, importances = weights(module), [], []
+    for task in range(2):
+        trained = fit(module, callback, task)
+        vectors.append(TaskVector.between(base, trained))
+        importances.append(load_file(tmp_path / f"importance{task}.safetensors"))
+    reference = Weighing()
+    for vector, importance in zip(vectors, importances, strict=True):
+        assert all(bool((f >= 0).all()) and bool(f.any()) for f in importance.values())
+        reference.update({name: vector[name] for name in importance}, importance)
+    assert importances[0].keys() == {"net.0.weight", "net.2.weight"}
+    assert reference.merged() == callback.merged()
+    assert not same(*importances)
+
+
+def test_the_importance_is_estimated_from_as_many_samples_as_asked(tmp_path):
+    counted = []
+    for samples in (None, 5):
+        module = Plain()
+        module.task_logits = lambda b, m=module: counted.append(len(b[0])) or (m(b[0]), b[1])
+        fit(module, MergeCallback(Weighing(), importance_samples=samples), 0)
+    assert counted == [1] * (24 + 5)
+
+
+def test_methods_that_keep_every_task_vector_say_once_how_much_that_is(caplog):
+    callback = MergeCallback("tsv")
+    with caplog.at_level("INFO", "cl_merge"):
+        module = Plain()
+        for task in range(2):
+            fit(module, callback, task)
+    told = [record.message for record in caplog.records if "keeps every" in record.message]
+    assert told == ["method 'tsv' keeps every task vector in memory: 0.0 MiB per task on cpu"]
+
+
+def test_a_device_may_be_named():
+    module, callback = Plain(), MergeCallback("magmax", device="cpu")
+    fit(module, callback, 0)
+    assert {tensor.device.type for tensor in callback.merged().values()} == {"cpu"}
+
+
+def devices_of(state):
+    if isinstance(state, torch.Tensor):
+        return {state.device.type}
+    return set().union(*map(devices_of, state.values())) if isinstance(state, dict) else set()
+
+
+@pytest.mark.parametrize(("device", "expected"), [(None, "meta"), ("cpu", "cpu")])
+def test_what_came_from_a_checkpoint_follows_the_module_unless_a_device_is_named(device, expected):
+    module, callback = Plain(batch_norm=True), MergeCallback("ties", buffers="average")
+    fit(module, callback, 0)
+    fresh = MergeCallback("ties", buffers="average", device=device)
+    fresh.load_state_dict(callback.state_dict())
+    assert devices_of(fresh.state_dict()) == {"cpu"}
+    fresh._settle(Plain(batch_norm=True).to("meta"))
+    assert devices_of(fresh.state_dict()) == {expected}
 
 
 def test_strategies_that_shard_are_refused():

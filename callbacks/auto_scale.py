@@ -1,0 +1,175 @@
+"""Choose the scale of a merge on images that were held out of the training."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from cl_merge.errors import InputError
+from cl_merge.scale_search import Found, block_groups, read_groups, search_scale
+from cl_merge.scales import Scales, check_fits, scaled
+from cl_merge.weights import evaluating, floating_buffers, install, swapped, trained_parameters
+
+log = logging.getLogger(__name__)
+
+Loader = Callable[[], Iterable[Any]]
+"""Makes batches of the held-out images of all tasks so far."""
+
+Logits = Callable[[L.LightningModule, Any], tuple[Tensor, Tensor]]
+"""Makes logits [B, K] and targets [B] of a module and a batch."""
+
+
+@dataclass(frozen=True)
+class AutoScale:
+    """How `MergeCallback` chooses its scale after each task: ``scale=AutoScale(groups="block")``.
+
+    The scale is the one at which the merged model gets most held-out images of all tasks so far
+    right, by `cl_merge.scale_search.search_scale`. They are classified as a test does it: among all
+    classes of the module, not told which task they are of, under the trainer's precision, with the
+    buffers of an evaluation. Test images play no part. Under DDP the counts are summed over
+    processes, so that all choose the same.
+
+    Each scale takes a pass over the held-out images, of which a `TaskStream` keeps the transformed
+    ones in memory. Layers before the first merged one are not cached: which they are cannot be told
+    from outside of a module's ``forward``, and with a whole encoder merged there are none.
+
+    Args:
+        groups: A factor for each group of layers instead of one: ``"block"`` for one per numbered
+            block, or patterns on parameter names, each a group. Four more passes for each group.
+        logits: Makes logits [B, K] and targets [B] of the module and a batch; by default
+            ``module(batch[0]), batch[1]``.
+
+    Raises:
+        InputError: If the groups are something else.
+
+    Example::
+
+        MergeCallback("magmax", scale=AutoScale(groups=["*attn*", "*mlp*"]))
+    """
+
+    groups: str | tuple[str, ...] = ()
+    logits: Logits | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "groups", read_groups(self.groups))
+
+    def check(self, names: Iterable[str]) -> None:
+        """Make sure that every group has a parameter.
+
+        Args:
+            names: Of all parameters that are merged.
+
+        Raises:
+            InputError: If a pattern fits none.
+        """
+        names = list(names)
+        for pattern in self.groups if isinstance(self.groups, tuple) else ():
+            check_fits("groups", pattern, names)
+
+    def choose(
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        batches: Iterable[Any],
+        base: Mapping[str, Tensor],
+        changes: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+    ) -> Found:
+        """Find the scale, leaving the module as it is.
+
+        Args:
+            trainer: The trainer of the task that ended.
+            module: The module.
+            batches: The held-out images.
+            base: The weights before any training.
+            changes: The merged task vector.
+            buffers: What buffers hold in an evaluation, those that differ from the module's.
+
+        Returns:
+            What was found.
+
+        Raises:
+            InputError: If there is no held-out image, or the logits cannot be found.
+        """
+        live, live_buffers = trained_parameters(module), floating_buffers(module)
+        total = 0
+
+        def count(scales: Scales) -> int:
+            nonlocal total
+            install(live, scaled(base, changes.items(), scales))
+            correct, total = self._count(trainer, module, batches)
+            return correct
+
+        groups = block_groups(changes) if self.groups == "block" else self.groups
+        with swapped(live, {}), swapped(live_buffers, buffers), evaluating(module):
+            found = search_scale(count, groups=groups)
+        if trainer.is_global_zero:
+            log.info(
+                "scale %s gets %.1f %% of %d held-out images right, the best of %d that were tried",
+                found.scales,
+                100 * found.correct / total,
+                total,
+                found.evaluated,
+            )
+        return found
+
+    @torch.no_grad()
+    def _count(
+        self, trainer: L.Trainer, module: L.LightningModule, batches: Iterable[Any]
+    ) -> tuple[int, int]:
+        """Images that are classified correctly, and all, over all processes."""
+        counts = torch.zeros(2, dtype=torch.int64, device=module.device)
+        with trainer.precision_plugin.forward_context():
+            for batch in batches:
+                converted = trainer.precision_plugin.convert_input(batch)
+                placed = trainer.strategy.batch_to_device(converted, module.device, 0)
+                logits, targets = self._classify(module, placed)
+                counts[0] += (logits.argmax(dim=1) == targets).sum()
+                counts[1] += len(targets)
+        correct, total = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        if not total:
+            raise InputError("there is no held-out image to choose the scale on")
+        return correct, total
+
+    def _classify(self, module: L.LightningModule, batch: Any) -> tuple[Tensor, Tensor]:
+        if self.logits is not None:
+            return self.logits(module, batch)
+        try:
+            images, targets = batch[0], batch[1]
+        except (KeyError, IndexError, TypeError) as error:
+            raise InputError(
+                "MergeCallback cannot tell inputs from targets in a held-out batch of type "
+                f"{type(batch).__name__}; give scale=AutoScale(logits=...), a function of module "
+                "and batch that returns both logits [batch, classes] and targets [batch]"
+            ) from error
+        return module(images), targets
+
+
+def held_out_batches(trainer: L.Trainer, own: Loader | None) -> Iterable[Any]:
+    """Find the held-out images of the tasks so far.
+
+    Args:
+        trainer: The trainer of the task.
+        own: What the user gave; None asks the trainer's data module.
+
+    Returns:
+        Batches, which can be iterated over repeatedly.
+
+    Raises:
+        InputError: If there is neither.
+    """
+    if own is None:
+        own = getattr(getattr(trainer, "datamodule", None), "held_out_dataloader", None)
+    if own is None:
+        raise InputError(
+            "scale='auto' needs images that are not trained on: give MergeCallback(held_out=...), "
+            "a function that makes a loader of those of the tasks so far, or fit with a datamodule "
+            "that has held_out_dataloader(), such as TaskStream(..., held_out=0.1)"
+        )
+    return own()
