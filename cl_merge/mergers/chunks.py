@@ -17,9 +17,9 @@ Unit = Literal["element", "row", "parameter"]
 
 Result = TypeVar("Result")
 
-# Elements per chunk. On a CPU a chunk and the temporaries of a rule shall stay in a core's cache;
+# Elements per chunk. On a CPU a chunk and the temporaries of a rule shall stay in the caches;
 # other devices want few launches. Results do not depend on it.
-CPU_CHUNK = 1 << 18
+CPU_CHUNK = 1 << 20
 DEVICE_CHUNK = 1 << 24
 
 
