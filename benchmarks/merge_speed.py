@@ -7,7 +7,7 @@ Makes a base and tasks of the size of ViT-B/16 on the disk and merges them with 
 a process of its own; times are of the work, without the start of Python. The *floor*, measured
 before each of them, reads the same files once, adds them up and writes one file of the output's
 size, in threads and in pieces that fit the cache. The *naive* rows are what one writes first: whole
-state dicts in memory, one operation after another.
+state dicts in memory, one operation after another. For Linux: memory is read from /proc.
 """
 
 from __future__ import annotations

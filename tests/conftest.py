@@ -1,6 +1,7 @@
 """What several tests need."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,3 +17,14 @@ def shared() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip(f"no folder of real data at {folder}; set CL_MERGE_SHARED to one")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def methods_of_users() -> Iterator[None]:
+    """Forget the methods that a test has defined: they are known to the whole process."""
+    from cl_merge.mergers import MERGERS
+
+    before = dict(MERGERS)
+    yield
+    MERGERS.clear()
+    MERGERS.update(before)

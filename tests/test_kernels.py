@@ -28,7 +28,7 @@ def same_bits(one, two):
 
 
 @compiled
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(pairs=PAIRS)
 def test_differences_are_those_of_torch(pairs):
     tuned, base = columns(pairs)
@@ -61,7 +61,7 @@ def test_what_the_kernels_do_not_know_is_left_to_torch():
 
 
 @compiled
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(pairs=PAIRS, ends=st.tuples(FLOAT, FLOAT), room=st.integers(0, 300), data=st.data())
 def test_a_bracket_counts_and_collects_exactly(pairs, ends, room, data):
     vector = columns(pairs)[0].repeat(5)

@@ -42,7 +42,7 @@ def library() -> ctypes.CDLL | None:
         The library; None where there is no compiler, or none that works: torch does the same then,
         in more time.
     """
-    if os.environ.get(_OFF) == "0":
+    if os.environ.get(_OFF) == "0" or os.name != "posix":
         return None
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:

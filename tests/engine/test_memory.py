@@ -26,7 +26,8 @@ def peaks(tmp_path_factory):
 
 
 def test_memory_does_not_grow_with_the_size_of_the_model(peaks):
-    assert peaks["large ties 1"] < peaks["small ties 1"] + 25
+    # A few chunks for each thread; the accumulators of all would be 290 MB.
+    assert peaks["large ties 1"] < peaks["small ties 1"] + 90
 
 
 def test_memory_does_not_grow_with_the_number_of_tasks(peaks):

@@ -7,7 +7,7 @@ from hypothesis import settings
 from cl_merge.mergers import chunks
 
 # No deadline: how long one example takes says more about the machine than about the code.
-settings.register_profile("mergers", deadline=None, max_examples=50)
+settings.register_profile("mergers", deadline=None, max_examples=25)
 settings.load_profile("mergers")
 
 
