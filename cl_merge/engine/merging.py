@@ -31,7 +31,7 @@ from cl_merge.task_vector import is_finite, moved
 log = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
-_HOLD = 1 << 28  # bytes
+_HOLD = 1 << 26  # bytes
 
 Progress = Callable[[int], None]
 """Told how many bytes of the inputs were read since the last call, from several threads."""

@@ -128,7 +128,7 @@ def patch_sizes(patch, block, chunk, threads):
     patch.setattr(chunks, "CPU_CHUNK", chunk)
     patch.setattr(merging, "BLOCK", block)
     # With small chunks, nothing is held until the tally of all is known.
-    patch.setattr(merging, "_HOLD", 0 if chunk < 1000 else 1 << 28)
+    patch.setattr(merging, "_HOLD", 0 if chunk < 1000 else 1 << 26)
     patch.setattr(hashing, "BLOCK", block)
     torch.set_num_threads(threads)
 
