@@ -71,6 +71,12 @@ class Merger(ABC):
     unit: ClassVar[Unit] = "element"
     weighted: ClassVar[bool] = False
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # Who folds in another way than the class it derives from must not inherit its short cut.
+        if "fold" in vars(cls) and "fold_tuned" not in vars(cls):
+            cls.fold_tuned = Merger.fold_tuned  # type: ignore[method-assign]
+
     def __init__(self) -> None:
         self.tasks = 0
         self._shapes: dict[str, torch.Size] = {}

@@ -21,7 +21,7 @@ from merge_files import (
 from cl_merge import kernels
 from cl_merge.engine import hashing, merge_checkpoints, merging
 from cl_merge.errors import InputError
-from cl_merge.mergers import MERGERS, chunks, get_merger
+from cl_merge.mergers import MERGERS, MaxMagnitude, chunks, get_merger
 from cl_merge.task_vector import TaskVector
 
 any_method = pytest.mark.parametrize("method", METHODS)
@@ -281,3 +281,19 @@ def test_a_file_is_replaced_only_where_that_is_allowed(files, out):
     merge_checkpoints(*files, path, overwrite=True)
     assert "weight" in read(path)
     assert listed(out) == ["m.safetensors"]
+
+
+class Doubled(MaxMagnitude):
+    """Folds in another way than the class that it derives from."""
+
+    name = "doubled"
+
+    def fold(self, kept, chunk, place):
+        super().fold(kept, 2 * chunk, place)
+
+
+def test_a_merger_that_folds_otherwise_does_not_inherit_the_short_cut(files, out, base, tasks):
+    base_file, task_files = files
+    merge_checkpoints(base_file, task_files, out / "m.safetensors", method=Doubled(), scale=1.0)
+    merge_checkpoints(base_file, task_files, out / "n.safetensors", method="magmax", scale=2.0)
+    assert same_bits(read(out / "m.safetensors"), read(out / "n.safetensors"))
