@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from cl_merge.errors import InputError, unknown_name
 from cl_merge.mergers.base import Accumulators, Merger
 from cl_merge.mergers.chunks import End, Place, Reader
 from cl_merge.mergers.max_magnitude import MaxMagnitude
+from cl_merge.mergers.options import checked_share
 from cl_merge.mergers.random_mix import random_bits
 from cl_merge.mergers.selection import trim_threshold
 from cl_merge.mergers.ties import Ties
@@ -63,7 +64,7 @@ def keep(vector: TaskVector, share: float, which: str = "highest", seed: int = 0
         Marczak et al., MagMax: Leveraging Model Merging for Seamless Continual Learning, ECCV 2024,
         the figure of accuracy against the share of task-vector parameters kept.
     """
-    share = _checked_share(share)
+    share = checked_share("share", share)
     if which not in KEPT:
         raise unknown_name("choice of entries", which, KEPT)
     vector = TaskVector({name: tensor.float() for name, tensor in vector.items()}, vector.metadata)
@@ -338,10 +339,3 @@ def _magnitude(vector: TaskVector, rank: int) -> float:
     # Half an entry more than the density that leaves this rank: rounding cannot shift it.
     density = (size - rank + 0.5) / size
     return trim_threshold(Reader.of(vector), density)
-
-
-def _checked_share(share: Any) -> float:
-    number = isinstance(share, (int, float)) and not isinstance(share, bool)
-    if number and 0 < share <= 1:
-        return float(share)
-    raise InputError(f"share must be a number above 0 and at most 1, not {share!r}")

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-import torch
 from torch import Tensor
 from typing_extensions import override
 
 from cl_merge.errors import InputError
-from cl_merge.mergers.base import Accumulators, Merger
-from cl_merge.mergers.chunks import End, Place, Reader
+from cl_merge.mergers.base import Accumulators
+from cl_merge.mergers.chunks import Place, Reader
 from cl_merge.mergers.options import checked_number
 from cl_merge.mergers.selection import magnitude_of_rank
+from cl_merge.mergers.task_arithmetic import TaskArithmetic
 
 
-class Breadcrumbs(Merger):
+class Breadcrumbs(TaskArithmetic):
     """Of each parameter leave out the smallest and the largest changes, and sum up the rest.
 
     Of n values, the floor(beta * n) smallest in magnitude and the floor(gamma * n) largest are left
@@ -41,8 +39,6 @@ class Breadcrumbs(Merger):
     """
 
     name = "breadcrumbs"
-    published_scale = 0.4
-    accumulators: ClassVar = {"sum": torch.float32}
 
     def __init__(self, *, beta: float = 0.85, gamma: float = 0.007) -> None:
         super().__init__()
@@ -63,10 +59,6 @@ class Breadcrumbs(Merger):
         least, most = place.survey[place.name]
         magnitude = chunk.abs()
         kept["sum"].add_(chunk.masked_fill((magnitude < least) | (magnitude > most), 0))
-
-    @override
-    def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:
-        out.copy_(kept["sum"])
 
     def _limits(self, parameter: Reader) -> tuple[float, float]:
         """The magnitudes between which values stay."""

@@ -9,6 +9,7 @@ from typing_extensions import override
 from cl_merge.mergers.chunks import End
 from cl_merge.mergers.options import checked_count, checked_number
 from cl_merge.mergers.stack import StackMerger
+from cl_merge.mergers.task_arithmetic import TaskArithmetic
 
 
 class Consensus(StackMerger):
@@ -38,7 +39,7 @@ class Consensus(StackMerger):
     """
 
     name = "consensus"
-    published_scale = 0.4
+    published_scale = TaskArithmetic.published_scale
 
     def __init__(self, *, threshold: float = 0.4, least: int = 2) -> None:
         super().__init__()

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
 from cl_merge.mergers.base import Accumulators, Merger
-from cl_merge.mergers.chunks import End, Place
+from cl_merge.mergers.chunks import Place
 from cl_merge.mergers.election import SignElection
 from cl_merge.mergers.options import checked_count, checked_share
 from cl_merge.mergers.random_mix import random_bits
+from cl_merge.mergers.task_arithmetic import TaskArithmetic
+from cl_merge.mergers.ties import Ties
 from cl_merge.seeds import derive_seed
 
 
@@ -37,7 +37,7 @@ class _Dropping(Merger):
         """Take up what is left of a chunk, float32 [n]."""
 
 
-class Dare(_Dropping):
+class Dare(_Dropping, TaskArithmetic):
     """Drop values of each task vector at random, rescale the others, and take the sum over tasks.
 
     Each value stays with probability `density` and is divided by it then, so that the mean over
@@ -61,16 +61,10 @@ class Dare(_Dropping):
     """
 
     name = "dare"
-    published_scale = 0.4
-    accumulators: ClassVar = {"sum": torch.float32}
 
     @override
     def take(self, kept: Accumulators, values: Tensor, place: Place) -> None:
         kept["sum"].add_(values)
-
-    @override
-    def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:
-        out.copy_(kept["sum"])
 
 
 class DareTies(_Dropping, SignElection):
@@ -93,7 +87,7 @@ class DareTies(_Dropping, SignElection):
     """
 
     name = "dare-ties"
-    published_scale = 0.55
+    published_scale = Ties.published_scale
 
     @override
     def take(self, kept: Accumulators, values: Tensor, place: Place) -> None:

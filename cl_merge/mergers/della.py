@@ -12,6 +12,7 @@ from cl_merge.mergers.chunks import Place
 from cl_merge.mergers.election import SignElection
 from cl_merge.mergers.options import checked_count, checked_number, checked_share
 from cl_merge.mergers.random_mix import random_bits
+from cl_merge.mergers.ties import Ties
 from cl_merge.seeds import derive_seed
 
 
@@ -43,7 +44,7 @@ class Della(SignElection):
     """
 
     name = "della"
-    published_scale = 0.55
+    published_scale = Ties.published_scale
     unit = "row"
 
     def __init__(self, *, density: float = 0.4, epsilon: float = 0.2, seed: int = 0) -> None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-import torch
 from torch import Tensor
 from typing_extensions import override
 
-from cl_merge.mergers.base import Accumulators, Merger
-from cl_merge.mergers.chunks import End, Place
+from cl_merge.mergers.average import Average
+from cl_merge.mergers.base import Accumulators
+from cl_merge.mergers.chunks import End
 from cl_merge.mergers.matrices import as_matrix, on_one_thread, singular_triplets
 from cl_merge.mergers.options import checked_flag
 
 
-class Isotropic(Merger):
+class Isotropic(Average):
     """Sum the task matrices and replace all singular values by their mean.
 
     A sum of task vectors is dominated by the few directions that tasks share. With the sum
@@ -45,7 +43,6 @@ class Isotropic(Merger):
 
     name = "iso-c"
     published_scale = 1.0
-    accumulators: ClassVar = {"sum": torch.float32}
     unit = "parameter"
 
     def __init__(self, *, flatten: bool = False) -> None:
@@ -53,14 +50,10 @@ class Isotropic(Merger):
         self.flatten = checked_flag("flatten", flatten)
 
     @override
-    def fold(self, kept: Accumulators, chunk: Tensor, place: Place) -> None:
-        kept["sum"].add_(chunk)
-
-    @override
     def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:
         matrix = as_matrix(kept["sum"].view(end.shape), self.flatten)
         if matrix is None:
-            torch.div(kept["sum"], torch.full_like(kept["sum"][:1], end.tasks), out=out)
+            super().finish(kept, out, end)
             return
         left, values, right = singular_triplets(matrix.double())
         mean = values.sum() / min(matrix.shape)

@@ -27,8 +27,7 @@ def checked_number(name: str, value: Any, low: float, high: float) -> float:
         >>> checked_number("t", 1, 0, 1)
         1.0
     """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and math.isfinite(value) and low <= value <= high:
+    if _is_number(value) and math.isfinite(value) and low <= value <= high:
         return float(value)
     raise InputError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}")
 
@@ -50,8 +49,7 @@ def checked_share(name: str, value: Any) -> float:
         >>> checked_share("density", 0.2)
         0.2
     """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and 0 < value <= 1:
+    if _is_number(value) and 0 < value <= 1:
         return float(value)
     raise InputError(f"{name} must be a number above 0 and at most 1, not {value!r}")
 
@@ -101,3 +99,7 @@ def checked_flag(name: str, value: Any) -> bool:
     if isinstance(value, bool):
         return value
     raise InputError(f"{name} must be true or false, not {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
