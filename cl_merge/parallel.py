@@ -37,11 +37,10 @@ def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> lis
     """
     waiting = list(items)
     # A call from within a piece of work: the other threads are busy with such pieces.
-    within = getattr(_HERE, "working", False)
-    threads = 1 if within else min(torch.get_num_threads(), len(waiting))
+    before = torch.get_num_threads()
+    threads = 1 if getattr(_HERE, "working", False) else min(before, len(waiting))
     if threads <= 1:
         return [function(item) for item in waiting]
-    before = torch.get_num_threads()
     work = _Work(function, waiting)
     # Until Python 3.13, `join` takes a thread for ended once Ctrl-C has interrupted it.
     ended = [threading.Event() for _ in range(threads)]

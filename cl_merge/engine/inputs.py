@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cl_merge.checkpoints import Weights
+from cl_merge.engine.counting import ByteCount, Progress
 from cl_merge.engine.hashing import BlockHash
 from cl_merge.engine.plan import Plan, dtype_name
 from cl_merge.errors import InputError, listing
@@ -39,38 +39,22 @@ class Inputs:
 
     Args:
         plan: What is merged.
-        count: Told how many bytes were read.
+        progress: Shows how many bytes were read.
+        passes: How often the tasks' merged tensors are going to be read.
 
     Attributes:
+        count: Counts what is read.
         hashed: The inputs in order: base, tasks, importances.
         differing: Names of tensors that are not merged but differ between base and tasks.
     """
 
-    def __init__(self, plan: Plan, count: Callable[[int], None]) -> None:
+    def __init__(self, plan: Plan, progress: Progress | None, passes: int) -> None:
         self.hashed = [plan.base, *plan.tasks, *plan.importances]
         self.differing: set[str] = set()
         self._plan = plan
-        self._count = count
         self._names = {id(weights): set(weights.names) for weights in self.hashed}
         self._local = threading.local()
-
-    def size(self, passes: int) -> int:
-        """Number of bytes to be read.
-
-        Args:
-            passes: How often the tasks' merged tensors are.
-
-        Returns:
-            Bytes of all inputs' tensors; the base's count once more for every task and pass but
-            the last, because each task's survey reads it.
-        """
-        merged = {id(w): _bytes(w, self._plan.merged) for w in self.hashed}
-        copied = sum(_bytes(w, self._plan.copied) for w in self.hashed)
-        survey = sum(
-            merged[id(task)] + (0 if task.is_task_vector else merged[id(self._plan.base)])
-            for task in self._plan.tasks
-        )
-        return sum(merged[id(w)] for w in self.hashed) + copied + (passes - 1) * survey
+        self.count = ByteCount(progress, self._size(passes))
 
     def holds(self, weights: Weights, name: str) -> bool:
         """Tell whether an input has a tensor; task vectors lack those that did not train."""
@@ -147,13 +131,15 @@ class Inputs:
             The base's values, in its dtype.
         """
         values = self._plan.base.read(name, part.start, part.stop)
-        for index, weights in enumerate(self.hashed):
-            if self.holds(weights, name):
-                theirs = weights.read(name, part.start, part.stop)
-                self._took(theirs, hashes, index)
-                same = theirs.dtype == values.dtype and _same_bytes(theirs, values)
-                if weights in self._plan.tasks and not weights.is_task_vector and not same:
-                    self.differing.add(name)
+        self._took(values, hashes, 0)
+        for index, weights in enumerate(self.hashed[1:], start=1):
+            if not self.holds(weights, name):
+                continue
+            theirs = weights.read(name, part.start, part.stop)
+            self._took(theirs, hashes, index)
+            is_tuned = index <= len(self._plan.tasks) and not weights.is_task_vector
+            if is_tuned and not _same_bytes(theirs, values):
+                self.differing.add(name)
         return values
 
     def _vector(self, read: Stretch) -> tuple[Tensor, bool]:
@@ -178,10 +164,20 @@ class Inputs:
             )
         return importance
 
+    def _size(self, passes: int) -> int:
+        """Number of bytes to be read: each task's survey reads the base once more."""
+        merged = {id(w): _bytes(w, self._plan.merged) for w in self.hashed}
+        copied = sum(_bytes(w, self._plan.copied) for w in self.hashed)
+        survey = sum(
+            merged[id(task)] + (0 if task.is_task_vector else merged[id(self._plan.base)])
+            for task in self._plan.tasks
+        )
+        return sum(merged[id(w)] for w in self.hashed) + copied + (passes - 1) * survey
+
     def _took(self, raw: Tensor, hashes: list[BlockHash] | None, index: int) -> None:
         if hashes is not None:
             hashes[index].update(raw)
-        self._count(raw.numel() * raw.element_size())
+        self.count.took(raw)
 
     def _buffer(self, size: int) -> Tensor:
         """Memory that this thread uses again and again, so that it stays in the cache."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor
 
 from cl_merge.checkpoints import Weights, open_weights
+from cl_merge.engine.counting import ByteCount, Progress
 from cl_merge.engine.hashing import BLOCK
-from cl_merge.engine.plan import dtype_name
+from cl_merge.engine.plan import check_base, dtype_name, floating
 from cl_merge.errors import InputError
 from cl_merge.mergers.chunks import Reader, chunk_size, cut, stretches
 from cl_merge.mergers.selection import trim_threshold
@@ -105,7 +105,7 @@ def inspect_checkpoints(
     base: str | Path | None = None,
     *,
     density: float = 0.2,
-    progress: Callable[[int], Callable[[int], None]] | None = None,
+    progress: Progress | None = None,
 ) -> Inspection:
     """Look into checkpoints and task vectors before merging them.
 
@@ -131,11 +131,8 @@ def inspect_checkpoints(
     with ExitStack() as stack:
         opened = [stack.enter_context(open_weights(path)) for path in tasks]
         before = stack.enter_context(open_weights(base)) if base is not None else None
-        if before is not None and before.is_task_vector:
-            raise InputError(
-                f"'{before.path}' is a task vector, but the base must hold the weights before "
-                "fine-tuning"
-            )
+        if before is not None:
+            check_base(before)
         return _Look(opened, before, density, progress).run()
 
 
@@ -147,20 +144,18 @@ class _Look:
         tasks: list[Weights],
         base: Weights | None,
         density: float,
-        progress: Callable[[int], Callable[[int], None]] | None,
+        progress: Progress | None,
     ) -> None:
         self._tasks = tasks
         self._base = base
         self._density = density
         self._reports = [_compared(task, base or tasks[0], tasks[0], base) for task in tasks]
         self._shapes = self._common()
-        self._lock = threading.Lock()
         self._broken: list[set[str]] = [set() for _ in tasks]
         self._broken_base: set[str] = set()
-        self._to_come = 2 * sum(self._size(weights) for weights in tasks)
-        if base is not None:
-            self._to_come += self._size(base)
-        self._tell = progress(self._to_come) if progress else None
+        # Each task for its threshold and for the figures, the base for the figures.
+        read = [*tasks, *tasks, *([base] if base is not None else [])]
+        self._count = ByteCount(progress, sum(self._size(weights) for weights in read))
 
     def run(self) -> Inspection:
         """Read everything twice: for the thresholds, and for the figures."""
@@ -209,7 +204,7 @@ class _Look:
         """Read a stretch of a task vector, float32 [n], with zeros for NaN and infinity."""
         weights = self._tasks[task]
         raw = weights.read(name, part.start, part.stop)
-        self._count(raw)
+        self._count.took(raw)
         if weights.is_task_vector or self._base is None:
             vector = raw.to(torch.float32)
             fine = is_finite(vector)
@@ -241,20 +236,11 @@ class _Look:
             found.take(name, vectors, thresholds)
             if self._base is not None:
                 base = self._base.read(name, part.start, part.stop)
-                self._count(base)
+                self._count.took(base)
                 if not is_finite(base.float()):
                     self._broken_base.add(name)
                 found.base_squares += _squares(base)
         return found
-
-    def _count(self, raw: Tensor) -> None:
-        if self._tell is None:
-            return
-        with self._lock:
-            # Thresholds that are hard to find take more passes than were announced.
-            announced = min(raw.numel() * raw.element_size(), self._to_come)
-            self._to_come -= announced
-        self._tell(announced)
 
 
 class _Figures:
@@ -333,7 +319,7 @@ def _compared(
 ) -> FileReport:
     """Compare names, shapes and dtypes with the base's, or with the first file's."""
     ours, theirs = set(reference.names), set(task.names)
-    changed, of_first = set(_floating(task)), set(_floating(first))
+    changed, of_first = set(floating(task)), set(floating(first))
     # A task vector holds what trained, which may be a part of the base.
     lacks = [name for name in reference.names if name not in theirs]
     missing = [] if task.is_task_vector and base is not None else lacks
@@ -342,7 +328,7 @@ def _compared(
         path=task.path,
         kind=task.kind,
         tensors=len(task.names),
-        parameters=sum(task.shape(name).numel() for name in _floating(task)),
+        parameters=sum(task.shape(name).numel() for name in floating(task)),
         dtypes=sorted({dtype_name(task, name) for name in task.names}),
         missing=missing,
         extra=extra,
@@ -353,10 +339,6 @@ def _compared(
         ],
         uneven=sorted((changed ^ of_first) - set(missing) - set(extra)) if base else [],
     )
-
-
-def _floating(weights: Weights) -> list[str]:
-    return [name for name in weights.names if weights.dtype(name).is_floating_point]
 
 
 def _unlike(task: Weights, reference: Weights, name: str) -> str:

@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from cl_merge.checkpoints import Weights, Writer, check_output, open_weights, write_weights
+from cl_merge.engine.counting import Progress
 from cl_merge.engine.hashing import BLOCK, BlockHash, ContentHash
 from cl_merge.engine.inputs import Inputs
 from cl_merge.engine.plan import Plan, make_plan
@@ -32,9 +33,6 @@ log = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
 _HOLD = 1 << 26  # bytes
-
-Progress = Callable[[int], None]
-"""Told how many bytes of the inputs were read since the last call, from several threads."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def merge_checkpoints(
     importances: Sequence[str | Path] = (),
     shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
-    progress: Callable[[int], Progress] | None = None,
+    progress: Progress | None = None,
     **options: Any,
 ) -> Merged:
     """Merge fine-tuned checkpoints, or task vectors, into a base, from files to a file.
@@ -164,27 +162,28 @@ class _Work:
         plan: Plan,
         merger: Merger,
         scales: Scales,
-        progress: Callable[[int], Progress] | None,
+        progress: Progress | None,
     ) -> None:
         self.plan = plan
         self.merger = merger
         self.scales = scales
-        self.bytes_read = 0
         self._lock = threading.Lock()
-        self._inputs = Inputs(plan, self._count)
+        self._surveyed = type(merger).survey is not Merger.survey
+        self._inputs = Inputs(plan, progress, passes=2 if self._surveyed else 1)
         self._hashes = [ContentHash() for _ in self._inputs.hashed]
         self._surveys: list[Any] = [None] * len(plan.tasks)
         self._tallies: list[int] = []
         self._waiting: list[tuple[str, slice, Accumulators | None]] = []
         self._held = 0
-        surveyed = type(merger).survey is not Merger.survey
-        self._to_come = self._inputs.size(passes=2 if surveyed else 1)
-        self._tell = progress(self._to_come) if progress else None
         for weights, content in zip(self._inputs.hashed, self._hashes, strict=True):
             for name in weights.names:
                 if weights.shape(name).numel() == 0:  # there are no stretches of it to come
                     content.add(name, weights.dtype(name), weights.shape(name), 0, b"")
-        self._surveyed = surveyed
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the inputs that were read, each time they were."""
+        return self._inputs.count.read
 
     def run(self, writer: Writer) -> None:
         """Read everything, and write every tensor of the output."""
@@ -303,12 +302,3 @@ class _Work:
                 content.add(
                     name, weights.dtype(name), weights.shape(name), block.start, of_block.digest()
                 )
-
-    def _count(self, number: int) -> None:
-        with self._lock:
-            self.bytes_read += number
-            # What turns out to be needed once more was not announced.
-            announced = min(number, self._to_come)
-            self._to_come -= announced
-        if self._tell is not None:
-            self._tell(announced)

@@ -52,14 +52,11 @@ def make_plan(
     """
     if not tasks:
         raise InputError("no task to merge; give at least one checkpoint or task vector")
-    if base.is_task_vector:
-        raise InputError(
-            f"'{base.path}' is a task vector, but the base must hold the weights before fine-tuning"
-        )
+    check_base(base)
     of_first: set[str] | None = None
     for task in tasks:
         _check_task(task, base)
-        changed = set(selection.names(_floating(task)))
+        changed = set(selection.names(floating(task)))
         of_first = changed if of_first is None else of_first
         if changed != of_first:
             raise InputError(
@@ -86,7 +83,23 @@ def dtype_name(weights: Weights, name: str) -> str:
     return str(weights.dtype(name)).removeprefix("torch.")
 
 
-def _floating(weights: Weights) -> list[str]:
+def check_base(base: Weights) -> None:
+    """Make sure that a base is not a task vector.
+
+    Args:
+        base: What was given for the base.
+
+    Raises:
+        InputError: If it is.
+    """
+    if base.is_task_vector:
+        raise InputError(
+            f"'{base.path}' is a task vector, but the base must hold the weights before fine-tuning"
+        )
+
+
+def floating(weights: Weights) -> list[str]:
+    """Names of the floating-point tensors, in the order of the checkpoint."""
     return [name for name in weights.names if weights.dtype(name).is_floating_point]
 
 
