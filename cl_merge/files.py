@@ -47,7 +47,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             temporary.write_text("{}")
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = hidden_name(path)
     with storage_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,13 +55,13 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             mode = temporary.stat().st_mode
             yield temporary
             temporary.chmod(mode)  # some writers put a file there that only its owner may read
-            _flush_to_disk(temporary)
+            flush_to_disk(temporary)
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         if os.name == "posix":  # elsewhere folders cannot be opened, and need not be
-            _flush_to_disk(path.parent)
+            flush_to_disk(path.parent)
 
 
 @contextmanager
@@ -242,7 +242,24 @@ def _cannot_write(path: str | Path, reason: object) -> str:
     return f"'{path}' cannot be written ({reason}); nothing that was there before is lost"
 
 
-def _flush_to_disk(path: Path) -> None:
+def hidden_name(path: Path) -> Path:
+    """Name what is not whole yet, beside where it will be; `remove_leftovers` knows such names.
+
+    Args:
+        path: What it will be called.
+
+    Returns:
+        A path in the same folder, another one every time.
+    """
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file, or the names of a folder's files, have reached the disk.
+
+    Args:
+        path: The file or folder.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -12,6 +12,7 @@ from torch import Tensor
 from cl_merge.checkpoints.weights import Weights
 from cl_merge.codes import SCHEMES, decode, encode, not_finite
 from cl_merge.errors import InputError, unknown_name
+from cl_merge.finite import is_finite
 from cl_merge.parallel import in_threads
 
 STORES: tuple[str, ...] = ("float32", "bf16", "int8", "int4", "int2")
@@ -253,9 +254,7 @@ def _to_bfloat16(flat: Tensor) -> Tensor:
 
     def convert(start: int) -> None:
         part = flat[start : start + step].to(torch.float32)
-        # The sum shows NaN and infinity, and is much faster; where it overflowed, the second look
-        # settles it.
-        if not (bool(part.sum().isfinite()) or bool(part.isfinite().all())):
+        if not is_finite(part):
             raise not_finite()
         result[start : start + step] = part.clamp(-limit, limit)
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from cl_merge.checkpoints.dtypes import CODES
-from cl_merge.checkpoints.weights import Weights
+from cl_merge.checkpoints.header import Header
+from cl_merge.checkpoints.weights import QUANTIZED_VERSION, TASK_VECTOR, Weights
 from cl_merge.codes import SCHEMES, Scheme, decode
 from cl_merge.errors import InputError
 from cl_merge.files import atomic_write
@@ -24,10 +22,6 @@ STORE = "cl_merge.store"
 """Metadata key of the store."""
 
 _SHAPES = "cl_merge.shapes"  # metadata key of the parameters' shapes, as JSON
-_MARK = "cl_merge.task_vector"
-VERSION = "2"
-"""Version of task vectors that are quantised."""
-
 _MOST_DIMENSIONS = 64  # of a tensor, in torch
 
 # Every tensor of the file has one of these before the parameter's name, so that no two names can
@@ -54,17 +48,22 @@ def save_quantized(
         StorageError: If the file cannot be written.
     """
     shapes = {name: list(tensor.shape) for name, tensor in sorted(vector.items())}
-    ours = {_MARK: VERSION, STORE: store, _SHAPES: json.dumps(shapes, separators=(",", ":"))}
-    header: dict[str, Any] = {"__metadata__": dict(sorted({**metadata, **ours}.items()))}
-    end = 0
-    for name, shape in shapes.items():
-        for key, dtype, size in _layout(name, torch.Size(shape), store):
-            begin, end = end, end + size * dtype.itemsize
-            header[key] = {"dtype": CODES[dtype], "shape": [size], "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)
+    ours = {
+        TASK_VECTOR: QUANTIZED_VERSION,
+        STORE: store,
+        _SHAPES: json.dumps(shapes, separators=(",", ":")),
+    }
+    words = {**metadata, **ours}
+    header = Header(
+        {
+            key: (dtype, [size])
+            for name, shape in shapes.items()
+            for key, dtype, size in _layout(name, torch.Size(shape), store)
+        },
+        words,
+    )
     with atomic_write(path) as temporary, temporary.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(header.encode(words))
         for name in shapes:
             quantized = quantize_named(name, vector[name], store)
             for tensor in (quantized.codes, quantized.scales):
@@ -95,7 +94,7 @@ class QuantizedWeights(Weights):
         self.is_task_vector = True
         self._weights = weights
         self.metadata = dict(weights.metadata)
-        self.metadata.pop(_MARK, None)
+        self.metadata.pop(TASK_VECTOR, None)
         self.store = _read_store(path, self.metadata.get(STORE))
         self._scheme = SCHEMES.get(self.store)
         self._shapes = _read_shapes(path, self.metadata.pop(_SHAPES, None))

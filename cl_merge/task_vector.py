@@ -11,14 +11,18 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from cl_merge.checkpoints.weights import (
+    PLAIN_VERSION,
+    QUANTIZED_VERSION,
+    TASK_VECTOR,
+    newer_version,
+)
 from cl_merge.errors import InputError, listing
 from cl_merge.files import load_tensors, save_tensors
+from cl_merge.finite import is_finite, not_finite
 from cl_merge.kernels import difference
 from cl_merge.quantize import check_store
-from cl_merge.quantized_file import STORE, VERSION, LoadedTensors, QuantizedWeights, save_quantized
-
-_MARK = "cl_merge.task_vector"  # metadata key of our files; its value is the version
-_VERSION = "1"
+from cl_merge.quantized_file import STORE, LoadedTensors, QuantizedWeights, save_quantized
 
 
 class TaskVector(Mapping[str, Tensor]):
@@ -137,7 +141,7 @@ class TaskVector(Mapping[str, Tensor]):
         check_store(store)
         metadata = {key: text for key, text in self.metadata.items() if key != STORE}
         if store == "float32":
-            save_tensors(path, self, {**metadata, _MARK: _VERSION})
+            save_tensors(path, self, {**metadata, TASK_VECTOR: PLAIN_VERSION})
         else:
             save_quantized(path, self, metadata, store)
 
@@ -156,21 +160,18 @@ class TaskVector(Mapping[str, Tensor]):
             InputError: If the file is missing, damaged, no task vector or of a newer version.
         """
         tensors, metadata = load_tensors(path)
-        version = metadata.get(_MARK)
+        version = metadata.get(TASK_VECTOR)
         if version is None:
             raise InputError(
                 f"'{path}' holds no task vector; if it holds weights, subtract the base from them: "
                 "TaskVector.between(base, tuned)"
             )
-        if version == VERSION:
+        if version == QUANTIZED_VERSION:
             weights = QuantizedWeights(path, LoadedTensors(tensors, metadata))
             return cls({name: weights.whole(name) for name in weights.names}, weights.metadata)
-        if version != _VERSION:
-            raise InputError(
-                f"'{path}' is a task vector of version {version}, but this cl_merge reads versions "
-                f"{_VERSION} and {VERSION}; update cl_merge"
-            )
-        del metadata[_MARK]
+        if version != PLAIN_VERSION:
+            raise newer_version(path, version)
+        del metadata[TASK_VECTOR]
         return cls(tensors, metadata)
 
     @override
@@ -322,36 +323,6 @@ def check_same_layout(
     ]
     if shapes:
         raise InputError(f"{what} has other shapes than {than}: {listing(shapes)}")
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Tell whether a tensor holds neither NaN nor infinity.
-
-    Args:
-        tensor: Floating point, any shape.
-
-    Returns:
-        True if all values are finite.
-    """
-    # A sum reads the tensor once and makes no temporary of its size. NaN and infinity always show
-    # in it; if it overflowed although all values are finite, the second look settles it.
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
-
-
-def not_finite(what: str, names: list[str]) -> InputError:
-    """Make the error for values that are not finite.
-
-    Args:
-        what: How the error calls the tensors, for example ``"task 3"``.
-        names: Names of the tensors that hold such values.
-
-    Returns:
-        The error.
-    """
-    return InputError(
-        f"{what}: NaN or infinity in {listing(names)}. Training diverged or a file is damaged: "
-        "leave it out, or train again, for example with a lower learning rate"
-    )
 
 
 def _difference(name: str, base: Tensor, tuned: Tensor) -> Tensor:

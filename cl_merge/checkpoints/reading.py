@@ -8,11 +8,14 @@ from cl_merge.checkpoints import pickled
 from cl_merge.checkpoints.layouts import INDEX, find_weights, read_index
 from cl_merge.checkpoints.mapped import SafetensorsFile, SafetensorsWeights
 from cl_merge.checkpoints.pickled import TorchWeights
-from cl_merge.checkpoints.weights import Weights
+from cl_merge.checkpoints.weights import (
+    PLAIN_VERSION,
+    QUANTIZED_VERSION,
+    TASK_VECTOR,
+    Weights,
+    newer_version,
+)
 from cl_merge.errors import InputError, listing
-
-_MARK = "cl_merge.task_vector"  # metadata key of `TaskVector.save`; its value is the version
-_PLAIN, _QUANTIZED = "1", "2"
 
 
 def open_weights(path: str | Path) -> Weights:
@@ -91,17 +94,14 @@ def _open_shards(index: Path) -> Weights:
 
 def _open_safetensors(path: Path) -> Weights:
     file = SafetensorsFile(path)
-    version = file.metadata.get(_MARK)
+    version = file.metadata.get(TASK_VECTOR)
     weights = SafetensorsWeights(path, [file], "safetensors" if version is None else "task vector")
-    if version == _QUANTIZED:
+    if version == QUANTIZED_VERSION:
         # Only files that need it pay for it.
         from cl_merge.quantize import open_quantized
 
         quantized: Weights = open_quantized(path, weights)
         return quantized
-    if version not in (None, _PLAIN):
-        raise InputError(
-            f"'{path}' is a task vector of version {version}, but this cl_merge reads versions "
-            f"{_PLAIN} and {_QUANTIZED}; update cl_merge"
-        )
+    if version not in (None, PLAIN_VERSION):
+        raise newer_version(path, version)
     return weights

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 from pathlib import Path
 
 from typing_extensions import Buffer
+
+from cl_merge.files import hidden_name
 
 # Where a file system cannot do what was asked, as opposed to will not.
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
@@ -84,11 +85,6 @@ class UnnamedFile:
             self._hidden = None
 
 
-def hidden_name(path: Path) -> Path:
-    """Make the name that `files.atomic_write` would give to a file that is not whole yet."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-
-
 def unnamed_files_work(folder: Path) -> bool:
     """Try whether a file without a name can be made in a folder, and be given one later.
 
@@ -114,15 +110,6 @@ def unnamed_files_work(folder: Path) -> bool:
     finally:
         os.close(handle)
     return True
-
-
-def flush_folder(folder: Path) -> None:
-    """Wait until the names of a folder's files have reached the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _link(handle: int, path: Path) -> None:

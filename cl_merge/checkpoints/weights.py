@@ -9,6 +9,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from cl_merge.errors import InputError
+
+TASK_VECTOR = "cl_merge.task_vector"
+"""Metadata key that marks a file as a task vector; its value is the version of the format."""
+
+PLAIN_VERSION, QUANTIZED_VERSION = "1", "2"
+
 
 class Weights(ABC):
     """One opened checkpoint: named tensors that stay on the disk until they are used.
@@ -68,3 +75,19 @@ class Weights(ABC):
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def newer_version(path: str | Path, version: str) -> InputError:
+    """Make the error for a task vector that this cl_merge cannot read.
+
+    Args:
+        path: The file.
+        version: The version that it says it has.
+
+    Returns:
+        The error.
+    """
+    return InputError(
+        f"'{path}' is a task vector of version {version}, but this cl_merge reads versions "
+        f"{PLAIN_VERSION} and {QUANTIZED_VERSION}; update cl_merge"
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cl_merge.checkpoints.dtypes import CODES
+from cl_merge.checkpoints.header import Entry, Header, size_of
 from cl_merge.checkpoints.layouts import (
     INDEX,
     index_text,
@@ -23,12 +23,10 @@ from cl_merge.checkpoints.layouts import (
     side_files,
 )
 from cl_merge.checkpoints.output import check_output, is_file
-from cl_merge.checkpoints.unnamed import UnnamedFile, flush_folder, hidden_name
+from cl_merge.checkpoints.unnamed import UnnamedFile
 from cl_merge.checkpoints.weights import Weights
 from cl_merge.errors import InputError
-from cl_merge.files import storage_errors
-
-Entry = tuple[torch.dtype, Sequence[int]]
+from cl_merge.files import flush_to_disk, hidden_name, storage_errors
 
 _LONGEST_HEADER = 100_000_000  # what readers of safetensors accept
 
@@ -77,6 +75,7 @@ def write_weights(
     """
     path = Path(path)
     check_output(path, overwrite=overwrite)
+    metadata = {**metadata, "format": "pt"}
     layouts = _layouts(path, entries, metadata, like, shard_bytes)
     place = path if is_file(path) else Path(os.path.realpath(path))
     with ExitStack() as files:
@@ -99,7 +98,7 @@ def write_weights(
                 parts[path.name].publish(place, overwrite)
             else:
                 _publish_folder(parts, place)
-            flush_folder(place.parent)
+            flush_to_disk(place.parent)
 
 
 class Writer:
@@ -179,65 +178,13 @@ class Writer:
     def _write_headers(self) -> None:
         with storage_errors(self._path):
             for shard in self._shards:
-                shard.file.write(shard.layout.header(self._metadata), 0)
-
-
-class _Layout:
-    """What stands where in one safetensors file.
-
-    Args:
-        entries: Dtype and shape of its tensors, by name.
-        metadata: Words to keep beside them.
-
-    Attributes:
-        entries: Sorted so that every tensor is aligned and the order given does not matter.
-        offsets: Of each tensor's first byte.
-        size: Bytes of the file.
-    """
-
-    def __init__(self, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
-        self.entries = dict(sorted(entries.items(), key=lambda e: (-e[1][0].itemsize, e[0])))
-        self._table: dict[str, dict[str, object]] = {}
-        places = {}
-        end = 0
-        for name, (dtype, shape) in self.entries.items():
-            begin, end = end, end + _bytes((dtype, shape))
-            places[name] = begin
-            self._table[name] = {
-                "dtype": CODES[dtype],
-                "shape": list(shape),
-                "data_offsets": [begin, end],
-            }
-        text = self._text(metadata)
-        self._data = 8 + len(text) + -len(text) % 8
-        if self._data > _LONGEST_HEADER:
-            raise InputError(
-                f"the names of {len(entries)} tensors are too long for a safetensors file; write "
-                "to a folder, with a smaller shard_bytes"
-            )
-        self.offsets = {name: self._data + begin for name, begin in places.items()}
-        self.size = self._data + end
-
-    def header(self, metadata: Mapping[str, str]) -> bytes:
-        """Make all that precedes the data."""
-        text = self._text(metadata)
-        if len(text) > self._data - 8:
-            raise RuntimeError("the new metadata is longer than what was there")
-        return (self._data - 8).to_bytes(8, "little") + text.ljust(self._data - 8)
-
-    def _text(self, metadata: Mapping[str, str]) -> bytes:
-        words = dict(sorted({**metadata, "format": "pt"}.items()))
-        header = {"__metadata__": words, **self._table}
-        try:
-            return json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"a name of a tensor is no text ({error.object[:80]!r})") from error
+                shard.file.write(shard.layout.encode(self._metadata), 0)
 
 
 class _Shard:
     """One safetensors file that is being written."""
 
-    def __init__(self, file: UnnamedFile, layout: _Layout) -> None:
+    def __init__(self, file: UnnamedFile, layout: Header) -> None:
         self.file = file
         self.layout = layout
 
@@ -248,7 +195,7 @@ def _layouts(
     metadata: Mapping[str, str],
     like: Weights | None,
     shard_bytes: int,
-) -> dict[str, _Layout]:
+) -> dict[str, Header]:
     """Plan the files, by name."""
     for name, (dtype, _) in entries.items():
         if dtype not in CODES or name == "__metadata__":
@@ -257,25 +204,37 @@ def _layouts(
                 "convert it to another dtype or name"
             )
     if is_file(path):
-        return {path.name: _Layout(entries, metadata)}
+        return {path.name: _header(path, entries, metadata)}
     stem = output_stem(like.file_name if like is not None and like.folder is not None else "")
-    sizes = {name: _bytes(entry) for name, entry in entries.items()}
+    sizes = {name: size_of(entry) for name, entry in entries.items()}
     most = math.inf if stem.startswith("open_clip") else shard_bytes
     groups = shard_entries(sizes, most)
     return {
-        name: _Layout({entry: entries[entry] for entry in group}, metadata)
+        name: _header(path, {entry: entries[entry] for entry in group}, metadata)
         for name, group in zip(shard_names(stem, len(groups)), groups, strict=True)
     }
 
 
+def _header(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> Header:
+    # Sorted so that every tensor is aligned, and the order given does not matter.
+    ordered = dict(sorted(entries.items(), key=lambda e: (-e[1][0].itemsize, e[0])))
+    header = Header(ordered, metadata)
+    if header.data > _LONGEST_HEADER:
+        raise InputError(
+            f"the names of {len(entries)} tensors are too long for a safetensors file; write "
+            "to a folder, with a smaller shard_bytes"
+        )
+    return header
+
+
 def _beside(
-    files: ExitStack, place: Path, layouts: Mapping[str, _Layout], like: Weights | None
+    files: ExitStack, place: Path, layouts: Mapping[str, Header], like: Weights | None
 ) -> dict[str, UnnamedFile]:
     """Write what lies beside the weights in a folder: the index, and copies of the base's files."""
     texts = {}
     if len(layouts) > 1:
         homes = {name: file for file, layout in layouts.items() for name in layout.entries}
-        total = sum(_bytes(e) for layout in layouts.values() for e in layout.entries.values())
+        total = sum(size_of(e) for layout in layouts.values() for e in layout.entries.values())
         stem = next(iter(layouts)).removesuffix(f"-00001-of-{len(layouts):05}.safetensors")
         texts[stem + INDEX] = index_text(homes, total).encode()
     if like is not None and like.folder is not None:
@@ -300,13 +259,8 @@ def _publish_folder(parts: Mapping[str, UnnamedFile], place: Path) -> None:
     try:
         for name, part in parts.items():
             part.publish(hidden / name, replace=False)
-        flush_folder(hidden)
+        flush_to_disk(hidden)
         os.rename(hidden, place)  # also onto an empty folder
     except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)
         raise
-
-
-def _bytes(entry: Entry) -> int:
-    dtype, shape = entry
-    return math.prod(shape) * dtype.itemsize

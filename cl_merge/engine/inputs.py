@@ -13,8 +13,9 @@ from cl_merge.engine.counting import ByteCount, Progress
 from cl_merge.engine.hashing import BlockHash
 from cl_merge.engine.plan import Plan, dtype_name
 from cl_merge.errors import InputError, listing
+from cl_merge.finite import is_finite, not_finite
 from cl_merge.mergers.chunks import Reader
-from cl_merge.task_vector import is_finite, not_finite, subtract
+from cl_merge.task_vector import subtract
 
 _CPU = torch.device("cpu")
 

@@ -16,10 +16,11 @@ from cl_merge.engine.counting import ByteCount, Progress
 from cl_merge.engine.hashing import BLOCK
 from cl_merge.engine.plan import check_base, dtype_name, floating
 from cl_merge.errors import InputError
+from cl_merge.finite import is_finite
 from cl_merge.mergers.chunks import Reader, chunk_size, cut, stretches
 from cl_merge.mergers.selection import trim_threshold
 from cl_merge.parallel import in_threads
-from cl_merge.task_vector import is_finite, subtract
+from cl_merge.task_vector import subtract
 
 _CPU = torch.device("cpu")
 

@@ -21,13 +21,14 @@ from cl_merge.engine.inputs import Inputs
 from cl_merge.engine.plan import Plan, make_plan
 from cl_merge.engine.provenance import describe_merge
 from cl_merge.errors import InputError, listing
+from cl_merge.finite import is_finite
 from cl_merge.mergers import Merger, get_merger
 from cl_merge.mergers.base import Accumulators
 from cl_merge.mergers.chunks import End, Place, Unit, chunk_size, cut, stretches
 from cl_merge.parallel import in_threads
 from cl_merge.patterns import Selection
 from cl_merge.scales import Scales
-from cl_merge.task_vector import is_finite, moved
+from cl_merge.task_vector import moved
 
 log = logging.getLogger(__name__)
 
