@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from cl_merge.benchmarks.catalog import find_data, open_data
+from cl_merge.benchmarks.catalog import find_data, find_source, open_data
 from cl_merge.benchmarks.folder import RunFolder
 from cl_merge.benchmarks.methods import TRAININGS, Method, find_method, methods_beside
 from cl_merge.callbacks import EWC, LwF, MergeCallback
@@ -119,7 +119,7 @@ def start_run(config: RunConfig) -> Run:
     method = find_method(config.method)
     _try_settings(config, method)
     entry = find_data(config.data)
-    splits = open_data(entry.source, revision=config.stream.revision)
+    splits = open_data(config.source or find_source(entry), revision=config.stream.revision)
     L.seed_everything(config.seed, workers=True, verbose=False)
     clip = load_clip(config.model, image_size=config.image_size)
     options = asdict(config.stream) | {

@@ -15,7 +15,7 @@ from cl_merge.config import RunConfig, parse_arguments, read_config, read_yaml
 from cl_merge.errors import InputError
 
 # Settings that change nothing in what a run finds; everything else is fixed once it has begun.
-_FREE = {"out", "checkpoint_seconds", "stream.num_workers", "stream.cache"}
+_FREE = {"out", "source", "checkpoint_seconds", "stream.num_workers", "stream.cache"}
 
 
 def read_settings(settings: Sequence[str], file: str | Path | None = None) -> RunConfig:

@@ -110,6 +110,7 @@ class RunConfig:
     """Everything that a run depends on."""
 
     data: str = _key("digits", "a name in the catalog, a folder, a parquet file, or a hub id")
+    source: str | None = _key(None, "folder, file or hub id instead of the catalog's for data=")
     model: str = _key("glyph", "glyph, lite, ARCHITECTURE:TAG, ARCHITECTURE:FILE, local-dir:FOLDER")
     image_size: int | None = _key(None, "height and width of the model's input, in pixels")
     prompts: list[str] = _key(lambda: ["a photo of a {}."], "prompts, with {} for the class name")

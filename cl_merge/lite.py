@@ -146,7 +146,14 @@ def _towers(image_size: int, text_folder: Path) -> Any:
     half = (0.5, 0.5, 0.5)
     preprocessing = PreprocessCfg(size=image_size, mean=half, std=half, interpolation="bicubic")
     set_model_preprocess_cfg(model, asdict(preprocessing))
+    # Depthwise convolutions take half the time if the channels of a pixel lie side by side. The
+    # layers pass that order on, so that the parameters need not be stored in it.
+    model.visual.trunk.register_forward_pre_hook(_channels_last)
     return model.eval()
+
+
+def _channels_last(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    return (inputs[0].contiguous(memory_format=torch.channels_last),)
 
 
 def _tokenizer(file: Path) -> Callable[[list[str]], Tensor]:
