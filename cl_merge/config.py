@@ -65,13 +65,14 @@ class OptimizerConfig:
 
 @dataclass
 class MergeConfig:
-    """How the method of the run merges; the methods beside it keep their own defaults."""
+    """How the method of the run merges, and in `beside` the methods beside it."""
 
     scale: Any = _key(
         None, "factor of the merged task vector, or one by pattern, or auto; null: the published"
     )
     groups: Any = _key(None, "of layers, a scale=auto for each: block, or a list of patterns")
     options: dict[str, Any] = _key(dict, "any options of the method")
+    beside: dict[str, Any] = _key(dict, "by name, options and scale of methods beside it")
     density: float | None = _key(None, "share of the entries kept; null: as published")
     seed: int = _key(0, "of methods that draw, as random-mix")
     include: list[str] = _key(list, "patterns of the parameters to merge; none: all that train")
