@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+from omegaconf import OmegaConf
 
 from cl_merge.errors import InputError, unknown_name
 from cl_merge.mergers import MERGERS, Merger, find_merger, get_merger
@@ -43,11 +46,18 @@ class Method:
         name: As in tables and in ``results.json``.
         training: Which training it needs; None if it needs none.
         merger: Which merger reduces its task vectors; None if it evaluates the weights as trained.
+        about: One line for people.
+        paper: Its name in the tables of the MagMax paper; None if it is not there.
+        published: Options of the merger as in the paper's runs, where they differ from what the
+            merger does by itself.
     """
 
     name: str
     training: str | None
     merger: str | None = None
+    about: str = field(default="", compare=False)
+    paper: str | None = field(default=None, compare=False)
+    published: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def options(self) -> list[str]:
@@ -92,28 +102,28 @@ _FOR_SEQUENCES = {"ema", "opcm"}
 
 # In the order of the tables. With every method but MagMax the paper merges independent
 # fine-tunings; the same mergers of sequential task vectors come close, so they are shown too.
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        Method("zero-shot", None),
-        Method("joint", "joint"),
-        Method("sequential", "sequential"),
-        Method("independent", "independent"),
-        Method("lwf", "lwf"),
-        Method("ewc", "ewc"),
-        Method("magmax", "sequential", "magmax"),
-        Method("lwf-magmax", "lwf", "magmax"),
-        Method("ewc-magmax", "ewc", "magmax"),
-        *(
-            Method(name, "independent", name)
-            for name in ("max-abs", "average", "task-arithmetic", "random-mix", "ties")
-        ),
-        *(
-            Method(f"{name}-sequential", "sequential", name)
-            for name in ("average", "task-arithmetic", "random-mix", "ties")
-        ),
-    )
+GROUPS: dict[str, tuple[str, ...]] = {
+    "without merging": ("zero-shot", "joint", "sequential", "independent", "lwf", "ewc"),
+    "sequential training": ("magmax", "lwf-magmax", "ewc-magmax"),
+    "independent training": ("max-abs", "average", "task-arithmetic", "random-mix", "ties"),
+    "sequential, other mergers": (
+        "average-sequential",
+        "task-arithmetic-sequential",
+        "random-mix-sequential",
+        "ties-sequential",
+    ),
 }
+"""The rows of a table in groups, as people read them."""
+
+
+def _recipe(name: str) -> Method:
+    text = files("cl_merge.benchmarks.recipes").joinpath(f"{name}.yaml").read_text()
+    recipe: Any = OmegaConf.to_container(OmegaConf.create(text))
+    return Method(name, **recipe)
+
+
+METHODS: dict[str, Method] = {name: _recipe(name) for names in GROUPS.values() for name in names}
+"""The methods of the tables by name, each from its file in ``recipes/``."""
 
 
 def find_method(name: str) -> Method:

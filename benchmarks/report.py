@@ -12,29 +12,13 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
+from cl_merge.benchmarks.methods import GROUPS
+
 if TYPE_CHECKING:
     from cl_merge.benchmarks.methods import Training
     from cl_merge.benchmarks.run import Run
     from cl_merge.fit import TaskEnd
 
-# Groups of rows, as people read them.
-_GROUPS: dict[str, tuple[str, ...]] = {
-    "without merging": ("zero-shot", "joint", "sequential", "independent", "lwf", "ewc"),
-    "sequential training": ("magmax", "lwf-magmax", "ewc-magmax"),
-    "independent training": (
-        "max-abs",
-        "average",
-        "task-arithmetic",
-        "random-mix",
-        "ties",
-    ),
-    "sequential, other mergers": (
-        "average-sequential",
-        "task-arithmetic-sequential",
-        "random-mix-sequential",
-        "ties-sequential",
-    ),
-}
 _COLUMNS = {
     "accuracy": "accuracy",
     "task_aware_accuracy": "aware",
@@ -234,9 +218,9 @@ def _tasks(tasks: Sequence[Any]) -> str:
 def _grouped(methods: Mapping[str, Any]) -> dict[str, list[str]]:
     """The rows by group; those that are in none go where their training is."""
     grouped = {
-        title: [name for name in group if name in methods] for title, group in _GROUPS.items()
+        title: [name for name in group if name in methods] for title, group in GROUPS.items()
     }
-    known = {name for group in _GROUPS.values() for name in group}
+    known = {name for group in GROUPS.values() for name in group}
     for name in methods:
         if name not in known:
             independent = methods[name]["training"] == "independent"

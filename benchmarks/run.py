@@ -18,10 +18,10 @@ from cl_merge.callbacks.auto_scale import AutoScale
 from cl_merge.callbacks.regularizer import Regularizer
 from cl_merge.clip import CLIPClassifier
 from cl_merge.config import HELD_OUT, RunConfig
-from cl_merge.errors import InputError
+from cl_merge.errors import InputError, unknown_name
 from cl_merge.load import load_clip
 from cl_merge.measure import Cost
-from cl_merge.mergers import get_merger
+from cl_merge.mergers import Merger, get_merger
 from cl_merge.metrics import AccuracyMatrix
 from cl_merge.scales import Scales
 from cl_merge.stream import TaskStream
@@ -200,18 +200,12 @@ def merge_callback(
     Raises:
         InputError: If an option is wrong.
     """
-    options, merger, scale = config.merge, get_merger("magmax"), None
-    own = method == find_method(config.method)
-    if method is not None and method.merger:
-        if own and options.density is not None and "density" not in method.options:
-            raise InputError(
-                f"merge.density={options.density}, but method '{method.name}' has no density"
-            )
-        given: dict[str, Any] = {"seed": options.seed} if own else {}
-        if own and options.density is not None:
-            given["density"] = options.density
-        merger = method.make_merger(given, options.options if own else None)
-        scale = options.scale if own else None
+    options = config.merge
+    merger, scale = (
+        make_merger(config, method)
+        if method is not None and method.merger
+        else (get_merger("magmax"), None)
+    )
     return MergeCallback(
         merger,
         scale=AutoScale(options.groups) if scale == "auto" else scale,
@@ -226,9 +220,39 @@ def merge_callback(
     )
 
 
+def make_merger(config: RunConfig, method: Method) -> tuple[Merger, Any]:
+    """Make the merger of one of a run's methods as the run configures it.
+
+    Args:
+        config: Holds the options: those of ``merge`` are for the run's own method, those of
+            ``merge.beside`` for the others.
+        method: A method that merges.
+
+    Returns:
+        A fresh merger, and the scale that is asked for, None for the published one.
+
+    Raises:
+        InputError: If an option is wrong.
+    """
+    options = config.merge
+    if method != find_method(config.method):
+        given = dict(options.beside.get(method.name) or {})
+        scale = given.pop("scale", None)
+        Scales.read(scale, 1.0)
+        return method.make_merger({}, given), scale
+    if options.density is not None and "density" not in method.options:
+        raise InputError(
+            f"merge.density={options.density}, but method '{method.name}' has no density"
+        )
+    common: dict[str, Any] = {"seed": options.seed}
+    if options.density is not None:
+        common["density"] = options.density
+    return method.make_merger(common, options.options), options.scale
+
+
 def _try_settings(config: RunConfig, method: Method) -> None:
     """Make once what the run will make for every task, so that wrong settings show at once."""
-    methods_beside(config.method, config.compare)
+    _try_beside(config, methods_beside(config.method, config.compare))
     try:
         L.Trainer(**config.trainer | {"logger": False, "enable_checkpointing": False})
     # Lightning raises errors of several kinds for its arguments.
@@ -244,3 +268,16 @@ def _try_settings(config: RunConfig, method: Method) -> None:
         )
     for regularizer in ("lwf", "ewc"):
         make_regularizer(config, regularizer)
+
+
+def _try_beside(config: RunConfig, methods: list[Method]) -> None:
+    merging = [method for method in methods if method.merger and method.name != config.method]
+    for name in config.merge.beside:
+        if name not in {method.name for method in merging}:
+            known = [method.name for method in merging]
+            raise unknown_name("method beside the run's own in merge.beside", str(name), known)
+    for method in merging:
+        try:
+            make_merger(config, method)
+        except InputError as error:
+            raise InputError(f"merge.beside.{method.name}: {error}") from error

@@ -10,7 +10,7 @@ import lightning as L
 
 from cl_merge.benchmarks.methods import TRAININGS, Method, Training
 from cl_merge.benchmarks.progress import RunProgress
-from cl_merge.benchmarks.run import Run, make_regularizer, merge_callback
+from cl_merge.benchmarks.run import Run, make_merger, make_regularizer, merge_callback
 from cl_merge.benchmarks.trainers import evaluation_trainer, training_trainer
 from cl_merge.callbacks import MergeCallback
 from cl_merge.fit import TaskEnd, fit_stream
@@ -70,10 +70,12 @@ def _train(
         start=training.start,
         directory=run.folder.task_vectors(training.name),
     )
-    mergers = {method.name: method.make_merger({}) for method in merging if method is not lead}
-    run.scales |= {
-        name: Scales.read(None, merger.published_scale) for name, merger in mergers.items()
-    }
+    mergers: dict[str, Merger] = {}
+    for method in merging:
+        if method is not lead:
+            merger, scale = make_merger(run.config, method)
+            mergers[method.name] = merger
+            run.scales[method.name] = Scales.read(scale, merger.published_scale)
     for method in methods:
         run.new_matrix(method.name)
 
