@@ -22,6 +22,7 @@ from cl_merge.config import RunConfig, to_yaml
 from cl_merge.errors import InputError
 from cl_merge.files import atomic_write, remove_leftovers, save_tensors
 from cl_merge.journal import Journal, is_first_process, only_process
+from cl_merge.measure import Cost
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +120,26 @@ class RunFolder:
         """
         self._note({"method": method, "task": task, "counts": counts.tolist()})
 
+    def results(self) -> dict[str, Any]:
+        """What a run that has finished here found; empty if none has."""
+        try:
+            found: dict[str, Any] = json.loads((self.path / "results.json").read_text())
+        except FileNotFoundError:
+            return {}
+        return found
+
+    def finished_training(self, training: str) -> list[Cost] | None:
+        """What the tasks of a training took, if all of them were learned in a run that finished.
+
+        Args:
+            training: Its name.
+
+        Returns:
+            The costs, or None.
+        """
+        costs = self.results().get("training", {}).get(training)
+        return None if costs is None else [Cost(**cost) for cost in costs]
+
     def finish(self, results: Mapping[str, Any]) -> None:
         """Write the results, and remove what was only needed to go on.
 
@@ -138,8 +159,7 @@ class RunFolder:
         file = self.path / "config.yaml"
         if file.exists():
             check_same_run(config, file)
-        else:
-            self.write_text("config.yaml", to_yaml(config))
+        self.write_text("config.yaml", to_yaml(config))
         circumstances = {"torch": torch.__version__, "threads": torch.get_num_threads()}
         former = [r["circumstances"] for r in self._journal.records if "circumstances" in r]
         if former and former[-1] != circumstances:

@@ -218,6 +218,30 @@ def methods_beside(name: str, compare: bool | str | list[str]) -> list[Method]:
     return [method for method in METHODS.values() if method.name in wanted] + others
 
 
+def grouped_methods(trainings: Mapping[str, str | None]) -> dict[str, list[str]]:
+    """Sort methods into the groups of a table.
+
+    Args:
+        trainings: The training of each method, by the method's name.
+
+    Returns:
+        The names by group, in the order of the tables; those that are in no group stand last where
+        others of their training are.
+
+    Example:
+        >>> grouped_methods({"mine": "sequential", "ties": "independent", "magmax": "sequential"})
+        {'sequential training': ['magmax', 'mine'], 'independent training': ['ties']}
+    """
+    grouped = {
+        title: [name for name in group if name in trainings] for title, group in GROUPS.items()
+    }
+    for name, training in trainings.items():
+        if name not in METHODS:
+            other = "independent training" if training == "independent" else "sequential training"
+            grouped[other].append(name)
+    return {title: group for title, group in grouped.items() if group}
+
+
 def published_scale(method: Method) -> float | None:
     """The scale that a method was published with; None if it does not merge."""
     return find_merger(method.merger).published_scale if method.merger else None

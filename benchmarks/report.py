@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
-from cl_merge.benchmarks.methods import GROUPS
+from cl_merge.benchmarks.methods import grouped_methods
 
 if TYPE_CHECKING:
     from cl_merge.benchmarks.methods import Training
@@ -53,7 +53,9 @@ def results_table(results: Mapping[str, Any]) -> Table:
     table.add_column("scale", justify="right", no_wrap=True)
     for title in _COLUMNS.values():
         table.add_column(title, justify="right", no_wrap=True)
-    for title, group in _grouped(methods).items():
+    for title, group in grouped_methods(
+        {name: methods[name]["training"] for name in methods}
+    ).items():
         table.add_section()
         table.add_row(title, style="dim italic")
         for name in group:
@@ -213,19 +215,6 @@ def _new_figure(width: float, height: float) -> tuple[Any, Any]:
 
 def _tasks(tasks: Sequence[Any]) -> str:
     return "1 task" if len(tasks) == 1 else f"{len(tasks)} tasks"
-
-
-def _grouped(methods: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The rows by group; those that are in none go where their training is."""
-    grouped = {
-        title: [name for name in group if name in methods] for title, group in GROUPS.items()
-    }
-    known = {name for group in GROUPS.values() for name in group}
-    for name in methods:
-        if name not in known:
-            independent = methods[name]["training"] == "independent"
-            grouped["independent training" if independent else "sequential training"].append(name)
-    return {title: group for title, group in grouped.items() if group}
 
 
 def _scale(method: Mapping[str, Any]) -> str:

@@ -26,6 +26,8 @@ def results(run: Run) -> dict[str, Any]:
         The content of ``results.json``: plain values only.
     """
     zero_shot = run.matrices["zero-shot"]
+    # Of a run that had finished and was given more methods.
+    former = run.folder.results().get("methods", {})
     return {
         "method": run.own.name,
         "seed": run.config.seed,
@@ -43,7 +45,10 @@ def results(run: Run) -> dict[str, Any]:
             }
             for task in run.stream.tasks
         ],
-        "methods": {method.name: _method_results(run, method, zero_shot) for method in run.methods},
+        "methods": {
+            method.name: former.get(method.name) or _method_results(run, method, zero_shot)
+            for method in run.methods
+        },
         "training": {name: [asdict(cost) for cost in found] for name, found in run.costs.items()},
         "total": asdict(run.cost),
         "versions": {"python": platform.python_version()}

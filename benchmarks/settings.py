@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,13 +10,14 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from cl_merge.benchmarks.catalog import find_data
-from cl_merge.benchmarks.methods import find_method, whole_path
+from cl_merge.benchmarks.catalog import find_data, is_data_file
+from cl_merge.benchmarks.methods import find_method, methods_beside, whole_path
 from cl_merge.config import RunConfig, parse_arguments, read_config, read_yaml
 from cl_merge.errors import InputError
 
 # Settings that change nothing in what a run finds; everything else is fixed once it has begun.
 _FREE = {"out", "source", "checkpoint_seconds", "stream.num_workers", "stream.cache"}
+_BESIDE = "merge.beside."
 
 
 def read_settings(settings: Sequence[str], file: str | Path | None = None) -> RunConfig:
@@ -49,7 +51,8 @@ def read_settings(settings: Sequence[str], file: str | Path | None = None) -> Ru
         check_same_run(config, begun)
         return config
     entry = find_data(str(given.get("data", layer.get("data", RunConfig.data))))
-    config = _with_whole_paths(read_config(settings, entry.recipe, file))
+    origin = str(entry.file or f"the recipe of {entry.name}")
+    config = _with_whole_paths(read_config(settings, entry.recipe, file, origin=origin))
     find_method(config.method)
     return config
 
@@ -68,9 +71,21 @@ def check_same_run(config: RunConfig, saved: Path) -> None:
     before, now = (
         _flat(asdict(c)) for c in (read_config([], container, origin=str(saved)), config)
     )
-    differing = [
-        key for key in before | now if key not in _FREE and before.get(key) != now.get(key)
-    ]
+    former, wanted = (
+        {method.name for method in methods_beside(c["method"], c["compare"])} for c in (before, now)
+    )
+
+    def free(key: str) -> bool:
+        """Whether a setting may differ: methods can join a run, with options of their own."""
+        beside = key.removeprefix(_BESIDE).split(".")[0] if key.startswith(_BESIDE) else None
+        joins = key == "compare" and former <= wanted
+        return (
+            key in {*_FREE, _BESIDE.rstrip(".")}
+            or joins
+            or (beside is not None and beside not in former)
+        )
+
+    differing = [key for key in before | now if not free(key) and before.get(key) != now.get(key)]
     if differing:
         key, more = differing[0], len(differing) - 1
         raise InputError(
@@ -80,8 +95,39 @@ def check_same_run(config: RunConfig, saved: Path) -> None:
         )
 
 
+def unfinished_methods(config: RunConfig, folder: Path) -> set[str]:
+    """Name the methods of a run that its folder has no results of.
+
+    Args:
+        config: The run.
+        folder: Its folder.
+
+    Returns:
+        Their names; all of them if the run has not finished.
+    """
+    wanted = {method.name for method in methods_beside(config.method, config.compare)}
+    return wanted - finished_methods(folder)
+
+
+def finished_methods(folder: Path) -> set[str]:
+    """Name the methods that a run's folder has results of.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        Their names; none if no run has finished there.
+    """
+    try:
+        return set(json.loads((folder / "results.json").read_text())["methods"])
+    except FileNotFoundError:
+        return set()
+
+
 def _with_whole_paths(config: RunConfig) -> RunConfig:
-    """Name files of methods from the root, so that a run goes on wherever it is called from."""
+    """Name the user's files from the root, so that a run goes on wherever it is called from."""
+    if is_data_file(config.data):
+        config.data = str(Path(config.data).expanduser().resolve())
     config.method = whole_path(config.method)
     if isinstance(config.compare, list):
         config.compare = [whole_path(str(name)) for name in config.compare]

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import lightning as L
 
+from cl_merge.benchmarks.evaluation import fill_row
+from cl_merge.benchmarks.latecomers import evaluate_latecomers
 from cl_merge.benchmarks.methods import TRAININGS, Method, Training
 from cl_merge.benchmarks.progress import RunProgress
 from cl_merge.benchmarks.run import Run, make_merger, make_regularizer, merge_callback
-from cl_merge.benchmarks.trainers import evaluation_trainer, training_trainer
+from cl_merge.benchmarks.trainers import training_trainer
 from cl_merge.callbacks import MergeCallback
 from cl_merge.fit import TaskEnd, fit_stream
 from cl_merge.measure import measured
 from cl_merge.mergers import Merger
-from cl_merge.scales import Scales, scaled
+from cl_merge.scales import Scales
 from cl_merge.scenario import Task
-from cl_merge.stream import TaskStream
 from cl_merge.task_vector import TaskVector
-from cl_merge.weights import install, swapped, trained_parameters
+from cl_merge.weights import install, trained_parameters
 
 Tell = Callable[[Run, Training, TaskEnd], None]
 """Called after each task of each training."""
@@ -45,7 +45,7 @@ def _evaluate_zero_shot(run: Run, progress: RunProgress) -> None:
     progress.describe("zero-shot")
     run.stream.select(0)
     matrix = run.new_matrix("zero-shot")
-    _evaluate(run, run.stream, "zero-shot", progress)
+    fill_row(run, run.stream, "zero-shot", progress)
     # Nothing trains: every row of the matrix is the same.
     for task in run.stream.tasks:
         matrix.rows[task.index] = matrix.rows[0].clone()
@@ -85,7 +85,10 @@ def _train(
             run.chosen |= {lead.name: callback.chosen} if callback.chosen else {}
 
     stream = run.stream.joint() if training.joint else run.stream
-
+    evaluate_latecomers(run, stream, training, methods, progress)
+    if (costs := run.folder.finished_training(training.name)) is not None:
+        run.costs[training.name] = costs
+        return
     rows = run.rows(training.name)
 
     def make_trainer(task: Task) -> L.Trainer:
@@ -102,7 +105,7 @@ def _train(
         for method in methods if end.task.index in rows else ():
             progress.describe(f"{_place(run, end.task.index)}, evaluating {method.name}")
             merging = callback if method is lead else mergers.get(method.name)
-            _evaluate(run, stream, method.name, progress, merging)
+            fill_row(run, stream, method.name, progress, merging)
         if tell is not None:
             tell(run, training, end)
 
@@ -133,30 +136,6 @@ def _catch_up(merger: Merger, folder: Path, tasks: int, like: TaskVector) -> Non
     for index in range(merger.tasks, tasks):
         vector = TaskVector.load(folder / f"task{index}.safetensors")
         merger.update({name: tensor.to(device) for name, tensor in vector.items()})
-
-
-def _evaluate(
-    run: Run,
-    stream: TaskStream,
-    name: str,
-    progress: RunProgress,
-    merging: MergeCallback | Merger | None = None,
-) -> None:
-    """Fill a row of a method's matrix: of the live weights, or of what a merger makes."""
-    matrix, row = run.matrices[name], stream.row
-    if row in matrix.rows:
-        return
-    run.model.accuracy = matrix
-    live = trained_parameters(run.model)
-    callbacks: list[L.Callback] = [progress]
-    weights: AbstractContextManager[None] = nullcontext()
-    if isinstance(merging, MergeCallback):
-        callbacks = [merging, progress]
-    elif merging is not None:
-        weights = swapped(live, scaled(run.base, merging.items(), run.scales[name]))
-    with weights:
-        evaluation_trainer(run, callbacks).test(run.model, datamodule=stream, verbose=False)
-    run.folder.add_row(name, row, matrix.rows[row])
 
 
 def _place(run: Run, position: int) -> str:

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from cl_merge import __version__
-from cl_merge.cli import inspect, merge, run
-from cl_merge.cli.run import RunStoppedError
+from cl_merge.cli import bench, inspect, merge, report, run
+from cl_merge.cli.stopped import StoppedError
 from cl_merge.errors import InputError
 
 
@@ -19,24 +19,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The words after the program's name; those of the process if None.
 
     Returns:
-        The exit code: 0 for success, 1 if the disk or the system stops it or an inspection finds
-        what cannot be merged, 2 for wrong input, 130 after Ctrl-C.
+        The exit code: 0 for success, 1 if the disk or the system stops it, a run of a suite failed,
+        or an inspection finds what cannot be merged, 2 for wrong input, 130 after Ctrl-C.
     """
     try:
-        parsed = _parser().parse_args(arguments)
+        parsed = _parse(arguments)
         return int(parsed.execute(parsed) or 0)
     except InputError as error:
         sys.stderr.write(f"cl-merge: {error}\n")
         return 2
-    except RunStoppedError as stopped:
+    except StoppedError as stopped:
         code, why = _explain(stopped.reason)
         kept = "what was finished is kept; " if code == 130 else ""
-        sys.stderr.write(f"cl-merge: {why}; {kept}go on with: cl-merge run out={stopped.folder}\n")
+        sys.stderr.write(f"cl-merge: {why}; {kept}go on with: {stopped.again}\n")
         return code
     except (KeyboardInterrupt, SystemExit, OSError) as stop:
         code, why = _explain(stop)
         sys.stderr.write(f"cl-merge: {why}\n")
         return code
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the words; settings may stand before and behind options."""
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    unknown = [word for word in rest if word.startswith("-") or "settings" not in parsed]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        parsed.settings += rest
+    return parsed
 
 
 def _explain(reason: BaseException) -> tuple[int, str]:
@@ -55,6 +67,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (run, merge, inspect):
+    for command in (run, bench, report, merge, inspect):
         command.add_parser(commands)
     return parser

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cl_merge.cli.messages import show_messages
+from cl_merge.cli.stopped import StoppedError
 
 _DESCRIPTION = """\
 Learn a stream of tasks, merge what each task changed, and show what that gives.
@@ -58,13 +59,13 @@ def run(settings: Sequence[str], file: str | None = None) -> None:
     from rich.console import Console
 
     from cl_merge.benchmarks.report import show_results, show_start, show_task
-    from cl_merge.benchmarks.settings import read_settings
+    from cl_merge.benchmarks.settings import read_settings, unfinished_methods
     from cl_merge.journal import is_first_process
 
     config = read_settings(settings, file)
     console = Console(quiet=not is_first_process(), highlight=False)
     folder = Path(config.out).expanduser() if config.out else None
-    if folder is not None and (folder / "results.json").exists():
+    if folder is not None and not unfinished_methods(config, folder):
         if is_first_process():
             console.print(f"{folder} holds this run, finished; nothing is left to do")
             show_results(console, folder)
@@ -86,23 +87,9 @@ def run(settings: Sequence[str], file: str | None = None) -> None:
         if is_first_process():
             show_results(console, started.folder.path)
     except (KeyboardInterrupt, SystemExit, OSError) as stop:
-        raise RunStoppedError(started.folder.path, stop) from stop
+        raise StoppedError(f"cl-merge run out={started.folder.path}", stop) from stop
     finally:
         started.folder.release()
-
-
-class RunStoppedError(Exception):
-    """A run that was begun and did not end, for a reason outside of it.
-
-    Args:
-        folder: Its folder.
-        reason: What stopped it.
-    """
-
-    def __init__(self, folder: Path, reason: BaseException) -> None:
-        super().__init__(str(folder), reason)
-        self.folder = folder
-        self.reason = reason
 
 
 def _key_help() -> str:

@@ -1,0 +1,1 @@
+"""Suites: tables of data sets, numbers of tasks, methods and seeds."""

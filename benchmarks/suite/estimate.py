@@ -1,0 +1,165 @@
+"""How long a suite will take: images counted, seconds per image measured."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from cl_merge.benchmarks.catalog import find_data
+from cl_merge.benchmarks.methods import TRAININGS
+from cl_merge.benchmarks.suite.plan import Job, job_config
+from cl_merge.config import RunConfig
+
+_TRAIN_COST = 3  # forward and backward, in forward passes
+_LWF_COST = 4  # that, and a forward pass of the former model
+
+
+@dataclass(frozen=True)
+class Size:
+    """Images of a run.
+
+    Attributes:
+        train: To train on, over all tasks.
+        test: To test on.
+        tasks: Number of tasks.
+    """
+
+    train: int
+    test: int
+    tasks: int
+
+
+def estimate(jobs: Sequence[Job], folder: Path) -> dict[str, float | None]:
+    """Estimate how long jobs take, each by itself on this machine.
+
+    What has finished in the suite's folder tells how fast a model is; if nothing has, a few images
+    of noise are timed.
+
+    Args:
+        jobs: All jobs of a suite, finished ones among them.
+        folder: The suite's.
+
+    Returns:
+        Seconds by the job's place; None where the size of the data is not known.
+    """
+    configs = {job.place: job_config(job) for job in jobs}
+    sizes: dict[str, Size] = {}
+    rates: dict[tuple[Any, ...], list[float]] = {}
+    for job in jobs:
+        if (found := _results(folder / job.place)) is not None:
+            size, config = _size_of_results(found), configs[job.place]
+            sizes[job.setting.data] = size
+            done = passes(job, config, size)
+            rates.setdefault(_kind(config), []).append(found["total"]["seconds"] / done)
+    estimates: dict[str, float | None] = {}
+    for job in jobs:
+        config = configs[job.place]
+        known = sizes.get(job.setting.data) or _size_of_facts(config)
+        if known is None:
+            estimates[job.place] = None
+            continue
+        kind = _kind(config)
+        if kind not in rates:
+            rates[kind] = [seconds_per_pass(config.model, config.image_size)]
+        tasks = config.stream.tasks or known.tasks
+        number = passes(job, config, Size(known.train, known.test, tasks))
+        estimates[job.place] = median(rates[kind]) * number
+    return estimates
+
+
+def passes(job: Job, config: RunConfig, size: Size) -> int:
+    """Count the images that go through the model in a job, a forward pass each.
+
+    Args:
+        job: The job.
+        config: Of its run.
+        size: Of its data.
+
+    Returns:
+        The number; a training step on an image counts as three, with LwF as four.
+    """
+    joint = TRAININGS[job.training].joint
+    rows = 1 if joint or config.evaluate == "last" else size.tasks
+    epochs = max(config.trainer["max_epochs"] or 1, 1)
+    cost = _LWF_COST if job.training == "lwf" else _TRAIN_COST
+    return size.test * (1 + rows * len(job.methods)) + size.train * epochs * cost
+
+
+def seconds_per_pass(model: str, image_size: int | None) -> float:
+    """Time the image tower of a model on noise, with whatever weights.
+
+    Args:
+        model: As for ``cl-merge run model=``.
+        image_size: Height and width in pixels; None for the model's own.
+
+    Returns:
+        Seconds of a forward pass of one image.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tower, size = _tower(model, image_size)
+    tower = tower.to(device).eval()
+    images = torch.randn(64 if device == "cuda" else 8, 3, size, size, device=device)
+    best = float("inf")
+    with torch.inference_mode():
+        for _ in range(3):
+            begin = time.perf_counter()
+            tower(images).sum().item()
+            best = min(best, time.perf_counter() - begin)
+    return best / len(images)
+
+
+def _tower(model: str, image_size: int | None) -> tuple[torch.nn.Module, int]:
+    from cl_merge.load import load_clip
+
+    name = model.partition(":")[0]
+    if name in ("glyph", "lite", "local-dir"):
+        clip = load_clip(model, image_size=image_size)
+        return clip.model.visual, clip.image_size
+    # The architecture is enough: weights would have to be downloaded.
+    import open_clip
+
+    logging.disable(logging.WARNING)  # it warns that there are no weights
+    try:
+        visual = open_clip.create_model(name, force_image_size=image_size).visual
+    finally:
+        logging.disable(logging.NOTSET)
+    size = visual.image_size
+    return visual, int(size[0] if isinstance(size, (tuple, list)) else size)
+
+
+def _kind(config: RunConfig) -> tuple[Any, ...]:
+    trainer = config.trainer
+    return config.model, config.image_size, trainer.get("precision"), trainer.get("devices")
+
+
+def _size_of_facts(config: RunConfig) -> Size | None:
+    facts: Mapping[str, int] = find_data(config.data).facts
+    if "train" not in facts or "test" not in facts:
+        return None
+    train, limit = facts["train"], config.stream.images_per_class
+    if limit is not None and "classes" in facts:
+        train = min(train, limit * facts["classes"])
+    tasks = config.stream.tasks or facts.get("domains") or facts.get("tasks") or 1
+    return Size(train, facts["test"], tasks)
+
+
+def _size_of_results(results: Mapping[str, Any]) -> Size:
+    tasks = results["tasks"]
+    train, test = (sum(task[f"{key}_images"] for task in tasks) for key in ("train", "test"))
+    return Size(train, test, len(tasks))
+
+
+def _results(place: Path) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads((place / "results.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return found

@@ -1,0 +1,243 @@
+"""What a suite has found: its cells read back, averaged over seeds, beside the paper's figures."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from cl_merge.benchmarks.methods import TRAININGS, Method
+from cl_merge.benchmarks.suite.definition import Setting, Suite
+from cl_merge.benchmarks.suite.execution import LOG
+from cl_merge.benchmarks.suite.plan import BEGUN, DONE, FAILED, FAILURE, Cell, make_plan, state_of
+
+METRICS: dict[str, str] = {
+    "accuracy": "accuracy on all test images among all classes after the last task, micro average",
+    "average_accuracy": "the same as the mean over tasks, macro average",
+    "task_aware_accuracy": "accuracy among the classes of the image's own task",
+    "average_incremental_accuracy": "mean over tasks of the accuracy on everything seen so far",
+    "forgetting": "mean over tasks of the best accuracy before the last task less the last",
+    "backward_transfer": "mean over tasks of the accuracy after the last task less that after it",
+    "forward_transfer": "mean over tasks of the accuracy just before it less zero-shot",
+    "seconds": "of the whole run, which serves all methods that share its training",
+    "peak_memory": "bytes, of the run",
+    "stored_bytes": "bytes of task vectors that the run keeps",
+}
+"""What a cell can tell, by name; shares are in per cent."""
+
+# Of joint training, which is one run for any number of tasks, only what does not depend on it.
+_WITHOUT_TASKS = ("accuracy", "seconds", "peak_memory", "stored_bytes")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is known of a cell.
+
+    Attributes:
+        cell: Which.
+        state: `plan.DONE`, `FAILED`, `BEGUN` or `NEW`.
+        place: Folder of its run within the suite's.
+        metrics: What of `METRICS` it has.
+        result: Its part of ``results.json``: matrix, scale and so on; empty unless it is done.
+        tasks: Names of the tasks.
+        reason: Why it failed.
+    """
+
+    cell: Cell
+    state: str
+    place: str
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    result: Mapping[str, Any] = field(default_factory=dict)
+    tasks: tuple[str, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure over seeds.
+
+    Attributes:
+        values: By seed.
+    """
+
+    values: Mapping[int, float]
+
+    @property
+    def mean(self) -> float:
+        """Their mean; NaN if there are none."""
+        return mean(self.values.values()) if self.values else math.nan
+
+    @property
+    def spread(self) -> float:
+        """Their sample standard deviation; NaN if there are fewer than two."""
+        return stdev(self.values.values()) if len(self.values) > 1 else math.nan
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A place in the table: a method on a setting.
+
+    Attributes:
+        setting: The column.
+        method: The row.
+        figures: By name of the metric.
+        paper: The paper's accuracy; None if it has none.
+        rank: 1 for the best mean accuracy of the methods that merge, 2 for the second best, None
+            for the others.
+        cells: One for each seed.
+    """
+
+    setting: Setting
+    method: str
+    figures: Mapping[str, Figure]
+    paper: float | None
+    rank: int | None
+    cells: tuple[Found, ...]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All of a suite.
+
+    Attributes:
+        suite: The suite.
+        folder: Where it lies.
+        entries: By setting's name and method.
+    """
+
+    suite: Suite
+    folder: Path
+    entries: Mapping[tuple[str, str], Entry]
+
+    @property
+    def cells(self) -> list[Found]:
+        """Every cell."""
+        return [cell for entry in self.entries.values() for cell in entry.cells]
+
+
+def summarize(suite: Suite, folder: str | Path) -> Summary:
+    """Read what a suite has found so far.
+
+    Args:
+        suite: The suite.
+        folder: Where its runs lie.
+
+    Returns:
+        The summary; what has not run is in it, too, without figures.
+    """
+    folder, cache = Path(folder), dict[str, dict[str, Any]]()
+    found = [_read(cell, folder, cache) for cell in make_plan(suite)]
+    entries = {}
+    for setting in suite.settings:
+        figures = {method: _figures(found, setting, method) for method in suite.rows}
+        ranks = _ranks(figures)
+        for method in suite.rows:
+            entries[setting.name, method.name] = Entry(
+                setting,
+                method.name,
+                figures[method],
+                paper_accuracy(suite, setting, method),
+                ranks.get(method),
+                tuple(_cells(found, setting, method)),
+            )
+    return Summary(suite, folder, entries)
+
+
+def paper_accuracy(suite: Suite, setting: Setting, method: Method) -> float | None:
+    """What the paper reports.
+
+    Args:
+        suite: Says which of its tables is meant.
+        setting: The column.
+        method: The row.
+
+    Returns:
+        The accuracy in per cent; None if the paper does not have it.
+
+    Example:
+        >>> from cl_merge.benchmarks.methods import find_method
+        >>> from cl_merge.benchmarks.suite.definition import find_suite
+        >>> paper_accuracy(find_suite("table1"), Setting("cifar100", 10), find_method("magmax"))
+        80.41
+
+    Reference:
+        Marczak et al., MagMax: Leveraging Model Merging for Seamless Continual Learning, ECCV 2024,
+        tables 1 and 2.
+    """
+    if suite.paper is None:
+        return None
+    row = _paper().get(method.paper or "", {}).get(setting.data)
+    value = row.get(setting.tasks) if isinstance(row, Mapping) else row
+    return None if value is None else float(value)
+
+
+def _paper() -> dict[str, Any]:
+    text = files("cl_merge.benchmarks.paper").joinpath("results.yaml").read_text()
+    found: Any = OmegaConf.to_container(OmegaConf.create(text))
+    return dict(found)
+
+
+def _read(cell: Cell, folder: Path, cache: dict[str, dict[str, Any]]) -> Found:
+    job, place = cell.job, folder / cell.job.place
+    if job.place not in cache:
+        try:
+            cache[job.place] = json.loads((place / "results.json").read_text())
+        except (OSError, ValueError):
+            cache[job.place] = {}
+    results = cache[job.place]
+    result = results.get("methods", {}).get(cell.method)
+    if result is None:
+        state = state_of(job, folder)
+        reason = _failure(place) if state == FAILED else ""
+        return Found(cell, BEGUN if state == DONE else state, job.place, reason=reason)
+    metrics = {name: x for name, x in result["metrics"].items() if x is not None}
+    metrics |= {
+        "seconds": results["total"]["seconds"],
+        "peak_memory": max(results["total"]["peak_memory"], results["total"]["peak_device_memory"]),
+    }
+    if result["merger"]:
+        vectors = place.glob("task_vectors/*/*.safetensors")
+        metrics["stored_bytes"] = sum(file.stat().st_size for file in vectors)
+    joint = TRAININGS[job.training].joint
+    if joint and cell.setting.tasks != job.setting.tasks:
+        metrics = {name: x for name, x in metrics.items() if name in _WITHOUT_TASKS}
+    tasks = tuple(task["name"] for task in results["tasks"])
+    return Found(cell, DONE, job.place, metrics, result, tasks)
+
+
+def _failure(place: Path) -> str:
+    try:
+        return str(json.loads((place / FAILURE).read_text())["reason"])
+    except (OSError, ValueError, KeyError):
+        return f"see {LOG}"
+
+
+def _cells(found: list[Found], setting: Setting, method: Method) -> list[Found]:
+    return [f for f in found if f.cell.setting == setting and f.cell.method == method.name]
+
+
+def _figures(found: list[Found], setting: Setting, method: Method) -> dict[str, Figure]:
+    figures = {}
+    for name in METRICS:
+        cells = _cells(found, setting, method)
+        values = {cell.cell.seed: cell.metrics[name] for cell in cells if name in cell.metrics}
+        if values:
+            figures[name] = Figure(values)
+    return figures
+
+
+def _ranks(figures: Mapping[Method, Mapping[str, Figure]]) -> dict[Method, int]:
+    means = {
+        method: own["accuracy"].mean
+        for method, own in figures.items()
+        if method.merger and "accuracy" in own
+    }
+    best = sorted(means, key=lambda method: -means[method])[:2]
+    return {method: rank for rank, method in enumerate(best, start=1)}

@@ -1,0 +1,132 @@
+"""What a suite says while it runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from cl_merge.benchmarks.suite.definition import Suite
+from cl_merge.benchmarks.suite.execution import LOG, Ended
+from cl_merge.benchmarks.suite.plan import DONE, FAILED, Job, state_of
+
+
+def show_plan(
+    console: Console,
+    suite: Suite,
+    jobs: Sequence[Job],
+    folder: Path,
+    seconds: Mapping[str, float | None],
+) -> None:
+    """Show what would be run.
+
+    Args:
+        console: Where to print.
+        suite: The suite.
+        jobs: Its jobs.
+        folder: Where it would write.
+        seconds: What each job would take here, by its place; None where that is not known.
+    """
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    table.add_column("run", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    table.add_column("about", justify="right", no_wrap=True)
+    table.add_column("methods", ratio=1, no_wrap=True, overflow="ellipsis")
+    left, unknown = 0.0, False
+    for job in jobs:
+        state, time = state_of(job, folder), seconds[job.place]
+        if state != DONE:
+            left += time or 0.0
+            unknown |= time is None
+        shown = "" if state == DONE else "?" if time is None else duration(time)
+        colour = {DONE: "green", FAILED: "red"}.get(state, "")
+        table.add_row(
+            job.place, f"[{colour}]{state}[/]" if colour else state, shown, ", ".join(job.methods)
+        )
+    console.print(table)
+    cells = len(suite.settings) * len(suite.shown) * len(suite.seeds)
+    done = sum(state_of(job, folder) == DONE for job in jobs)
+    console.print(
+        f"{suite.name}: {cells} cells ({len(suite.settings)} settings, {len(suite.shown)} methods, "
+        f"{len(suite.seeds)} seeds) from {len(jobs)} runs in {folder}, {done} of them done; "
+        f"{'more than' if unknown else 'about'} {duration(left)} left on this machine, one at a "
+        "time",
+        soft_wrap=True,
+    )
+
+
+def show_begin(console: Console, suite: Suite, jobs: int, left: int, folder: Path) -> None:
+    """Say what is about to be run.
+
+    Args:
+        console: Where to print.
+        suite: The suite.
+        jobs: How many runs it has.
+        left: How many of them are not done.
+        folder: Where it writes.
+    """
+    said = f"{suite.name} in {folder}: {jobs} runs"
+    done = f", {jobs - left} of them done" if left < jobs else ""
+    console.print(f"{said}, all done; nothing is left to do" if not left else said + done)
+
+
+def show_ended(console: Console, ended: Ended, number: int, jobs: int, folder: Path) -> None:
+    """Say how a run ended.
+
+    Args:
+        console: Where to print.
+        ended: The run.
+        number: How many have ended with it.
+        jobs: How many there are.
+        folder: The suite's.
+    """
+    said = f"{number}/{jobs} {ended.job}, {duration(ended.seconds)}: "
+    if ended.state == DONE:
+        methods = json.loads((folder / ended.job.place / "results.json").read_text())["methods"]
+        said += ", ".join(f"{name} {methods[name]['accuracy']:.1f}" for name in ended.job.methods)
+    else:
+        colour = "red" if ended.state == FAILED else "yellow"
+        said += f"[{colour}]{ended.state}[/] {ended.reason}"
+    console.print(said, soft_wrap=True)
+
+
+def show_failures(console: Console, failed: Sequence[Ended], folder: Path) -> None:
+    """Name the runs that failed, and where they said why.
+
+    Args:
+        console: Where to print.
+        failed: Those runs.
+        folder: The suite's.
+    """
+    for ended in failed:
+        console.print(f"[red]failed[/] {folder / ended.job.place / LOG}", soft_wrap=True)
+        console.print(f"  {ended.reason}", markup=False, soft_wrap=True)
+    if failed:
+        console.print("the same command tries once more what failed, and nothing else")
+
+
+def duration(seconds: float) -> str:
+    """Say how long something takes.
+
+    Args:
+        seconds: How long.
+
+    Returns:
+        Words.
+
+    Example:
+        >>> duration(4.2), duration(200), duration(5000), duration(200000)
+        ('4 s', '3 min', '1 h 23 min', '2 d 8 h')
+    """
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if hours < 24:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{hours // 24} d {hours % 24} h"

@@ -1,0 +1,196 @@
+"""``cl-merge bench``: fill a table of data sets, methods and seeds."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cl_merge.cli.messages import show_messages
+from cl_merge.cli.stopped import StoppedError
+from cl_merge.errors import InputError
+
+if TYPE_CHECKING:
+    from cl_merge.benchmarks.suite.definition import Suite
+    from cl_merge.benchmarks.suite.execution import Ended
+    from cl_merge.benchmarks.suite.plan import Job
+
+_DESCRIPTION = """\
+Run a suite: every method on every data set, number of tasks and seed. Methods that share a training
+share it. What is done is never done again: the same command goes on where it was stopped, and tries
+once more what failed. It leaves a folder with all runs, tables, figures and report.html.
+"""
+_EXAMPLES = """\
+examples:
+  cl-merge bench offline --dry-run
+  cl-merge bench offline --data digits,characters --seeds 3
+  CL_MERGE_DATA=/photos cl-merge bench offline --data caltech101 --tasks 10 --parallel 2
+  cl-merge bench table1 --data cifar100 --tasks 10 --methods magmax,ties --seeds 3 --dry-run
+  cl-merge bench table1 --ddp 8 trainer.precision=bf16-mixed
+  cl-merge bench table1 --cluster slurm_partition=gpu --cluster gpus_per_node=1
+  cl-merge bench my-suite.yaml
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to the command line.
+
+    Args:
+        commands: Where the commands are.
+    """
+    command = commands.add_parser(
+        "bench",
+        help="fill a table of data sets, methods and seeds",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument(
+        "suite", metavar="SUITE", help="offline, table1, table2, domains, eight, or FILE.yaml"
+    )
+    command.add_argument(
+        "settings", nargs="*", metavar="KEY=VALUE", help="settings of every run, see cl-merge run"
+    )
+    for name, about in (
+        ("data", "only these data sets, with commas; others are added"),
+        ("tasks", "only these numbers of tasks, with commas"),
+        ("methods", "only these methods, with commas; any that cl-merge run knows"),
+    ):
+        command.add_argument(f"--{name}", metavar="A,B", default="", help=about)
+    command.add_argument("--seeds", metavar="N", help="how many, or a list with commas")
+    command.add_argument("--out", metavar="FOLDER", help="folder of the suite [runs/SUITE]")
+    command.add_argument(
+        "--dry-run", action="store_true", help="show what would be done, and how long it takes"
+    )
+    command.add_argument(
+        "--parallel", type=int, metavar="N", help="runs side by side [one for each GPU]"
+    )
+    command.add_argument(
+        "--ddp", type=int, metavar="N", help="one run at a time, on N devices together"
+    )
+    command.add_argument(
+        "--cluster",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="through submitit: cluster=slurm or local, and its parameters",
+    )
+    command.add_argument("--no-figures", action="store_true", help="tables only")
+    command.set_defaults(execute=bench)
+
+
+def bench(parsed: argparse.Namespace) -> int:
+    """Run a suite, or say what would be run.
+
+    Args:
+        parsed: The words of the command.
+
+    Returns:
+        0, or 1 if a run failed.
+
+    Raises:
+        InputError: If the suite, a name or a setting is wrong.
+        StoppedError: If it was interrupted.
+    """
+    from rich.console import Console
+
+    from cl_merge.benchmarks.suite.definition import find_suite, narrowed
+    from cl_merge.benchmarks.suite.folder import with_former_methods
+    from cl_merge.benchmarks.suite.plan import job_config, jobs_of, make_plan
+
+    suite = narrowed(
+        find_suite(parsed.suite),
+        data=_words(parsed.data),
+        tasks=_numbers(parsed.tasks),
+        methods=_words(parsed.methods),
+        seeds=parsed.seeds,
+        run=parsed.settings,
+    )
+    folder = Path(parsed.out or Path("runs") / suite.name).expanduser()
+    jobs = jobs_of(make_plan(with_former_methods(suite, folder)))
+    for job in jobs:
+        job_config(job)  # a wrong setting shows before anything runs
+    console = Console(highlight=False)
+    if parsed.dry_run:
+        from cl_merge.benchmarks.suite.estimate import estimate
+        from cl_merge.benchmarks.suite.terminal import show_plan
+
+        show_plan(console, suite, jobs, folder, estimate(jobs, folder))
+        return 0
+    show_messages(console)
+    return _fill(console, suite, jobs, folder, parsed)
+
+
+def _fill(
+    console: Any, suite: Suite, jobs: list[Job], folder: Path, parsed: argparse.Namespace
+) -> int:
+    from cl_merge.benchmarks.suite.folder import hold, remember
+    from cl_merge.benchmarks.suite.plan import DONE, FAILED, state_of
+    from cl_merge.benchmarks.suite.terminal import show_begin, show_ended, show_failures
+    from cl_merge.cli.report import make_report
+
+    with hold(folder), _terminated_as_interrupted():
+        everything = remember(suite, folder)
+        left = [job for job in jobs if state_of(job, folder) != DONE]
+        show_begin(console, suite, len(jobs), len(left), folder)
+        failed = []
+        try:
+            for number, ended in enumerate(_run(left, folder, parsed), start=1):
+                show_ended(console, ended, number, len(left), folder)
+                failed += [ended] if ended.state == FAILED else []
+            make_report(console, everything, folder, figures=not parsed.no_figures)
+        except KeyboardInterrupt as stop:
+            raise StoppedError("the same command", stop) from stop
+    show_failures(console, failed, folder)
+    return 1 if failed else 0
+
+
+def _run(jobs: list[Job], folder: Path, parsed: argparse.Namespace) -> Iterator[Ended]:
+    from cl_merge.benchmarks.suite.cluster import run_on_cluster
+    from cl_merge.benchmarks.suite.execution import run_here
+    from cl_merge.benchmarks.suite.plan import on_devices
+
+    if parsed.ddp is not None and parsed.parallel not in (None, 1):
+        raise InputError("--ddp runs one job at a time; leave out --parallel")
+    if parsed.ddp is not None:
+        jobs = [on_devices(job, parsed.ddp) for job in jobs]
+    if parsed.cluster:
+        return run_on_cluster(jobs, folder, _options(parsed.cluster))
+    return run_here(jobs, folder, 1 if parsed.ddp is not None else parsed.parallel)
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Let what asks the process to end, such as a scheduler, end the runs as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    words = _words(text)
+    if any(not word.isdigit() or int(word) < 1 for word in words):
+        raise InputError(f"--tasks {text}; expected numbers with commas, such as 5,10,20")
+    return [int(word) for word in words]
+
+
+def _options(words: list[str]) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    from cl_merge.config import parse_arguments
+
+    found: Any = OmegaConf.to_container(parse_arguments(words))
+    return dict(found)
