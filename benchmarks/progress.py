@@ -49,6 +49,8 @@ class RunProgress(Callback):
             TimeRemainingColumn(),
             console=console,
             transient=True,
+            # Drawing takes 2 ms of the processor that trains: ten times a second, 2 % of its time.
+            refresh_per_second=2,
             disable=not console.is_terminal,
         )
         self._bar = self._progress.add_task("starting", total=total, loss="")

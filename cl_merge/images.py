@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from cl_merge.errors import InputError, unknown_name
-from cl_merge.sampling import Draw, seeded
+from cl_merge.sampling import Draw, generators_kept, seed_generators
 from cl_merge.scenario import Indices
 
 if TYPE_CHECKING:
@@ -179,9 +180,19 @@ class ImageDataset(Dataset[Sample]):
         return len(self.rows)
 
     def __getitem__(self, index: int | Draw) -> Sample:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int | Draw]) -> list[Sample]:
+        """Load the samples of a batch at once, as a data loader asks for them."""
+        drawn = any(isinstance(index, Draw) for index in indices)
+        # To keep the generators takes ten times as long as to seed them: once for a batch.
+        with generators_kept() if drawn else nullcontext():
+            return [self._load(index) for index in indices]
+
+    def _load(self, index: int | Draw) -> Sample:
         if isinstance(index, Draw):
-            with seeded(index.seed):
-                return self[index.index]
+            seed_generators(index.seed)
+            index = index.index
         row = int(self.rows[index])
         image = self._transform(self._table.image(row))
         return Sample(image, int(self._labels[row]), int(self._tasks[row]))

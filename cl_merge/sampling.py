@@ -96,15 +96,31 @@ def seeded(seed: int) -> Iterator[None]:
         ...     random.random() == first
         True
     """
+    with generators_kept():
+        seed_generators(seed)
+        yield
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Put the states of Python's, NumPy's and torch's CPU generators back after a block."""
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     try:
-        random.seed(seed)
-        # NumPy and torch run the same generator on 32 bits of the seed: each gets a half of its
-        # own, or a transform that draws from both would draw the same numbers twice.
-        np.random.seed(seed >> 32)
-        torch.default_generator.manual_seed(seed)
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.default_generator.set_state(states[2])
+
+
+def seed_generators(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's CPU generators.
+
+    Args:
+        seed: 0 to 2^64 - 1.
+    """
+    random.seed(seed)
+    # NumPy and torch run the same generator on 32 bits of the seed: each gets a half of its
+    # own, or a transform that draws from both would draw the same numbers twice.
+    np.random.seed(seed >> 32)
+    torch.default_generator.manual_seed(seed)
