@@ -140,6 +140,21 @@ class RunFolder:
         costs = self.results().get("training", {}).get(training)
         return None if costs is None else [Cost(**cost) for cost in costs]
 
+    def finished_tasks(self, training: str, tasks: int) -> list[int]:
+        """Which tasks of a training will not be learned again.
+
+        Args:
+            training: Its name.
+            tasks: How many it has.
+
+        Returns:
+            Their indices.
+        """
+        if self.finished_training(training) is not None:
+            return list(range(tasks))
+        journal = Journal(self.state_of(training) / "journal.jsonl")
+        return [task for task in range(tasks) if journal.find(done="task", task=task)]
+
     def finish(self, results: Mapping[str, Any]) -> None:
         """Write the results, and remove what was only needed to go on.
 

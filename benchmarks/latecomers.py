@@ -16,7 +16,7 @@ from cl_merge.weights import swapped, trained_parameters
 def evaluate_latecomers(
     run: Run, stream: TaskStream, training: Training, methods: list[Method], progress: RunProgress
 ) -> None:
-    """Fill the rows of tasks that others of the same training have been evaluated after already.
+    """Fill the rows of tasks that will not be learned again.
 
     Methods that do not merge get the weights that the task vector leads to, which differ from those
     that were trained by rounding.
@@ -28,18 +28,17 @@ def evaluate_latecomers(
         methods: Those that share it.
         progress: Shows how far the run is.
     """
-    done = set().union(*(run.matrices[method.name].rows for method in methods))
-    late = [method for method in methods if done - set(run.matrices[method.name].rows)]
+    finished = run.folder.finished_tasks(training.name, len(stream.tasks))
+    wanted = set(finished) & set(run.rows(training.name))
+    late = [method for method in methods if wanted - set(run.matrices[method.name].rows)]
     mergers = {method.name: make_merger(run.config, method)[0] for method in late if method.merger}
-    for task in stream.tasks if late else ():
-        if task.index > max(done):
-            break
-        vector = _stored(run, training, task.index)
-        for merger in mergers.values():
-            merger.update(vector)
-        stream.select(task.index)
-        for method in late if task.index in done else ():
-            progress.describe(f"task {task.index + 1}/{len(stream.tasks)}, {method.name}")
+    for task in finished if late else ():
+        vector = _stored(run, training, task)
+        for each in mergers.values():
+            each.update(vector)
+        stream.select(task)
+        for method in late if task in wanted else ():
+            progress.describe(f"task {task + 1}/{len(stream.tasks)}, {method.name}")
             merger = mergers.get(method.name)
             with nullcontext() if merger else _trained(run, vector):
                 fill_row(run, stream, method.name, progress, merger)

@@ -4,8 +4,8 @@
     python -m cl_merge.benchmarks.merge_speed --model llm --gigabytes 8 --tasks 4 --dtype bfloat16
 
 Makes a base and tasks of the size of ViT-B/16 on the disk and merges them with each method, each in
-a process of its own; times are of the work, without the start of Python. The *floor*, measured
-before each of them, reads the same files once, adds them up and writes one file of the output's
+a process of its own; times are of the work, without the start of Python. The *floor*, measured in
+turn with each of them, reads the same files once, adds them up and writes one file of the output's
 size, in threads and in pieces that fit the cache. The *naive* rows are what one writes first: whole
 state dicts in memory, one operation after another. For Linux: memory is read from /proc.
 """
@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -31,12 +29,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cl_merge.benchmarks.timing import Spread, alone, alternated, new_table
 from cl_merge.engine import merge_checkpoints
 from cl_merge.mergers import MERGERS, get_merger
 from cl_merge.parallel import in_threads
 
 METHODS = ("magmax", "average", "task-arithmetic", "random-mix", "ties")
 NAIVE = ("naive magmax", "naive average", "naive ties")
+_MODULE = "cl_merge.benchmarks.merge_speed"
 _PIECE = 1 << 20  # bytes that the floor reads at a time
 
 
@@ -232,25 +232,23 @@ def _compare(folder: Path, arguments: argparse.Namespace) -> None:
     files = _files(folder, arguments.tasks)
     size = sum(file.stat().st_size for file in files)
     state = "cold" if arguments.cold else "warm"
-    table = _table(
+    table = new_table(
         f"{arguments.tasks} tasks of {size / len(files) / 1e9:.2f} GB, {arguments.dtype}, "
         f"{torch.get_num_threads()} threads, {state} cache",
-        "method", "seconds", "range", "GB/s", "floor, s", "x floor", "memory, MiB",
+        "method", "seconds (range)", "GB/s", "floor, s", "x floor", "memory, MiB",
     )  # fmt: skip
     for method in arguments.methods:
-        floors, own = [], []
-        for _ in range(arguments.repeat):
-            floors.append(_alone("floor", folder))
-            own.append(_alone(method, folder))
-        seconds, least = (statistics.median(r["seconds"] for r in rows) for rows in (own, floors))
-        spread = [run["seconds"] for run in own]
+        turns = alternated(
+            {what: partial(_alone, what, folder) for what in ("floor", method)}, arguments.repeat
+        )
+        own = turns[method]
+        took, least = (Spread.of([r["seconds"] for r in rows]) for rows in (own, turns["floor"]))
         table.add_row(
             method,
-            f"{seconds:.2f}",
-            f"{min(spread):.2f}-{max(spread):.2f}",
-            f"{(size + files[0].stat().st_size) / seconds / 1e9:.1f}",
-            f"{least:.2f}",
-            f"{seconds / least:.2f}",
+            f"{took:.2f}",
+            f"{(size + files[0].stat().st_size) / took.median / 1e9:.1f}",
+            f"{least.median:.2f}",
+            f"{took.median / least.median:.2f}",
             f"{max(run['memory'] for run in own):.0f}",
         )
     console.print(table)
@@ -258,10 +256,14 @@ def _compare(folder: Path, arguments: argparse.Namespace) -> None:
         console.print(_memory_table())
 
 
+def _alone(what: str, folder: Path) -> dict[str, float]:
+    return alone(_MODULE, what, "--folder", str(folder))
+
+
 def _memory_table() -> Any:
-    found = _alone("memory", None)
+    found = alone(_MODULE, "memory")
     values, copy = found["values"], found["copy"]
-    table = _table(
+    table = new_table(
         f"one task vector into memory; copying moves {8 * values / copy / 1e9:.1f} GB/s",
         "method", "ms", "GB/s", "of copy",
     )  # fmt: skip
@@ -275,26 +277,6 @@ def _memory_table() -> Any:
             f"{speed / (8 * values / copy):.0%}",
         )
     return table
-
-
-def _table(title: str, *columns: str) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
-    return table
-
-
-def _alone(what: str, folder: Path | None) -> dict[str, float]:
-    command = [sys.executable, "-m", "cl_merge.benchmarks.merge_speed", *sys.argv[1:]]
-    command += ["--folder", str(folder)] if folder else []
-    output = subprocess.run(  # noqa: S603 - this very file
-        [*command, "--only", what], check=True, capture_output=True, text=True
-    ).stdout
-    found: dict[str, float] = json.loads(output.splitlines()[-1])
-    return found
 
 
 def _files(folder: Path, tasks: int) -> list[Path]:

@@ -55,9 +55,9 @@ class Method:
     name: str
     training: str | None
     merger: str | None = None
-    about: str = field(default="", compare=False)
-    paper: str | None = field(default=None, compare=False)
-    published: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    about: str = field(default="", compare=False, repr=False)
+    paper: str | None = field(default=None, compare=False, repr=False)
+    published: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def options(self) -> list[str]:

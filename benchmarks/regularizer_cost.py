@@ -11,25 +11,22 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
-import time
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
+from cl_merge.benchmarks.random_work import random_work
+from cl_merge.benchmarks.timing import Stopwatch, alone
 from cl_merge.callbacks import EWC, LwF, MergeCallback
-from cl_merge.clip import CLIPClassifier
-from cl_merge.heads import ZeroShotHead
 from cl_merge.measure import measured
 
 KINDS = ("plain", "lwf", "ewc-published", "ewc-empirical", "lwf+ewc", "magmax", "lwf+magmax")
-_CLASSES = 100
+_MODULE = "cl_merge.benchmarks.regularizer_cost"
 
 
 class _Clock(Callback):
@@ -37,21 +34,21 @@ class _Clock(Callback):
 
     def __init__(self) -> None:
         self.steps: list[float] = []
-        self._begin = 0.0
+        self._watch = Stopwatch()
 
     @override
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        _drain()
-        self._begin = time.perf_counter()
+        self._watch = Stopwatch()
+        self._watch.start()
 
     @override
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        _drain()
-        self.steps.append(time.perf_counter() - self._begin)
+        self._watch.stop()
+        self.steps.append(self._watch.wall)
 
 
 class _TimedEWC(EWC):
@@ -61,11 +58,10 @@ class _TimedEWC(EWC):
 
     @override
     def remember(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        _drain()
-        begin = time.perf_counter()
-        super().remember(trainer, pl_module)
-        _drain()
-        self.seconds = time.perf_counter() - begin
+        watch = Stopwatch()
+        with watch:
+            super().remember(trainer, pl_module)
+        self.seconds = watch.wall
 
 
 def measure(kind: str, arguments: argparse.Namespace) -> dict[str, float]:
@@ -79,14 +75,8 @@ def measure(kind: str, arguments: argparse.Namespace) -> dict[str, float]:
         Milliseconds of a step (median), peak memory of the process and of the device in MiB, and
         milliseconds of the Fisher pass per image.
     """
-    visual, size = _encoder(arguments.model, arguments.image_size)
-    images = torch.randn(arguments.steps * arguments.batch_size, 3, size, size)
-    labels = torch.randint(0, _CLASSES, (len(images),))
-    with torch.no_grad():
-        width = visual.eval()(images[:1]).shape[1]
-    rows = 100 * nn.functional.normalize(torch.randn(_CLASSES, width), dim=1)
-    head = ZeroShotHead(rows, [f"class {i}" for i in range(_CLASSES)])
-    module = CLIPClassifier(visual, head, warmup_steps=0)
+    count = arguments.steps * arguments.batch_size
+    module, images, labels = random_work(arguments.model, count, arguments.image_size)
     clock, ewc = _Clock(), None
     callbacks: list[Callback] = [clock]
     if "lwf" in kind:
@@ -145,7 +135,8 @@ def main() -> None:
         table.add_column(column, justify="right")
     plain: dict[str, float] = {}
     for kind in KINDS:
-        found = measure(kind, arguments) if torch.cuda.is_available() else _alone(kind)
+        together = torch.cuda.is_available()
+        found = measure(kind, arguments) if together else alone(_MODULE, kind)
         memory = found["device_mib"] or found["memory_mib"]
         plain = plain or {"step": found["step_ms"], "memory": memory}
         table.add_row(
@@ -157,34 +148,6 @@ def main() -> None:
             f"{found['fisher_ms_per_image']:.1f}" if "fisher_ms_per_image" in found else "",
         )
     Console().print(table)
-
-
-def _alone(kind: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "cl_merge.benchmarks.regularizer_cost", *sys.argv[1:]]
-    output = subprocess.run(  # noqa: S603 - this very file
-        [*command, "--only", kind], check=True, capture_output=True, text=True
-    ).stdout
-    found: dict[str, float] = json.loads(output.splitlines()[-1])
-    return found
-
-
-def _encoder(name: str, image_size: int | None) -> tuple[nn.Module, int]:
-    import open_clip
-
-    from cl_merge.load import load_clip
-
-    model: Any
-    if name in open_clip.list_models():
-        model = open_clip.create_model(name, force_image_size=image_size)
-    else:
-        model = load_clip(name, image_size=image_size).model
-    size = image_size or model.visual.image_size
-    return model.visual, size if isinstance(size, int) else size[0]
-
-
-def _drain() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
+from cl_merge.benchmarks.catalog import find_data
+from cl_merge.benchmarks.figures.style import new_canvas
 from cl_merge.benchmarks.methods import grouped_methods
 
 if TYPE_CHECKING:
@@ -77,9 +79,9 @@ def show_start(console: Console, run: Run) -> None:
     held_out = sum(len(task.held_out) for task in stream.tasks)
     test = sum(len(task.test) for task in stream.tasks)
     console.print(
-        f"{run.config.data} with {run.config.model}: {len(stream.class_names)} classes in "
-        f"{_tasks(stream.tasks)} ({run.config.stream.scenario}-incremental), {train} images to "
-        f"train on, {f'{held_out} held out, ' if held_out else ''}{test} to test on; "
+        f"{find_data(run.config.data).name} with {run.config.model}: "
+        f"{len(stream.class_names)} classes in {_tasks(stream.tasks)} "
+        f"({run.config.stream.scenario}-incremental), {train} images to train on, {f'{held_out} held out, ' if held_out else ''}{test} to test on; "
         f"writing to {run.folder.path}"
     )
 
@@ -157,7 +159,8 @@ def _draw_matrix(results: Mapping[str, Any], path: Path) -> None:
     rows = [results["methods"]["zero-shot"]["matrix"][0], *matrix]
     names = [task["name"] for task in results["tasks"]]
     after = [f"task {i + 1}" for i in range(len(names))] if len(matrix) > 1 else ["all tasks"]
-    figure, axes = _new_figure(2.5 + 0.7 * len(names), 2.2 + 0.5 * len(rows))
+    figure = new_canvas(2.2 + 0.5 * len(rows), 2.5 + 0.7 * len(names))
+    axes = figure.add_subplot()
     image = axes.imshow(rows, vmin=0, vmax=100, cmap="viridis", aspect="auto")
     axes.set_xticks(range(len(names)), [_short(name) for name in names], rotation=40, ha="right")
     axes.set_yticks(range(len(rows)), ["zero-shot", *after])
@@ -177,7 +180,8 @@ def _draw_matrix(results: Mapping[str, Any], path: Path) -> None:
 
 def _draw_curve(results: Mapping[str, Any], path: Path) -> None:
     """Accuracy on everything seen after each task, a line per method."""
-    figure, axes = _new_figure(8.5, 5.0)
+    figure = new_canvas(5.0, 8.5)
+    axes = figure.add_subplot()
     steps = range(1, len(results["tasks"]) + 1)
     styles = {None: ":", "sequential": "-", "independent": "--", "lwf": "-.", "ewc": (0, (1, 1))}
     # A merger has one colour, whichever training it merges; the line style tells the training.
@@ -201,16 +205,6 @@ def _draw_curve(results: Mapping[str, Any], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
     figure.savefig(path, dpi=150)
-
-
-def _new_figure(width: float, height: float) -> tuple[Any, Any]:
-    # Made without pyplot: no window system is needed and no global state is touched.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
 
 
 def _tasks(tasks: Sequence[Any]) -> str:

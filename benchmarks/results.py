@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ def results(run: Run) -> dict[str, Any]:
         },
         "training": {name: [asdict(cost) for cost in found] for name, found in run.costs.items()},
         "total": asdict(run.cost),
+        "finished": datetime.now(UTC).isoformat(timespec="minutes"),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in PACKAGES},
         "machine": {

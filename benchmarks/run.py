@@ -10,8 +10,10 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from cl_merge.benchmarks.catalog import find_data, find_source, open_data
+from cl_merge.benchmarks.catalog import find_data
+from cl_merge.benchmarks.epochs import task_epochs
 from cl_merge.benchmarks.folder import RunFolder
+from cl_merge.benchmarks.loading import load_parts
 from cl_merge.benchmarks.methods import TRAININGS, Method, find_method, methods_beside
 from cl_merge.callbacks import EWC, LwF, MergeCallback
 from cl_merge.callbacks.auto_scale import AutoScale
@@ -19,7 +21,6 @@ from cl_merge.callbacks.regularizer import Regularizer
 from cl_merge.clip import CLIPClassifier
 from cl_merge.config import HELD_OUT, RunConfig
 from cl_merge.errors import InputError, unknown_name
-from cl_merge.load import load_clip
 from cl_merge.measure import Cost
 from cl_merge.mergers import Merger, get_merger
 from cl_merge.metrics import AccuracyMatrix
@@ -118,25 +119,10 @@ def start_run(config: RunConfig) -> Run:
     """
     method = find_method(config.method)
     _try_settings(config, method)
-    entry = find_data(config.data)
-    splits = open_data(config.source or find_source(entry), revision=config.stream.revision)
-    L.seed_everything(config.seed, workers=True, verbose=False)
-    clip = load_clip(config.model, image_size=config.image_size)
-    options = asdict(config.stream) | {
-        "train_transform": clip.train_transform,
-        "test_transform": clip.test_transform,
-        "seed": config.seed,
-    }
-    stream = TaskStream(splits, **options)
-    names = config.class_names or stream.class_names
-    if len(names) != len(stream.class_names):
-        raise InputError(
-            f"class_names has {len(names)} names, but the data set has "
-            f"{len(stream.class_names)} classes"
-        )
-    model = CLIPClassifier.from_clip(clip, names, config.prompts, **asdict(config.optimizer))
+    stream, model = load_parts(config)
     merge_callback(config, method).check_names(trained_parameters(model))
-    name = f"{entry.name.strip('/').split('/')[-1]}-{method.name.replace('/', '-')}"
+    data = find_data(config.data).name
+    name = f"{data.strip('/').split('/')[-1]}-{method.name.replace('/', '-')}"
     folder = RunFolder.claim(config, name)
     return Run(config, folder, stream, model, copies(trained_parameters(model)))
 
@@ -153,13 +139,16 @@ def count_batches(run: Run, train_cost: int = 3) -> int:
     """
     size, tasks = run.stream.batch_size, run.stream.tasks
     test = -(-sum(len(task.test) for task in tasks) // size)
-    train = sum(-(-len(task.train) // size) for task in tasks)
-    epochs = run.config.trainer["max_epochs"] or 1
+    batches = [-(-len(task.train) // size) for task in tasks]
+    epochs = task_epochs(run.config, len(tasks))
+    train = sum(count * (of_task or 1) for count, of_task in zip(batches, epochs, strict=True))
+    joint = sum(batches) * (run.config.trainer.get("max_epochs") or 1)
     total = 0 if run.folder.rows("zero-shot") else test
     for name, methods in run.trainings.items():
         rows = len(run.rows(name))
         left = [rows - len(run.folder.rows(method.name)) for method in methods]
-        total += test * sum(left) + train * epochs * train_cost * max(left) // rows
+        steps = joint if TRAININGS[name].joint else train
+        total += test * sum(left) + steps * train_cost * max(left) // rows
     return total
 
 

@@ -120,7 +120,7 @@ def finished_methods(folder: Path) -> set[str]:
     """
     try:
         return set(json.loads((folder / "results.json").read_text())["methods"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return set()
 
 

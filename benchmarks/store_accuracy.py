@@ -12,22 +12,13 @@ import argparse
 import math
 import statistics
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
-import lightning as L
-
-from cl_merge.benchmarks.catalog import find_data, open_data
-from cl_merge.clip import CLIPClassifier
-from cl_merge.config import RunConfig, read_config
+from cl_merge.benchmarks.replay import Replay
 from cl_merge.errors import InputError
-from cl_merge.load import load_clip
 from cl_merge.mergers import get_merger
-from cl_merge.metrics import AccuracyMatrix
 from cl_merge.quantize import STORES, stored
-from cl_merge.stream import TaskStream
-from cl_merge.task_vector import TaskVector, moved
-from cl_merge.weights import copies, swapped, trained_parameters
+from cl_merge.task_vector import TaskVector
 
 
 def measure(folder: Path, training: str, method: str) -> dict[str, float]:
@@ -41,17 +32,13 @@ def measure(folder: Path, training: str, method: str) -> dict[str, float]:
     Returns:
         Accuracy on all test images in per cent, by store.
     """
-    config = read_config([], {}, folder / "config.yaml")
-    stream, model = _load(config)
-    base, live = copies(trained_parameters(model)), trained_parameters(model)
+    replay = Replay.of(folder)
     found = {}
     for store in STORES:
         merger = get_merger(method)
         for vector in _vectors(folder / "task_vectors" / training):
             merger.update(stored(vector, store))
-        scale = merger.published_scale
-        with swapped(live, ((n, moved(base[n], v, scale)) for n, v in merger.items())):
-            found[store] = _accuracy(stream, model)
+        found[store] = replay.accuracy(merger.items(), merger.published_scale)
     return found
 
 
@@ -77,39 +64,11 @@ def main() -> None:
     Console().print(table)
 
 
-def _load(config: RunConfig) -> tuple[TaskStream, CLIPClassifier]:
-    L.seed_everything(config.seed, verbose=False)
-    clip = load_clip(config.model, image_size=config.image_size)
-    options = asdict(config.stream) | {
-        "train_transform": clip.train_transform,
-        "test_transform": clip.test_transform,
-        "seed": config.seed,
-    }
-    splits = open_data(find_data(config.data).source, revision=config.stream.revision)
-    stream = TaskStream(splits, **options)
-    stream.select(len(stream.tasks) - 1)
-    names = config.class_names or stream.class_names
-    return stream, CLIPClassifier.from_clip(clip, names, config.prompts)
-
-
 def _vectors(folder: Path) -> Iterator[TaskVector]:
     files = sorted(folder.glob("task*.safetensors"), key=lambda file: int(file.stem[4:]))
     if not files:
         raise InputError(f"there are no task vectors in '{folder}'")
     return (TaskVector.load(file) for file in files)
-
-
-def _accuracy(stream: TaskStream, model: CLIPClassifier) -> float:
-    classes = [task.classes for task in stream.tasks]
-    model.accuracy = matrix = AccuracyMatrix(classes, len(stream.class_names))
-    trainer = L.Trainer(
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.test(model, datamodule=stream, verbose=False)
-    return matrix.figures()["accuracy"]
 
 
 def _mean_and_spread(values: list[float]) -> str:

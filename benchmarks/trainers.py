@@ -10,6 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
+from cl_merge.benchmarks.epochs import task_epochs
 from cl_merge.benchmarks.methods import Training
 from cl_merge.benchmarks.run import Run
 from cl_merge.scenario import Task
@@ -44,7 +45,10 @@ def training_trainer(run: Run, training: Training, task: Task) -> L.Trainer:
         "logger": _loggers(run, training, task),
         "default_root_dir": str(run.folder.path),
     }
-    return L.Trainer(**defaults | run.config.trainer | {"enable_progress_bar": False})
+    given = dict(run.config.trainer)
+    if not training.joint:
+        given["max_epochs"] = task_epochs(run.config, len(run.stream.tasks))[task.index]
+    return L.Trainer(**defaults | given | {"enable_progress_bar": False})
 
 
 def evaluation_trainer(run: Run, callbacks: Sequence[Callback]) -> L.Trainer:

@@ -112,11 +112,36 @@ def sign_conflicts(vectors: Iterable[TaskVector], density: float = 0.2) -> float
     """
     signs = _Signs(density=density)
     _fold(vectors, signs)
-    counting = conflicting = 0
-    for _, number in signs.items():
-        counting += int((number > 0).count_nonzero())
-        conflicting += int((number > 1).count_nonzero())
-    return conflicting / counting if counting else float("nan")
+    return signs.share()
+
+
+def sign_conflict_curve(vectors: Iterable[TaskVector], density: float = 0.2) -> list[float]:
+    """Measure after every task how often the tasks so far disagree, in one pass.
+
+    Args:
+        vectors: One task vector per task, in the order of the tasks, of equal names and shapes;
+            read once.
+        density: Share of each task vector that stays, above 0 and up to 1.
+
+    Returns:
+        A number per task: the t-th, counted from 1, is `sign_conflicts` of the first t vectors.
+
+    Raises:
+        InputError: As `sign_conflicts`.
+
+    Example:
+        >>> up, down = torch.tensor([4.0, 3.0, 0.1]), torch.tensor([4.0, -3.0, 0.2])
+        >>> vectors = [TaskVector({"weight": values}) for values in (up, up, down)]
+        >>> sign_conflict_curve(vectors, density=0.5)
+        [0.0, 0.0, 0.5]
+
+    Reference:
+        As `sign_conflicts`.
+    """
+    signs = _Signs(density=density)
+    curve: list[float] = []
+    _fold(vectors, signs, after=lambda: curve.append(signs.share()))
+    return curve
 
 
 @dataclass(frozen=True)
@@ -216,13 +241,37 @@ def origin(vectors: Iterable[TaskVector]) -> dict[str, list[float]]:
     Reference:
         Marczak et al., MagMax, ECCV 2024: of which tasks the merge is made.
     """
+    return {
+        name: [count / max(sum(counts), 1) for count in counts]
+        for name, counts in origin_counts(vectors).items()
+    }
+
+
+def origin_counts(vectors: Iterable[TaskVector]) -> dict[str, list[int]]:
+    """Count how many entries of the max-magnitude merge come from which task, by parameter.
+
+    Args:
+        vectors: One task vector per task, of equal names and shapes; read once.
+
+    Returns:
+        For each parameter the number of its non-zero merged entries that each task contributes: one
+        number per task. Counts of several parameters may be added up, as for a layer.
+
+    Raises:
+        InputError: As `origin`.
+
+    Example:
+        >>> first = TaskVector({"weight": torch.tensor([3.0, -1.0, 2.0, 4.0, 0.0])})
+        >>> second = TaskVector({"weight": torch.tensor([1.0, 0.5, -2.0, 3.0, 0.0])})
+        >>> origin_counts([first, second])
+        {'weight': [3, 1]}
+    """
     origins = _Origin()
     _fold(vectors, origins)
-    shares = {}
-    for name, numbers in origins.items():
-        counts = torch.bincount(numbers.flatten().int(), minlength=origins.tasks + 1)[1:]
-        shares[name] = (counts.double() / counts.sum().clamp(min=1)).tolist()
-    return shares
+    return {
+        name: torch.bincount(numbers.flatten().int(), minlength=origins.tasks + 1)[1:].tolist()
+        for name, numbers in origins.items()
+    }
 
 
 # The mergers' bookkeeping carries these too: it checks, cuts and folds one vector after another.
@@ -248,6 +297,14 @@ class _Signs(Ties):
     @override
     def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:
         out.copy_(kept["positive"]).add_(kept["negative"])
+
+    def share(self) -> float:
+        """Conflicting positions divided by those that count; NaN if none counts."""
+        counting = conflicting = 0
+        for _, number in self.items():
+            counting += int((number > 0).count_nonzero())
+            conflicting += int((number > 1).count_nonzero())
+        return conflicting / counting if counting else float("nan")
 
 
 class _Consistency(Merger):
@@ -291,11 +348,14 @@ class _Origin(MaxMagnitude):
         out.copy_(kept["task"])
 
 
-def _fold(vectors: Iterable[TaskVector], *mergers: Merger) -> None:
+def _fold(
+    vectors: Iterable[TaskVector], *mergers: Merger, after: Callable[[], None] = lambda: None
+) -> None:
     for vector in vectors:
         for merger in mergers:
             merger.update(vector)
         del vector  # or it would still be held while a generator makes the next one
+        after()
     if any(merger.tasks == 0 for merger in mergers):
         raise InputError("nothing to analyse: no task vector was given")
 

@@ -34,8 +34,10 @@ class StreamConfig:
     """How the data set becomes tasks; handed to `TaskStream`."""
 
     tasks: int | None = _key(None, "number of tasks")
-    scenario: str = _key("class", "class (disjoint classes), domain (one each) or data (at random)")
-    order: Any = _key("natural", "order of classes or domains: natural, a seed, or a list")
+    scenario: str = _key(
+        "class", "class (disjoint classes), domain or source (one each), or data (at random)"
+    )
+    order: Any = _key("natural", "order of classes, domains, sources: natural, a seed, a list")
     images_per_class: int | None = _key(None, "train on at most so many images of each class")
     held_out: float | None = _key(
         None, "share of the training images to choose merge.scale=auto on; null: 0.1 for that"
@@ -46,10 +48,16 @@ class StreamConfig:
     image: str = _key("image", "column of the images")
     label: str = _key("label", "column of the labels")
     domain: str | None = _key(None, "column of the domains")
+    domain_pattern: str | None = _key(
+        None, "of the file name of an image, with the domain as its group, where no column has it"
+    )
     train_split: str = _key("train", "split to train on")
     test_split: str = _key("test", "split to test on")
     test_fraction: float | None = _key(None, "share of the training split to hold out for testing")
-    revision: str | None = _key(None, "commit of a hub data set")
+    split_seed: int | None = _key(None, "which share that is; null: drawn from seed")
+    revision: Any = _key(
+        None, "commit of a hub data set, or by name of joined ones; null: the newest"
+    )
 
 
 @dataclass
@@ -110,17 +118,23 @@ class EwcConfig:
 class RunConfig:
     """Everything that a run depends on."""
 
-    data: str = _key("digits", "a name in the catalog, a folder, a parquet file, or a hub id")
+    data: str = _key("digits", "a name in the catalog, a YAML file, images on disk, or a hub id")
     source: str | None = _key(None, "folder, file or hub id instead of the catalog's for data=")
     model: str = _key("glyph", "glyph, lite, ARCHITECTURE:TAG, ARCHITECTURE:FILE, local-dir:FOLDER")
     image_size: int | None = _key(None, "height and width of the model's input, in pixels")
-    prompts: list[str] = _key(lambda: ["a photo of a {}."], "prompts, with {} for the class name")
-    class_names: list[str] | None = _key(None, "names for the prompts instead of the data set's")
+    prompts: Any = _key(
+        lambda: ["a photo of a {}."],
+        "prompts, with {} for the class name, or open_clip:NAME; null: those of joined data sets",
+    )
+    class_names: Any = _key(
+        None, "names for the prompts: a list, or patterns to replace in the data set's names"
+    )
     method: str = _key("magmax", "what merges the tasks")
     compare: Any = _key(True, "methods beside it: true (plain fine-tuning), all, false, or a list")
     evaluate: str = _key("every", "test after every task, or after the last one only: every, last")
     seed: int = _key(0, "of everything random")
     out: str | None = _key(None, "folder of the run, which goes on there; null: a new one in runs/")
+    epochs: Any = _key(None, "epochs of each task, a list; null: trainer.max_epochs for all")
     checkpoint_seconds: float = _key(60.0, "least time between checkpoints, at ends of epochs")
     stream: StreamConfig = _key(StreamConfig, "the tasks")
     optimizer: OptimizerConfig = _key(OptimizerConfig, "AdamW, started afresh for every task")
@@ -292,8 +306,10 @@ def _check_keys(layer: DictConfig, origin: str) -> None:
     known = described_keys()
     for key in map(str, layer):
         inner = layer[key]
-        # What goes to Lightning's Trainer is checked against the Trainer itself.
-        nested = isinstance(inner, DictConfig) and key in known and key != "trainer"
+        # What is within a setting that is itself a mapping is not known here: the arguments of
+        # Lightning's Trainer, for one, are checked against the Trainer itself.
+        group = any(name.startswith(f"{key}.") for name in known)
+        nested = isinstance(inner, DictConfig) and group
         for name in [f"{key}.{k}" for k in inner] if nested else [key]:
             if name not in known:
                 raise InputError(f"{origin}: unknown key '{name}'{nearest(name, known)}")

@@ -1,4 +1,4 @@
-"""How a data set becomes a stream: the tasks, and the three ways to split.
+"""How a data set becomes a stream: the tasks, and the four ways to split.
 
 Everything here works on label arrays: no image is decoded to make a split.
 """
@@ -6,6 +6,7 @@ Everything here works on label arrays: no image is decoded to make a split.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -18,7 +19,7 @@ from cl_merge.errors import InputError, listing, unknown_name
 Indices: TypeAlias = NDArray[np.int64]
 Order: TypeAlias = str | int | Sequence[int] | Sequence[str]
 
-SCENARIOS = ("class", "domain", "data")
+SCENARIOS = ("class", "domain", "data", "source")
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +28,7 @@ class Task:
 
     Attributes:
         index: Position in the stream, from 0.
-        name: What the task is called in tables: its classes, its domain or its part.
+        name: What the task is called in tables: its classes, domain, data set or part.
         classes: Global labels of the task's classes, in the order in which they come. They are also
             the rows of the classification head.
         class_names: The names of those classes.
@@ -81,7 +82,7 @@ def resolve_order(order: Order, names: Sequence[str], what: str) -> list[int]:
         order: ``"natural"`` (as the data set lists them), a seed (a permutation drawn from it), or
             a list of indices or of names that holds each of them once.
         names: The names to order, ``names[i]`` belongs to index i.
-        what: What the names stand for, for messages: ``"class"`` or ``"domain"``.
+        what: What the names stand for, for messages: ``"class"``, ``"domain"`` or ``"source"``.
 
     Returns:
         The indices in the order asked for.
@@ -189,6 +190,52 @@ def split_by_domain(
             np.flatnonzero(test_domains == domain),
         )
         for index, domain in enumerate(resolve_order(order, domain_names, "domain"))
+    ]
+
+
+def split_by_source(
+    sources: tuple[Indices, Indices],
+    labels: tuple[Indices, Indices],
+    class_names: Sequence[str],
+    source_names: Sequence[str],
+    *,
+    order: Order = "natural",
+) -> list[Task]:
+    """Split joined data sets into what they were: every task is one, with its own classes.
+
+    Args:
+        sources: Which data set each training and each test image is from, int64 [N] and [M].
+        labels: Labels of the training and of the test images, int64 [N] and [M].
+        class_names: The names of the classes of all data sets.
+        source_names: The names of the S data sets; each becomes one task.
+        order: The order in which the data sets come, see `resolve_order`.
+
+    Returns:
+        One task per data set; its classes are those that its images show.
+
+    Raises:
+        InputError: If a data set has no training image, or shares a class with another.
+    """
+    classes = [
+        sorted({int(c) for s, y in zip(sources, labels, strict=True) for c in np.unique(y[s == k])})
+        for k in range(len(source_names))
+    ]
+    counts = Counter(itertools.chain.from_iterable(classes))
+    shared = [class_names[c] for c, count in counts.items() if count > 1]
+    if shared:
+        raise InputError(
+            f"these classes are in several data sets: {listing(shared)}; stream.scenario=source "
+            "needs classes of its own for each, stream.scenario=domain has all classes in all"
+        )
+    return [
+        _task(
+            index,
+            source_names[source],
+            classes[source],
+            class_names,
+            *(np.flatnonzero(found == source) for found in sources),
+        )
+        for index, source in enumerate(resolve_order(order, source_names, "source"))
     ]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +15,20 @@ if TYPE_CHECKING:
 
 
 def read_images(
-    source: str | Path, *, revision: str | None = None
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    local_copy: str = "give its folder: data=/path/to/folder",
 ) -> Mapping[str, datasets.Dataset]:
     """Read a data set with its splits from disk or from the hub.
 
     Args:
         source: A parquet file; a folder of parquet files, of images (``train/CLASS/x.jpg``), or
-            written by ``DatasetDict.save_to_disk``; or a hub id such as ``uoft-cs/cifar100``.
+            written by ``DatasetDict.save_to_disk``; or a hub id such as ``uoft-cs/cifar100``, where
+            needed with its configuration, as in ``ufldl-stanford/svhn:cropped_digits``.
         revision: Which commit of a hub data set.
+        local_copy: How the user says where a local copy is, for the message if the hub cannot be
+            reached.
 
     Returns:
         The splits by name.
@@ -35,9 +43,73 @@ def read_images(
     path = Path(source).expanduser()
     if path.exists():
         return _read_local(path)
-    if path.is_absolute() or str(source).startswith((".", "~")) or path.suffix == ".parquet":
+    if not is_hub_id(source):
         raise InputError(f"data={source}: no such file or folder")
-    return _read_hub(str(source), revision)
+    return _read_hub(str(source), revision, local_copy)
+
+
+def is_hub_id(source: str | Path) -> bool:
+    """Tell whether images are read from the hub rather than from disk.
+
+    Args:
+        source: As for `read_images`.
+
+    Returns:
+        Whether it has the form of a hub id, and nothing of that name is on disk.
+
+    Example:
+        >>> is_hub_id("uoft-cs/cifar100"), is_hub_id("./cifar100"), is_hub_id("images.parquet")
+        (True, False, False)
+    """
+    path = Path(source).expanduser()
+    local = path.is_absolute() or str(source).startswith((".", "~")) or path.suffix == ".parquet"
+    return not (local or path.exists())
+
+
+def hub_commit(source: str) -> str | None:
+    """Ask the hub which commit of a data set it would hand out now.
+
+    Args:
+        source: A hub id, with or without a configuration.
+
+    Returns:
+        The commit; None if the hub does not say, as when it cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(source.partition(":")[0], timeout=20).sha
+    # No network, no such data set, no access: reading it says which, or finds it in the cache.
+    except Exception:
+        return None
+
+
+def cached_commit(splits: Mapping[str, datasets.Dataset]) -> str | None:
+    """Find out which commit of a hub data set was read, from what was read.
+
+    Args:
+        splits: The splits of a data set from the hub or from its cache.
+
+    Returns:
+        The commit; None if nothing says.
+    """
+    files = [file for split in splits.values() for file in split.info.download_checksums or ()]
+    commits = {found[1] for file in files if (found := re.search(r"@([0-9a-f]{40})/", file))}
+    return commits.pop() if len(commits) == 1 else None
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep `datasets` from showing progress bars: they would break the run's own."""
+    import datasets
+
+    shown = datasets.utils.logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def _read_local(path: Path) -> Mapping[str, datasets.Dataset]:
@@ -71,29 +143,25 @@ def _parquet_splits(folder: Path) -> dict[str, list[str]]:
     return splits
 
 
-def _read_hub(name: str, revision: str | None) -> Mapping[str, datasets.Dataset]:
+def _read_hub(source: str, revision: str | None, local_copy: str) -> Mapping[str, datasets.Dataset]:
+    hub_id, _, configuration = source.partition(":")
     try:
-        return _load(name, revision=revision)
+        return _load(hub_id, configuration or None, revision=revision)
     # Which error comes depends on what failed: the name, the network, the offline switch.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"data={name}: neither a folder here nor to be had from the hub ({reason}); to use a "
-            "local copy, give its folder: data=/path/to/folder"
+            f"data={source}: neither a folder here nor to be had from the hub ({reason}); to use a "
+            f"local copy (parquet files, folders of images, or written by save_to_disk), "
+            f"{local_copy}"
         ) from error
 
 
 def _load(*args: Any, **kwargs: Any) -> Mapping[str, datasets.Dataset]:
     import datasets
 
-    # Reading takes a moment and is done once; its progress bars would break the run's own.
-    shown = datasets.utils.logging.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
+    with without_bars():
         found = datasets.load_dataset(*args, **kwargs)
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
     if not isinstance(found, Mapping):
         raise InputError(f"{args[0]}: expected splits, found a {type(found).__name__}")
     return found

@@ -20,7 +20,6 @@ from cl_merge.errors import InputError, listing, unknown_name
 from cl_merge.images import (
     CACHE_BYTES,
     ImageDataset,
-    ImageTable,
     Sample,
     TensorSamples,
     Transform,
@@ -36,9 +35,11 @@ from cl_merge.scenario import (
     split_by_class,
     split_by_data,
     split_by_domain,
+    split_by_source,
 )
 from cl_merge.seeds import derive_seed
 from cl_merge.sources import read_images
+from cl_merge.splits import domains_of, labels_of, table_of, two_splits, with_domains
 
 if TYPE_CHECKING:
     import datasets
@@ -57,19 +58,25 @@ class TaskStream(L.LightningDataModule):
     Args:
         data: A folder, parquet file or hub id (see `read_images`), or the splits themselves as a
             mapping to `datasets.Dataset`.
-        tasks: Number of tasks. In the domain scenario the data decides, and this must be None or
-            the number of domains.
-        scenario: ``"class"`` (tasks of disjoint classes), ``"domain"`` (a task per domain) or
-            ``"data"`` (random parts of the images).
-        order: Order of the classes, or of the domains: ``"natural"``, a seed, or a list of indices
-            or names. An order is a list, never a hidden draw: `Task.class_names` says which it was.
+        tasks: Number of tasks. Where each domain or data set is a task, the data decides, and this
+            must be None or their number.
+        scenario: ``"class"`` (tasks of disjoint classes), ``"domain"`` (a task per domain, with all
+            classes), ``"source"`` (a task per data set of several joined ones, with the classes of
+            that data set) or ``"data"`` (random parts of the images).
+        order: Order of the classes, the domains or the data sets: ``"natural"``, a seed, or a list
+            of indices or names. An order is a list, never a hidden draw: `Task.class_names` says
+            which it was.
         image: The column with the images.
         label: The column with the labels.
-        domain: The column with the domains; needed in the domain scenario only.
+        domain: The column with the domains, or with the names of the data sets that were joined;
+            needed in the domain and source scenarios only.
+        domain_pattern: A regular expression that reads the domain off the name of an image's file
+            where no column has it, see `with_domains`.
         train_split: Name of the split to train on.
         test_split: Name of the split to test on.
         test_fraction: Share of the training split to hold out as test images where the data set has
-            no test split, drawn from `seed`.
+            no test split, drawn from `split_seed`.
+        split_seed: Which share; None for `seed`.
         revision: Which commit of a hub data set.
         images_per_class: Train on at most so many images of each class, drawn from `seed`.
         held_out: Share of each task's training images not to train on, drawn from `seed` for each
@@ -113,9 +120,11 @@ class TaskStream(L.LightningDataModule):
         image: str = "image",
         label: str = "label",
         domain: str | None = None,
+        domain_pattern: str | None = None,
         train_split: str = "train",
         test_split: str = "test",
         test_fraction: float | None = None,
+        split_seed: int | None = None,
         revision: str | None = None,
         images_per_class: int | None = None,
         held_out: float = 0.0,
@@ -131,10 +140,15 @@ class TaskStream(L.LightningDataModule):
         if scenario not in SCENARIOS:
             raise unknown_name("scenario", scenario, SCENARIOS)
         splits = data if isinstance(data, Mapping) else read_images(data, revision=revision)
-        train, test = _two_splits(splits, train_split, test_split, test_fraction, seed)
-        self._train = ImageTable(train, image, label, domain, where=train_split)
-        self._test = ImageTable(test, image, label, domain, where=test_split)
-        self._train_labels, self._test_labels, self.class_names = _labels(self._train, self._test)
+        if domain is None and domain_pattern is not None:
+            used = {train_split, test_split} & set(splits)
+            read = {name: with_domains(splits[name], image, domain_pattern) for name in used}
+            splits, domain = dict(splits) | read, "domain"
+        chosen = seed if split_seed is None else split_seed
+        train, test = two_splits(splits, train_split, test_split, test_fraction, chosen)
+        self._train = table_of(train, image, label, domain, where=train_split)
+        self._test = table_of(test, image, label, domain, where=test_split)
+        self._train_labels, self._test_labels, self.class_names = labels_of(self._train, self._test)
         self._transforms = {"train": train_transform, "test": test_transform}
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -151,6 +165,11 @@ class TaskStream(L.LightningDataModule):
         self._test_samples: ImageDataset | TensorSamples | None = None
         # By task; a joint stream has its own.
         self._held_out: dict[int, ImageDataset | TensorSamples] = {}
+
+    @property
+    def images_read(self) -> dict[str, int]:
+        """How many images the splits ``train`` and ``test`` have, whatever the tasks use."""
+        return {"train": len(self._train), "test": len(self._test)}
 
     @property
     def task(self) -> Task:
@@ -296,14 +315,8 @@ class TaskStream(L.LightningDataModule):
     def _split(self, scenario: str, tasks: int | None, order: Order) -> list[Task]:
         if tasks is not None and tasks < 1:
             raise InputError(f"stream.tasks={tasks}; expected 1 or more")
-        if scenario == "domain":
-            train, test, names = _domains(self._train, self._test)
-            if tasks not in (None, len(names)):
-                raise InputError(
-                    f"stream.tasks={tasks}, but the data set has {len(names)} domains "
-                    f"({listing(names)}), and each is a task; leave stream.tasks out"
-                )
-            return split_by_domain(train, test, self.class_names, names, order=order)
+        if scenario in ("domain", "source"):
+            return self._split_by_column(scenario, tasks, order)
         if scenario == "class":
             return split_by_class(
                 self._train_labels,
@@ -314,6 +327,24 @@ class TaskStream(L.LightningDataModule):
             )
         return split_by_data(
             len(self._train), len(self._test), self.class_names, tasks=tasks or 5, seed=self._seed
+        )
+
+    def _split_by_column(self, scenario: str, tasks: int | None, order: Order) -> list[Task]:
+        train, test, names = domains_of(self._train, self._test, scenario)
+        if tasks not in (None, len(names)):
+            what = "domains" if scenario == "domain" else "sources"
+            raise InputError(
+                f"stream.tasks={tasks}, but the data set has {len(names)} {what} "
+                f"({listing(names)}), and each is a task; leave stream.tasks out"
+            )
+        if scenario == "domain":
+            return split_by_domain(train, test, self.class_names, names, order=order)
+        return split_by_source(
+            (train, test),
+            (self._train_labels, self._test_labels),
+            self.class_names,
+            names,
+            order=order,
         )
 
     def _shuffled(self, dataset: ImageDataset) -> StreamSampler:
@@ -371,80 +402,6 @@ class TaskStream(L.LightningDataModule):
 
     def _use_cache(self, needed: Callable[[], int]) -> bool:
         return needed() <= CACHE_BYTES if self._cache == "auto" else self._cache
-
-
-def _two_splits(
-    splits: Mapping[str, datasets.Dataset],
-    train: str,
-    test: str,
-    test_fraction: float | None,
-    seed: int,
-) -> tuple[datasets.Dataset, datasets.Dataset]:
-    if train not in splits:
-        raise InputError(
-            f"the data set has no split '{train}'; it has {listing(splits)}: name the one to "
-            "train on with stream.train_split"
-        )
-    if test_fraction is not None:
-        if not 0 < test_fraction < 1:
-            raise InputError(f"stream.test_fraction={test_fraction}; expected more than 0, below 1")
-        held_out = splits[train].train_test_split(test_fraction, seed=seed)
-        return held_out["train"], held_out["test"]
-    if test not in splits:
-        raise InputError(
-            f"the data set has no split '{test}'; it has {listing(splits)}: name the one to test "
-            "on with stream.test_split, or hold images out with stream.test_fraction=0.2"
-        )
-    return splits[train], splits[test]
-
-
-def _labels(train: ImageTable, test: ImageTable) -> tuple[Indices, Indices, list[str]]:
-    """Global labels of both splits, and the names that go with them."""
-    names = train.names("label")
-    if names is None:
-        found = train.values("label")
-        numbers = isinstance(found, np.ndarray)
-        names = [str(value) for value in (range(int(max(found)) + 1) if numbers else set(found))]
-        names = names if numbers else sorted(names)
-    return _indices(train, "label", names), _indices(test, "label", names), names
-
-
-def _domains(train: ImageTable, test: ImageTable) -> tuple[Indices, Indices, list[str]]:
-    """Domain indices of both splits, and the names that go with them."""
-    if not train.has_domains:
-        raise InputError(
-            "stream.scenario=domain needs the column of the domains: stream.domain=..."
-        )
-    names = train.names("domain") or sorted({str(value) for value in train.values("domain")})
-    return _indices(train, "domain", names), _indices(test, "domain", names), names
-
-
-def _indices(table: ImageTable, column: str, names: list[str]) -> Indices:
-    """Read labels or domains as indices into `names`, and check that each has a name."""
-    values, own_names = table.values(column), table.names(column)
-    if isinstance(values, np.ndarray):
-        _check_range(values, len(own_names or names), table.where, column)
-        if own_names in (None, names):
-            return values
-        # Two splits may number the same names differently; the names decide.
-        values = [own_names[value] for value in values]
-    position = {name: index for index, name in enumerate(names)}
-    unknown = sorted(set(values) - set(position))
-    if unknown:
-        raise InputError(
-            f"the {table.where} split has {column}s that are not in the training split: "
-            f"{listing(unknown)}"
-        )
-    return np.asarray([position[value] for value in values], dtype=np.int64)
-
-
-def _check_range(values: Indices, number: int, where: str, what: str) -> None:
-    wrong = sorted({int(v) for v in np.unique(values) if not 0 <= v < number})
-    if wrong:
-        raise InputError(
-            f"the {where} split has {what}s outside the head: {listing(map(str, wrong))}; expected "
-            f"0 to {number - 1}"
-        )
 
 
 def _limited(tasks: list[Task], labels: Indices, limit: int, seed: int) -> list[Task]:

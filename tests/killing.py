@@ -1,7 +1,7 @@
 """Run work in forked processes, kill them anywhere, and let others go on.
 
-Run as ``python killing.py CASE FOLDER``; a process of its own imports everything once, so that each
-victim starts in no time.
+Run as ``python killing.py CASE FOLDER PAIRS WRITES...``; a process of its own imports everything
+once, so that each victim starts in no time.
 """
 
 from __future__ import annotations
@@ -14,17 +14,21 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 FOREVER = 1e9
+MANY = 20
 
 
-def child(work: Callable[[], object], seconds: float = FOREVER, writes: int = 0) -> float:
+def child(work: Callable[[], object], seconds: float = FOREVER, writes: int = 0) -> float | None:
     """Do work in a forked process; kill it after some seconds, or at its n-th write.
 
     An odd number of writes is counted in flushes to the disk, in the middle of writing a file; an
     even one in renames, just before a new file takes the place of the old one.
+
+    Returns:
+        How many seconds it took, or None if it was killed.
     """
     begin = time.monotonic()
     process = os.fork()
@@ -38,13 +42,13 @@ def child(work: Callable[[], object], seconds: float = FOREVER, writes: int = 0)
             code = 0 if work() in (0, None) else 1
         finally:
             os._exit(code)
-    while os.waitpid(process, os.WNOHANG) == (0, 0):
+    while (found := os.waitpid(process, os.WNOHANG)) == (0, 0):
         if time.monotonic() - begin > seconds:
             os.kill(process, signal.SIGKILL)
-            os.waitpid(process, 0)
+            found = os.waitpid(process, 0)
             break
         time.sleep(0.002)
-    return time.monotonic() - begin
+    return None if os.WIFSIGNALED(found[1]) else time.monotonic() - begin
 
 
 def _die_at(name: str, number: int) -> None:
@@ -64,28 +68,31 @@ def digest(path: Path) -> str:
 
 
 def main() -> None:
-    module, folder = sys.argv[1], Path(sys.argv[2])
     # What to do with a folder, and what it then holds, as plain values.
-    case = importlib.import_module(module)
-    points, by_write = int(sys.argv[3]), int(sys.argv[4])
+    case, folder = importlib.import_module(sys.argv[1]), Path(sys.argv[2])
     whole = child(lambda: case.work(folder / "whole"))
-    found = {"whole": case.outcome(folder / "whole"), "seconds": whole, "states": [], "killed": {}}
-    draw = random.Random(0)
-    for number in range(points // 2):
-        place = folder / f"random-{number}"
-        at = sorted(draw.uniform(0, whole) for _ in range(2))
-        # The second kill falls where the run would be after the first, or in what it repeats.
-        for seconds in (at[0], at[1] - at[0]):
-            child(lambda place=place: case.work(place), seconds)
+    found = {"whole": case.outcome(folder / "whole"), "states": [], "killed": {}}
+
+    def kill_and_go_on(name: str, kills: Iterable[dict[str, float]]) -> None:
+        place = folder / name
+        for kill in kills:
+            if child(lambda: case.work(place), **kill) is not None:
+                break
             found["states"].append(case.state(place))
-        child(lambda place=place: case.work(place))
-        found["killed"][f"after {at[0]:.2f} and {at[1]:.2f} s"] = case.outcome(place)
-    for number in range(by_write):
-        place, write = folder / f"write-{number}", draw.randint(1, case.WRITES)
-        child(lambda place=place: case.work(place), writes=write)
-        found["states"].append(case.state(place))
-        child(lambda place=place: case.work(place))
-        found["killed"][f"at write {write}"] = case.outcome(place)
+        else:
+            child(lambda: case.work(place))
+        found["killed"][name] = case.outcome(place)
+
+    draw = random.Random(0)
+    for _ in range(int(sys.argv[3])):
+        first, second = sorted(draw.uniform(0, whole) for _ in range(2))
+        # The second kill falls where the run would be after the first, or in what it repeats.
+        kills = [{"seconds": first}, {"seconds": second - first}]
+        kill_and_go_on(f"after {first:.2f} and {second:.2f} s", kills)
+    # Killed at once, then again and again, each time some writes further on.
+    for writes in map(int, sys.argv[4:]):
+        kills = [2 - writes % 2] + MANY * [writes]
+        kill_and_go_on(f"at every write {writes}", [{"writes": write} for write in kills])
     (folder / "found.json").write_text(json.dumps(found))
 
 

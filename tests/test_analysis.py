@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from cl_merge import analysis
-from cl_merge.analysis import direction_consistency, keep, origin, sign_conflicts
+from cl_merge.analysis import (
+    direction_consistency,
+    keep,
+    origin,
+    origin_counts,
+    sign_conflict_curve,
+    sign_conflicts,
+)
 from cl_merge.errors import InputError
 from cl_merge.mergers import chunks, merge
 from cl_merge.task_vector import TaskVector
@@ -170,6 +177,12 @@ def test_sign_conflicts_match_a_count_by_element(vectors, density):
     assert sign_conflicts(iter(vectors), density) == expected
 
 
+@pytest.mark.usefixtures("any_chunk")
+def test_the_curve_holds_the_conflicts_among_the_first_vectors(vectors):
+    expected = [sign_conflicts(vectors[:count], 0.3) for count in range(1, len(vectors) + 1)]
+    assert sign_conflict_curve(iter(vectors), 0.3) == expected
+
+
 def test_opposite_vectors_are_all_conflict_and_equal_ones_none():
     vector = make_vector(6)
     assert sign_conflicts([vector, -vector]) == 1.0
@@ -278,6 +291,12 @@ def test_origins_match_a_loop_over_elements_and_lead_back_to_the_merge(vectors):
         assert found == pytest.approx([count / max(1, sum(counts)) for count in counts])
 
 
+def test_counts_of_origins_make_the_shares_and_leave_out_what_no_task_moved():
+    first, second = one(3.0, -1.0, 2.0, 0.0), one(1.0, 4.0, -2.0, 0.0)
+    assert origin_counts([first, second]) == {"weight": [1, 2]}
+    assert origin([first, second])["weight"] == [1 / 3, 2 / 3]
+
+
 def test_zeros_are_no_ones_and_equal_magnitudes_the_later_tasks():
     first = TaskVector({"frozen": torch.zeros(3), "moved": torch.tensor([2.0, 0.0, 1.0])})
     second = TaskVector({"frozen": torch.zeros(3), "moved": torch.tensor([-2.0, 0.0, 0.5])})
@@ -287,7 +306,10 @@ def test_zeros_are_no_ones_and_equal_magnitudes_the_later_tasks():
 # What all that take several vectors share.
 
 
-@pytest.fixture(params=[sign_conflicts, direction_consistency, origin], ids=lambda f: f.__name__)
+@pytest.fixture(
+    params=[sign_conflicts, sign_conflict_curve, direction_consistency, origin],
+    ids=lambda f: f.__name__,
+)
 def figure(request):
     return request.param
 

@@ -1,71 +1,18 @@
 """Two processes over gloo do what one does: the same counts, weights and merged bits."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import case_ddp
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from cl_merge import TaskVector, load_clip, merge
-
-SCRIPT = """
-import json
-import os
-import sys
-from dataclasses import replace
-from pathlib import Path
-
-import lightning as L
-import torch
-from safetensors.torch import save_file
-from tiny import QUIET, classifier, stream
-from torchvision.transforms import ColorJitter, Compose, ToTensor
-
-from cl_merge import fit_stream
-from cl_merge.callbacks import EWC, LwF, MergeCallback
-
-folder, devices = Path(sys.argv[1]), int(sys.argv[2])
-rank = int(os.environ.get("LOCAL_RANK", 0))
-where = {"devices": devices, "strategy": "ddp" if devices > 1 else "auto"}
-trainer = QUIET | where | {"max_epochs": 2, "gradient_clip_val": 1.0}
-
-
-def data():
-    augment = Compose([ColorJitter(brightness=0.5), ToTensor()])
-    found = stream(tasks=3, batch_size=8 // devices, train_transform=augment, seed=5)
-    # An odd number of test images, so that a padded sampler would count one of them twice.
-    found.tasks[2] = replace(found.tasks[2], test=found.tasks[2].test[:-1])
-    return found
-
-
-def run(name, *callbacks):
-    model, merge = classifier(), MergeCallback("random-mix", seed=3, directory=folder / name)
-    result = fit_stream(model, data(), callbacks=[*callbacks, merge], trainer=trainer, seed=0)
-    tensors = {f"trained.{k}": v.detach() for k, v in model.named_parameters()}
-    tensors |= {f"merged.{k}": v for k, v in merge.merged().items()}
-    for callback in callbacks:
-        for k, v in getattr(callback, "fisher", {}).items():
-            tensors[f"fisher.{k}"] = v
-    save_file(tensors, folder / f"{name}-{devices}-{rank}.safetensors")
-    return [result.accuracy.rows[i].tolist() for i in range(3)]
-
-
-model = classifier()
-L.Trainer(**QUIET, **where).test(model, datamodule=data(), verbose=False)
-found = {
-    "before": model.accuracy.rows[0].tolist(),
-    "plain": run("plain"),
-    "lwf": run("lwf", LwF(3.0)),
-    "published": run("published", EWC(weight=100.0)),
-    "empirical": run("empirical", EWC("empirical", weight=30.0)),
-    "both": run("both", LwF(), EWC("empirical", weight=30.0)),
-}
-(folder / f"{devices}-{rank}.json").write_text(json.dumps(found))
-"""
+from cl_merge import TaskVector, cli, load_clip, merge
 
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
@@ -73,20 +20,56 @@ ENVIRONMENT = os.environ | {
     "CUDA_VISIBLE_DEVICES": "",
 }
 NAMES = ("plain", "lwf", "published", "empirical", "both")
+RUN = [
+    "stream.tasks=2",
+    "stream.images_per_class=8",
+    "stream.test_fraction=0.05",
+    "trainer.max_epochs=1",
+    "trainer.accelerator=cpu",
+    "method=random-mix",
+    "compare=[joint,lwf-magmax]",
+]
+ON_TWO = ["stream.batch_size=8", "trainer.devices=2", "trainer.strategy=ddp"]
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory):
-    """Both runs: the folder of one process, and that of two."""
-    folders = []
-    for devices in (1, 2):
-        folder = tmp_path_factory.mktemp(f"on-{devices}")
-        script = folder / "script.py"
-        script.write_text(SCRIPT)
-        command = [sys.executable, script, folder, str(devices)]
-        subprocess.run(command, check=True, env=ENVIRONMENT, timeout=300)
-        folders.append(folder)
-    return folders
+def as_another_process():
+    """Work here as the processes that these tests start do, and leave no trace of it."""
+    threads, library = torch.get_num_threads(), logging.getLogger("cl_merge")
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        # A command shows the library's messages in its own way.
+        for name in ("handlers", "propagate", "level"):
+            patch.setattr(library, name, getattr(library, name))
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def torchrun(tmp_path_factory):
+    """Both on two processes under torchrun: streams, and a run; their folders, and what was said."""
+    streams, folder = tmp_path_factory.mktemp("streams"), tmp_path_factory.mktemp("torchrun")
+    script = Path(__file__).with_name("case_ddp.py")
+    words = ["-m", "torch.distributed.run", "--nproc-per-node=2", script, streams, *RUN, *ON_TWO]
+    return streams, folder, start(folder, [*words, f"out={folder / 'run'}"])
+
+
+def start(folder, words):
+    """Run Python in a folder; what it printed."""
+    command = [sys.executable, *words]
+    done = subprocess.run(
+        command, env=ENVIRONMENT, cwd=folder, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory, as_another_process, torchrun):
+    """The streams: the folder of one process, this one, and that of two."""
+    folder = tmp_path_factory.mktemp("streams-on-one")
+    case_ddp.train(folder, devices=1)
+    return folder, torchrun[0]
 
 
 def counts(folder, devices, rank=0):
@@ -138,38 +121,14 @@ def test_task_vectors_are_written_once_and_whole(ran):
             assert files == {f"task{task}.safetensors" for task in range(3)}
 
 
-RUN = [
-    "stream.tasks=2",
-    "stream.images_per_class=8",
-    "stream.test_fraction=0.05",
-    "trainer.max_epochs=1",
-    "trainer.accelerator=cpu",
-    "method=random-mix",
-    "compare=[joint,lwf-magmax]",
-]
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """The same run from the command line: on one process, on two, and on two under torchrun."""
+def runs(tmp_path_factory, as_another_process, torchrun):
+    """The same run from the command line, on one process, on two, and on two under torchrun."""
     folder = tmp_path_factory.mktemp("runs")
-    two = ["stream.batch_size=8", "trainer.devices=2", "trainer.strategy=ddp"]
-    ways = {
-        "one": (["-m", "cl_merge.cli"], ["stream.batch_size=16"]),
-        "two": (["-m", "cl_merge.cli"], two),
-        "torchrun": (
-            ["-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "cl_merge.cli"],
-            two,
-        ),
-    }
-    said = {}
-    for name, (how, more) in ways.items():
-        command = [sys.executable, *how, "run", *RUN, *more, f"out={folder / name}"]
-        done = subprocess.run(
-            command, check=True, env=ENVIRONMENT, cwd=folder, capture_output=True, text=True
-        )
-        said[name] = done.stdout
-    return folder, said
+    two = start(folder, ["-m", "cl_merge.cli", "run", *RUN, *ON_TWO, f"out={folder / 'two'}"])
+    assert cli.main(["run", *RUN, "stream.batch_size=16", f"out={folder / 'one'}"]) == 0
+    (torchrun[1] / "run").rename(folder / "torchrun")
+    return folder, {"two": two, "torchrun": torchrun[2]}
 
 
 @pytest.mark.parametrize("way", ["two", "torchrun"])

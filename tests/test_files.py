@@ -4,14 +4,15 @@ import errno
 import json
 import os
 import re
+import resource
+import signal
 import stat
-import subprocess
-import sys
 from collections.abc import Sized
 from pathlib import Path
 
 import pytest
 import torch
+from forked import forked
 from torch import nn
 
 from cl_merge.errors import InputError, StorageError
@@ -59,15 +60,13 @@ def test_a_failed_first_write_leaves_no_file(tmp_path):
 def test_a_write_that_is_killed_leaves_the_former_file(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("former")
-    script = (
-        "import os, sys\n"
-        "from cl_merge.files import atomic_write\n"
-        "with atomic_write(sys.argv[1]) as temporary:\n"
-        "    temporary.write_text('half')\n"
-        "    os.kill(os.getpid(), 9)\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", script, str(path)])
-    assert killed.returncode == -9
+
+    def die():
+        with atomic_write(path) as temporary:
+            temporary.write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert forked(die, tmp_path / "said") == -signal.SIGKILL
     assert path.read_text() == "former"
 
 
@@ -196,41 +195,36 @@ def test_the_same_content_gives_the_same_bytes(tmp_path):
     assert len(written) == 1
 
 
-def fill_up(body: str) -> str:
-    """A script for a process that may make no file longer than 100 kB, as on a full disk."""
-    return (
-        "import resource, signal, sys, torch\n"
-        "from cl_merge.errors import StorageError\n"
-        "from cl_merge.files import atomic_write, save_state, save_tensors\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "path, big = sys.argv[1], {'w': torch.zeros(100_000)}\n"
-        "try:\n"
-        f"    {body}\n"
-        "except StorageError as error:\n"
-        "    print(error)\n"
-    )
+def write_bytes(path, tensors):
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(bytes(10 * tensors["w"].numel()))
 
 
 @pytest.mark.parametrize(
-    "body",
-    [
-        "save_tensors(path, big, {})",
-        "save_state(path, big)",
-        "with atomic_write(path) as temporary: temporary.write_bytes(bytes(1_000_000))",
-    ],
+    "write",
+    [lambda path, tensors: save_tensors(path, tensors, {}), save_state, write_bytes],
+    ids=["tensors", "state", "bytes"],
 )
-def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path, body):
-    path = tmp_path / "file"
+def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path, write):
+    path, big = tmp_path / "folder" / "file", {"w": torch.zeros(100_000)}
+    path.parent.mkdir()
     path.write_text("former")
-    run = subprocess.run(
-        [sys.executable, "-c", fill_up(body), path], capture_output=True, text=True, check=True
-    )
-    assert run.stdout.startswith(f"'{path}' cannot be written (")
-    assert run.stdout.endswith("); nothing that was there before is lost\n")
-    assert run.stdout.count("\n") == 1
+
+    def fill_up():
+        """Write with no file longer than 100 kB, as on a full disk."""
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        try:
+            write(path, big)
+        except StorageError as error:
+            return error
+
+    said = forked(fill_up, tmp_path / "said")
+    assert said.startswith(f"'{path}' cannot be written (")
+    assert said.endswith("); nothing that was there before is lost")
+    assert "\n" not in said
     assert path.read_text() == "former"
-    assert list(tmp_path.iterdir()) == [path]
+    assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])

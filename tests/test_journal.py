@@ -2,10 +2,9 @@
 
 import errno
 import math
-import subprocess
-import sys
 
 import pytest
+from forked import forked
 
 from cl_merge.errors import InputError, StorageError
 from cl_merge.journal import Journal, only_process
@@ -89,25 +88,24 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_a_second_process_is_refused_until_the_first_ends(tmp_path):
-    script = (
-        "import sys\n"
-        "from cl_merge.errors import InputError\n"
-        "from cl_merge.journal import only_process\n"
-        "try:\n"
-        "    with only_process(sys.argv[1]): print('held')\n"
-        "except InputError as error: print(error)\n"
-    )
+    folder = tmp_path / "held"
+
+    def hold():
+        try:
+            with only_process(folder):
+                return "held"
+        except InputError as error:
+            return error
 
     def other():
-        command = [sys.executable, "-c", script, tmp_path]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return forked(hold, tmp_path / "said")
 
-    with only_process(tmp_path):
-        with only_process(tmp_path):  # once more by the same process: the inner end frees nothing
+    with only_process(folder):
+        with only_process(folder):  # once more by the same process: the inner end frees nothing
             pass
-        message = f"{tmp_path} is in use by another process; wait for it, or name another folder"
+        message = f"{folder} is in use by another process; wait for it, or name another folder"
         assert other() == message
     assert other() == "held"
-    with pytest.raises(ZeroDivisionError), only_process(tmp_path):
+    with pytest.raises(ZeroDivisionError), only_process(folder):
         raise ZeroDivisionError
     assert other() == "held"

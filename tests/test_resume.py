@@ -131,13 +131,13 @@ def kill_and_go_on(folder):
     found = {"whole": child(folder / "whole")}
     seconds = time.monotonic() - begin
     draw = random.Random(0)
-    for number in range(8):
+    for number in range(5):
         place, at = folder / f"time{number}", [draw.uniform(0, seconds) for _ in range(2)]
         for kill in at:
             child(place, seconds=kill)
         found[f"time {at}"] = child(place)
     calls = json.loads((folder / "whole" / "calls.json").read_text())
-    for way, number in (("before", 6), ("after", 6), ("within", 9)):
+    for way, number in (("before", 5), ("after", 5), ("within", 7)):
         total = calls["fsync" if way == "within" else "replace"]
         for call in sorted({1 + round(n * (total - 1) / (number - 1)) for n in range(number)}):
             place = folder / f"{way}{call}"

@@ -1,4 +1,4 @@
-"""The three ways to split a data set into tasks."""
+"""The four ways to split a data set into tasks."""
 
 import itertools
 import json
@@ -20,6 +20,7 @@ from cl_merge.scenario import (
     split_by_class,
     split_by_data,
     split_by_domain,
+    split_by_source,
 )
 
 NAMES = ["ant", "bee", "cat", "dog", "emu"]
@@ -148,3 +149,27 @@ def test_of_each_class_a_share_is_held_out_and_never_all(labels, share, seed):
         images = int((labels == label).sum())
         expected = min(max(round(share * images), 1), images - 1)
         assert int(chosen[labels == label].sum()) == expected
+
+
+def test_every_source_is_a_task_with_the_classes_that_its_images_show():
+    sources = np.array([0, 1, 1, 0, 2, 1]), np.array([0, 1, 2])
+    labels = np.array([0, 2, 1, 0, 4, 2]), np.array([0, 3, 4])
+    tasks = split_by_source(sources, labels, NAMES, ["x", "y", "z"], order=["z", "x", "y"])
+    assert [task.name for task in tasks] == ["z", "x", "y"]
+    # Bee and cat are trained on, dog is only tested on: it is a class of that data set all the same.
+    assert [task.classes for task in tasks] == [(4,), (0,), (1, 2, 3)]
+    assert tasks[2].class_names == ("bee", "cat", "dog")
+    assert [task.train.tolist() for task in tasks] == [[4], [0, 3], [1, 2, 5]]
+    assert [task.test.tolist() for task in tasks] == [[2], [0], [1]]
+
+
+def test_sources_that_share_a_class_are_refused():
+    both = np.array([0, 1])
+    with pytest.raises(InputError, match="^these classes are in several data sets: cat; "):
+        split_by_source((both, both), (np.array([2, 2]), np.array([2, 3])), NAMES, ["x", "y"])
+
+
+def test_a_source_without_training_images_is_refused():
+    sources, labels = (np.array([0]), np.array([0, 1])), (np.array([0]), np.array([0, 1]))
+    with pytest.raises(InputError, match=r"^task 1 \(y\) has no training image"):
+        split_by_source(sources, labels, NAMES, ["x", "y"])

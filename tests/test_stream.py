@@ -153,6 +153,14 @@ def test_domains_become_tasks_in_the_order_asked_for():
     assert next(iter(stream.test_dataloader())).task.tolist() == [1, 0]
 
 
+def test_sources_become_tasks_with_classes_of_their_own():
+    rows = table([0, 1, 2, 3], domains=["x", "x", "y", "y"])
+    stream = TaskStream({"train": rows, "test": rows}, scenario="source", domain="domain")
+    assert [(task.name, task.classes) for task in stream.tasks] == [("x", (0, 1)), ("y", (2, 3))]
+    with pytest.raises(InputError, match=r"^stream.tasks=3, but the data set has 2 sources \(x, y"):
+        TaskStream({"train": rows, "test": rows}, scenario="source", domain="domain", tasks=3)
+
+
 def test_held_out_images_are_no_training_images():
     stream = TaskStream({"train": table([0, 1, 2, 3] * 5)}, tasks=1, test_fraction=0.2)
     assert sorted(rows_of(stream.train_dataloader()) + rows_of(stream.test_dataloader())) == list(
@@ -339,15 +347,19 @@ def test_real_photographs(shared):
         ({"tasks": 0}, "stream.tasks=0; expected 1 or more"),
         (
             {"scenario": "clas"},
-            "unknown scenario 'clas'; did you mean 'class'? Known: class, domain, data",
+            "unknown scenario 'clas'; did you mean 'class'? Known: class, domain, data, source",
         ),
         (
             {"label": "lable"},
-            "unknown column of the train split 'lable'; did you mean 'label'? Known: image, label",
+            "unknown column of the train split 'lable'; did you mean 'label'? Known: image, label; name the one with the labels: stream.label=...",
         ),
         (
             {"scenario": "domain"},
             "stream.scenario=domain needs the column of the domains: stream.domain=...",
+        ),
+        (
+            {"scenario": "source"},
+            "stream.scenario=source needs the column of the domains: stream.domain=...",
         ),
         (
             {"train_split": "training"},

@@ -151,7 +151,8 @@ def narrowed(
         own = [s for s in suite.settings if s.data == name]
         if not own:
             find_data(name)
-            own = [Setting(name, n, joint_tasks=[*tasks, None][0]) for n in tasks or [None]]
+            numbers: Sequence[int | None] = tasks or [None]
+            own = [Setting(name, n, joint_tasks=numbers[0]) for n in numbers]
         chosen = [s for s in own if not tasks or s.tasks in tasks]
         if not chosen and data:
             has = ", ".join(str(s.tasks) for s in own)

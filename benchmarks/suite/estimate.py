@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from cl_merge.benchmarks.catalog import find_data
+from cl_merge.benchmarks.epochs import task_epochs
 from cl_merge.benchmarks.methods import TRAININGS
 from cl_merge.benchmarks.suite.plan import Job, job_config
 from cl_merge.config import RunConfig
@@ -88,9 +89,11 @@ def passes(job: Job, config: RunConfig, size: Size) -> int:
     """
     joint = TRAININGS[job.training].joint
     rows = 1 if joint or config.evaluate == "last" else size.tasks
-    epochs = max(config.trainer["max_epochs"] or 1, 1)
+    epochs: list[int] = task_epochs(config, size.tasks)
     cost = _LWF_COST if job.training == "lwf" else _TRAIN_COST
-    return size.test * (1 + rows * len(job.methods)) + size.train * epochs * cost
+    return (
+        size.test * (1 + rows * len(job.methods)) + size.train * sum(epochs) // len(epochs) * cost
+    )
 
 
 def seconds_per_pass(model: str, image_size: int | None) -> float:
@@ -122,17 +125,18 @@ def _tower(model: str, image_size: int | None) -> tuple[torch.nn.Module, int]:
     name = model.partition(":")[0]
     if name in ("glyph", "lite", "local-dir"):
         clip = load_clip(model, image_size=image_size)
-        return clip.model.visual, clip.image_size
+        made: Any = clip.model
+        return made.visual, clip.image_size
     # The architecture is enough: weights would have to be downloaded.
     import open_clip
 
     logging.disable(logging.WARNING)  # it warns that there are no weights
     try:
-        visual = open_clip.create_model(name, force_image_size=image_size).visual
+        made = open_clip.create_model(name, force_image_size=image_size)
     finally:
         logging.disable(logging.NOTSET)
-    size = visual.image_size
-    return visual, int(size[0] if isinstance(size, (tuple, list)) else size)
+    size = made.visual.image_size
+    return made.visual, int(size[0] if isinstance(size, (tuple, list)) else size)
 
 
 def _kind(config: RunConfig) -> tuple[Any, ...]:

@@ -50,15 +50,12 @@ def with_former_methods(suite: Suite, folder: Path) -> Suite:
     return replace(suite, methods=tuple(methods))
 
 
-def remember(suite: Suite, folder: Path) -> Suite:
+def remember(suite: Suite, folder: Path) -> None:
     """Add what was asked for to what the folder has.
 
     Args:
         suite: What is asked for now.
         folder: The suite's.
-
-    Returns:
-        All that was ever asked for there.
 
     Raises:
         InputError: If the folder is of another suite, or was begun with other settings of its runs.
@@ -69,7 +66,6 @@ def remember(suite: Suite, folder: Path) -> Suite:
         suite = joined(before, suite)
     with atomic_write(folder / SUITE) as temporary:
         temporary.write_text(to_yaml(suite))
-    return suite
 
 
 def read_folder(folder: Path) -> Suite:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from statistics import mean, stdev
@@ -178,6 +179,7 @@ def paper_accuracy(suite: Suite, setting: Setting, method: Method) -> float | No
     return None if value is None else float(value)
 
 
+@cache
 def _paper() -> dict[str, Any]:
     text = files("cl_merge.benchmarks.paper").joinpath("results.yaml").read_text()
     found: Any = OmegaConf.to_container(OmegaConf.create(text))

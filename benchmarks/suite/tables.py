@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rich import box
 from rich.table import Table
 
 from cl_merge.benchmarks.methods import grouped_methods
+from cl_merge.benchmarks.suite.definition import Setting
 from cl_merge.benchmarks.suite.plan import BEGUN, DONE, FAILED
 from cl_merge.benchmarks.suite.summary import METRICS, Entry, Figure, Summary
 from cl_merge.errors import unknown_name
@@ -30,7 +31,9 @@ TITLES: dict[str, str] = {
 }
 """What each metric is called over a table, with its unit."""
 
-_UNITS = {"seconds": 60.0, "peak_memory": 2.0**30, "stored_bytes": 1e6}
+UNITS = {"seconds": 60.0, "peak_memory": 2.0**30, "stored_bytes": 1e6}
+"""What a figure is divided by to be in the unit of its title, where that is not 1."""
+
 _STATES = {FAILED: "failed", BEGUN: "begun"}
 
 
@@ -77,39 +80,62 @@ def rows_of(summary: Summary, metric: str) -> Iterator[tuple[str, str, list[Text
             yield group, method, [_text(entry, metric) for entry in entries]
 
 
-def rich_table(summary: Summary, metric: str = "accuracy") -> Table:
-    """Make the table for a terminal.
+def rich_tables(summary: Summary, metric: str = "accuracy", width: int = 80) -> list[Table]:
+    """Make the table for a terminal, in as many parts as fit its width.
 
     Args:
         summary: Of a suite.
         metric: One of `METRICS`.
+        width: Of the terminal, in characters.
 
     Returns:
-        The table.
+        The parts, each with some of the settings.
 
     Raises:
         InputError: If there is no such metric.
     """
     rows = list(rows_of(summary, metric))
+    names = [_heading(setting) for setting in summary.suite.settings]
+    edges, gap = 2, 3  # characters that the box and the padding take
+    first = max(max(len(group), len(method)) for group, method, _ in rows)
+    room = width - edges - first - gap
+    columns: list[list[int]] = [[]]
+    left = room
+    for index, name in enumerate(names):
+        shown = [len(_plain(texts[index])) for _, _, texts in rows]
+        needed = gap + max(*map(len, name.split("\n")), *shown)
+        if needed > left and columns[-1]:
+            columns.append([])
+            left = room
+        columns[-1].append(index)
+        left -= needed
+    parts = [_part(rows, names, chosen) for chosen in columns]
+    parts[0].title = _title(summary, metric)
+    parts[-1].caption = _legend(rows, metric)
+    return parts
+
+
+def _part(
+    rows: list[tuple[str, str, list[Text]]], names: Sequence[str], columns: Sequence[int]
+) -> Table:
     table = Table(
-        title=_title(summary, metric),
-        caption=_legend(rows, metric),
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE,
-        pad_edge=False,
+        title_justify="left", caption_justify="left", box=box.SIMPLE, padding=(0, 2, 0, 0)
     )
     table.add_column("method", no_wrap=True)
-    for setting in summary.suite.settings:
-        table.add_column(setting.name, justify="right", no_wrap=True)
+    for index in columns:
+        table.add_column(names[index], justify="right", no_wrap=True)
     last = None
     for group, method, texts in rows:
         if group != last:
             table.add_section()
             table.add_row(group, style="dim italic")
             last = group
-        table.add_row(method, *(_for_terminal(text) for text in texts))
+        table.add_row(method, *(_for_terminal(texts[index]) for index in columns))
     return table
+
+
+def _heading(setting: Setting) -> str:
+    return setting.data_name if setting.tasks is None else f"{setting.data_name}\n{setting.tasks}"
 
 
 def markdown(summary: Summary, metric: str = "accuracy") -> str:
@@ -216,7 +242,7 @@ def _text(entry: Entry, metric: str) -> Text:
         states = {cell.state for cell in entry.cells}
         state = next((text for state, text in _STATES.items() if state in states), "")
         return Text("", "", "", None, "", "-" if states == {DONE} else state)
-    unit = _UNITS.get(metric, 1.0)
+    unit = UNITS.get(metric, 1.0)
     digits = 0 if metric == "stored_bytes" else 1
     difference = ""
     if metric == "accuracy" and entry.paper is not None:

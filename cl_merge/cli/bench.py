@@ -78,7 +78,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="KEY=VALUE",
         help="through submitit: cluster=slurm or local, and its parameters",
     )
-    command.add_argument("--no-figures", action="store_true", help="tables only")
+    command.add_argument(
+        "--no-figures",
+        action="store_true",
+        help="without the figures, some of which take minutes to measure",
+    )
     command.set_defaults(execute=bench)
 
 
@@ -133,7 +137,7 @@ def _fill(
     from cl_merge.cli.report import make_report
 
     with hold(folder), _terminated_as_interrupted():
-        everything = remember(suite, folder)
+        remember(suite, folder)
         left = [job for job in jobs if state_of(job, folder) != DONE]
         show_begin(console, suite, len(jobs), len(left), folder)
         failed = []
@@ -141,7 +145,7 @@ def _fill(
             for number, ended in enumerate(_run(left, folder, parsed), start=1):
                 show_ended(console, ended, number, len(left), folder)
                 failed += [ended] if ended.state == FAILED else []
-            make_report(console, everything, folder, figures=not parsed.no_figures)
+            make_report(console, folder, figures="none" if parsed.no_figures else "all")
         except KeyboardInterrupt as stop:
             raise StoppedError("the same command", stop) from stop
     show_failures(console, failed, folder)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 import webbrowser
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +15,13 @@ from cl_merge.errors import InputError
 from cl_merge.files import atomic_write
 
 if TYPE_CHECKING:
-    from cl_merge.benchmarks.suite.definition import Suite
+    from rich.console import Console
+
+    from cl_merge.benchmarks.suite.summary import Summary
 
 _DESCRIPTION = """\
 Read what a suite or a run has found so far, and write its report: report.html, one file that needs
-no network, and the figures in it. --format prints a table instead, to the terminal or to a file.
+no network, with the figures that have been measured. --format prints the table instead.
 """
 FORMATS = ("markdown", "csv", "latex")
 
@@ -38,6 +42,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     command.add_argument("--open", action="store_true", help="show the page in a browser")
     command.add_argument("--format", choices=FORMATS, help="print the table instead")
     command.add_argument("--metric", default="accuracy", help="of the table [accuracy]")
+    command.add_argument(
+        "--measure", action="store_true", help="also what figures need that was not measured yet"
+    )
     command.add_argument("--no-figures", action="store_true", help="without the figures")
     command.set_defaults(execute=report)
 
@@ -53,62 +60,94 @@ def report(parsed: argparse.Namespace) -> None:
     """
     from rich.console import Console
 
-    from cl_merge.benchmarks.suite.folder import read_folder
-    from cl_merge.benchmarks.suite.summary import summarize
-    from cl_merge.benchmarks.suite.tables import csv_text, latex, markdown
-
     folder = Path(parsed.folder).expanduser()
     if not folder.is_dir():
         raise InputError(f"'{folder}' is no folder")
-    suite = read_folder(folder)
-    if parsed.format:
-        summary = summarize(suite, folder)
-        text = (
-            csv_text(summary)
-            if parsed.format == "csv"
-            else {"markdown": markdown, "latex": latex}[parsed.format](summary, parsed.metric)
-        )
-        sys.stdout.write(text)
-        return
     console = Console(highlight=False)
     show_messages(console)
-    page = make_report(console, suite, folder, figures=not parsed.no_figures, metric=parsed.metric)
+    if parsed.format:
+        sys.stdout.write(_table(_summary(folder), parsed.format, parsed.metric))
+        return
+    page = make_report(console, folder, figures=_figures(parsed), metric=parsed.metric)
     if parsed.open:
         webbrowser.open(page.resolve().as_uri())
 
 
 def make_report(
-    console: Any, suite: Suite, folder: Path, *, figures: bool, metric: str = "accuracy"
+    console: Console, folder: Path, *, figures: str = "measured", metric: str = "accuracy"
 ) -> Path:
-    """Show a suite's table, and write it in all forms, with the figures.
+    """Show the table of a suite or a run, and write its report.
 
     Args:
         console: Where to print.
-        suite: What was asked for.
-        folder: The suite's.
-        figures: Whether to compute and draw the figures.
+        folder: Of the suite or the run.
+        figures: ``"all"`` measures what has not been measured, ``"measured"`` draws what has been,
+            ``"none"`` leaves them out.
         metric: Of the table that is shown.
 
     Returns:
         The page.
+
+    Raises:
+        InputError: If the folder is of no suite or run, or there is no such metric.
     """
     from cl_merge.benchmarks.figures import figures_of
-    from cl_merge.benchmarks.html import write_report
-    from cl_merge.benchmarks.suite.summary import summarize
-    from cl_merge.benchmarks.suite.tables import csv_text, latex, markdown, rich_table
+    from cl_merge.benchmarks.html import pictures_of_run, write_report
+    from cl_merge.benchmarks.suite.tables import rich_tables
 
-    summary = summarize(suite, folder)
+    summary = _summary(folder)
     console.print()
-    console.print(rich_table(summary, metric))
-    for name, text in (
-        ("table.md", markdown(summary)),
-        ("table.tex", latex(summary)),
-        ("table.csv", csv_text(summary)),
-    ):
-        with atomic_write(folder / name) as temporary:
-            temporary.write_text(text)
-    drawn = figures_of(summary) if figures else []
+    for part in rich_tables(summary, metric, console.width):
+        console.print(part)
+    drawn: list[Any] = []
+    if figures != "none" and (folder / "results.json").exists():
+        drawn = list(pictures_of_run(folder, summary.suite.settings[0].name))
+    elif figures != "none":
+        with _progress(console) as tell:
+            drawn = list(figures_of(folder, evaluate=figures == "all", progress=tell))
     page = folder / "report.html"
     write_report(summary, drawn, page)
-    console.print(f"{page} is the report; table.md, table.tex and table.csv lie beside it")
+    for ending, form in (("md", "markdown"), ("tex", "latex"), ("csv", "csv")):
+        with atomic_write(folder / f"table.{ending}") as temporary:
+            temporary.write_text(_table(summary, form, "accuracy"))
+    console.print(
+        f"{page} is the report; table.md, table.tex and table.csv lie beside it", soft_wrap=True
+    )
     return page
+
+
+def _summary(folder: Path) -> Summary:
+    from cl_merge.benchmarks.html import summary_of_run
+    from cl_merge.benchmarks.suite.folder import read_folder
+    from cl_merge.benchmarks.suite.summary import summarize
+
+    if (folder / "results.json").exists():
+        return summary_of_run(folder)
+    return summarize(read_folder(folder), folder)
+
+
+def _table(summary: Summary, form: str, metric: str) -> str:
+    from cl_merge.benchmarks.suite.tables import csv_text, latex, markdown
+
+    if form == "csv":
+        return csv_text(summary)
+    return markdown(summary, metric) if form == "markdown" else latex(summary, metric)
+
+
+def _figures(parsed: argparse.Namespace) -> str:
+    return "none" if parsed.no_figures else "all" if parsed.measure else "measured"
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """Show how far the evaluations for figures are."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TimeRemainingColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+        bar = progress.add_task("figures", total=None)
+        yield lambda what, done, total: progress.update(
+            bar, description=what, completed=done, total=total
+        )

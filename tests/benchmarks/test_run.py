@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,10 @@ SMALL = [
     "seed=3",
     "trainer.accelerator=cpu",
 ]
+
+
+# For what is only compared with itself.
+SMALLER = [*SMALL, "stream.images_per_class=8", "stream.test_fraction=0.1"]
 
 
 def run(*words: str) -> int:
@@ -86,19 +91,31 @@ def test_results_carry_every_method_and_every_figure(results):
     assert zero_shot[0] == zero_shot[1]
 
 
-def correct(clip, state, head) -> int:
-    """Count the digits that given weights classify correctly, without any of the library's loops."""
-    clip.model.visual.load_state_dict(state)
+@pytest.fixture(scope="module")
+def clip():
+    return load_clip("glyph")
+
+
+@pytest.fixture(scope="module")
+def correct(clip):
+    """Count the digits that weights classify correctly, without any of the library's loops."""
     test = digits()["test"]
     images = torch.stack([clip.test_transform(image) for image in test["image"]])
-    with torch.no_grad():
-        features = torch.nn.functional.normalize(clip.model.visual(images), dim=1)
-    return int(((features @ head.T).argmax(dim=1) == torch.tensor(test["label"])).sum())
+    labels = torch.tensor(test["label"])
+    encoder = deepcopy(clip.model.visual)
+
+    def correct(state, head) -> int:
+        encoder.load_state_dict(state)
+        with torch.no_grad():
+            features = torch.nn.functional.normalize(encoder(images), dim=1)
+        return int(((features @ head.T).argmax(dim=1) == labels).sum())
+
+    return correct
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "zero-shot"])
-def test_accuracies_are_those_of_the_task_vectors_on_disk(whole, results, name):
-    clip, method = load_clip("glyph"), METHODS[name]
+def test_accuracies_are_those_of_the_task_vectors_on_disk(whole, results, clip, correct, name):
+    method = METHODS[name]
     base = {f"visual.{k}": v.clone() for k, v in clip.model.visual.state_dict().items()}
     vectors = [
         TaskVector.load(whole / "task_vectors" / method.training / f"task{task}.safetensors")
@@ -110,17 +127,16 @@ def test_accuracies_are_those_of_the_task_vectors_on_disk(whole, results, name):
         state = vectors[-1].apply_to(base)
     head = load_file(whole / "merged.safetensors")["head.weight"]
     state = {key.removeprefix("visual."): value for key, value in state.items()}
-    accuracy = 100 * correct(clip, state, head) / 360
+    accuracy = 100 * correct(state, head) / 360
     # Adding a task vector to the base rounds once more than the trained weights did.
     tolerance = 1e-9 if method.merger else 0.3
     assert results["methods"][name]["accuracy"] == pytest.approx(accuracy, abs=tolerance)
 
 
-def test_the_merged_weights_are_written_whole_and_load_into_open_clip(whole, results):
-    clip = load_clip("glyph")
+def test_the_merged_weights_are_written_whole_and_load_into_open_clip(whole, results, correct):
     saved = load_file(whole / "merged.safetensors")
     state = {k.removeprefix("visual."): v for k, v in saved.items() if k.startswith("visual.")}
-    accuracy = 100 * correct(clip, state, saved["head.weight"]) / 360
+    accuracy = 100 * correct(state, saved["head.weight"]) / 360
     assert accuracy == pytest.approx(results["methods"]["magmax"]["accuracy"])
 
 
@@ -224,7 +240,7 @@ def test_a_run_with_a_method_of_ones_own_goes_on_from_anywhere(tmp_path, monkeyp
         "def mine(values, *, rate: float = 1.0): return rate * values.mean(dim=0)\n"
     )
     words = [
-        *SMALL,
+        *SMALLER,
         "method=own.py:mine",
         "compare=[own.py:mine-sequential]",
         "merge.options.rate=2",
@@ -234,7 +250,7 @@ def test_a_run_with_a_method_of_ones_own_goes_on_from_anywhere(tmp_path, monkeyp
     ]
     monkeypatch.chdir(source.parent)
     assert run(*words, f"out={tmp_path / 'whole'}") == 0
-    evaluate, calls = training._evaluate, []
+    evaluate, calls = training.fill_row, []
 
     def stop(*arguments):
         calls.append(arguments[2])
@@ -243,7 +259,7 @@ def test_a_run_with_a_method_of_ones_own_goes_on_from_anywhere(tmp_path, monkeyp
         evaluate(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(training, "_evaluate", stop)
+        patched.setattr(training, "fill_row", stop)
         assert run(*words, f"out={tmp_path / 'broken'}") == 130
     monkeypatch.chdir(tmp_path)
     assert run(f"out={tmp_path / 'broken'}") == 0
@@ -258,7 +274,7 @@ def test_a_run_with_a_method_of_ones_own_goes_on_from_anywhere(tmp_path, monkeyp
 
 
 def test_it_prints_progress_by_task_and_ends_with_the_table(tmp_path, capsys):
-    assert run(*SMALL, "method=sequential", "compare=false", f"out={tmp_path / 'run'}") == 0
+    assert run(*SMALLER, "method=sequential", "compare=false", f"out={tmp_path / 'run'}") == 0
     # Long lines are wrapped at the width of the terminal.
     out = " ".join(capsys.readouterr().out.split())
     assert re.search(r"task 1/2 .*sequential training", out)
@@ -366,9 +382,9 @@ def test_a_run_that_was_stopped_goes_on_without_its_settings(tmp_path, monkeypat
     from cl_merge.benchmarks import training
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    words = [*SMALL, "compare=[lwf]", "method=ties"]
+    words = [*SMALLER, "compare=[lwf]", "method=ties"]
     assert run(*words, f"out={whole}") == 0
-    evaluate, calls = training._evaluate, []
+    evaluate, calls = training.fill_row, []
 
     def stop(*arguments):
         calls.append(arguments[2])
@@ -376,7 +392,7 @@ def test_a_run_that_was_stopped_goes_on_without_its_settings(tmp_path, monkeypat
             raise KeyboardInterrupt
         evaluate(*arguments)
 
-    monkeypatch.setattr(training, "_evaluate", stop)
+    monkeypatch.setattr(training, "fill_row", stop)
     assert run(*words, f"out={broken}") == 130
     error = capsys.readouterr().err
     assert error == (
@@ -402,7 +418,7 @@ def test_a_full_disk_is_one_line_and_the_run_can_go_on(tmp_path, monkeypatch, ca
             raise OSError(28, "No space left on device")
         flush(handle)
 
-    words = [*SMALL, "method=magmax", "compare=false", f"out={tmp_path / 'run'}"]
+    words = [*SMALLER, "method=magmax", "compare=false", f"out={tmp_path / 'run'}"]
     monkeypatch.setattr(os, "fsync", fail)
     assert run(*words) == 1
     error = capsys.readouterr().err
@@ -422,7 +438,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
 def test_a_new_run_takes_a_new_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
-        assert run(*SMALL, "method=zero-shot", "compare=false") == 0
+        assert run(*SMALLER, "method=zero-shot", "compare=false") == 0
     assert {path.name for path in Path("runs").iterdir()} == {
         "digits-zero-shot",
         "digits-zero-shot-2",

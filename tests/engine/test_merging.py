@@ -89,39 +89,37 @@ def test_the_published_scale_is_the_default(files, out, base, tasks, method):
     assert same_bits(read(out / "m.safetensors"), expected)
 
 
-@any_method
-def test_chunks_and_threads_change_no_byte_of_the_output(
-    files, out, base, method, two_threads, monkeypatch
-):
-    base_file, task_files = files
-    task_files = task_files[: number_of_tasks(method)]
-    importances = importances_of(method, base, len(task_files))
-    beside = [write(out / "beside", str(i), f, "pt") for i, f in enumerate(importances)]
-    outputs = []
-    for block, chunk, threads in ((1 << 22, 1 << 18, 1), (1 << 22, 7, 2), (1 << 22, 64, 1)):
-        patch_sizes(monkeypatch, block, chunk, threads)
-        path = out / f"{len(outputs)}.safetensors"
-        merge_checkpoints(base_file, task_files, path, method=method, importances=beside)
-        outputs.append(path.read_bytes())
-    assert outputs[0] == outputs[1] == outputs[2]
+@pytest.fixture
+def outputs(files, out, base, two_threads, monkeypatch):
+    """Merge the same files by a method, once for each (block, chunk, threads); the outputs."""
+
+    def outputs(method, *sizes):
+        base_file, task_files = files
+        task_files = task_files[: number_of_tasks(method)]
+        importances = importances_of(method, base, len(task_files))
+        beside = [write(out / "beside", str(i), f, "pt") for i, f in enumerate(importances)]
+        paths = [out / f"{i}.safetensors" for i in range(len(sizes))]
+        for path, (block, chunk, threads) in zip(paths, sizes, strict=True):
+            patch_sizes(monkeypatch, block, chunk, threads)
+            merge_checkpoints(base_file, task_files, path, method=method, importances=beside)
+        return paths
+
+    return outputs
 
 
 @any_method
-def test_blocks_change_no_value_and_threads_no_byte_of_it(
-    files, out, base, method, two_threads, monkeypatch
-):
-    base_file, task_files = files
-    task_files = task_files[: number_of_tasks(method)]
-    importances = importances_of(method, base, len(task_files))
-    beside = [write(out / "beside", str(i), f, "pt") for i, f in enumerate(importances)]
-    paths = []
-    for block, chunk, threads in ((1 << 22, 1 << 18, 1), (50, 16, 2), (50, 50, 1)):
-        patch_sizes(monkeypatch, block, chunk, threads)
-        paths.append(out / f"{len(paths)}.safetensors")
-        merge_checkpoints(base_file, task_files, paths[-1], method=method, importances=beside)
-    assert same_bits(read(paths[0]), read(paths[1]))
+def test_chunks_and_threads_change_no_byte_of_the_output(outputs, method):
+    paths = outputs(method, (1 << 22, 1 << 18, 1), (1 << 22, 7, 2), (1 << 22, 64, 1))
+    whole, small, other = (path.read_bytes() for path in paths)
+    assert whole == small == other
+
+
+@any_method
+def test_blocks_change_no_value_and_threads_no_byte_of_it(outputs, method):
+    whole, two, one = outputs(method, (1 << 22, 1 << 18, 1), (50, 16, 2), (50, 50, 1))
+    assert same_bits(read(whole), read(two))
     # The size of a block is a part of what the hashes mean.
-    assert paths[1].read_bytes() == paths[2].read_bytes()
+    assert two.read_bytes() == one.read_bytes()
 
 
 def patch_sizes(patch, block, chunk, threads):

@@ -15,9 +15,8 @@ from cl_merge.mergers.singular_vectors import SingularVectors
 from cl_merge.mergers.slerp import Slerp
 
 pytestmark = pytest.mark.usefixtures("any_chunk")
-RULES = pytest.mark.parametrize(
-    "rule", [Slerp, Isotropic, SingularVectors, OrthogonalProjection], ids=lambda rule: rule.name
-)
+FLATTENING = [Isotropic, SingularVectors, OrthogonalProjection]
+RULES = pytest.mark.parametrize("rule", [Slerp, *FLATTENING], ids=lambda rule: rule.name)
 
 
 @pytest.fixture(params=[1, 2, 3, 8], ids=lambda tasks: f"{tasks} tasks")
@@ -330,14 +329,20 @@ def test_opcm_measures_a_vector_alike_however_it_is_cut_and_ordered(make_vector)
 
 
 @RULES
-@pytest.mark.parametrize("options", [{}, {"flatten": True}], ids=["as it is", "flattened"])
-def test_kernels_are_matrices_if_that_is_wanted(rule, options):
-    if options and rule is Slerp:
-        pytest.skip("has no such option")
+def test_kernels_are_taken_as_rows_of_values(rule):
+    check_kernels_are_like(rule(), (-1,))
+
+
+@pytest.mark.parametrize("rule", FLATTENING, ids=lambda rule: rule.name)
+def test_kernels_are_matrices_if_that_is_wanted(rule):
+    check_kernels_are_like(rule(flatten=True), (6, 6))
+
+
+def check_kernels_are_like(merger, shape):
+    """Kernels merge as a merger without options merges the same values in another shape."""
     kernels = [torch.randn(6, 2, 3, 1, generator=seeded(seed)) for seed in range(2)]
-    merged = run(rule(**options), [{"w": kernel} for kernel in kernels])["w"]
-    rows = [kernel.reshape(6, 6) if options else kernel.reshape(-1) for kernel in kernels]
-    expected = run(rule(), [{"w": row} for row in rows])["w"]
+    merged = run(merger, [{"w": kernel} for kernel in kernels])["w"]
+    expected = run(type(merger)(), [{"w": kernel.reshape(shape)} for kernel in kernels])["w"]
     assert torch.equal(merged.reshape(-1), expected.reshape(-1))
 
 
@@ -405,7 +410,7 @@ def test_a_share_outside_its_range_is_an_error(rule, option, value):
 
 
 @pytest.mark.parametrize("value", [0, 1, "yes", None])
-@pytest.mark.parametrize("rule", [Isotropic, SingularVectors, OrthogonalProjection])
+@pytest.mark.parametrize("rule", FLATTENING)
 def test_flatten_is_true_or_false(rule, value):
     with pytest.raises(InputError) as caught:
         rule(flatten=value)
