@@ -78,11 +78,12 @@ def show_start(console: Console, run: Run) -> None:
     train = sum(len(task.train) for task in stream.tasks)
     held_out = sum(len(task.held_out) for task in stream.tasks)
     test = sum(len(task.test) for task in stream.tasks)
+    apart = f"{held_out} held out, " if held_out else ""
     console.print(
         f"{find_data(run.config.data).name} with {run.config.model}: "
         f"{len(stream.class_names)} classes in {_tasks(stream.tasks)} "
-        f"({run.config.stream.scenario}-incremental), {train} images to train on, {f'{held_out} held out, ' if held_out else ''}{test} to test on; "
-        f"writing to {run.folder.path}"
+        f"({run.config.stream.scenario}-incremental), {train} images to train on, {apart}{test} "
+        f"to test on; writing to {run.folder.path}"
     )
 
 
