@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -21,9 +22,10 @@ for module in (
     "cl_merge.benchmarks.report",
     "cl_merge.benchmarks.training",
     "matplotlib.backends.backend_agg",
-    "torch.utils.tensorboard",
 ):
     import_module(module)
+if find_spec("tensorboard"):
+    import_module("torch.utils.tensorboard")
 load_clip("glyph")
 digits.digits = cache(digits.digits)
 digits.digits()
