@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import shutil
 import time
@@ -17,6 +16,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from cl_merge.benchmarks.json_files import plain, read_json
 from cl_merge.benchmarks.settings import check_same_run
 from cl_merge.config import RunConfig, to_yaml
 from cl_merge.errors import InputError
@@ -122,11 +122,7 @@ class RunFolder:
 
     def results(self) -> dict[str, Any]:
         """What a run that has finished here found; empty if none has."""
-        try:
-            found: dict[str, Any] = json.loads((self.path / "results.json").read_text())
-        except FileNotFoundError:
-            return {}
-        return found
+        return read_json(self.path / "results.json") or {}
 
     def finished_training(self, training: str) -> list[Cost] | None:
         """What the tasks of a training took, if all of them were learned in a run that finished.
@@ -206,7 +202,7 @@ class RunFolder:
             name: Its name in the folder.
             content: What it holds; values that are not finite are written as null.
         """
-        self.write_text(name, json.dumps(_plain(content), indent=2, allow_nan=False) + "\n")
+        self.write_text(name, json.dumps(plain(content), indent=2, allow_nan=False) + "\n")
 
     @rank_zero_only
     def write_tensors(
@@ -228,14 +224,3 @@ def _unused(path: Path) -> Path:
         number += 1
         candidate = path.with_name(f"{path.name}-{number}")
     return candidate
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN: null says the same and every reader understands it."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

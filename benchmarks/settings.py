@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from cl_merge.benchmarks.catalog import find_data, is_data_file
+from cl_merge.benchmarks.json_files import read_json
 from cl_merge.benchmarks.methods import find_method, methods_beside, whole_path
 from cl_merge.config import RunConfig, parse_arguments, read_config, read_yaml
 from cl_merge.errors import InputError
@@ -118,10 +118,7 @@ def finished_methods(folder: Path) -> set[str]:
     Returns:
         Their names; none if no run has finished there.
     """
-    try:
-        return set(json.loads((folder / "results.json").read_text())["methods"])
-    except (FileNotFoundError, NotADirectoryError):
-        return set()
+    return set((read_json(folder / "results.json") or {}).get("methods", {}))
 
 
 def _with_whole_paths(config: RunConfig) -> RunConfig:

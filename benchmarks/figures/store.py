@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from cl_merge.benchmarks.figures.runs import FinishedRun
+from cl_merge.benchmarks.json_files import plain, read_json
 from cl_merge.files import atomic_write
 
 
@@ -24,7 +24,7 @@ class Store:
 
     def __init__(self, file: Path, options: Mapping[str, Any] | None = None) -> None:
         self.file = file
-        self._options = _plain(options or {})
+        self._options = plain(options or {})
         self._kept = self._read()
 
     def get(self, run: FinishedRun) -> Any:
@@ -50,7 +50,7 @@ class Store:
             What was measured, as JSON gives it back.
         """
         if self.get(run) is None:
-            self._kept[run.training] = {"results": run.fingerprint, "found": _plain(measure())}
+            self._kept[run.training] = {"results": run.fingerprint, "found": plain(measure())}
             content = {"options": self._options, "trainings": self._kept}
             with atomic_write(self.file) as temporary:
                 text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
@@ -58,20 +58,8 @@ class Store:
         return self.get(run)
 
     def _read(self) -> dict[str, Any]:
-        try:
-            content: dict[str, Any] = json.loads(self.file.read_text())
-        except FileNotFoundError:
+        content = read_json(self.file)
+        if content is None:
             return {}
         kept: dict[str, Any] = content["trainings"]
         return kept if content["options"] == self._options else {}
-
-
-def _plain(value: Any) -> Any:
-    """As JSON gives it back; null for what is not a number."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

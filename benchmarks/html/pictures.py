@@ -2,49 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cl_merge.benchmarks.figures.figure import Figure, Table
+from cl_merge.benchmarks.json_files import read_json
 from cl_merge.errors import InputError
 
 
-@dataclass(frozen=True)
-class Table:
-    """The numbers of a picture.
-
-    Attributes:
-        columns: The heads.
-        rows: Texts and numbers; None where there is none.
-    """
-
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str | float | None, ...], ...]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture on disk.
-
-    Attributes:
-        title: One line.
-        setting: Name of the setting.
-        file: The PNG.
-        caption: What is drawn.
-        alt: What it shows, for those who cannot see it.
-        data: Its numbers.
-    """
-
-    title: str
-    setting: str
-    file: Path
-    caption: str
-    alt: str
-    data: Table
-
-
-def pictures_of_run(folder: str | Path, setting: str) -> list[Picture]:
+def pictures_of_run(folder: str | Path, setting: str) -> list[Figure]:
     """Find the pictures of a finished run.
 
     Args:
@@ -58,20 +24,20 @@ def pictures_of_run(folder: str | Path, setting: str) -> list[Picture]:
         InputError: If no run has finished there.
     """
     folder = Path(folder)
-    try:
-        results: dict[str, Any] = json.loads((folder / "results.json").read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"'{folder}' holds no finished run ({error})") from error
+    results = read_json(folder / "results.json")
+    if results is None:
+        raise InputError(f"'{folder}' holds no finished run (no results.json)")
     made = [_curve(results, setting, folder), _matrix(results, setting, folder)]
     return [picture for picture in made if picture.file.is_file()]
 
 
-def _curve(results: dict[str, Any], setting: str, folder: Path) -> Picture:
+def _curve(results: dict[str, Any], setting: str, folder: Path) -> Figure:
     steps = tuple(str(number + 1) for number in range(len(results["tasks"])))
     rows = tuple((name, *own["seen"]) for name, own in results["methods"].items())
     last = ", ".join(f"{name} {own['accuracy']:.1f} %" for name, own in results["methods"].items())
-    return Picture(
+    return Figure(
         "Accuracy while learning",
+        "curve",
         setting,
         folder / "accuracy_by_task.png",
         "Accuracy after each task on the test images of all tasks so far, among all classes.",
@@ -80,11 +46,12 @@ def _curve(results: dict[str, Any], setting: str, folder: Path) -> Picture:
     )
 
 
-def _matrix(results: dict[str, Any], setting: str, folder: Path) -> Picture:
+def _matrix(results: dict[str, Any], setting: str, folder: Path) -> Figure:
     method, matrix = results["method"], results["methods"][results["method"]]["matrix"]
     rows = tuple((str(number + 1), *row) for number, row in enumerate(matrix))
-    return Picture(
+    return Figure(
         f"Accuracy matrix of {method}",
+        "matrix",
         setting,
         folder / "accuracy_matrix.png",
         "Accuracy on each task (column) after each task (row), among all classes; the first row is "

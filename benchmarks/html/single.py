@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from cl_merge.benchmarks.json_files import read_json
 from cl_merge.benchmarks.methods import Method, find_method
 from cl_merge.benchmarks.suite.definition import Setting, Suite
 from cl_merge.benchmarks.suite.plan import DONE, Cell, Job
@@ -30,12 +30,9 @@ def summary_of_run(folder: str | Path) -> Summary:
         InputError: If no run has finished there, or the file of one of its mergers has gone.
     """
     folder = Path(folder)
-    try:
-        results: dict[str, Any] = json.loads((folder / "results.json").read_text())
-    except FileNotFoundError:
-        raise InputError(f"'{folder}' holds no finished run: it has no results.json") from None
-    except ValueError as error:
-        raise InputError(f"{folder / 'results.json'} is no JSON ({error})") from error
+    results = read_json(folder / "results.json")
+    if results is None:
+        raise InputError(f"'{folder}' holds no finished run: it has no results.json")
     words = _words(folder, results)
     methods = {find_method(word): word for word in words}
     training = str(results["methods"][results["method"]].get("training") or "sequential")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ import torch
 
 from cl_merge.benchmarks.catalog import find_data
 from cl_merge.benchmarks.epochs import task_epochs
+from cl_merge.benchmarks.json_files import read_json
 from cl_merge.benchmarks.methods import TRAININGS
 from cl_merge.benchmarks.suite.plan import Job, job_config
 from cl_merge.config import RunConfig
@@ -55,7 +55,7 @@ def estimate(jobs: Sequence[Job], folder: Path) -> dict[str, float | None]:
     sizes: dict[str, Size] = {}
     rates: dict[tuple[Any, ...], list[float]] = {}
     for job in jobs:
-        if (found := _results(folder / job.place)) is not None:
+        if (found := read_json(folder / job.place / "results.json")) is not None:
             size, config = _size_of_results(found), configs[job.place]
             sizes[job.setting.data] = size
             done = passes(job, config, size)
@@ -159,11 +159,3 @@ def _size_of_results(results: Mapping[str, Any]) -> Size:
     tasks = results["tasks"]
     train, test = (sum(task[f"{key}_images"] for task in tasks) for key in ("train", "test"))
     return Size(train, test, len(tasks))
-
-
-def _results(place: Path) -> dict[str, Any] | None:
-    try:
-        found: dict[str, Any] = json.loads((place / "results.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from cl_merge.benchmarks.json_files import read_json
 from cl_merge.benchmarks.methods import TRAININGS, Method
 from cl_merge.benchmarks.suite.definition import Setting, Suite
 from cl_merge.benchmarks.suite.execution import LOG
@@ -189,10 +189,7 @@ def _paper() -> dict[str, Any]:
 def _read(cell: Cell, folder: Path, cache: dict[str, dict[str, Any]]) -> Found:
     job, place = cell.job, folder / cell.job.place
     if job.place not in cache:
-        try:
-            cache[job.place] = json.loads((place / "results.json").read_text())
-        except (OSError, ValueError):
-            cache[job.place] = {}
+        cache[job.place] = read_json(place / "results.json") or {}
     results = cache[job.place]
     result = results.get("methods", {}).get(cell.method)
     if result is None:
@@ -215,10 +212,7 @@ def _read(cell: Cell, folder: Path, cache: dict[str, dict[str, Any]]) -> Found:
 
 
 def _failure(place: Path) -> str:
-    try:
-        return str(json.loads((place / FAILURE).read_text())["reason"])
-    except (OSError, ValueError, KeyError):
-        return f"see {LOG}"
+    return str((read_json(place / FAILURE) or {}).get("reason", f"see {LOG}"))
 
 
 def _cells(found: list[Found], setting: Setting, method: Method) -> list[Found]:
