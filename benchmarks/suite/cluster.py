@@ -47,7 +47,8 @@ def run_on_cluster(
     except Exception as error:
         raise InputError(f"--cluster: {' '.join(str(error).split())}") from error
     with executor.batch():
-        sent = [executor.submit(run_job, job, folder) for job in jobs]
+        # The machines need not start where this process did.
+        sent = [executor.submit(run_job, job, folder.resolve()) for job in jobs]
     left = dict(zip(sent, jobs, strict=True))
     try:
         while left:
