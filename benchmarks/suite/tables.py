@@ -109,18 +109,13 @@ def rich_tables(summary: Summary, metric: str = "accuracy", width: int = 80) -> 
             left = room
         columns[-1].append(index)
         left -= needed
-    parts = [_part(rows, names, chosen) for chosen in columns]
-    parts[0].title = _title(summary, metric)
-    parts[-1].caption = _legend(rows, metric)
-    return parts
+    return [_part(rows, names, chosen) for chosen in columns]
 
 
 def _part(
     rows: list[tuple[str, str, list[Text]]], names: Sequence[str], columns: Sequence[int]
 ) -> Table:
-    table = Table(
-        title_justify="left", caption_justify="left", box=box.SIMPLE, padding=(0, 2, 0, 0)
-    )
+    table = Table(box=box.SIMPLE, padding=(0, 2, 0, 0))
     table.add_column("method", no_wrap=True)
     for index in columns:
         table.add_column(names[index], justify="right", no_wrap=True)
@@ -136,6 +131,47 @@ def _part(
 
 def _heading(setting: Setting) -> str:
     return setting.data_name if setting.tasks is None else f"{setting.data_name}\n{setting.tasks}"
+
+
+def title_of(summary: Summary, metric: str) -> str:
+    """Make the line over a table.
+
+    Args:
+        summary: Of a suite.
+        metric: One of `METRICS`.
+
+    Returns:
+        Suite, metric with its unit, and seeds.
+    """
+    seeds = summary.suite.seeds
+    which = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
+    return f"{summary.suite.name}: {TITLES[metric]} ({which})"
+
+
+def legend_of(summary: Summary, metric: str) -> str:
+    """Explain what stands in a table.
+
+    Args:
+        summary: Of a suite.
+        metric: One of `METRICS`.
+
+    Returns:
+        The metric, and the marks that the table has.
+
+    Raises:
+        InputError: If there is no such metric.
+    """
+    texts = [text for _, _, shown in rows_of(summary, metric) for text in shown]
+    parts = [f"{METRICS[metric]}"]
+    if any(text.spread for text in texts):
+        parts.append("± standard deviation over seeds")
+    if any(text.rank for text in texts):
+        parts.append("best merging method bold, second underlined")
+    if any(text.difference for text in texts):
+        parts.append("in brackets: difference to the paper")
+    if any(text.seeds for text in texts):
+        parts.append("k of n: only so many seeds have run")
+    return "; ".join(parts)
 
 
 def markdown(summary: Summary, metric: str = "accuracy") -> str:
@@ -154,7 +190,7 @@ def markdown(summary: Summary, metric: str = "accuracy") -> str:
     rows = list(rows_of(summary, metric))
     names = [setting.name for setting in summary.suite.settings]
     lines = [
-        f"{_title(summary, metric)}\n",
+        f"{title_of(summary, metric)}\n",
         f"| method | {' | '.join(names)} |",
         f"|---|{'---:|' * len(names)}",
     ]
@@ -164,7 +200,7 @@ def markdown(summary: Summary, metric: str = "accuracy") -> str:
             mark = {1: "**", 2: "*"}.get(text.rank or 0, "")
             shown.append(f"{mark}{_plain(text)}{mark}")
         lines.append(f"| {method} | {' | '.join(shown)} |")
-    legend = _legend(rows, metric).replace("underlined", "in italics")
+    legend = legend_of(summary, metric).replace("underlined", "in italics")
     return "\n".join([*lines, "", legend, ""])
 
 
@@ -184,7 +220,7 @@ def latex(summary: Summary, metric: str = "accuracy") -> str:
     rows = list(rows_of(summary, metric))
     names = [_escaped(setting.name) for setting in summary.suite.settings]
     lines = [
-        f"% {_title(summary, metric)}",
+        f"% {title_of(summary, metric)}",
         rf"\begin{{tabular}}{{l{'r' * len(names)}}}",
         r"\toprule",
         rf"method & {' & '.join(names)} \\",
@@ -196,7 +232,7 @@ def latex(summary: Summary, metric: str = "accuracy") -> str:
             last = group
         shown = " & ".join(_for_latex(text) for text in texts)
         lines.append(rf"{_escaped(method)} & {shown} \\")
-    legend = _legend(rows, metric).replace("%", r"\%")
+    legend = legend_of(summary, metric).replace("%", r"\%")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", f"% {legend}", ""])
 
 
@@ -289,26 +325,6 @@ def _for_latex(text: Text) -> str:
     mark = {1: r"\textbf", 2: r"\underline"}.get(text.rank or 0)
     shown = f"{mark}{{{text.mean}}}{spread}" if mark else f"{text.mean}{spread}"
     return f"{shown}{_aside(text)}"
-
-
-def _title(summary: Summary, metric: str) -> str:
-    seeds = summary.suite.seeds
-    which = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
-    return f"{summary.suite.name}: {TITLES[metric]} ({which})"
-
-
-def _legend(rows: list[tuple[str, str, list[Text]]], metric: str) -> str:
-    texts = [text for _, _, shown in rows for text in shown]
-    parts = [f"{METRICS[metric]}"]
-    if any(text.spread for text in texts):
-        parts.append("± standard deviation over seeds")
-    if any(text.rank for text in texts):
-        parts.append("best merging method bold, second underlined")
-    if any(text.difference for text in texts):
-        parts.append("in brackets: difference to the paper")
-    if any(text.seeds for text in texts):
-        parts.append("k of n: only so many seeds have run")
-    return "; ".join(parts)
 
 
 def _escaped(text: str) -> str:

@@ -69,7 +69,7 @@ def show_begin(console: Console, suite: Suite, jobs: int, left: int, folder: Pat
         left: How many of them are not done.
         folder: Where it writes.
     """
-    said = f"{suite.name} in {folder}: {jobs} runs"
+    said = f"{suite.name} in {folder}: {jobs} {'run' if jobs == 1 else 'runs'}"
     done = f", {jobs - left} of them done" if left < jobs else ""
     console.print(f"{said}, all done; nothing is left to do" if not left else said + done)
 

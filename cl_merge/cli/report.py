@@ -93,12 +93,14 @@ def make_report(
     """
     from cl_merge.benchmarks.figures import figures_of
     from cl_merge.benchmarks.html import pictures_of_run, write_report
-    from cl_merge.benchmarks.suite.tables import rich_tables
+    from cl_merge.benchmarks.suite.tables import legend_of, rich_tables, title_of
 
     summary = _summary(folder)
-    console.print()
-    for part in rich_tables(summary, metric, console.width):
+    parts = rich_tables(summary, metric, console.width)
+    console.print(f"\n[italic]{title_of(summary, metric)}[/]")
+    for part in parts:
         console.print(part)
+    console.print(f"[dim]{legend_of(summary, metric)}[/]")
     drawn: list[Any] = []
     if figures != "none" and (folder / "results.json").exists():
         drawn = list(pictures_of_run(folder, summary.suite.settings[0].name))
