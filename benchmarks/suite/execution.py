@@ -27,6 +27,9 @@ LOG = "log.txt"
 
 COMMAND = (sys.executable, "-m", "cl_merge.cli")
 
+PATIENCE = 20.0
+"""Seconds that an interrupted job has to end by itself."""
+
 _INTERRUPTED = 130  # exit code after Ctrl-C
 _LAST_WORDS = 4000  # bytes of a log in which the reason of a failure is looked for
 
@@ -79,6 +82,7 @@ def run_here(jobs: Sequence[Job], folder: Path, parallel: int | None = None) -> 
         finally:
             slots.put(environment)
 
+    _running.stopped = False
     pool = ThreadPoolExecutor(number)
     waiting = {pool.submit(run, job) for job in jobs}
     try:
@@ -124,7 +128,7 @@ def run_job(job: Job, folder: Path, environment: Mapping[str, str] | None = None
     seconds = time.monotonic() - began
     if code == 0 and state_of(job, folder) == DONE:
         return Ended(job, DONE, seconds)
-    if code == _INTERRUPTED:
+    if code == _INTERRUPTED or _running.stopped:
         return Ended(job, BEGUN, seconds)
     return failed(job, folder, _reason(place / LOG, code), seconds)
 
@@ -158,6 +162,7 @@ class _Running:
     """The processes of the moment, so that they can be stopped together."""
 
     def __init__(self) -> None:
+        self.stopped = False
         self._processes: set[subprocess.Popen[bytes]] = set()
 
     def call(self, command: list[str], **options: Any) -> int:
@@ -170,9 +175,20 @@ class _Running:
                 self._processes.discard(process)
 
     def stop(self) -> None:
-        """Interrupt them as Ctrl-C does, so that they leave what can be gone on with."""
-        for process in list(self._processes):
+        """Interrupt them as Ctrl-C does; those that do not hear it are killed, which they survive.
+
+        What was started in the background of a shell ignores interruptions, and so does what it
+        starts.
+        """
+        self.stopped = True
+        processes, end = list(self._processes), time.monotonic() + PATIENCE
+        for process in processes:
             process.send_signal(signal.SIGINT)
+        for process in processes:
+            try:
+                process.wait(max(end - time.monotonic(), 0))
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 _running = _Running()

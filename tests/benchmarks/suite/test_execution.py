@@ -24,7 +24,8 @@ from pathlib import Path
 
 out = Path(sys.argv[-1].removeprefix("out="))
 begun = time.monotonic()
-signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+deaf = "DEAF" in os.environ
+signal.signal(signal.SIGINT, signal.SIG_IGN if deaf else lambda *_: sys.exit(130))
 (out / "journal.jsonl").touch()
 (out / "environment.json").write_text(json.dumps(dict(os.environ)))
 if out.name in os.environ.get("FAILING", "").split(","):
@@ -101,8 +102,12 @@ def test_no_job_runs_before_the_first_is_asked_for_and_none_side_by_side_with_no
         list(run_here(jobs, tmp_path, parallel=0))
 
 
-def test_an_interruption_reaches_the_jobs_once_and_they_can_go_on(jobs, tmp_path, monkeypatch):
+@pytest.mark.parametrize("deaf", [False, True])
+def test_an_interruption_ends_the_jobs_and_they_can_go_on(jobs, tmp_path, monkeypatch, deaf):
     monkeypatch.setenv("SECONDS", "60")
+    monkeypatch.setattr(execution, "PATIENCE", 20.0 if not deaf else 0.5)
+    if deaf:
+        monkeypatch.setenv("DEAF", "1")
 
     def interrupt():
         while not (tmp_path / jobs[0].place / "environment.json").exists():
