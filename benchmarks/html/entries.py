@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cl_merge.benchmarks.suite.plan import BEGUN, DONE, FAILED, NEW
-from cl_merge.benchmarks.suite.summary import Entry, Figure, Summary
+from cl_merge.benchmarks.suite.summary import Entry, Figure, Summary, ranked
 from cl_merge.benchmarks.suite.tables import UNITS
 
 _DIGITS = {"stored_bytes": 0}
@@ -163,13 +162,12 @@ def _ranks(summary: Summary, metric: str) -> dict[tuple[str, str], int]:
     if metric not in _QUALITY:
         return {}
     ranks: dict[tuple[str, str], int] = {}
-    sign = -1 if _QUALITY[metric] else 1
+    sign = 1 if _QUALITY[metric] else -1
     for setting in summary.suite.settings:
-        own: Mapping[tuple[str, str], float] = {
-            key: entry.figures[metric].mean
+        own = {
+            key: sign * entry.figures[metric].mean
             for key, entry in summary.entries.items()
             if key[0] == setting.name and metric in entry.figures and merges(entry)
         }
-        best = sorted(own, key=lambda key: sign * own[key])[:2]
-        ranks |= {key: rank for rank, key in enumerate(best, start=1)}
+        ranks |= ranked(own)
     return ranks

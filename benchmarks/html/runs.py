@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from cl_merge.benchmarks.json_files import read_json
 from cl_merge.benchmarks.suite.execution import LOG
 from cl_merge.benchmarks.suite.plan import DONE
 from cl_merge.benchmarks.suite.summary import Found, Summary
@@ -99,18 +99,10 @@ def _read(folder: Path, place: str, cells: list[Found], page: Path) -> RunFacts:
         seed=cells[0].cell.seed,
         state=state,
         reason=next((cell.reason for cell in cells if cell.reason), ""),
-        results=_json(where / "results.json"),
+        results=read_json(where / "results.json") or {},
         config=_text(where / "config.yaml"),
         links={name: _link(where / name, page) for name in FILES if (where / name).is_file()},
     )
-
-
-def _json(path: Path) -> Mapping[str, Any]:
-    try:
-        found = json.loads(_text(path) or "{}")
-    except ValueError:
-        return {}
-    return found if isinstance(found, Mapping) else {}
 
 
 def _text(path: Path) -> str:

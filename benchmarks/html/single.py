@@ -8,10 +8,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from cl_merge.benchmarks.json_files import read_json
-from cl_merge.benchmarks.methods import Method, find_method
+from cl_merge.benchmarks.methods import find_method
 from cl_merge.benchmarks.suite.definition import Setting, Suite
-from cl_merge.benchmarks.suite.plan import DONE, Cell, Job
-from cl_merge.benchmarks.suite.summary import METRICS, Entry, Figure, Found, Summary
+from cl_merge.benchmarks.suite.plan import Cell, Job
+from cl_merge.benchmarks.suite.summary import Summary, summarize
 from cl_merge.config import read_yaml
 from cl_merge.errors import InputError
 from cl_merge.mergers.locate import is_location
@@ -47,24 +47,7 @@ def summary_of_run(folder: str | Path) -> Summary:
     )
     names = tuple(method.name for method in methods)
     job = _Here(setting, suite.seeds[0], training, names, config={})
-    found = {m: _found(Cell(setting, m.name, job.seed, job), results, folder) for m in methods}
-    ranks = _ranks(found)
-    entries = {
-        (setting.name, method.name): Entry(
-            setting,
-            method.name,
-            {
-                name: Figure({job.seed: cell.metrics[name]})
-                for name in METRICS
-                if name in cell.metrics
-            },
-            None,
-            ranks.get(method),
-            (cell,),
-        )
-        for method, cell in found.items()
-    }
-    return Summary(suite, folder, entries)
+    return summarize(suite, folder, [Cell(setting, name, job.seed, job) for name in names])
 
 
 class _Here(Job):
@@ -88,24 +71,3 @@ def _words(folder: Path, results: dict[str, Any]) -> list[str]:
 
 def _tasks(results: dict[str, Any]) -> int | None:
     return None if results["scenario"] == "domain" else len(results["tasks"])
-
-
-def _found(cell: Cell, results: dict[str, Any], folder: Path) -> Found:
-    result = results["methods"][cell.method]
-    total = results["total"]
-    metrics = {name: x for name, x in result["metrics"].items() if x is not None}
-    metrics |= {
-        "seconds": total["seconds"],
-        "peak_memory": max(total["peak_memory"], total["peak_device_memory"]),
-    }
-    if result["merger"]:
-        vectors = folder.glob(f"task_vectors/{result['training']}/*.safetensors")
-        metrics["stored_bytes"] = sum(file.stat().st_size for file in vectors)
-    tasks = tuple(task["name"] for task in results["tasks"])
-    return Found(cell, DONE, cell.job.place, metrics, result, tasks)
-
-
-def _ranks(found: dict[Method, Found]) -> dict[Method, int]:
-    means = {m: f.metrics["accuracy"] for m, f in found.items() if m.merger}
-    best = sorted(means, key=lambda method: -means[method])[:2]
-    return {method: rank for rank, method in enumerate(best, start=1)}

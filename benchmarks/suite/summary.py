@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 
@@ -18,6 +18,8 @@ from cl_merge.benchmarks.methods import TRAININGS, Method
 from cl_merge.benchmarks.suite.definition import Setting, Suite
 from cl_merge.benchmarks.suite.execution import LOG
 from cl_merge.benchmarks.suite.plan import BEGUN, DONE, FAILED, FAILURE, Cell, make_plan, state_of
+
+_Key = TypeVar("_Key", bound=Hashable)
 
 METRICS: dict[str, str] = {
     "accuracy": "accuracy on all test images among all classes after the last task, micro average",
@@ -123,32 +125,61 @@ class Summary:
         return [cell for entry in self.entries.values() for cell in entry.cells]
 
 
-def summarize(suite: Suite, folder: str | Path) -> Summary:
+def summarize(suite: Suite, folder: str | Path, cells: Sequence[Cell] | None = None) -> Summary:
     """Read what a suite has found so far.
 
     Args:
         suite: The suite.
         folder: Where its runs lie.
+        cells: Its cells, each with the job whose folder holds it; None for those of its plan.
 
     Returns:
         The summary; what has not run is in it, too, without figures.
     """
     folder, cache = Path(folder), dict[str, dict[str, Any]]()
-    found = [_read(cell, folder, cache) for cell in make_plan(suite)]
+    found: dict[tuple[str, str], list[Found]] = {}
+    for cell in make_plan(suite) if cells is None else cells:
+        key = (cell.setting.name, cell.method)
+        found.setdefault(key, []).append(_read(cell, folder, cache))
+    rows = suite.rows
     entries = {}
     for setting in suite.settings:
-        figures = {method: _figures(found, setting, method) for method in suite.rows}
-        ranks = _ranks(figures)
-        for method in suite.rows:
+        own = {method: found[setting.name, method.name] for method in rows}
+        figures = {method: _figures(of_method) for method, of_method in own.items()}
+        ranks = ranked(
+            {
+                method: figures[method]["accuracy"].mean
+                for method in rows
+                if method.merger and "accuracy" in figures[method]
+            }
+        )
+        for method in rows:
             entries[setting.name, method.name] = Entry(
                 setting,
                 method.name,
                 figures[method],
                 paper_accuracy(suite, setting, method),
                 ranks.get(method),
-                tuple(_cells(found, setting, method)),
+                tuple(own[method]),
             )
     return Summary(suite, folder, entries)
+
+
+def ranked(values: Mapping[_Key, float]) -> dict[_Key, int]:
+    """Find the best and the second best.
+
+    Args:
+        values: Of which more is better.
+
+    Returns:
+        1 and 2 for the keys of the two largest values; of equal ones the first comes first.
+
+    Example:
+        >>> ranked({"a": 1.0, "b": 3.0, "c": 2.0})
+        {'b': 1, 'c': 2}
+    """
+    best = sorted(values, key=lambda key: -values[key])[:2]
+    return {key: rank for rank, key in enumerate(best, start=1)}
 
 
 def paper_accuracy(suite: Suite, setting: Setting, method: Method) -> float | None:
@@ -202,7 +233,7 @@ def _read(cell: Cell, folder: Path, cache: dict[str, dict[str, Any]]) -> Found:
         "peak_memory": max(results["total"]["peak_memory"], results["total"]["peak_device_memory"]),
     }
     if result["merger"]:
-        vectors = place.glob("task_vectors/*/*.safetensors")
+        vectors = place.glob(f"task_vectors/{result['training']}/*.safetensors")
         metrics["stored_bytes"] = sum(file.stat().st_size for file in vectors)
     joint = TRAININGS[job.training].joint
     if joint and cell.setting.tasks != job.setting.tasks:
@@ -215,25 +246,10 @@ def _failure(place: Path) -> str:
     return str((read_json(place / FAILURE) or {}).get("reason", f"see {LOG}"))
 
 
-def _cells(found: list[Found], setting: Setting, method: Method) -> list[Found]:
-    return [f for f in found if f.cell.setting == setting and f.cell.method == method.name]
-
-
-def _figures(found: list[Found], setting: Setting, method: Method) -> dict[str, Figure]:
+def _figures(cells: Sequence[Found]) -> dict[str, Figure]:
     figures = {}
     for name in METRICS:
-        cells = _cells(found, setting, method)
         values = {cell.cell.seed: cell.metrics[name] for cell in cells if name in cell.metrics}
         if values:
             figures[name] = Figure(values)
     return figures
-
-
-def _ranks(figures: Mapping[Method, Mapping[str, Figure]]) -> dict[Method, int]:
-    means = {
-        method: own["accuracy"].mean
-        for method, own in figures.items()
-        if method.merger and "accuracy" in own
-    }
-    best = sorted(means, key=lambda method: -means[method])[:2]
-    return {method: rank for rank, method in enumerate(best, start=1)}
