@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -88,13 +89,16 @@ def make_plan(suite: Suite) -> list[Cell]:
         >>> [(cell.method, cell.job.place) for cell in cells]
         [('magmax', 'cars-10/seed5/sequential')]
     """
-    return [
-        Cell(setting, method.name, seed, job)
-        for seed in suite.seeds
-        for setting in suite.settings
-        for method in suite.rows
-        for job in [_job(suite, setting, seed, method)]
-    ]
+    words = {find_method(word): word for word in suite.methods}
+    cells = []
+    for seed, setting in itertools.product(suite.seeds, suite.settings):
+        jobs: dict[tuple[str, Method | None], Job] = {}
+        for method in suite.rows:
+            key = _training(method, suite), method if _alone(method) else None
+            if key not in jobs:
+                jobs[key] = _job(suite, words, setting, seed, *key)
+            cells.append(Cell(setting, method.name, seed, jobs[key]))
+    return cells
 
 
 def jobs_of(cells: list[Cell]) -> list[Job]:
@@ -181,17 +185,20 @@ def _training(method: Method, suite: Suite) -> str:
     return next((name for name in others if name not in (None, "joint")), "sequential") or ""
 
 
-def _job(suite: Suite, setting: Setting, seed: int, method: Method) -> Job:
-    training = _training(method, suite)
+def _job(
+    suite: Suite,
+    words: Mapping[Method, str],
+    setting: Setting,
+    seed: int,
+    training: str,
+    alone: Method | None,
+) -> Job:
+    """Make the job of a training, or that of a method which has one of its own."""
     if TRAININGS[training].joint:
         setting = replace(setting, tasks=setting.joint_tasks)
-    words = {find_method(word): word for word in suite.methods}
-    alone = _alone(method)
-    methods = [m for m in words if m.training == training and not _alone(m)]
-    own = method if alone else next((m for m in methods if m.merger), None)
-    own = own or next(iter(methods), find_method("sequential"))
-    if alone:
-        methods = [own]
+    shared = [m for m in words if m.training == training and not _alone(m)]
+    methods = [alone] if alone else shared or [find_method("sequential")]
+    own = next((m for m in methods if m.merger), methods[0])
     beside = [m for m in methods if m != own]
     config: Any = OmegaConf.to_container(
         OmegaConf.merge(
