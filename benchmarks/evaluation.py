@@ -44,5 +44,7 @@ def fill_row(
     elif merging is not None:
         weights = swapped(live, scaled(run.base, merging.items(), run.scales[name]))
     with weights:
-        evaluation_trainer(run, callbacks).test(run.model, datamodule=stream, verbose=False)
+        evaluation_trainer(run.config.trainer, callbacks).test(
+            run.model, datamodule=stream, verbose=False
+        )
     run.folder.add_row(name, row, matrix.rows[row])

@@ -201,7 +201,7 @@ def measure_test(run: Run, repeat: int) -> Found:
     run.model.accuracy = run.new_matrix(run.own.name)
 
     def framework() -> Tensor:
-        trainer = evaluation_trainer(run, [callback])
+        trainer = evaluation_trainer(run.config.trainer, [callback])
         trainer.test(run.model, datamodule=run.stream, verbose=False)
         return run.model.accuracy.rows[row]  # type: ignore[union-attr]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from cl_merge.benchmarks.loading import load_parts
+from cl_merge.benchmarks.trainers import evaluation_trainer
 from cl_merge.clip import CLIPClassifier
 from cl_merge.config import RunConfig, read_config
 from cl_merge.errors import InputError, listing
@@ -134,14 +135,7 @@ class Replay:
     def _trainer(self) -> L.Trainer:
         given = {k: v for k, v in self.config.trainer.items() if k in ("accelerator", "precision")}
         try:
-            return L.Trainer(
-                **given,
-                devices=1,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-            )
+            return evaluation_trainer({**given, "devices": 1})
         # Lightning raises errors of several kinds, such as for a GPU that this machine lacks.
         except Exception as error:
             raise InputError(f"trainer: {' '.join(str(error).split())}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -51,19 +51,21 @@ def training_trainer(run: Run, training: Training, task: Task) -> L.Trainer:
     return L.Trainer(**defaults | given | {"enable_progress_bar": False})
 
 
-def evaluation_trainer(run: Run, callbacks: Sequence[Callback]) -> L.Trainer:
+def evaluation_trainer(
+    settings: Mapping[str, Any], callbacks: Sequence[Callback] = ()
+) -> L.Trainer:
     """Make a trainer that only evaluates: no log, no files.
 
     Args:
-        run: The run.
+        settings: Of the training's trainer; what says where and how precisely it runs holds here,
+            too.
         callbacks: Its callbacks.
 
     Returns:
-        A trainer on the same devices as the training.
+        The trainer.
     """
-    where = {k: v for k, v in run.config.trainer.items() if k in _WHERE_IT_RUNS}
     return L.Trainer(
-        **where,
+        **{key: value for key, value in settings.items() if key in _WHERE_IT_RUNS},
         callbacks=list(callbacks),
         logger=False,
         enable_checkpointing=False,

@@ -44,11 +44,9 @@ def draw_consistency(measured: Sequence[Measured]) -> Drawn | None:
         The figure; None if there is a single task or nothing was measured.
     """
     setting = measured[0].setting
-    lines = {
-        training: over_seeds([found["consistency"] for found in all_found])
-        for training in PLAIN
-        if (all_found := measured[0].over_seeds(training))
-    }
+    lines = measured[0].by_training(
+        lambda found: over_seeds([of_seed["consistency"] for of_seed in found])
+    )
     if not lines or setting.tasks < 2:
         return None
     canvas = new_canvas(3.2)

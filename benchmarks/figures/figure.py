@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cl_merge.benchmarks.figures.runs import FinishedRun, Setting
+from cl_merge.benchmarks.figures.trainings import PLAIN
 
 if TYPE_CHECKING:
     import matplotlib.figure
 
     from cl_merge.benchmarks.replay import Replay
+
+    Measure = Callable[[FinishedRun, Callable[[], Replay]], "Found"]
+
+T = TypeVar("T")
 
 Found = Mapping[str, Any]
 """What one run showed, as plain values that JSON can hold."""
@@ -98,6 +103,17 @@ class Measured:
         found = self.found.get(training, {})
         return [found[seed] for seed in sorted(found)]
 
+    def by_training(self, read: Callable[[list[Found]], T]) -> dict[str, T]:
+        """Read something off the measures of each of the plain trainings.
+
+        Args:
+            read: Takes what every seed of a training showed.
+
+        Returns:
+            What it returns, by training; those that were not measured are left out.
+        """
+        return {training: read(found) for training in PLAIN if (found := self.over_seeds(training))}
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -116,7 +132,7 @@ class Kind:
 
     name: str
     draw: Callable[[Sequence[Measured]], Drawn | None]
-    measure: Callable[[FinishedRun, Callable[[], Replay]], Found] | None = None
+    measure: Measure | None = None
     estimate: Callable[[FinishedRun], int] | None = None
     trainings: tuple[str, ...] = ()
     options: Mapping[str, Any] | None = None

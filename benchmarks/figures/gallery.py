@@ -30,6 +30,7 @@ from cl_merge.benchmarks.figures.svg import save_png, save_svg
 from cl_merge.errors import InputError
 
 if TYPE_CHECKING:
+    from cl_merge.benchmarks.figures.figure import Measure
     from cl_merge.benchmarks.replay import Replay
 
 log = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ class _Job:
     """A kind that a run has to be measured for."""
 
     kind: Kind
+    measure: Measure
     setting: Setting
     run: FinishedRun
     store: Store
@@ -145,7 +147,7 @@ def _jobs(folder: Path, setting: Setting) -> list[_Job]:
             file = folder / "analysis" / setting.name / f"{kind.name}-seed{seed}.json"
             store = Store(file, kind.options)
             jobs += [
-                _Job(kind, setting, run, store)
+                _Job(kind, kind.measure, setting, run, store)
                 for run in setting.runs
                 if run.seed == seed and kind.wants(run)
             ]
@@ -153,14 +155,12 @@ def _jobs(folder: Path, setting: Setting) -> list[_Job]:
 
 
 def _measure(job: _Job, replay: _ReplayOnce, tally: _Tally) -> Found | None:
-    assert job.kind.measure is not None  # noqa: S101 - jobs are of kinds that measure
-    measure = job.kind.measure
     try:
         if not job.fresh:
             check_vectors(job.run)
             tally.begin(job)
             began = time.monotonic()
-            job.store.get_or_make(job.run, lambda: measure(job.run, lambda: replay.of(job.run)))
+            job.store.get_or_make(job.run, lambda: job.measure(job.run, lambda: replay.of(job.run)))
             level = logging.INFO if job.kind.evaluates else logging.DEBUG
             log.log(level, "measured %s in %.1f s", job, time.monotonic() - began)
     except InputError as error:

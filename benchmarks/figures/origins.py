@@ -53,11 +53,7 @@ def draw_origins(measured: Sequence[Measured]) -> Drawn | None:
     import matplotlib as mpl
 
     setting = measured[0].setting
-    shares = {
-        training: _shares(all_found)
-        for training in PLAIN
-        if (all_found := measured[0].over_seeds(training))
-    }
+    shares = measured[0].by_training(_shares)
     if not shares:
         return None
     names = next(iter(shares.values()))[0]

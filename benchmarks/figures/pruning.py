@@ -68,11 +68,7 @@ def draw_pruning(measured: Sequence[Measured]) -> Drawn | None:
         The figure; None if nothing was measured.
     """
     setting = measured[0].setting
-    lines = {
-        training: _lines(all_found)
-        for training in PLAIN
-        if (all_found := measured[0].over_seeds(training))
-    }
+    lines = measured[0].by_training(_lines)
     if not lines:
         return None
     canvas = new_canvas(0.5 + 2.25 * len(lines))

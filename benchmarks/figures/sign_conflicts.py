@@ -42,11 +42,9 @@ def draw_over_time(measured: Sequence[Measured]) -> Drawn | None:
         The figure; None if there is a single task or nothing was measured.
     """
     setting = measured[0].setting
-    lines = {
-        training: over_seeds([found["conflicts"][1:] for found in all_found])
-        for training in PLAIN
-        if (all_found := measured[0].over_seeds(training))
-    }
+    lines = measured[0].by_training(
+        lambda found: over_seeds([of_seed["conflicts"][1:] for of_seed in found])
+    )
     if not lines or setting.tasks < 2:
         return None
     return _draw(
