@@ -65,6 +65,7 @@ def test_merging_needs_no_lightning():
         "engine.inspection",
         "kernels",
         "quantize",
+        "statistics",
     )
     names = ", ".join(f"cl_merge.{module}" for module in modules)
     script = f"import {names}, sys; assert 'lightning' not in sys.modules"
