@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from cl_merge.callbacks.batches import placed
 from cl_merge.errors import InputError
 from cl_merge.scale_search import Found, block_groups, read_groups, search_scale
 from cl_merge.scales import Scales, check_fits, scaled
@@ -127,9 +128,7 @@ class AutoScale:
         counts = torch.zeros(2, dtype=torch.int64, device=module.device)
         with trainer.precision_plugin.forward_context():
             for batch in batches:
-                converted = trainer.precision_plugin.convert_input(batch)
-                placed = trainer.strategy.batch_to_device(converted, module.device, 0)
-                logits, targets = self._classify(module, placed)
+                logits, targets = self._classify(module, placed(trainer, module, batch))
                 counts[0] += (logits.argmax(dim=1) == targets).sum()
                 counts[1] += len(targets)
         correct, total = trainer.strategy.reduce(counts, reduce_op="sum").tolist()

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
 
+from cl_merge.callbacks.batches import own_samples, training_batches
 from cl_merge.callbacks.fisher import published_fisher, sample_fisher, zeros_for
 from cl_merge.callbacks.regularizer import Regularizer, gradient_scale
 from cl_merge.errors import InputError, unknown_name
@@ -219,7 +218,7 @@ class EWC(Regularizer):
         def total(tensor: Tensor) -> Tensor:
             return trainer.strategy.reduce(tensor, reduce_op="sum")
 
-        batches = _training_batches(trainer, pl_module)
+        batches = training_batches(trainer, pl_module)
         with torch.enable_grad(), _wide_range(trainer, pl_module.device):
             if self.kind == "published":
                 buffers = copies(dict(pl_module.named_buffers()))
@@ -248,7 +247,7 @@ class EWC(Regularizer):
                     classify,
                     generator=generator,
                     total=total,
-                    limit=_own_samples(trainer, self.samples),
+                    limit=own_samples(trainer, self.samples),
                 )
 
     def _last_gradients(
@@ -287,15 +286,6 @@ class EWC(Regularizer):
         self.anchor = {name: tensor.to(device) for name, tensor in self.anchor.items()}
 
 
-def _training_batches(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[Any]:
-    """The batches of one more epoch over the task's training data, on the module's device."""
-    loaders = CombinedLoader(trainer.train_dataloader, "max_size_cycle")
-    iter(loaders)
-    for batch, _, _ in itertools.islice(loaders, _batches_per_epoch(trainer)):
-        converted = trainer.precision_plugin.convert_input(batch)
-        yield trainer.strategy.batch_to_device(converted, pl_module.device, dataloader_idx=0)
-
-
 def _wide_range(trainer: L.Trainer, device: torch.device) -> AbstractContextManager[Any]:
     """The precision of the training, but for float16: squares of gradients need the range."""
     if trainer.precision == "16-mixed":
@@ -310,18 +300,3 @@ def _check_fresh_workers(trainer: L.Trainer) -> None:
             "EWC(first_task=True) reads the training data before the first step, which a loader "
             "with persistent_workers=True cannot do twice; set persistent_workers=False"
         )
-
-
-def _batches_per_epoch(trainer: L.Trainer) -> int | None:
-    number = trainer.num_training_batches
-    return int(number) if number != float("inf") else None
-
-
-def _own_samples(trainer: L.Trainer, limit: int | None) -> int | None:
-    """How many samples are this process's own: samplers repeat some, so that all have as many."""
-    shares = [] if limit is None else [-(-limit // trainer.world_size)]
-    loader = trainer.train_dataloader
-    sampler = loader.sampler if isinstance(loader, DataLoader) else None
-    if isinstance(sampler, DistributedSampler) and not sampler.drop_last:
-        shares.append(len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas)))  # type: ignore[arg-type]
-    return min(shares, default=None)

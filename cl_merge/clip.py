@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from cl_merge.errors import InputError, unknown_name
 from cl_merge.heads import ZeroShotHead, zero_shot_head
+from cl_merge.layers import layer_depths
 from cl_merge.load import Clip
 from cl_merge.metrics import AccuracyMatrix
 from cl_merge.scenario import Task
@@ -25,6 +26,12 @@ from cl_merge.stream import TaskStream
 log = logging.getLogger(__name__)
 
 SCHEDULES = ("cosine", "constant")
+
+Classify = Callable[
+    [L.LightningModule, Tensor, Tensor, Tensor | Sequence[int] | None],
+    Tensor,
+]
+"""Makes logits [B, K] of module, images [B, 3, H, W], features [B, D] and classes."""
 
 
 class CLIPClassifier(L.LightningModule):
@@ -47,6 +54,9 @@ class CLIPClassifier(L.LightningModule):
             ``"constant"``.
         warmup_steps: Optimizer steps of linear warm-up at the start of every task.
         label_smoothing: Of the cross entropy.
+        layer_decay: Factor of the learning rate from each layer of the encoder to the one before
+            it, see `layer_depths`. Below 1 early layers, which see what all tasks have in common,
+            learn slower; 1 is the paper's.
         freeze_batch_norm: Keep batch-norm layers in evaluation mode, so that their statistics stay
             those of the pre-training; their weights and biases train all the same.
 
@@ -54,6 +64,9 @@ class CLIPClassifier(L.LightningModule):
         visual: The image encoder; its names are those of open_clip's, so weights go back and forth.
         head: The frozen classifier.
         accuracy: Where tests are counted; made when a `TaskStream` is first tested, or set by hand.
+        classify: What classifies in the place of the head, if not None: a function of this module,
+            images [B, 3, H, W], their features [B, D] and classes that returns logits, as `forward`
+            does. `ClassStatistics` sets it for the time of an evaluation.
 
     Raises:
         InputError: If an option is out of its range.
@@ -65,7 +78,8 @@ class CLIPClassifier(L.LightningModule):
         L.Trainer(max_epochs=3).fit(model, datamodule=stream)
 
     Reference:
-        Marczak et al., MagMax, ECCV 2024, section 5; Radford et al., CLIP, ICML 2021.
+        Marczak et al., MagMax, ECCV 2024, section 5; Radford et al., CLIP, ICML 2021. Learning
+        rates by layer: Howard & Ruder, Universal Language Model Fine-tuning, ACL 2018.
     """
 
     def __init__(
@@ -78,6 +92,7 @@ class CLIPClassifier(L.LightningModule):
         schedule: str = "cosine",
         warmup_steps: int = 500,
         label_smoothing: float = 0.0,
+        layer_decay: float = 1.0,
         freeze_batch_norm: bool = True,
     ) -> None:
         super().__init__()
@@ -87,11 +102,14 @@ class CLIPClassifier(L.LightningModule):
             raise InputError(f"optimizer.lr={lr}; expected a finite number above 0")
         if warmup_steps < 0:
             raise InputError(f"optimizer.warmup_steps={warmup_steps}; expected 0 or more")
+        if not 0 < layer_decay <= 1:
+            raise InputError(f"optimizer.layer_decay={layer_decay}; expected above 0, at most 1")
         self.save_hyperparameters(ignore=["visual", "head"])
         # Convolutions are up to twice as fast in this layout; transformers do not mind.
         self.visual = visual.to(memory_format=torch.channels_last)
         self.head = head
         self.accuracy: AccuracyMatrix | None = None
+        self.classify: Classify | None = None
         self._task: Task | None = None
         self._told = False
         self.register_buffer("_position", torch.arange(len(head.class_names)), persistent=False)
@@ -127,8 +145,23 @@ class CLIPClassifier(L.LightningModule):
         Returns:
             Logits, float32 [B, K].
         """
-        logits: Tensor = self.head(self.visual(images), classes)
+        features = self.features(images)
+        if self.classify is not None:
+            return self.classify(self, images, features, classes)
+        logits: Tensor = self.head(features, classes)
         return logits
+
+    def features(self, images: Tensor) -> Tensor:
+        """Encode images.
+
+        Args:
+            images: Transformed images, float [B, 3, H, W].
+
+        Returns:
+            Image features, not normalised, [B, D].
+        """
+        features: Tensor = self.visual(images)
+        return features
 
     @override
     def train(self, mode: bool = True) -> CLIPClassifier:
@@ -221,11 +254,29 @@ class CLIPClassifier(L.LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = AdamW(trained, lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"])
+        optimizer = AdamW(
+            self._parameter_groups(),
+            lr=self.hparams["lr"],
+            weight_decay=self.hparams["weight_decay"],
+        )
         steps = int(self.trainer.estimated_stepping_batches)
         factor = LambdaLR(optimizer, lambda step: self._rate(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step"}}
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """What trains: all at the peak learning rate, or each layer at its own."""
+        trained = {n: p for n, p in self.named_parameters() if p.requires_grad}
+        lr, decay = self.hparams["lr"], self.hparams["layer_decay"]
+        if decay == 1.0:
+            return [{"params": list(trained.values())}]
+        layers: dict[int, list[nn.Parameter]] = {}
+        for name, depth in layer_depths(trained).items():
+            layers.setdefault(depth, []).append(trained[name])
+        last = max(layers)
+        return [
+            {"params": layers[depth], "lr": lr * decay ** (last - depth)}
+            for depth in sorted(layers)
+        ]
 
     def _rate(self, step: int, steps: int) -> float:
         """The learning rate at an optimizer step (from 0) as a share of its peak."""

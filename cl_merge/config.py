@@ -69,6 +69,7 @@ class OptimizerConfig:
     schedule: str = _key("cosine", "cosine or constant, after the warm-up")
     warmup_steps: int = _key(500, "steps of linear warm-up in every task")
     label_smoothing: float = _key(0.0, "of the cross entropy")
+    layer_decay: float = _key(1.0, "factor of lr from each layer to the one before it")
 
 
 @dataclass
@@ -129,7 +130,7 @@ class RunConfig:
     class_names: Any = _key(
         None, "names for the prompts: a list, or patterns to replace in the data set's names"
     )
-    method: str = _key("magmax", "what merges the tasks")
+    method: str = _key("magmax", "what merges the tasks, or classifies without merging")
     compare: Any = _key(True, "methods beside it: true (plain fine-tuning), all, false, or a list")
     evaluate: str = _key("every", "test after every task, or after the last one only: every, last")
     seed: int = _key(0, "of everything random")

@@ -297,6 +297,18 @@ class TaskStream(L.LightningDataModule):
                 self._held_out[task.index] = self._prepare_held_out(task)
         return self._evaluation_loader(ConcatDataset([self._held_out[t.index] for t in seen]))
 
+    def task_dataloader(self) -> DataLoader[Sample]:
+        """Load the current task's training images as if for a test, for what is measured on them.
+
+        Returns:
+            A loader that shows each image exactly once over all processes, in a fixed order, with
+            the transform of the tests.
+        """
+        images = sum(len(task.train) for task in self.tasks)
+        if self._use_cache(lambda: self._train.decoded_bytes(images)):
+            self._train.keep_decoded(self.task.train)
+        return self._evaluation_loader(self._as_test(self.task.train, self.task.index))
+
     @override
     def predict_dataloader(self) -> DataLoader[Sample]:
         """Load the same images as the test loader."""
@@ -379,14 +391,17 @@ class TaskStream(L.LightningDataModule):
         )
 
     def _prepare_held_out(self, task: Task) -> ImageDataset | TensorSamples:
-        tasks = np.full(len(self._train), task.index)
-        transform = self._transforms["test"]
-        dataset = ImageDataset(self._train, task.held_out, self._train_labels, tasks, transform)
+        dataset = self._as_test(task.held_out, task.index)
         # The limit is for the images of all tasks, which are in memory together at the end.
         images = sum(len(other.held_out) for other in self.tasks)
         if len(dataset) and self._use_cache(lambda: dataset[0].image.nbytes * images):
             return TensorSamples.of(dataset, num_workers=self.num_workers)
         return dataset
+
+    def _as_test(self, rows: Indices, task: int) -> ImageDataset:
+        tasks = np.full(len(self._train), task)
+        transform = self._transforms["test"]
+        return ImageDataset(self._train, rows, self._train_labels, tasks, transform)
 
     def _prepare_test(self) -> ImageDataset | TensorSamples:
         task_of_row = np.full(len(self._test), -1)

@@ -1,0 +1,393 @@
+"""Keep class statistics of image features beside a merged model, and let them vote."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from typing_extensions import override
+
+from cl_merge.callbacks.features import Features, own_features, read_features
+from cl_merge.callbacks.merge import MergeCallback
+from cl_merge.callbacks.task import TaskCallback
+from cl_merge.callbacks.voting import Classifier
+from cl_merge.clip import CLIPClassifier
+from cl_merge.errors import InputError, unknown_name
+from cl_merge.heads import ZeroShotHead
+from cl_merge.statistics import StreamStatistics, aligned_projection
+from cl_merge.statistics.carried import RIDGE
+from cl_merge.weights import (
+    copies,
+    evaluating,
+    floating_buffers,
+    install,
+    swapped,
+    trained_parameters,
+)
+
+KINDS = ("both", "base", "merged", "aligned")
+
+Images = Callable[[], Iterable[Any]]
+"""Makes batches of a task's images, each exactly once over all processes."""
+
+
+class ClassStatistics(TaskCallback):
+    """Keep statistics of each class's image features, and let them decide beside the text head.
+
+    Merging holds on to what the weights of each task knew, but the model never sees two tasks
+    together, and mixes their classes up. What tells them apart needs no image: a mean for each
+    class and one covariance, which make a linear discriminant. They take a few megabytes, whatever
+    the number of tasks and images.
+
+    After each task one pass over its images reads their features under the base weights, whose
+    statistics stay true for ever, and under the merged ones, whose statistics
+    `cl_merge.statistics.CarriedStatistics` carries along as the merged model moves. How much
+    statistics and text head count is chosen on these images too, each left out of the statistics
+    that judge it. Sums are exact: under DDP, in any order, they are the same bits.
+
+    Works beside `MergeCallback`, behind which it must stand, or alone, where the merged weights are
+    those that training left. Use one instance for the whole stream. In a `CLIPClassifier` the vote
+    takes part in every evaluation outside a fit; any other module may call `classify` in its
+    ``test_step``.
+
+    Args:
+        kind: ``"both"``: the text head and statistics of base and merged features, two encoders.
+            ``"base"``: without those of merged features. ``"merged"``: without those of base
+            features, one encoder. ``"aligned"``: as ``"merged"``, but inside a linear map of the
+            features, so that the text head decides alone; `install` multiplies it into the
+            encoder's projection.
+        text: Whether the text head takes part in the decision among classes seen. If not, and for
+            modules whose ``head`` is no `ZeroShotHead`, statistics decide among them. Classes not
+            seen are always the text head's.
+        features: Makes image features [B, D] and labels [B] of module and batch; by default
+            ``module.features(batch[0]), batch[1]``.
+        images: Makes batches of the task's images, each exactly once over all processes. None asks
+            the trainer's data module for its ``task_dataloader()``, and takes one more epoch over
+            the training data where it has none.
+        classes: Number of classes, for modules whose ``head`` does not tell.
+        ridge: See `CarriedStatistics`.
+
+    Attributes:
+        tasks: Number of tasks learned so far.
+        base: The weights before any training, by parameter name; those of `MergeCallback`, if
+            there is one.
+        base_buffers: The floating-point buffers before any training, by name.
+        statistics: What is kept; None before the first task ends.
+
+    Raises:
+        InputError: If an option is wrong, the module has no features, features are not finite, or
+            a `MergeCallback` stands behind.
+        RuntimeError: Under a strategy that shards parameters or spawns processes.
+
+    Example::
+
+        merge, statistics = MergeCallback("magmax"), ClassStatistics()
+        for loader in tasks:
+            trainer = L.Trainer(max_epochs=3, callbacks=[merge, statistics])
+            trainer.fit(module, loader)
+            trainer.test(module, test_loader)
+
+    Reference:
+        Hayes & Kanan, Lifelong Machine Learning with Deep Streaming Linear Discriminant Analysis,
+        CVPR Workshops 2020, for statistics under an encoder that does not change.
+    """
+
+    def __init__(
+        self,
+        kind: str = "both",
+        *,
+        text: bool = True,
+        features: Features | None = None,
+        images: Images | None = None,
+        classes: int | None = None,
+        ridge: float = RIDGE,
+    ) -> None:
+        super().__init__()
+        if kind not in KINDS:
+            raise unknown_name("kind of class statistics", kind, KINDS)
+        if classes is not None and classes < 1:
+            raise InputError(f"classes={classes}; expected 1 or more")
+        self.kind = kind
+        self.base: dict[str, Tensor] = {}
+        self.statistics: StreamStatistics | None = None
+        self._encoders = "merged" if kind == "aligned" else kind
+        StreamStatistics(1, 1, self._encoders, ridge)
+        self._text = text
+        self._features = features or own_features
+        self._images = images
+        self._classes = classes
+        self._ridge = ridge
+        self.base_buffers: dict[str, Tensor] = {}
+        self._borrowed = False
+
+    @property
+    @override
+    def tasks(self) -> int:
+        """Number of tasks learned so far."""
+        return self.statistics.tasks if self.statistics else 0
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(kind=self.kind, text=self._text)
+
+    def learn(
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        merged: AbstractContextManager[Any] | None = None,
+    ) -> None:
+        """Take up the images of a task that ended; a fit does this by itself.
+
+        Args:
+            trainer: A trainer in one of its hooks, with the task's images.
+            module: The module, on its device.
+            merged: Puts the merged weights into the module for a while; None if it holds them.
+
+        Raises:
+            InputError: If something is wrong with images, labels or features.
+        """
+        base = copies(self.base | self.base_buffers, module.device)
+        with merged or nullcontext(), evaluating(module):
+            read = read_features(trainer, module, self._features, base, self._batches(trainer))
+
+        def total(tensor: Tensor) -> Tensor:
+            return trainer.strategy.reduce(tensor.to(module.device), reduce_op="sum").cpu()
+
+        # A process without an image does not know how long features are; the others do.
+        length = torch.tensor([read.live.shape[1], len(read.live) > 0])
+        (length, processes) = total(length).tolist()
+        if not processes:
+            raise InputError("the task has no image to take statistics of")
+        empty = torch.zeros(0, length // processes)
+        live, before = (x if len(x) else empty for x in (read.live, read.base))
+        statistics = self.statistics or self._new(module, length // processes)
+        text = self._text_logits(module, live)
+        statistics.learn(before, live, read.labels, text, total=total)
+        self.statistics = statistics
+
+    def classify(
+        self, module: nn.Module, batch: Any, classes: Tensor | Sequence[int] | None = None
+    ) -> Tensor:
+        """Classify a batch with the statistics, for modules that are no `CLIPClassifier`.
+
+        Args:
+            module: The module, holding the merged weights: within an evaluation, or after
+                `MergeCallback.install`.
+            batch: What the function `features` takes.
+            classes: Labels of the K classes to choose among; None for all C.
+
+        Returns:
+            Log-probabilities, float32 [B, K].
+
+        Raises:
+            InputError: If no task has been learned yet.
+        """
+        features = self._features(module, batch)[0]
+        return self.classifier(module, features.device)(module, batch, features, classes)
+
+    def classifier(self, module: nn.Module, device: torch.device | None = None) -> Classifier:
+        """Make what classifies features of a module that holds the merged weights.
+
+        Args:
+            module: The module.
+            device: Where it works; None is the CPU.
+
+        Returns:
+            The classifier, as statistics are now.
+
+        Raises:
+            InputError: If no task has been learned yet.
+        """
+        if self.statistics is None:
+            raise InputError("no class statistics: no task has been trained yet")
+        return Classifier(
+            self.kind,
+            self.statistics,
+            text_head(module),
+            self._features,
+            self.base | self.base_buffers,
+            device,
+        )
+
+    def install(self, module: nn.Module) -> None:
+        """Multiply aligned statistics into the module's image projection, to stay.
+
+        Args:
+            module: A `CLIPClassifier` with the merged weights in it.
+
+        Raises:
+            InputError: If the kind is another, no task has been learned yet, or the image encoder
+                does not end with a linear projection.
+        """
+        if self.kind != "aligned":
+            raise InputError(
+                f"statistics of kind '{self.kind}' are not part of the weights; only those of kind "
+                "'aligned' can be installed"
+            )
+        visual: Any = getattr(module, "visual", None)
+        if visual is None:
+            raise InputError(f"{type(module).__name__} has no image encoder 'visual' to install in")
+        alignment = self.classifier(module).alignment
+        assert alignment is not None  # noqa: S101 - of this kind it is there
+        name, value = aligned_projection(visual, alignment)
+        install(dict(visual.named_parameters()), {name: value})
+
+    # Hooks, in the order in which they fire.
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        merge = _merge_callback(trainer)
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if merge is not None and callbacks.index(merge) > callbacks.index(self):
+            raise InputError(
+                "ClassStatistics stands before MergeCallback, whose merged weights it reads; put "
+                "it behind: callbacks=[merge, statistics]"
+            )
+
+    @override
+    def begin_task(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *, goes_on: bool
+    ) -> None:
+        merge = _merge_callback(trainer)
+        if not self.tasks and not self.base:
+            self.base_buffers = copies(floating_buffers(pl_module))
+        self._borrowed = merge is not None
+        if merge is not None:
+            self.base = merge.base
+        elif not self.base:
+            self.base = copies(trained_parameters(pl_module))
+
+    @override
+    def end_task(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        merge = _merge_callback(trainer)
+        self.learn(trainer, pl_module, _merged(merge, pl_module) if merge is not None else None)
+
+    @override
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._begin(trainer, pl_module)
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        _end(pl_module)
+
+    @override
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    @override
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        _end(pl_module)
+
+    @override
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    @override
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        _end(pl_module)
+
+    @override
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        _end(pl_module)
+
+    @override
+    def task_state(self) -> dict[str, Any]:
+        found = self.statistics
+        return {
+            "kind": self.kind,
+            "shape": [found.classes, found.features] if found else None,
+            "statistics": found.state_dict() if found else {},
+            "base": {} if self._borrowed else self.base,
+            "base_buffers": self.base_buffers,
+        }
+
+    @override
+    def load_task_state(self, state: dict[str, Any]) -> None:
+        if state["kind"] != self.kind:
+            raise InputError(
+                f"the saved class statistics are of kind '{state['kind']}', not '{self.kind}'; "
+                "make ClassStatistics with the saved kind"
+            )
+        self.base, self.base_buffers = copies(state["base"]), copies(state["base_buffers"])
+        self.statistics = None
+        if state["shape"] is not None:
+            classes, features = state["shape"]
+            self.statistics = StreamStatistics(classes, features, self._encoders, self._ridge)
+            self.statistics.load_state_dict(state["statistics"])
+
+    def _begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not self.tasks or not isinstance(module, CLIPClassifier):
+            return
+        merge = _merge_callback(trainer)
+        if merge is not None:
+            self.base = merge.base  # on the module's device by now
+        made = self.classifier(module, module.device)
+
+        def classify(
+            module: L.LightningModule,
+            images: Tensor,
+            features: Tensor,
+            classes: Tensor | Sequence[int] | None,
+        ) -> Tensor:
+            # The labels, of which a batch would be made too, play no part.
+            return made(module, (images, None), features, classes)
+
+        module.classify = classify
+
+    def _batches(self, trainer: L.Trainer) -> Iterable[Any] | None:
+        if self._images is not None:
+            return self._images()
+        own = getattr(getattr(trainer, "datamodule", None), "task_dataloader", None)
+        return own() if own is not None else None
+
+    def _new(self, module: nn.Module, features: int) -> StreamStatistics:
+        head = text_head(module)
+        classes = self._classes or (len(head.class_names) if head is not None else None)
+        if classes is None:
+            raise InputError(
+                f"{type(module).__name__} has no text head 'head' that tells how many classes "
+                "there are; give ClassStatistics(classes=...)"
+            )
+        return StreamStatistics(classes, features, self._encoders, self._ridge)
+
+    @torch.no_grad()
+    def _text_logits(self, module: L.LightningModule, features: Tensor) -> Tensor | None:
+        head = text_head(module) if self._text else None
+        if head is None:
+            return None
+        return head(features.to(module.device)).cpu()  # type: ignore[no-any-return]
+
+
+def text_head(module: nn.Module) -> ZeroShotHead | None:
+    """The module's text head, if it has one."""
+    head = getattr(module, "head", None)
+    return head if isinstance(head, ZeroShotHead) else None
+
+
+def _merge_callback(trainer: L.Trainer) -> MergeCallback | None:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((found for found in callbacks if isinstance(found, MergeCallback)), None)
+
+
+@contextmanager
+def _merged(merge: MergeCallback, module: nn.Module) -> Iterator[None]:
+    """Hold the merged weights and the buffers that go with them in a module for a while."""
+    with swapped(trained_parameters(module), {}), swapped(floating_buffers(module), {}):
+        merge.install(module)
+        yield
+
+
+def _end(module: nn.Module) -> None:
+    if isinstance(module, CLIPClassifier):
+        module.classify = None
