@@ -19,7 +19,7 @@ from tiny import QUIET, classifier, stream
 from torchvision.transforms import ColorJitter, Compose, ToTensor
 
 from cl_merge import cli, fit_stream
-from cl_merge.callbacks import EWC, LwF, MergeCallback
+from cl_merge.callbacks import EWC, ClassStatistics, LwF, MergeCallback
 
 
 def train(folder: Path, devices: int) -> None:
@@ -28,16 +28,23 @@ def train(folder: Path, devices: int) -> None:
     where = {"devices": devices, "strategy": "ddp" if devices > 1 else "auto"}
     trainer = QUIET | where | {"max_epochs": 2, "gradient_clip_val": 1.0}
 
-    def run(name, *callbacks):
+    def run(name, *callbacks, behind=()):
         model, merge = classifier(), MergeCallback("random-mix", seed=3, directory=folder / name)
         result = fit_stream(
-            model, data(devices), callbacks=[*callbacks, merge], trainer=trainer, seed=0
+            model,
+            data(devices, odd=bool(behind)),
+            callbacks=[*callbacks, merge, *behind],
+            trainer=trainer,
+            seed=0,
         )
         tensors = {f"trained.{k}": v.detach() for k, v in model.named_parameters()}
         tensors |= {f"merged.{k}": v for k, v in merge.merged().items()}
         for callback in callbacks:
             for k, v in getattr(callback, "fisher", {}).items():
                 tensors[f"fisher.{k}"] = v
+        for callback in behind:
+            for k, v in callback.statistics.state_dict().items():
+                tensors[f"statistics.{k}"] = v
         save_file(tensors, folder / f"{name}-{devices}-{rank}.safetensors")
         return [result.accuracy.rows[i].tolist() for i in range(3)]
 
@@ -50,15 +57,18 @@ def train(folder: Path, devices: int) -> None:
         "published": run("published", EWC(weight=100.0)),
         "empirical": run("empirical", EWC("empirical", weight=30.0)),
         "both": run("both", LwF(), EWC("empirical", weight=30.0)),
+        "voting": run("voting", behind=[ClassStatistics()]),
     }
     (folder / f"{devices}-{rank}.json").write_text(json.dumps(found))
 
 
-def data(devices):
+def data(devices, odd=False):
     augment = Compose([ColorJitter(brightness=0.5), ToTensor()])
     found = stream(tasks=3, batch_size=8 // devices, train_transform=augment, seed=5)
     # An odd number of test images, so that a padded sampler would count one of them twice.
     found.tasks[2] = replace(found.tasks[2], test=found.tasks[2].test[:-1])
+    if odd:
+        found.tasks[1] = replace(found.tasks[1], train=found.tasks[1].train[:-1])
     return found
 
 
