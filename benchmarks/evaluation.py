@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import lightning as L
 
 from cl_merge.benchmarks.progress import RunProgress
 from cl_merge.benchmarks.run import Run
 from cl_merge.benchmarks.trainers import evaluation_trainer
-from cl_merge.callbacks import MergeCallback
+from cl_merge.callbacks import ClassStatistics, MergeCallback
 from cl_merge.mergers import Merger
 from cl_merge.scales import scaled
 from cl_merge.stream import TaskStream
-from cl_merge.weights import swapped, trained_parameters
+from cl_merge.weights import floating_buffers, swapped, trained_parameters
 
 
 def fill_row(
@@ -22,29 +23,59 @@ def fill_row(
     name: str,
     progress: RunProgress,
     merging: MergeCallback | Merger | None = None,
+    statistics: ClassStatistics | None = None,
 ) -> None:
-    """Fill a row of a method's matrix, unless it has it: of the live weights, or of merged ones.
+    """Fill a row of a method's matrix, unless it has it: of the live weights, or of others.
 
     Args:
         run: The run.
         stream: Its tasks, at the one that was learned last.
         name: The method.
         progress: Shows how far the run is.
-        merging: What merges; None for the weights as they are.
+        merging: As of `weights_of`.
+        statistics: What votes with the text head; None for the text head alone.
     """
     matrix, row = run.matrices[name], stream.row
     if row in matrix.rows:
         return
     run.model.accuracy = matrix
-    live = trained_parameters(run.model)
-    callbacks: list[L.Callback] = [progress]
-    weights: AbstractContextManager[None] = nullcontext()
-    if isinstance(merging, MergeCallback):
-        callbacks = [merging, progress]
-    elif merging is not None:
-        weights = swapped(live, scaled(run.base, merging.items(), run.scales[name]))
-    with weights:
-        evaluation_trainer(run.config.trainer, callbacks).test(
+    voting = [statistics] if statistics is not None else []
+    with weights_of(run, name, merging, statistics) as callbacks:
+        evaluation_trainer(run.config.trainer, [*callbacks, *voting, progress]).test(
             run.model, datamodule=stream, verbose=False
         )
     run.folder.add_row(name, row, matrix.rows[row])
+
+
+@contextmanager
+def weights_of(
+    run: Run,
+    name: str,
+    merging: MergeCallback | Merger | None,
+    statistics: ClassStatistics | None = None,
+) -> Iterator[list[L.Callback]]:
+    """Hold the weights that a method classifies with in the model for a while.
+
+    Args:
+        run: The run.
+        name: The method.
+        merging: What merges; None for the pre-trained weights under statistics, and for the weights
+            as they are without.
+        statistics: Its class statistics, if it has any.
+
+    Yields:
+        The callbacks that a trainer needs to do so, where they do it.
+    """
+    if isinstance(merging, MergeCallback):
+        yield [merging]
+    elif merging is not None:
+        with swapped(
+            trained_parameters(run.model), scaled(run.base, merging.items(), run.scales[name])
+        ):
+            yield []
+    elif statistics is not None:
+        live = trained_parameters(run.model) | floating_buffers(run.model)
+        with swapped(live, run.base | run.buffers):
+            yield []
+    else:
+        yield []

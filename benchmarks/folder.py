@@ -94,6 +94,10 @@ class RunFolder:
         """Where the task vectors of a training lie."""
         return self.path / "task_vectors" / training
 
+    def statistics(self, method: str) -> Path:
+        """Where the class statistics of a method lie."""
+        return self.path / "statistics" / f"{method}.safetensors"
+
     def state_of(self, training: str) -> Path:
         """Where a training keeps what it needs to go on."""
         return self.path / "state" / training
@@ -119,6 +123,29 @@ class RunFolder:
             counts: The row, int64 [3, T].
         """
         self._note({"method": method, "task": task, "counts": counts.tolist()})
+
+    def chosen_scales(self, method: str) -> list[Any]:
+        """The scales that a method has chosen after each task.
+
+        Args:
+            method: Its name.
+
+        Returns:
+            As of `Scales.plain`, in the order of the tasks; empty if it has not chosen any.
+        """
+        noted = {r["task"]: r["scale"] for r in self._journal.records if r.get("chose") == method}
+        former = self.results().get("methods", {}).get(method, {})
+        return [noted[task] for task in sorted(noted)] or former.get("chosen_scales", [])
+
+    def add_chosen_scale(self, method: str, task: int, scale: Any) -> None:
+        """Note in the journal the scale that a method has chosen after a task.
+
+        Args:
+            method: Its name.
+            task: Index of the task.
+            scale: As of `Scales.plain`.
+        """
+        self._note({"chose": method, "task": task, "scale": scale})
 
     def results(self) -> dict[str, Any]:
         """What a run that has finished here found; empty if none has."""

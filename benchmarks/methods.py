@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,9 @@ class Method:
         name: As in tables and in ``results.json``.
         training: Which training it needs; None if it needs none.
         merger: Which merger reduces its task vectors; None if it evaluates the weights as trained.
+        statistics: Which class statistics vote, a kind of `ClassStatistics`; None for the text head
+            alone.
+        text: Whether the text head votes with them.
         about: One line for people.
         paper: Its name in the tables of the MagMax paper; None if it is not there.
         published: Options of the merger as in the paper's runs, where they differ from what the
@@ -55,9 +58,23 @@ class Method:
     name: str
     training: str | None
     merger: str | None = None
+    statistics: str | None = field(default=None, repr=False)
+    text: bool = field(default=True, repr=False)
     about: str = field(default="", compare=False, repr=False)
     paper: str | None = field(default=None, compare=False, repr=False)
     published: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def plain(self) -> Method:
+        """The method that merges the same with the text head alone; itself where nothing merges."""
+        if self.statistics is None or self.merger is None:
+            return self
+        return replace(self, name=_without_statistics(self.name)[0], statistics=None)
+
+    @property
+    def encoders(self) -> int:
+        """How many encoders an image passes to be classified."""
+        return 2 if self.merger and self.statistics == "both" else 1
 
     @property
     def options(self) -> list[str]:
@@ -100,6 +117,12 @@ _PLAIN = ("sequential", "independent")
 # Mergers that were made for tasks that come one after another, each from the weights of the last.
 _FOR_SEQUENCES = {"ema", "opcm"}
 
+# What a name ends in when class statistics vote, and which.
+_STATISTICS = {"statistics": "both", "aligned": "aligned"}
+
+LEARNING_COST = 2
+"""Forward passes of an image that class statistics learn: under the base and the merged weights."""
+
 # In the order of the tables. With every method but MagMax the paper merges independent
 # fine-tunings; the same mergers of sequential task vectors come close, so they are shown too.
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -112,6 +135,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "random-mix-sequential",
         "ties-sequential",
     ),
+    "class statistics": ("streaming-lda", "magmax-aligned", "magmax-statistics"),
 }
 """The rows of a table in groups, as people read them."""
 
@@ -132,7 +156,8 @@ def find_method(name: str) -> Method:
     Args:
         name: As in tables; any merger's name, which may end in ``-sequential`` or ``-independent``
             to say which training it merges; or where to import a merger from, as for
-            `cl_merge.get_merger`, with the same endings.
+            `cl_merge.get_merger`, with the same endings. What merges may end in ``-statistics`` or
+            ``-aligned``, for class statistics beside the text head or inside the projection.
 
     Returns:
         The method. Mergers that are not in the tables merge independent fine-tunings, but for those
@@ -149,6 +174,9 @@ def find_method(name: str) -> Method:
     """
     if name in METHODS:
         return METHODS[name]
+    plain, statistics = _without_statistics(name)
+    if statistics is not None:
+        return _with_statistics(name, find_method(plain), statistics)
     merger, training = name, None
     for ending in _PLAIN:
         if name.endswith(f"-{ending}"):
@@ -238,7 +266,8 @@ def grouped_methods(trainings: Mapping[str, str | None]) -> dict[str, list[str]]
     for name, training in trainings.items():
         if name not in METHODS:
             other = "independent training" if training == "independent" else "sequential training"
-            grouped[other].append(name)
+            voted = _without_statistics(name)[1] is not None
+            grouped["class statistics" if voted else other].append(name)
     return {title: group for title, group in grouped.items() if group}
 
 
@@ -247,12 +276,41 @@ def published_scale(method: Method) -> float | None:
     return find_merger(method.merger).published_scale if method.merger else None
 
 
+def _with_statistics(name: str, plain: Method, statistics: str) -> Method:
+    """The method that merges as another one does, and has class statistics beside it."""
+    if plain.statistics is not None:
+        raise InputError(
+            f"method={name}: '{plain.name}' has class statistics already; expected one ending, as "
+            "in magmax-statistics"
+        )
+    if not plain.merger:
+        raise InputError(
+            f"method={name}: class statistics stand beside a merged model, and '{plain.name}' "
+            "merges nothing; expected a method that merges, as in magmax-statistics"
+        )
+    own = f"{plain.name}-{name.rpartition('-')[2]}"
+    return METHODS.get(own) or replace(
+        plain,
+        name=own,
+        statistics=statistics,
+        about=f"{plain.about}, with class statistics",
+        paper=None,
+    )
+
+
+def _without_statistics(name: str) -> tuple[str, str | None]:
+    """The method under one with class statistics, and their kind."""
+    plain, _, ending = name.rpartition("-")
+    return (plain, _STATISTICS[ending]) if plain and ending in _STATISTICS else (name, None)
+
+
 def _label(merger: str) -> str:
     """What a merger is called in tables: a user's own one by its own name, not by its place."""
     if not is_location(merger):
         return merger
     label = find_merger(merger).name
-    if label in METHODS or (label in MERGERS and MERGERS[label] is not find_merger(merger)):
+    other = label in METHODS or (label in MERGERS and MERGERS[label] is not find_merger(merger))
+    if other or _without_statistics(label)[1] is not None:
         raise InputError(
             f"'{merger}' calls itself '{label}', which is the name of another method; give it "
             "another name"
@@ -263,7 +321,8 @@ def _label(merger: str) -> str:
 def _beside(name: str, own: Method) -> Method:
     method = find_method(name)
     # The callback of a training estimates what such a merger needs; there is one for each training.
-    if method.merger and method != own and find_merger(method.merger).weighted:
+    shared = method.plain == own.plain
+    if method.merger and not shared and find_merger(method.merger).weighted:
         raise InputError(
             f"compare={name}: '{method.name}' weighs the elements of each task vector by what they "
             f"matter, and can only be the method of a run of its own: method={name}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import lightning as L
@@ -56,6 +57,7 @@ class RunProgress(Callback):
         self._bar = self._progress.add_task("starting", total=total, loss="")
         self._train_cost = train_cost
         self._doing = ""
+        self._test_cost = 1
 
     def __enter__(self) -> RunProgress:
         self._progress.start()
@@ -64,14 +66,29 @@ class RunProgress(Callback):
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def describe(self, doing: str) -> None:
+    def describe(self, doing: str, test_cost: int = 1) -> None:
         """Say what goes on now.
 
         Args:
             doing: A few words, such as ``"task 2/5"``.
+            test_cost: What a batch of a test counts for now: the number of its encoders.
         """
-        self._doing = doing
+        self._doing, self._test_cost = doing, test_cost
         self._progress.update(self._bar, description=doing, loss="")
+
+    def counted(self, batches: Iterable[Any], cost: int) -> Iterator[Any]:
+        """Count batches that no trainer hands out.
+
+        Args:
+            batches: The batches.
+            cost: What each counts for.
+
+        Yields:
+            Each of them.
+        """
+        for batch in batches:
+            yield batch
+            self._progress.advance(self._bar, cost)
 
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -103,4 +120,4 @@ class RunProgress(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._progress.advance(self._bar, 1)
+        self._progress.advance(self._bar, self._test_cost)

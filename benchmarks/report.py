@@ -185,16 +185,21 @@ def _draw_curve(results: Mapping[str, Any], path: Path) -> None:
     axes = figure.add_subplot()
     steps = range(1, len(results["tasks"]) + 1)
     styles = {None: ":", "sequential": "-", "independent": "--", "lwf": "-.", "ewc": (0, (1, 1))}
-    # A merger has one colour, whichever training it merges; the line style tells the training.
-    kinds = list(dict.fromkeys(m["merger"] or name for name, m in results["methods"].items()))
+    # A merger has one colour, whichever training it merges, and another with class statistics; the
+    # line style tells the training.
+    kinds = {
+        name: (method["merger"] or name, method.get("statistics"))
+        for name, method in results["methods"].items()
+    }
+    colours = {kind: f"C{index % 10}" for index, kind in enumerate(dict.fromkeys(kinds.values()))}
     for name, method in results["methods"].items():
         # Joint training has a last point only, which a line through it would not show.
         axes.plot(
             steps,
             [float("nan") if value is None else value for value in method["seen"]],
             linestyle=styles.get(method["training"], "-"),
-            color=f"C{kinds.index(method['merger'] or name) % 10}",
-            marker="o",
+            color=colours[kinds[name]],
+            marker="D" if method.get("statistics") else "o",
             markersize=3,
             linewidth=2.5 if name == results["method"] else 1.2,
             label=name,

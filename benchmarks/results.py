@@ -78,6 +78,8 @@ def _method_results(run: Run, method: Method, zero_shot: AccuracyMatrix) -> dict
         "merger": method.merger,
         "scale": scales.plain() if scales else None,
     }
-    if method.name in run.chosen:
-        found["chosen_scales"] = [scales.plain() for scales in run.chosen[method.name]]
+    if method.statistics is not None:
+        found["statistics"] = method.statistics
+    if method.plain.name in run.chosen:
+        found["chosen_scales"] = [scales.plain() for scales in run.chosen[method.plain.name]]
     return found

@@ -14,7 +14,13 @@ from cl_merge.benchmarks.catalog import find_data
 from cl_merge.benchmarks.epochs import task_epochs
 from cl_merge.benchmarks.folder import RunFolder
 from cl_merge.benchmarks.loading import load_parts
-from cl_merge.benchmarks.methods import TRAININGS, Method, find_method, methods_beside
+from cl_merge.benchmarks.methods import (
+    LEARNING_COST,
+    TRAININGS,
+    Method,
+    find_method,
+    methods_beside,
+)
 from cl_merge.callbacks import EWC, LwF, MergeCallback
 from cl_merge.callbacks.auto_scale import AutoScale
 from cl_merge.callbacks.regularizer import Regularizer
@@ -26,7 +32,7 @@ from cl_merge.mergers import Merger, get_merger
 from cl_merge.metrics import AccuracyMatrix
 from cl_merge.scales import Scales
 from cl_merge.stream import TaskStream
-from cl_merge.weights import copies, trained_parameters
+from cl_merge.weights import copies, floating_buffers, trained_parameters
 
 
 @dataclass
@@ -39,6 +45,7 @@ class Run:
         stream: The tasks.
         model: The model, with the weights of the moment.
         base: The pre-trained weights, by parameter name.
+        buffers: The floating-point buffers of the pre-trained model, by name.
         matrices: The accuracy matrix of every method.
         scales: The scale of every method that merges.
         chosen: The scale after each task, of a method that chooses it.
@@ -51,6 +58,7 @@ class Run:
     stream: TaskStream
     model: CLIPClassifier
     base: dict[str, Tensor]
+    buffers: dict[str, Tensor] = field(default_factory=dict)
     matrices: dict[str, AccuracyMatrix] = field(default_factory=dict)
     scales: dict[str, Scales] = field(default_factory=dict)
     chosen: dict[str, list[Scales]] = field(default_factory=dict)
@@ -124,7 +132,8 @@ def start_run(config: RunConfig) -> Run:
     data = find_data(config.data).name
     name = f"{data.strip('/').split('/')[-1]}-{method.name.replace('/', '-')}"
     folder = RunFolder.claim(config, name)
-    return Run(config, folder, stream, model, copies(trained_parameters(model)))
+    base, buffers = copies(trained_parameters(model)), copies(floating_buffers(model))
+    return Run(config, folder, stream, model, base, buffers)
 
 
 def count_batches(run: Run, train_cost: int = 3) -> int:
@@ -135,20 +144,25 @@ def count_batches(run: Run, train_cost: int = 3) -> int:
         train_cost: What a training batch costs, in evaluation batches.
 
     Returns:
-        The number; an estimate where the trainer is told to stop early.
+        The number; an estimate where the trainer is told to stop early, or a run was stopped in the
+        middle of a task.
     """
     size, tasks = run.stream.batch_size, run.stream.tasks
     test = -(-sum(len(task.test) for task in tasks) // size)
     batches = [-(-len(task.train) // size) for task in tasks]
     epochs = task_epochs(run.config, len(tasks))
-    train = sum(count * (of_task or 1) for count, of_task in zip(batches, epochs, strict=True))
-    joint = sum(batches) * (run.config.trainer.get("max_epochs") or 1)
+    steps = [count * (of_task or 1) for count, of_task in zip(batches, epochs, strict=True)]
+    joint = [sum(batches) * (run.config.trainer.get("max_epochs") or 1)]
     total = 0 if run.folder.rows("zero-shot") else test
     for name, methods in run.trainings.items():
-        rows = len(run.rows(name))
-        left = [rows - len(run.folder.rows(method.name)) for method in methods]
-        steps = joint if TRAININGS[name].joint else train
-        total += test * sum(left) + steps * train_cost * max(left) // rows
+        of_task, rows = joint if TRAININGS[name].joint else steps, len(run.rows(name))
+        finished = run.folder.finished_tasks(name, len(of_task))
+        total += train_cost * sum(n for task, n in enumerate(of_task) if task not in finished)
+        for method in methods:
+            left = rows - len(run.folder.rows(method.name))
+            total += test * method.encoders * left
+            if method.statistics is not None:
+                total += LEARNING_COST * sum(batches) * left // rows
     return total
 
 
@@ -224,8 +238,8 @@ def make_merger(config: RunConfig, method: Method) -> tuple[Merger, Any]:
         InputError: If an option is wrong.
     """
     options = config.merge
-    if method != find_method(config.method):
-        given = dict(options.beside.get(method.name) or {})
+    if method.plain != find_method(config.method).plain:
+        given = dict(options.beside.get(method.plain.name) or {})
         scale = given.pop("scale", None)
         Scales.read(scale, 1.0)
         return method.make_merger({}, given), scale
@@ -260,13 +274,15 @@ def _try_settings(config: RunConfig, method: Method) -> None:
 
 
 def _try_beside(config: RunConfig, methods: list[Method]) -> None:
-    merging = [method for method in methods if method.merger and method.name != config.method]
+    # Methods with class statistics merge with the options of those without.
+    own = find_method(config.method).plain
+    merging = {m.plain.name: m.plain for m in methods if m.merger and m.plain != own}
     for name in config.merge.beside:
-        if name not in {method.name for method in merging}:
-            known = [method.name for method in merging]
+        if name not in merging:
+            known = list(merging)
             raise unknown_name("method beside the run's own in merge.beside", str(name), known)
-    for method in merging:
+    for name, method in merging.items():
         try:
             make_merger(config, method)
         except InputError as error:
-            raise InputError(f"merge.beside.{method.name}: {error}") from error
+            raise InputError(f"merge.beside.{name}: {error}") from error

@@ -71,9 +71,9 @@ def check_same_run(config: RunConfig, saved: Path) -> None:
     before, now = (
         _flat(asdict(c)) for c in (read_config([], container, origin=str(saved)), config)
     )
-    former, wanted = (
-        {method.name for method in methods_beside(c["method"], c["compare"])} for c in (before, now)
-    )
+    of_before, of_now = (methods_beside(c["method"], c["compare"]) for c in (before, now))
+    former, wanted = ({method.name for method in methods} for methods in (of_before, of_now))
+    merging = {method.plain.name for method in of_before}
 
     def free(key: str) -> bool:
         """Whether a setting may differ: methods can join a run, with options of their own."""
@@ -82,7 +82,7 @@ def check_same_run(config: RunConfig, saved: Path) -> None:
         return (
             key in {*_FREE, _BESIDE.rstrip(".")}
             or joins
-            or (beside is not None and beside not in former)
+            or (beside is not None and beside not in merging)
         )
 
     differing = [key for key in before | now if not free(key) and before.get(key) != now.get(key)]

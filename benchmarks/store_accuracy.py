@@ -36,7 +36,7 @@ def measure(folder: Path, training: str, method: str) -> dict[str, float]:
     found = {}
     for store in STORES:
         merger = get_merger(method)
-        for vector in _vectors(folder / "task_vectors" / training):
+        for vector in task_vectors(folder / "task_vectors" / training):
             merger.update(stored(vector, store))
         found[store] = replay.accuracy(merger.items(), merger.published_scale)
     return found
@@ -59,19 +59,31 @@ def main() -> None:
     for training in arguments.trainings:
         for method in arguments.methods:
             runs = [measure(folder, training, method) for folder in arguments.runs]
-            cells = [_mean_and_spread([run[store] for run in runs]) for store in STORES]
+            cells = [mean_and_spread([run[store] for run in runs]) for store in STORES]
             table.add_row(training, method, *cells)
     Console().print(table)
 
 
-def _vectors(folder: Path) -> Iterator[TaskVector]:
+def task_vectors(folder: Path) -> Iterator[TaskVector]:
+    """Read the task vectors in a folder one after another, in the order of the tasks.
+
+    Args:
+        folder: Where they lie.
+
+    Returns:
+        An iterator over them.
+
+    Raises:
+        InputError: If there are none.
+    """
     files = sorted(folder.glob("task*.safetensors"), key=lambda file: int(file.stem[4:]))
     if not files:
         raise InputError(f"there are no task vectors in '{folder}'")
     return (TaskVector.load(file) for file in files)
 
 
-def _mean_and_spread(values: list[float]) -> str:
+def mean_and_spread(values: list[float]) -> str:
+    """Write mean and sample standard deviation."""
     spread = statistics.stdev(values) if len(values) > 1 else math.nan
     return f"{statistics.mean(values):.2f} ± {spread:.2f}"
 

@@ -12,8 +12,9 @@ from cl_merge.benchmarks.latecomers import evaluate_latecomers
 from cl_merge.benchmarks.methods import TRAININGS, Method, Training
 from cl_merge.benchmarks.progress import RunProgress
 from cl_merge.benchmarks.run import Run, make_merger, make_regularizer, merge_callback
+from cl_merge.benchmarks.statistics import learn_task, statistics_of
 from cl_merge.benchmarks.trainers import training_trainer
-from cl_merge.callbacks import MergeCallback
+from cl_merge.callbacks import ClassStatistics, MergeCallback
 from cl_merge.fit import TaskEnd, fit_stream
 from cl_merge.measure import measured
 from cl_merge.mergers import Merger
@@ -61,9 +62,10 @@ def _train(
     """Train the stream once; evaluate after each task every method that shares this training."""
     install(trained_parameters(run.model), run.base)
     own = next((method for method in methods if method == run.own), None)
-    merging = [method for method in methods if method.merger]
+    # Methods that differ in what classifies share a merger.
+    merging = list(dict.fromkeys(method.plain for method in methods if method.merger))
     # The callback merges with one method as it trains; the others fold the same task vectors here.
-    lead = own if own in merging else next(iter(merging), None)
+    lead = own.plain if own and own.plain in merging else next(iter(merging), None)
     callback = merge_callback(
         run.config,
         lead,
@@ -72,20 +74,23 @@ def _train(
     )
     mergers: dict[str, Merger] = {}
     for method in merging:
-        if method is not lead:
+        if method != lead:
             merger, scale = make_merger(run.config, method)
             mergers[method.name] = merger
             run.scales[method.name] = Scales.read(scale, merger.published_scale)
     for method in methods:
         run.new_matrix(method.name)
 
-    def note_scale() -> None:
+    def note_scales() -> None:
         if lead is not None:
             run.scales[lead.name] = callback.scales
             run.chosen |= {lead.name: callback.chosen} if callback.chosen else {}
+        run.scales |= {m.name: run.scales[m.plain.name] for m in methods if m.merger}
 
     stream = run.stream.joint() if training.joint else run.stream
-    evaluate_latecomers(run, stream, training, methods, progress)
+    statistics = statistics_of(run, stream, methods, progress)
+    note_scales()
+    evaluate_latecomers(run, stream, training, methods, statistics, progress)
     if (costs := run.folder.finished_training(training.name)) is not None:
         run.costs[training.name] = costs
         return
@@ -101,11 +106,19 @@ def _train(
             for merger in mergers.values():
                 _catch_up(merger, run.folder.task_vectors(training.name), end.task.index, vector)
                 merger.update(vector)
-        note_scale()
-        for method in methods if end.task.index in rows else ():
-            progress.describe(f"{_place(run, end.task.index)}, evaluating {method.name}")
-            merging = callback if method is lead else mergers.get(method.name)
-            fill_row(run, stream, method.name, progress, merging)
+        note_scales()
+        if lead is not None and callback.chosen:
+            run.folder.add_chosen_scale(lead.name, end.task.index, callback.chosen[-1].plain())
+        for method in methods:
+            merging = callback if method.plain == lead else mergers.get(method.plain.name)
+            voting = statistics.get(method.name)
+            place = _place(run, end.task.index)
+            if voting is not None:
+                progress.describe(f"{place}, statistics of {method.name}")
+                learn_task(run, stream, method.name, voting, merging)
+            if end.task.index in rows:
+                progress.describe(f"{place}, evaluating {method.name}", method.encoders)
+                fill_row(run, stream, method.name, progress, merging, voting)
         if tell is not None:
             tell(run, training, end)
 
@@ -121,9 +134,9 @@ def _train(
         checkpoint_seconds=run.config.checkpoint_seconds,
     )
     run.costs[training.name] = found.costs
-    note_scale()
+    note_scales()
     if own is not None:
-        _save_model(run, callback if own is lead else None)
+        _save_model(run, callback if own.plain == lead else None, statistics.get(own.name))
 
 
 def _regularizers(run: Run, training: Training) -> list[L.Callback]:
@@ -142,10 +155,16 @@ def _place(run: Run, position: int) -> str:
     return f"task {position + 1}/{len(run.stream.tasks)}"
 
 
-def _save_model(run: Run, callback: MergeCallback | None) -> None:
+def _save_model(
+    run: Run, callback: MergeCallback | None, statistics: ClassStatistics | None
+) -> None:
     """Write the whole classifier with the weights of the run's method, which stay in the model."""
     if callback is not None:
         callback.install(run.model)
+    elif statistics is not None:  # of the pre-trained model
+        install(trained_parameters(run.model), run.base)
+    if statistics is not None and statistics.kind == "aligned":
+        statistics.install(run.model)
     scales = run.scales.get(run.own.name)
     metadata = {
         "format": "cl_merge.model",

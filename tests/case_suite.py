@@ -51,6 +51,7 @@ def make_result(name: str, tasks: int, seed: int = 0) -> dict[str, object]:
         "training": method.training,
         "merger": method.merger,
         "scale": 0.5 if method.merger else None,
+        **({"statistics": method.statistics} if method.statistics else {}),
     }
 
 

@@ -118,4 +118,5 @@ def method_results(name: str, job, tasks: int) -> dict:
         "training": method.training,
         "merger": method.merger,
         "scale": 0.5 if method.merger else None,
+        **({"statistics": method.statistics} if method.statistics else {}),
     }

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import OrderedDict
 
 import lightning as L
 import pytest
@@ -141,3 +142,61 @@ def test_weights_carry_the_names_of_open_clip():
 def test_wrong_options_are_named(options, message):
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         classifier(**options)
+
+
+def layered(**options):
+    """A classifier whose encoder has a stem, two blocks and a norm behind them."""
+    torch.manual_seed(0)
+    parts = {
+        "flat": nn.Flatten(),
+        "stem": nn.Linear(192, 16),
+        "blocks": nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)),
+        "norm": nn.LayerNorm(16),
+    }
+    head = ZeroShotHead(torch.randn(6, 16), NAMES)
+    return CLIPClassifier(nn.Sequential(OrderedDict(parts)), head, **{"lr": 0.01} | options)
+
+
+def trained_in_groups(model):
+    """Train a task; the optimizer's groups, each as learning rate and parameters."""
+    groups = []
+
+    class Record(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            (optimizer,) = trainer.optimizers
+            groups[:] = [(group["lr"], group["params"]) for group in optimizer.param_groups]
+
+    L.Trainer(**QUIET, max_epochs=1, callbacks=[Record()]).fit(model, datamodule=stream())
+    return groups
+
+
+def test_each_layer_learns_at_its_own_rate():
+    model = layered(layer_decay=0.5, schedule="constant", warmup_steps=0)
+    groups = trained_in_groups(model)
+    rates = {id(parameter): lr for lr, parameters in groups for parameter in parameters}
+    assert {name: rates[id(p)] for name, p in model.named_parameters()} == {
+        f"visual.{layer}.{what}": 0.01 * 0.5**below
+        for layer, below in (("stem", 3), ("blocks.0", 2), ("blocks.1", 1), ("norm", 0))
+        for what in ("weight", "bias")
+    }
+    assert sum(len(parameters) for _, parameters in groups) == 8
+
+
+def test_every_layer_follows_the_same_schedule():
+    groups = trained_in_groups(layered(layer_decay=0.5, warmup_steps=500))
+    first = groups[-1][0]
+    assert 0 < first < 0.01
+    assert [lr for lr, _ in groups] == pytest.approx([first / 8, first / 4, first / 2, first])
+
+
+def test_without_a_decay_there_is_one_group_in_the_order_of_the_module():
+    model = layered()
+    ((_, parameters),) = trained_in_groups(model)
+    assert all(p is q for p, q in zip(parameters, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("decay", [0.0, -0.5, 1.5, float("nan"), float("inf")])
+def test_a_decay_is_above_0_and_at_most_1(decay):
+    message = f"optimizer.layer_decay={decay}; expected above 0, at most 1"
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        classifier(layer_decay=decay)

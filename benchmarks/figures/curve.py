@@ -75,7 +75,7 @@ def _lines(setting: Setting) -> dict[str, tuple[Line, dict[str, Any], str]]:
         if sum(math.isfinite(value) for value in line.means) > 1 or training == "joint":
             # In a panel of one training its name need not be said again.
             label = name.removesuffix("-sequential") if merger else name
-            look = look_of(merger, training)
+            look = look_of(merger, training, results[0].get("statistics"))
             look |= {"markersize": 9, "linestyle": ""} if training == "joint" else {}
             lines[name] = (line, look, label)
     return lines

@@ -146,11 +146,15 @@ class Kind:
             run: The run.
 
         Returns:
-            Whether it is of one of `trainings`, or has a method that merges.
+            Whether it is of one of `trainings`, or has a method that merges for the text head
+            alone.
         """
         if self.trainings:
             return run.training in self.trainings
-        return any(result["merger"] for result in run.results["methods"].values())
+        return any(
+            result["merger"] and not result.get("statistics")
+            for result in run.results["methods"].values()
+        )
 
     @property
     def evaluates(self) -> bool:

@@ -137,7 +137,9 @@ def _merging(run: FinishedRun) -> dict[str, Mapping[str, Any]]:
     return {
         name: result
         for name, result in methods.items()
-        if result["merger"] and result["training"] == run.training
+        if result["merger"]
+        and result["training"] == run.training
+        and not result.get("statistics")  # of the same merged weights
     }
 
 

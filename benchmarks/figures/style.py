@@ -47,6 +47,9 @@ UNMERGED: dict[str, str] = {
 }
 """By training, of what is not merged; never in one picture with mergers."""
 
+STATISTICS: dict[str, str] = {"base": "#2f97a8", "aligned": "#8c6bd1", "both": "#d1458b"}
+"""By kind, of class statistics beside whatever merger; in a panel of their own."""
+
 OTHERS = ("#c2508c", "#4f8f3a", "#2f8fa3", "#8c6bd1", "#c0504d", "#7d7f9e")
 
 _MARKERS = {"magmax": "o", "max-abs": "o", "average": "s", "task-arithmetic": "^"}
@@ -141,12 +144,15 @@ def colour_of(merger: str) -> str:
     return COLOURS.get(merger) or OTHERS[zlib.crc32(merger.encode()) % len(OTHERS)]
 
 
-def look_of(merger: str | None, training: str | None) -> dict[str, Any]:
+def look_of(
+    merger: str | None, training: str | None, statistics: str | None = None
+) -> dict[str, Any]:
     """How the line of a method looks.
 
     Args:
         merger: The merger; None for what is not merged.
         training: The training; None for zero-shot.
+        statistics: The kind of its class statistics; None for the text head alone.
 
     Returns:
         Arguments for ``Axes.plot``: colour, line style, marker.
@@ -154,6 +160,9 @@ def look_of(merger: str | None, training: str | None) -> dict[str, Any]:
     own = training or ""
     marker = _MARKERS.get(merger, "P") if merger else _UNMERGED_MARKERS.get(own)
     colour = colour_of(merger) if merger else UNMERGED.get(own, GREY)
+    if statistics is not None:
+        marker = marker if merger else "X"
+        colour = STATISTICS.get(statistics, GREY)
     look = {"color": colour, "linestyle": DASHES.get(training, "-")}
     return look | ({"marker": marker, "markeredgewidth": 0} if marker else {})
 

@@ -15,7 +15,7 @@ import torch
 from cl_merge.benchmarks.catalog import find_data
 from cl_merge.benchmarks.epochs import task_epochs
 from cl_merge.benchmarks.json_files import read_json
-from cl_merge.benchmarks.methods import TRAININGS
+from cl_merge.benchmarks.methods import LEARNING_COST, TRAININGS, find_method
 from cl_merge.benchmarks.suite.plan import Job, job_config
 from cl_merge.config import RunConfig
 
@@ -88,12 +88,14 @@ def passes(job: Job, config: RunConfig, size: Size) -> int:
         The number; a training step on an image counts as three, with LwF as four.
     """
     joint = TRAININGS[job.training].joint
+    methods = [find_method(word) for word in (config.method, *config.compare)]
     rows = 1 if joint or config.evaluate == "last" else size.tasks
     epochs: list[int] = task_epochs(config, size.tasks)
     cost = _LWF_COST if job.training == "lwf" else _TRAIN_COST
-    return (
-        size.test * (1 + rows * len(job.methods)) + size.train * sum(epochs) // len(epochs) * cost
-    )
+    evaluations = 1 + rows * sum(method.encoders for method in methods)
+    learning = LEARNING_COST * sum(method.statistics is not None for method in methods)
+    train = sum(epochs) // len(epochs) * cost + learning
+    return size.test * evaluations + size.train * train
 
 
 def seconds_per_pass(model: str, image_size: int | None) -> float:

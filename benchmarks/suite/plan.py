@@ -227,5 +227,8 @@ def _alone(method: Method) -> bool:
 
 def _published(own: Method, beside: list[Method]) -> dict[str, Any]:
     found: dict[str, Any] = {"options": dict(own.published)} if own.published else {}
-    others = {m.name: dict(m.published) for m in beside if m.published}
+    # Methods with class statistics merge with the options of those without.
+    others = {
+        m.plain.name: dict(m.published) for m in beside if m.published and m.plain != own.plain
+    }
     return found | ({"beside": others} if others else {})

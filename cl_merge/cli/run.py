@@ -109,6 +109,8 @@ def _key_help() -> str:
         "methods: " + ", ".join(METHODS),
         "and, of independent or sequential training, as in NAME-sequential: " + ", ".join(others),
         "or a method of your own: FILE.py:NAME",
+        "what merges may end in -statistics, for class statistics beside the text head, or in "
+        "-aligned, for those inside the image projection, as in ties-aligned",
     ):
         lines += ["", *_wrapped(text, indent=2)]
     return "\n".join(lines) + "\n"

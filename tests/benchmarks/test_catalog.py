@@ -260,7 +260,7 @@ def test_unknown_names_are_answered_with_the_nearest(words, message):
         read_settings(words)
 
 
-def test_the_methods_of_the_table_are_those_of_the_paper_and_their_sequential_twins():
+def test_the_methods_of_the_table_are_those_of_the_paper_their_twins_and_class_statistics():
     assert list(METHODS) == [
         "zero-shot",
         "joint",
@@ -280,6 +280,9 @@ def test_the_methods_of_the_table_are_those_of_the_paper_and_their_sequential_tw
         "task-arithmetic-sequential",
         "random-mix-sequential",
         "ties-sequential",
+        "streaming-lda",
+        "magmax-aligned",
+        "magmax-statistics",
     ]
     assert published_scale(find_method("magmax")) == 0.5
     assert published_scale(find_method("ties-sequential")) == 0.55

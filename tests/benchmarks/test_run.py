@@ -113,7 +113,9 @@ def correct(clip):
     return correct
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "zero-shot"])
+@pytest.mark.parametrize(
+    "name", [n for n, method in METHODS.items() if n != "zero-shot" and not method.statistics]
+)
 def test_accuracies_are_those_of_the_task_vectors_on_disk(whole, results, clip, correct, name):
     method = METHODS[name]
     base = {f"visual.{k}": v.clone() for k, v in clip.model.visual.state_dict().items()}
@@ -273,6 +275,20 @@ def test_a_run_with_a_method_of_ones_own_goes_on_from_anywhere(tmp_path, monkeyp
     assert saved[0].read_bytes() == saved[1].read_bytes()
 
 
+def test_layers_may_learn_at_rates_of_their_own(tmp_path):
+    words = [*SMALLER, "stream.tasks=1", "method=sequential", "compare=false"]
+    for decay in ("1", "0.25"):
+        out = f"out={tmp_path / decay}"
+        assert run(*words, "optimizer.warmup_steps=0", f"optimizer.layer_decay={decay}", out) == 0
+    even, decayed = (
+        TaskVector.load(tmp_path / decay / "task_vectors/sequential/task0.safetensors")
+        for decay in ("1", "0.25")
+    )
+    ratio = {name: float(decayed[name].norm() / even[name].norm()) for name in even}
+    assert ratio["visual.head.proj.weight"] > 0.5
+    assert ratio["visual.trunk.stem.weight"] < 0.1
+
+
 def test_it_prints_progress_by_task_and_ends_with_the_table(tmp_path, capsys):
     assert run(*SMALLER, "method=sequential", "compare=false", f"out={tmp_path / 'run'}") == 0
     # Long lines are wrapped at the width of the terminal.
@@ -288,7 +304,10 @@ def test_help_explains_every_setting(capsys):
         run("--help")
     assert stopped.value.code == 0
     out = capsys.readouterr().out
-    for word in ("stream.tasks", "optimizer.lr", "methods: ", "ties-sequential", "digits", "out"):
+    for word in (
+        *("stream.tasks", "optimizer.lr", "methods: ", "ties-sequential", "digits", "out"),
+        *("magmax-statistics", "-aligned"),
+    ):
         assert word in out
 
 
@@ -307,6 +326,7 @@ def test_help_explains_every_setting(capsys):
         (["stream.tasks=11"], "stream.tasks=11 is more than the 10 classes of the data set"),
         (["stream.order=[1,2]"], "the class order must hold each class once"),
         (["optimizer.lr=-1"], "optimizer.lr=-1.0; expected a finite number above 0"),
+        (["optimizer.layer_decay=0"], "optimizer.layer_decay=0.0; expected above 0, at most 1"),
         (["merge.scale=.inf"], "merge.scale=inf; expected a finite number"),
         (["merge.density=0.3"], "merge.density=0.3, but method 'magmax' has no density"),
         (["merge.options.rate=1"], "unknown option of method 'magmax' 'rate'"),
@@ -354,6 +374,7 @@ def test_bad_input_is_one_line_and_exit_code_2_and_nothing_is_written(
         ("seed=4", "seed=3, not 4"),
         ("stream.tasks=5", "stream.tasks=2, not 5"),
         ("optimizer.lr=0.5", "optimizer.lr=0.001, not 0.5"),
+        ("optimizer.layer_decay=0.5", "optimizer.layer_decay=1.0, not 0.5"),
         ("trainer.max_epochs=2", "trainer.max_epochs=1, not 2"),
         ("trainer.deterministic=true", "trainer.deterministic=None, not True"),
         ("compare=false", "compare=all, not False"),

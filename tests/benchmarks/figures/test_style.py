@@ -10,6 +10,7 @@ from cl_merge.benchmarks.figures.style import (
     COLOURS,
     GREY,
     OTHERS,
+    STATISTICS,
     UNMERGED,
     colour_of,
     figure_style,
@@ -56,14 +57,17 @@ def lab(rgb):
     return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
 
 
-@pytest.mark.parametrize("colour", sorted({*COLOURS.values(), *UNMERGED.values(), *OTHERS, GREY}))
+PALETTES = {*COLOURS.values(), *UNMERGED.values(), *STATISTICS.values(), *OTHERS, GREY}
+
+
+@pytest.mark.parametrize("colour", sorted(PALETTES))
 def test_every_colour_shows_on_white_and_on_a_dark_page(colour):
     assert contrast(colour, "#ffffff") >= 3
     assert contrast(colour, "#16181d") >= 3
 
 
 @pytest.mark.parametrize("vision", VISIONS)
-@pytest.mark.parametrize(("palette", "least"), [(COLOURS, 20), (UNMERGED, 10)])
+@pytest.mark.parametrize(("palette", "least"), [(COLOURS, 20), (UNMERGED, 10), (STATISTICS, 15)])
 def test_colours_of_one_picture_differ_for_every_colour_vision(palette, least, vision):
     matrix = np.array(VISIONS[vision])
     for one, other in combinations(sorted(set(palette.values())), 2):
@@ -75,6 +79,12 @@ def test_a_merger_has_one_colour_whatever_its_training():
         looks = [look_of(merger, training) for training in ("sequential", "independent", "lwf")]
         assert {look["color"] for look in looks} == {colour_of(merger)}
         assert len({str(look["linestyle"]) for look in looks}) == 3
+
+
+def test_class_statistics_do_not_look_like_what_they_stand_beside():
+    looks = [look_of("magmax", "sequential", kind) for kind in (None, "aligned", "both")]
+    looks.append(look_of(None, "sequential", "base"))
+    assert len({look["color"] for look in looks}) == 4
 
 
 def test_what_is_not_merged_differs_by_colour_marker_and_dashes():
