@@ -5,11 +5,13 @@ from __future__ import annotations
 from abc import abstractmethod
 
 import lightning as L
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from typing_extensions import override
 
 from cl_merge.callbacks.task import TaskCallback
+from cl_merge.errors import InputError
 from cl_merge.weights import copies, floating_buffers, install, trained_parameters
 
 
@@ -20,6 +22,8 @@ class EvaluationCallback(TaskCallback):
     the trained weights and buffers are back, bit for bit, when they end or raise.
 
     Raises:
+        InputError: In ``trainer.validate``, if `WeightAveraging` is there, which would put its own
+            weights in.
         RuntimeError: Under a strategy that shards parameters or spawns processes.
     """
 
@@ -40,6 +44,7 @@ class EvaluationCallback(TaskCallback):
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.VALIDATING:
+            self._check_average(trainer)
             self.begin_evaluation(pl_module)
 
     @override
@@ -78,6 +83,18 @@ class EvaluationCallback(TaskCallback):
         if self.tasks:
             self._trained = copies(trained_parameters(module) | floating_buffers(module))
             self.install(module)
+
+    def _check_average(self, trainer: L.Trainer) -> None:
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for other in callbacks:
+            # From its fit on, it swaps weights in every validation, after this hook.
+            if isinstance(other, WeightAveraging) and other._average_model is not None:
+                name = type(self).__name__
+                raise InputError(
+                    f"{type(other).__name__} would validate its average instead of what {name} "
+                    f"puts in; validate with a new Trainer without it: "
+                    f"L.Trainer(callbacks=[the {name}])"
+                )
 
     def _restore_trained(self, module: nn.Module) -> None:
         if self._trained is not None:

@@ -103,7 +103,8 @@ def read_features(
         trainer: The trainer, in one of its hooks.
         module: The module, in evaluation mode.
         features: Makes features and labels of module and batch.
-        base: The base weights and buffers, by name, on the module's device.
+        base: The base weights and buffers, by name, on the module's device; empty if the module
+            holds them.
         batches: The images, each exactly once over all processes; None for one more epoch over
             the training data.
 
@@ -121,7 +122,7 @@ def read_features(
     with trainer.precision_plugin.forward_context():
         for batch in source:
             live, labels = features(module, batch)
-            read = (unit(before.read(batch)), unit(live), labels)
+            read = (unit(before.read(batch) if base else live), unit(live), labels)
             found.append(tuple(tensor[:left].cpu() for tensor in read))  # type: ignore[arg-type]
             left = None if left is None else max(left - len(labels), 0)
     if not found:

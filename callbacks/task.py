@@ -7,13 +7,22 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import (
+    Callback,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
+from cl_merge.errors import InputError
+
 log = logging.getLogger(__name__)
+
+# What puts other weights into the module when training ends.
+_AVERAGES = (StochasticWeightAveraging, WeightAveraging)
 
 
 class TaskCallback(Callback, ABC):
@@ -23,11 +32,14 @@ class TaskCallback(Callback, ABC):
     is the rest of the task that the checkpoint was written in, also if nothing is left to train.
 
     Raises:
+        InputError: If a callback that averages weights stands behind, or has been through another
+            task.
         RuntimeError: Under a strategy that shards parameters or spawns processes.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self._averages_used: list[Callback] = []
         self._stage = ""
         self._first_step = 0
         self._in_task = False
@@ -84,10 +96,14 @@ class TaskCallback(Callback, ABC):
                 f"{name} keeps its state in the process, but spawned processes lose it when a fit "
                 "ends; use strategy='ddp' and start the script from the command line"
             )
+        if stage == TrainerFn.FITTING:
+            self._check_order(trainer)
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._goes_on, self._restored = self._restored, False
+        if not self._goes_on:
+            self._check_averages(trainer)
         self.begin_task(trainer, pl_module, goes_on=self._goes_on)
         self._in_task = True
 
@@ -101,6 +117,7 @@ class TaskCallback(Callback, ABC):
             self.end_task(trainer, pl_module)
         else:
             log.warning("nothing was trained in this fit: it does not count as a task")
+        self._averages_used = _averages(trainer)
         self._in_task = False
 
     @override
@@ -132,3 +149,30 @@ class TaskCallback(Callback, ABC):
             return
         self.load_task_state(state_dict)
         self._restored = self._stage == TrainerFn.FITTING and state_dict["in_task"]
+
+    def _check_order(self, trainer: L.Trainer) -> None:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for other in _averages(trainer):
+            if callbacks.index(other) > callbacks.index(self):
+                name, average = type(self).__name__, type(other).__name__
+                raise InputError(
+                    f"{average} stands behind {name}, which would miss the averaged weights that "
+                    f"it puts in when training ends; put it in front: callbacks=[{average}(...), "
+                    f"{name}(...)]"
+                )
+
+    def _check_averages(self, trainer: L.Trainer) -> None:
+        for other in _averages(trainer):
+            # It remembers the step of its last update, averages nothing up to it, and ends the
+            # task with the weights that it began with.
+            if any(other is used for used in self._averages_used):
+                name = type(other).__name__
+                raise InputError(
+                    f"this {name} has been through the task before, whose steps it still counts: "
+                    f"it would undo this task; make a new {name} for each task"
+                )
+
+
+def _averages(trainer: L.Trainer) -> list[Callback]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, _AVERAGES)]

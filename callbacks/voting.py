@@ -79,7 +79,9 @@ class Classifier:
             return logits
         others = {"merged": features}
         if "base" in self._heads:
-            others["base"] = WithWeights(module, self._features, self._base).read(batch)
+            # Without base weights of its own the module holds them.
+            before = WithWeights(module, self._features, self._base)
+            others["base"] = before.read(batch) if self._base else features
         given = [others[name] for name in self._heads]
         if self._text is not None:
             voted: Tensor = self._ensemble(features, given, classes)

@@ -295,7 +295,7 @@ class TaskStream(L.LightningDataModule):
         for task in seen:
             if task.index not in self._held_out:
                 self._held_out[task.index] = self._prepare_held_out(task)
-        return self._evaluation_loader(ConcatDataset([self._held_out[t.index] for t in seen]))
+        return self._own_loader(ConcatDataset([self._held_out[t.index] for t in seen]))
 
     def task_dataloader(self) -> DataLoader[Sample]:
         """Load the current task's training images as if for a test, for what is measured on them.
@@ -307,7 +307,7 @@ class TaskStream(L.LightningDataModule):
         images = sum(len(task.train) for task in self.tasks)
         if self._use_cache(lambda: self._train.decoded_bytes(images)):
             self._train.keep_decoded(self.task.train)
-        return self._evaluation_loader(self._as_test(self.task.train, self.task.index))
+        return self._own_loader(self._as_test(self.task.train, self.task.index))
 
     @override
     def predict_dataloader(self) -> DataLoader[Sample]:
@@ -369,7 +369,16 @@ class TaskStream(L.LightningDataModule):
             rank=trainer.global_rank if trainer else 0,
         )
 
-    def _evaluation_loader(self, samples: Dataset[Sample]) -> DataLoader[Sample]:
+    def _own_loader(self, samples: Dataset[Sample]) -> DataLoader[Sample]:
+        """Load what this process's share is, of fewer images than processes too."""
+        trainer = self.trainer
+        world = trainer.world_size if trainer else 1
+        share = range(trainer.global_rank if trainer else 0, len(samples), world)  # type: ignore[arg-type]
+        return self._evaluation_loader(samples, share if world > 1 else None)
+
+    def _evaluation_loader(
+        self, samples: Dataset[Sample], share: range | None = None
+    ) -> DataLoader[Sample]:
         trainer = self.trainer
         world = trainer.world_size if trainer else 1
         parts = samples.datasets if isinstance(samples, ConcatDataset) else [samples]
@@ -378,7 +387,9 @@ class TaskStream(L.LightningDataModule):
             samples,
             batch_size=self.batch_size,
             # Lightning would pad the shards of a test set with repeated images.
-            sampler=UnrepeatedDistributedSampler(
+            sampler=share
+            if share is not None
+            else UnrepeatedDistributedSampler(
                 samples, num_replicas=world, rank=trainer.global_rank, shuffle=False
             )
             if world > 1 and trainer
