@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -53,9 +55,10 @@ def align(gaussians: ClassGaussians, head: Tensor, vote: Vote) -> Tensor:
     strength = _RIDGE * float((rows * rows).sum()) / len(second)
     statistics = torch.linalg.solve(rows.T @ rows + strength * identity, rows.T @ target)
     whole = vote.text * identity + vote.statistics * statistics
-    length = (whole @ second @ whole.T).trace() / second.trace()
-    alignment: Tensor = whole / length.sqrt()
-    return alignment
+    length = float((whole @ second @ whole.T).trace() / second.trace())
+    if length <= 0.0:  # the statistics alone decide, of a single class: nothing to tell apart
+        return identity
+    return whole / math.sqrt(length)
 
 
 def aligned_projection(visual: nn.Module, alignment: Tensor) -> tuple[str, Tensor]:

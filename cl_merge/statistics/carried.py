@@ -60,25 +60,24 @@ class CarriedStatistics:
         """
         old, new = ClassGaussians.of(before), ClassGaussians.of(task)
         size = len(self.weight)
-        old_count, count = old.counts.sum(), new.counts.sum()
-        if not count:
+        if not new.counts.any():
             return
         weight, bias = self._correction(new)
-        if old_count:
-            self.means += (old.means @ weight + bias) * old.seen[:, None]
-            moved = weight.T @ self.cross
-            self.scatter += weight.T @ old.scatter @ weight + moved + moved.T
-            self.cross += old.scatter @ weight
-        self.weight += weight
-        self.bias += bias
+        # New tensors, none in place: what `gaussians` and `tensors` gave away stays as it was.
+        means = self.means + (old.means @ weight + bias) * old.seen[:, None]
+        moved = weight.T @ self.cross
+        scatter = self.scatter + weight.T @ old.scatter @ weight + moved + moved.T
+        cross = self.cross + old.scatter @ weight
         # The statistics of both, by class (Chan, Golub & LeVeque 1979).
         apart_b = new.means[:, :size] - old.means
-        apart_m = new.means[:, size:] - self.means
-        total = old.counts + new.counts
-        pairs = (old.counts * new.counts / total.clamp(min=1))[:, None]
-        self.scatter += new.scatter[size:, size:] + (pairs * apart_m).T @ apart_m
-        self.cross += new.scatter[:size, size:] + (pairs * apart_b).T @ apart_m
-        self.means += apart_m * (new.counts / total.clamp(min=1))[:, None]
+        apart_m = new.means[:, size:] - means
+        total = (old.counts + new.counts).clamp(min=1)
+        pairs = (old.counts * new.counts / total)[:, None]
+        self.scatter = scatter + new.scatter[size:, size:] + (pairs * apart_m).T @ apart_m
+        self.cross = cross + new.scatter[:size, size:] + (pairs * apart_b).T @ apart_m
+        self.means = means + apart_m * (new.counts / total)[:, None]
+        self.weight = self.weight + weight
+        self.bias = self.bias + bias
 
     def gaussians(self, counts: Tensor) -> ClassGaussians:
         """The distributions of m.

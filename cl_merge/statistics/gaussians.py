@@ -9,6 +9,9 @@ from torch import Tensor
 
 from cl_merge.statistics.moments import FeatureMoments
 
+# The square of what vectors are rounded to: below it a variance is rounding.
+_NO_VARIANCE = 2.0**-40
+
 
 @dataclass(frozen=True)
 class ClassGaussians:
@@ -65,7 +68,7 @@ class ClassGaussians:
         sample = self.scatter / self.freedom
         size = float(sample.diagonal().mean())
         identity = torch.eye(len(sample), dtype=torch.float64)
-        if size <= 0.0:  # no class has two different vectors: as good as any
+        if size <= _NO_VARIANCE:  # no class has two different vectors: as good as any
             return identity, 1.0
         share = oas_shrinkage(sample, self.freedom)
         return (1.0 - share) * sample + share * size * identity, share

@@ -86,18 +86,20 @@ class StreamStatistics:
             total: Sums over processes.
 
         Raises:
-            InputError: If features are not finite, or a label lies outside the classes.
+            InputError: If features are not finite, those under the merged model are missing, or a
+                label lies outside the classes. The statistics are as they were.
         """
         self._check(labels)
-        before = FeatureMoments.of(self.base.tensors())
-        task = FeatureMoments(self.classes, self.features)
+        task, both = (FeatureMoments(self.classes, n * self.features) for n in (1, 2))
         task.update(base, labels)
+        if self.carried is not None:
+            if merged is None:
+                raise InputError(f"encoders='{self.encoders}' need the merged model's features")
+            both.update(torch.cat([base, merged], dim=1), labels)
+        before = FeatureMoments.of(self.base.tensors())
         task.reduce(total)
         self.base.add(task)
         if self.carried is not None:
-            assert merged is not None  # noqa: S101 - said in the docstring
-            both = FeatureMoments(self.classes, 2 * self.features)
-            both.update(torch.cat([base, merged], dim=1), labels)
             both.reduce(total)
             self.carried.update(before, both)
         self.vote = Vote(text=0.0)
@@ -128,7 +130,20 @@ class StreamStatistics:
         return found
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state_dict` returned; its tensors are copied."""
+        """Go on from what `state_dict` returned; its tensors are copied.
+
+        Raises:
+            InputError: If it is of other classes, features or encoders.
+        """
+        for name, own in self.state_dict().items():
+            if name not in state:
+                raise InputError(f"no tensor '{name}' in the saved class statistics")
+            found = state[name]
+            if (found.shape, found.dtype) != (own.shape, own.dtype):
+                raise InputError(
+                    f"saved class statistics '{name}' are {list(found.shape)} of {found.dtype}; "
+                    f"expected {list(own.shape)} of {own.dtype}"
+                )
         self.base = FeatureMoments.of(_part(state, "base."))
         if self.carried is not None:
             self.carried = CarriedStatistics.of(_part(state, "carried."), self.carried.ridge)
@@ -141,14 +156,15 @@ class StreamStatistics:
 
         Args:
             path: Where.
-            metadata: More to write into the header.
+            metadata: More to write into the header, under other names than its own: ``format``,
+                ``encoders``, ``ridge``.
 
         Raises:
             StorageError: If the file cannot be written.
         """
         ridge = self.carried.ridge if self.carried is not None else None
         own = {"format": FORMAT, "encoders": self.encoders, "ridge": json.dumps(ridge)}
-        save_tensors(path, self.state_dict(), own | dict(metadata or {}))
+        save_tensors(path, self.state_dict(), dict(metadata or {}) | own)
 
     @classmethod
     def load(cls, path: str | Path) -> StreamStatistics:
@@ -195,7 +211,7 @@ class StreamStatistics:
             for name, gaussians in self.gaussians().items()
             if (features := of[name]) is not None
         ]
-        mean = torch.stack(scores).mean(dim=0)
+        mean = sum(scores[1:], start=scores[0]) / len(scores)
         return choose_vote(text[kept], mean, labels[kept], total=total)
 
 

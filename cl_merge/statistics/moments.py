@@ -12,10 +12,10 @@ from cl_merge.errors import InputError
 
 # Steps of 2^-20 are a hundredth of what float16 resolves in a unit vector's elements.
 _STEP = 2.0**-20
-# Whole numbers below 2^20 in magnitude: so many products sum up exactly in float64 ...
+# Whole numbers up to 2^20 in magnitude: so many products sum up exactly in float64 ...
 _ROWS_AT_ONCE = 2**13
-# ... and so many in int64.
-_MOST_ROWS = 2**23
+# ... and so many in int64, which 2^23 vectors along one axis would just overflow.
+_MOST_ROWS = 2**23 - 1
 
 
 class FeatureMoments:
@@ -62,21 +62,20 @@ class FeatureMoments:
             labels: Their classes, int64 [B].
 
         Raises:
-            InputError: If a vector is not finite or too long, or there are more than 2^23.
+            InputError: If a vector is not finite or too long, or 2^23 or more come together.
         """
-        vectors, labels = vectors.detach().cpu().double(), labels.detach().cpu()
+        vectors, labels = vectors.detach().cpu(), labels.detach().cpu()
         if not bool(torch.isfinite(vectors).all()):
             raise InputError("image features are NaN or infinite: the model has diverged")
         if vectors.numel() and float(vectors.abs().max()) > 1.0 + 1e-6:
             raise InputError("expected unit feature vectors; normalise them with unit()")
-        if int(self.counts.sum()) + len(vectors) > _MOST_ROWS:
-            raise InputError(f"more than {_MOST_ROWS} images; their sums would not be exact")
-        whole = (vectors / _STEP).round().clamp(-1 / _STEP, 1 / _STEP)
-        for start in range(0, len(whole), _ROWS_AT_ONCE):
-            rows, classes = (x[start : start + _ROWS_AT_ONCE] for x in (whole, labels))
+        _check_number(int(self.counts.sum()) + len(vectors))
+        for start in range(0, len(vectors), _ROWS_AT_ONCE):
+            rows, classes = (x[start : start + _ROWS_AT_ONCE] for x in (vectors, labels))
+            whole = (rows.double() / _STEP).round().clamp(-1 / _STEP, 1 / _STEP)
             self.counts += torch.bincount(classes, minlength=len(self.counts))
-            self.sums.index_add_(0, classes, rows.long())
-            self.products += (rows.T @ rows).long()
+            self.sums.index_add_(0, classes, whole.long())
+            self.products += (whole.T @ whole).long()
 
     def add(self, other: FeatureMoments) -> None:
         """Add the moments of other vectors, such as those that another machine has seen.
@@ -85,13 +84,14 @@ class FeatureMoments:
             other: Of as many classes and features.
 
         Raises:
-            InputError: If it is of another shape.
+            InputError: If it is of another shape, or 2^23 vectors or more come together.
         """
         if other.sums.shape != self.sums.shape:
             raise InputError(
                 f"moments of {list(other.sums.shape)} classes and features do not fit those of "
                 f"{list(self.sums.shape)}"
             )
+        _check_number(int(self.counts.sum()) + int(other.counts.sum()))
         self.counts += other.counts
         self.sums += other.sums
         self.products += other.products
@@ -101,9 +101,13 @@ class FeatureMoments:
 
         Args:
             total: Sums an int64 tensor over all processes.
+
+        Raises:
+            InputError: If all processes together have 2^23 vectors or more.
         """
         for name, tensor in self.tensors().items():
             setattr(self, name, total(tensor).cpu())
+        _check_number(int(self.counts.sum()))
 
     def tensors(self) -> dict[str, Tensor]:
         """The state, by name."""
@@ -128,3 +132,8 @@ def unit(features: Tensor) -> Tensor:
         Float32 [B, D].
     """
     return F.normalize(features.float(), dim=-1)
+
+
+def _check_number(vectors: int) -> None:
+    if vectors > _MOST_ROWS:
+        raise InputError(f"more than {_MOST_ROWS} images; their sums would not be exact")

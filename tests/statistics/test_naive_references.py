@@ -102,7 +102,7 @@ def test_vectors_that_cannot_be_summed_exactly_are_refused(bad):
 def test_more_images_than_int64_holds_are_refused():
     found = FeatureMoments(1, 2)
     found.counts[0] = 2**23
-    with pytest.raises(InputError, match="more than 8388608 images"):
+    with pytest.raises(InputError, match="more than 8388607 images"):
         found.update(torch.zeros(1, 2), torch.tensor([0]))
 
 
