@@ -55,6 +55,15 @@ def same(one, other):
     assert files(one) == files(other)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Work on one thread, as forked processes do: another number rounds differently."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run with all three methods beside MagMax, and one without."""
