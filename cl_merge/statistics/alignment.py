@@ -58,7 +58,8 @@ def align(gaussians: ClassGaussians, head: Tensor, vote: Vote) -> Tensor:
     length = float((whole @ second @ whole.T).trace() / second.trace())
     if length <= 0.0:  # the statistics alone decide, of a single class: nothing to tell apart
         return identity
-    return whole / math.sqrt(length)
+    alignment: Tensor = whole / math.sqrt(length)
+    return alignment
 
 
 def aligned_projection(visual: nn.Module, alignment: Tensor) -> tuple[str, Tensor]:

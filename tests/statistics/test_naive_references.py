@@ -381,5 +381,7 @@ def test_wrong_options_and_labels_are_named():
         StreamStatistics(2, 2, "bot")
     with pytest.raises(InputError, match="ridge=0"):
         StreamStatistics(2, 2, ridge=0)
-    with pytest.raises(InputError, match="labels from 0 to 2, but the statistics are of 2 classes; expected 0 to 1"):
+    with pytest.raises(
+        InputError, match="labels from 0 to 2, but the statistics are of 2 classes; expected 0 to 1"
+    ):
         StreamStatistics(2, 2).learn(torch.eye(2), torch.eye(2), torch.tensor([0, 2]))
