@@ -22,7 +22,6 @@ def training_batches(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterat
         Each batch as a training step gets it.
     """
     loaders = CombinedLoader(trainer.train_dataloader, "max_size_cycle")
-    iter(loaders)
     number = trainer.num_training_batches
     whole = int(number) if number != float("inf") else None
     for batch, _, _ in itertools.islice(loaders, whole):
@@ -56,7 +55,9 @@ def own_samples(trainer: L.Trainer, limit: int | None = None) -> int | None:
     """
     shares = [] if limit is None else [-(-limit // trainer.world_size)]
     loader = trainer.train_dataloader
-    sampler = loader.sampler if isinstance(loader, DataLoader) else None
+    # Where a loader has a batch sampler of its own, it is that one which samplers are put into.
+    batches = loader.batch_sampler if isinstance(loader, DataLoader) else None
+    sampler = getattr(batches, "sampler", None)
     if isinstance(sampler, DistributedSampler) and not sampler.drop_last:
         shares.append(len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas)))  # type: ignore[arg-type]
     return min(shares, default=None)

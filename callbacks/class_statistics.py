@@ -9,19 +9,32 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from typing_extensions import override
 
-from cl_merge.callbacks.features import Features, own_features, read_features
+from cl_merge.callbacks.features import (
+    Features,
+    check_own_features,
+    own_features,
+    read_features,
+    sum_over_processes,
+)
 from cl_merge.callbacks.merge import MergeCallback
 from cl_merge.callbacks.task import TaskCallback
-from cl_merge.callbacks.voting import Classifier
+from cl_merge.callbacks.text_head import (
+    needed_text_head,
+    number_of_classes,
+    text_head,
+    text_logits,
+)
+from cl_merge.callbacks.voting import TWO_ENCODERS, Classifier
 from cl_merge.clip import CLIPClassifier
 from cl_merge.errors import InputError, unknown_name
-from cl_merge.heads import ZeroShotHead
 from cl_merge.statistics import StreamStatistics, aligned_projection
 from cl_merge.statistics.carried import RIDGE
 from cl_merge.weights import (
+    check_same_parameters,
     copies,
     evaluating,
     floating_buffers,
@@ -48,24 +61,26 @@ class ClassStatistics(TaskCallback):
     statistics stay true for ever, and under the merged ones, whose statistics
     `cl_merge.statistics.CarriedStatistics` carries along as the merged model moves. How much
     statistics and text head count is chosen on these images too, each left out of the statistics
-    that judge it. Sums are exact: under DDP, in any order, they are the same bits.
+    that judge it. Sums are exact: under DDP, in any order, they are the same bits. Nothing is drawn
+    from the global random generators of the CPU, so that training is the same with and without it.
 
     Works beside `MergeCallback`, behind which it must stand, or alone, where the merged weights are
     those that training left. Use one instance for the whole stream. In a `CLIPClassifier` the vote
-    takes part in every evaluation outside a fit; any other module may call `classify` in its
-    ``test_step``.
+    takes the head's place in every evaluation outside a fit; any other module may call `classify`
+    in its ``test_step``.
 
     Args:
         kind: ``"both"``: the text head and statistics of base and merged features, two encoders.
             ``"base"``: without those of merged features. ``"merged"``: without those of base
             features, one encoder. ``"aligned"``: as ``"merged"``, but inside a linear map of the
-            features, so that the text head decides alone; `install` multiplies it into the
-            encoder's projection.
+            features, so that the text head, which there must be, decides alone; `install`
+            multiplies it into the encoder's projection.
         text: Whether the text head takes part in the decision among classes seen. If not, and for
             modules whose ``head`` is no `ZeroShotHead`, statistics decide among them. Classes not
             seen are always the text head's.
         features: Makes image features [B, D] and labels [B] of module and batch; by default
-            ``module.features(batch[0]), batch[1]``.
+            ``module.features(batch[0]), batch[1]``. Of a `CLIPClassifier` they must be its
+            own, however they come out of a batch.
         images: Makes batches of the task's images, each exactly once over all processes. None asks
             the trainer's data module for its ``task_dataloader()``, and takes one more epoch over
             the training data where it has none.
@@ -75,13 +90,14 @@ class ClassStatistics(TaskCallback):
     Attributes:
         tasks: Number of tasks learned so far.
         base: The weights before any training, by parameter name; those of `MergeCallback`, if
-            there is one.
-        base_buffers: The floating-point buffers before any training, by name.
+            there is one. If both this and the buffers are empty, the module always holds them.
+        base_buffers: The floating-point buffers before any training, by name; likewise.
         statistics: What is kept; None before the first task ends.
 
     Raises:
-        InputError: If an option is wrong, the module has no features, features are not finite, or
-            a `MergeCallback` stands behind.
+        InputError: If an option is wrong, the module has no features or they are not finite, the
+            number of classes is not known, the parameters that train are not those of the first
+            task, a `MergeCallback` stands behind, or something else has taken the head's place.
         RuntimeError: Under a strategy that shards parameters or spawns processes.
 
     Example::
@@ -123,7 +139,10 @@ class ClassStatistics(TaskCallback):
         self._classes = classes
         self._ridge = ridge
         self.base_buffers: dict[str, Tensor] = {}
+        # Whether the base is a MergeCallback's, which has it in its own state.
         self._borrowed = False
+        self._evaluating = False
+        self._classifier: Classifier | None = None  # of the evaluation, once it was asked for
 
     @property
     @override
@@ -150,31 +169,28 @@ class ClassStatistics(TaskCallback):
             merged: Puts the merged weights into the module for a while; None if it holds them.
 
         Raises:
-            InputError: If something is wrong with images, labels or features.
+            InputError: If something is wrong with images, labels or features. The statistics are
+                as they were.
         """
-        base = copies(self.base | self.base_buffers, module.device)
-        with merged or nullcontext(), evaluating(module):
+        self._check(module)
+        base = {n: t.to(module.device) for n, t in (self.base | self.base_buffers).items()}
+        # Not the generators of devices, for which each process would have to use all of them.
+        with isolate_rng(include_cuda=False), merged or nullcontext(), evaluating(module):
             read = read_features(trainer, module, self._features, base, self._batches(trainer))
-
-        def total(tensor: Tensor) -> Tensor:
-            return trainer.strategy.reduce(tensor.to(module.device), reduce_op="sum").cpu()
-
-        # A process without an image does not know how long features are; the others do.
-        length = torch.tensor([read.live.shape[1], len(read.live) > 0])
-        (length, processes) = total(length).tolist()
-        if not processes:
-            raise InputError("the task has no image to take statistics of")
-        empty = torch.zeros(0, length // processes)
-        live, before = (x if len(x) else empty for x in (read.live, read.base))
-        statistics = self.statistics or self._new(module, length // processes)
-        text = self._text_logits(module, live)
-        statistics.learn(before, live, read.labels, text, total=total)
-        self.statistics = statistics
+        text = text_logits(module, read.live)
+        statistics = self._for_features(module, read.live.shape[1])
+        total = sum_over_processes(trainer, module)
+        statistics.learn(
+            read.base, read.live, read.labels, text if self._text else None, total=total
+        )
+        self.statistics, self._classifier = statistics, None
 
     def classify(
         self, module: nn.Module, batch: Any, classes: Tensor | Sequence[int] | None = None
     ) -> Tensor:
         """Classify a batch with the statistics, for modules that are no `CLIPClassifier`.
+
+        For many batches outside of a trainer's evaluation make a `classifier` once.
 
         Args:
             module: The module, holding the merged weights: within an evaluation, or after
@@ -189,7 +205,10 @@ class ClassStatistics(TaskCallback):
             InputError: If no task has been learned yet.
         """
         features = self._features(module, batch)[0]
-        return self.classifier(module, features.device)(module, batch, features, classes)
+        found = self._classifier or self.classifier(module, features.device)
+        if self._evaluating:
+            self._classifier = found
+        return found(module, batch, features, classes)
 
     def classifier(self, module: nn.Module, device: torch.device | None = None) -> Classifier:
         """Make what classifies features of a module that holds the merged weights.
@@ -202,28 +221,22 @@ class ClassStatistics(TaskCallback):
             The classifier, as statistics are now.
 
         Raises:
-            InputError: If no task has been learned yet.
+            InputError: If no task has been learned yet, or the base weights are in the checkpoint
+                of a `MergeCallback` that is not there.
         """
-        if self.statistics is None:
-            raise InputError("no class statistics: no task has been trained yet")
-        return Classifier(
-            self.kind,
-            self.statistics,
-            text_head(module),
-            self._features,
-            self.base | self.base_buffers,
-            device,
-        )
+        return self._made(module, device, self._features)
 
     def install(self, module: nn.Module) -> None:
         """Multiply aligned statistics into the module's image projection, to stay.
+
+        Once, after the last task, and then without this callback: it would do so a second time.
 
         Args:
             module: A `CLIPClassifier` with the merged weights in it.
 
         Raises:
-            InputError: If the kind is another, no task has been learned yet, or the image encoder
-                does not end with a linear projection.
+            InputError: If the kind is another, no task has been learned yet, the module has no
+                text head or image encoder, or that does not end with a linear projection.
         """
         if self.kind != "aligned":
             raise InputError(
@@ -233,8 +246,9 @@ class ClassStatistics(TaskCallback):
         visual: Any = getattr(module, "visual", None)
         if visual is None:
             raise InputError(f"{type(module).__name__} has no image encoder 'visual' to install in")
+        needed_text_head(module)
         alignment = self.classifier(module).alignment
-        assert alignment is not None  # noqa: S101 - of this kind it is there
+        assert alignment is not None  # noqa: S101 - of this kind and with a text head it is there
         name, value = aligned_projection(visual, alignment)
         install(dict(visual.named_parameters()), {name: value})
 
@@ -255,18 +269,18 @@ class ClassStatistics(TaskCallback):
     def begin_task(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *, goes_on: bool
     ) -> None:
-        merge = _merge_callback(trainer)
-        if not self.tasks and not self.base:
-            self.base_buffers = copies(floating_buffers(pl_module))
-        self._borrowed = merge is not None
-        if merge is not None:
-            self.base = merge.base
-        elif not self.base:
-            self.base = copies(trained_parameters(pl_module))
+        self._check(pl_module)
+        live = trained_parameters(pl_module)
+        self._borrow(trainer)
+        self._check_base()
+        if not self.base:
+            self.base, self.base_buffers = copies(live), copies(floating_buffers(pl_module))
+        check_same_parameters(self.base, live, "ClassStatistics")
 
     @override
     def end_task(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         merge = _merge_callback(trainer)
+        check_same_parameters(self.base, trained_parameters(pl_module), "ClassStatistics")
         self.learn(trainer, pl_module, _merged(merge, pl_module) if merge is not None else None)
 
     @override
@@ -276,7 +290,7 @@ class ClassStatistics(TaskCallback):
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        _end(pl_module)
+        self._end(pl_module)
 
     @override
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -284,7 +298,7 @@ class ClassStatistics(TaskCallback):
 
     @override
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        _end(pl_module)
+        self._end(pl_module)
 
     @override
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -292,14 +306,14 @@ class ClassStatistics(TaskCallback):
 
     @override
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        _end(pl_module)
+        self._end(pl_module)
 
     @override
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         super().on_exception(trainer, pl_module, exception)
-        _end(pl_module)
+        self._end(pl_module)
 
     @override
     def task_state(self) -> dict[str, Any]:
@@ -308,8 +322,9 @@ class ClassStatistics(TaskCallback):
             "kind": self.kind,
             "shape": [found.classes, found.features] if found else None,
             "statistics": found.state_dict() if found else {},
+            "borrowed": self._borrowed,
             "base": {} if self._borrowed else self.base,
-            "base_buffers": self.base_buffers,
+            "base_buffers": {} if self._borrowed else self.base_buffers,
         }
 
     @override
@@ -319,31 +334,74 @@ class ClassStatistics(TaskCallback):
                 f"the saved class statistics are of kind '{state['kind']}', not '{self.kind}'; "
                 "make ClassStatistics with the saved kind"
             )
+        self._borrowed = state["borrowed"]
         self.base, self.base_buffers = copies(state["base"]), copies(state["base_buffers"])
-        self.statistics = None
+        self.statistics, self._classifier = None, None
         if state["shape"] is not None:
             classes, features = state["shape"]
             self.statistics = StreamStatistics(classes, features, self._encoders, self._ridge)
             self.statistics.load_state_dict(state["statistics"])
 
     def _begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if not self.tasks or not isinstance(module, CLIPClassifier):
+        if not self.tasks:
             return
+        self._borrow(trainer)
+        if isinstance(module, CLIPClassifier):
+            if module.classify is not None:
+                raise InputError(
+                    "something else classifies in the place of the module's head: a second "
+                    "ClassStatistics of this trainer, or a function of your own; expected "
+                    f"{type(module).__name__}.classify to be None"
+                )
+            module.classify = self._made(module, module.device, own_features).of_images
+        self._evaluating = True
+
+    def _end(self, module: nn.Module) -> None:
+        if self._evaluating and isinstance(module, CLIPClassifier):
+            module.classify = None
+        self._evaluating, self._classifier = False, None
+
+    def _borrow(self, trainer: L.Trainer) -> None:
+        """Use the base of the MergeCallback, if there is one, which has moved it to the module."""
         merge = _merge_callback(trainer)
-        if merge is not None:
-            self.base = merge.base  # on the module's device by now
-        made = self.classifier(module, module.device)
+        if merge is None:
+            self._borrowed = self._borrowed and not self.base  # if it is here, it is kept
+        elif merge.base and (self._borrowed or not self.tasks):  # else it began after these
+            self._borrowed = True
+            self.base, self.base_buffers = merge.base, merge.base_buffers
 
-        def classify(
-            module: L.LightningModule,
-            images: Tensor,
-            features: Tensor,
-            classes: Tensor | Sequence[int] | None,
-        ) -> Tensor:
-            # The labels, of which a batch would be made too, play no part.
-            return made(module, (images, None), features, classes)
+    def _check_base(self) -> None:
+        if self._borrowed and not self.base:
+            raise InputError(
+                "these class statistics were kept beside a MergeCallback, whose state has the base "
+                "weights; put that one in front of them again: callbacks=[merge, statistics]"
+            )
 
-        module.classify = classify
+    def _check(self, module: nn.Module) -> None:
+        """Find out what a module lacks before anything is trained."""
+        if self._features is own_features:
+            check_own_features(module)
+        if self.kind == "aligned":
+            needed_text_head(module)
+        classes = number_of_classes(module, self._classes)
+        if self.statistics is not None and self.statistics.classes != classes:
+            raise InputError(
+                f"the class statistics are of {self.statistics.classes} classes, but "
+                f"{type(module).__name__} has {classes}; use a new ClassStatistics"
+            )
+
+    def _made(
+        self, module: nn.Module, device: torch.device | None, features: Features
+    ) -> Classifier:
+        if self.statistics is None:
+            raise InputError("no class statistics: no task has been trained yet")
+        if self.kind in TWO_ENCODERS:
+            self._check_base()
+        base = self.base | self.base_buffers
+        # Whoever keeps it may use it outside of the inference mode of an evaluation.
+        with torch.inference_mode(False), torch.no_grad():
+            head = text_head(module)
+            return Classifier(self.kind, self.statistics, head, features, base, device)
 
     def _batches(self, trainer: L.Trainer) -> Iterable[Any] | None:
         if self._images is not None:
@@ -351,28 +409,17 @@ class ClassStatistics(TaskCallback):
         own = getattr(getattr(trainer, "datamodule", None), "task_dataloader", None)
         return own() if own is not None else None
 
-    def _new(self, module: nn.Module, features: int) -> StreamStatistics:
-        head = text_head(module)
-        classes = self._classes or (len(head.class_names) if head is not None else None)
-        if classes is None:
+    def _for_features(self, module: nn.Module, length: int) -> StreamStatistics:
+        """The statistics so far, or new ones, if they are of features of some length."""
+        found = self.statistics
+        if found is None:
+            classes = number_of_classes(module, self._classes)
+            return StreamStatistics(classes, length, self._encoders, self._ridge)
+        if found.features != length:
             raise InputError(
-                f"{type(module).__name__} has no text head 'head' that tells how many classes "
-                "there are; give ClassStatistics(classes=...)"
+                f"image features have length {length}, those of earlier tasks {found.features}"
             )
-        return StreamStatistics(classes, features, self._encoders, self._ridge)
-
-    @torch.no_grad()
-    def _text_logits(self, module: L.LightningModule, features: Tensor) -> Tensor | None:
-        head = text_head(module) if self._text else None
-        if head is None:
-            return None
-        return head(features.to(module.device)).cpu()  # type: ignore[no-any-return]
-
-
-def text_head(module: nn.Module) -> ZeroShotHead | None:
-    """The module's text head, if it has one."""
-    head = getattr(module, "head", None)
-    return head if isinstance(head, ZeroShotHead) else None
+        return found
 
 
 def _merge_callback(trainer: L.Trainer) -> MergeCallback | None:
@@ -386,8 +433,3 @@ def _merged(merge: MergeCallback, module: nn.Module) -> Iterator[None]:
     with swapped(trained_parameters(module), {}), swapped(floating_buffers(module), {}):
         merge.install(module)
         yield
-
-
-def _end(module: nn.Module) -> None:
-    if isinstance(module, CLIPClassifier):
-        module.classify = None

@@ -1,4 +1,4 @@
-"""Image features of a task's images, under whatever weights a module holds."""
+"""Image features of a task's images, under two sets of weights."""
 
 from __future__ import annotations
 
@@ -17,12 +17,17 @@ from cl_merge.statistics import unit
 Features = Callable[[Any, Any], tuple[Tensor, Tensor]]
 """Makes image features [B, D] and labels [B] of a module and a batch."""
 
+_GIVE = (
+    "give ClassStatistics(features=...), a function of module and batch that returns image "
+    "features [batch, features] and labels [batch]"
+)
+
 
 class Read(NamedTuple):
     """What one process has read of a task's images, on the CPU.
 
     Attributes:
-        base: Unit features under the base weights, float32 [N, D]; [0, 0] if there was no image.
+        base: Unit features under the base weights, float32 [N, D]; N may be 0.
         live: The same under the weights that the module holds.
         labels: int64 [N].
     """
@@ -72,21 +77,44 @@ def own_features(module: Any, batch: Any) -> tuple[Tensor, Tensor]:
     Raises:
         InputError: If it has no such method, or the batch is something else.
     """
-    if not callable(getattr(module, "features", None)):
-        raise InputError(
-            f"{type(module).__name__} has no method features(images); give "
-            "ClassStatistics(features=...), a function of module and batch that returns image "
-            "features [batch, features] and labels [batch]"
-        )
+    check_own_features(module)
     try:
         images, labels = batch[0], batch[1]
     except (KeyError, IndexError, TypeError) as error:
         raise InputError(
-            f"cannot tell images from labels in a batch of type {type(batch).__name__}; give "
-            "ClassStatistics(features=...), a function of module and batch that returns image "
-            "features [batch, features] and labels [batch]"
+            f"cannot tell images from labels in a batch of type {type(batch).__name__}; {_GIVE}"
         ) from error
     return module.features(images), labels
+
+
+def check_own_features(module: Any) -> None:
+    """Check that a module has features of its own.
+
+    Args:
+        module: Any module.
+
+    Raises:
+        InputError: If it has no method ``features``.
+    """
+    if not callable(getattr(module, "features", None)):
+        raise InputError(f"{type(module).__name__} has no method features(images); {_GIVE}")
+
+
+def sum_over_processes(trainer: L.Trainer, module: L.LightningModule) -> Callable[[Tensor], Tensor]:
+    """Make what sums tensors over all processes, from the CPU to the CPU.
+
+    Args:
+        trainer: The trainer, in one of its hooks.
+        module: The module, on the device where processes communicate.
+
+    Returns:
+        A function of a tensor that all processes call together.
+    """
+
+    def total(tensor: Tensor) -> Tensor:
+        return trainer.strategy.reduce(tensor.to(module.device), reduce_op="sum").cpu()
+
+    return total
 
 
 @torch.no_grad()
@@ -110,6 +138,9 @@ def read_features(
 
     Returns:
         What this process has read.
+
+    Raises:
+        InputError: If no process has an image, or features or labels are none.
     """
     left = own_samples(trainer) if batches is None else None
     source = (
@@ -121,11 +152,32 @@ def read_features(
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     with trainer.precision_plugin.forward_context():
         for batch in source:
-            live, labels = features(module, batch)
+            live, labels = _checked(*features(module, batch))
             read = (unit(before.read(batch) if base else live), unit(live), labels)
             found.append(tuple(tensor[:left].cpu() for tensor in read))  # type: ignore[arg-type]
             left = None if left is None else max(left - len(labels), 0)
+    # A process without an image does not know how long features are; the others do.
+    own = torch.tensor([found[0][1].shape[1], 1] if found else [0, 0])
+    length, processes = sum_over_processes(trainer, module)(own).tolist()
+    if not processes:
+        raise InputError("the task has no image to take statistics of")
     if not found:
-        empty = torch.zeros(0, 0)
+        empty = torch.zeros(0, length // processes)
         return Read(empty, empty, torch.zeros(0, dtype=torch.int64))
     return Read(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def _checked(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Features and labels, if they are such, the labels as int64."""
+    if features.ndim != 2 or not features.is_floating_point():
+        raise InputError(
+            f"image features are {list(features.shape)} of {features.dtype}; expected "
+            "floating-point numbers [batch, features]"
+        )
+    whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    if labels.shape != features.shape[:1] or not whole:
+        raise InputError(
+            f"labels are {list(labels.shape)} of {labels.dtype}, beside image features "
+            f"{list(features.shape)}; expected whole numbers [batch]"
+        )
+    return features, labels.long()

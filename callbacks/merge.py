@@ -152,6 +152,11 @@ class MergeCallback(EvaluationCallback):
         return self.merger.tasks
 
     @property
+    def base_buffers(self) -> dict[str, Tensor]:
+        """The floating-point buffers before any training, by name; empty before the first fit."""
+        return self._buffers.base
+
+    @property
     def scale(self) -> float | dict[str, float]:
         """The scale in use: a number, or numbers by pattern."""
         return self.scales.plain()

@@ -12,7 +12,7 @@ from cl_merge.callbacks.features import Features, WithWeights
 from cl_merge.heads import ZeroShotHead
 from cl_merge.statistics import EnsembleHead, StatisticsHead, StreamStatistics, align
 
-_TWO_ENCODERS = ("both", "base")
+TWO_ENCODERS = ("both", "base")
 
 
 class Classifier:
@@ -24,7 +24,7 @@ class Classifier:
         head: The text head; None leaves the decision to the statistics.
         features: Makes image features and labels of module and batch.
         base: The base weights and buffers; used by the kinds with two encoders.
-        device: Where it works.
+        device: Where it works; None is the CPU.
 
     Attributes:
         alignment: The map of the features, float64 [D, D], of kind ``"aligned"``.
@@ -39,9 +39,11 @@ class Classifier:
         base: Mapping[str, Tensor],
         device: torch.device | None,
     ) -> None:
+        device = device or torch.device("cpu")
         self.alignment: Tensor | None = None
         self._features = features
-        self._base = {n: t.to(device) for n, t in base.items()} if kind in _TWO_ENCODERS else {}
+        # Copied only if it is elsewhere; from then on every batch finds it in its place.
+        self._base = {n: t.to(device) for n, t in base.items()} if kind in TWO_ENCODERS else {}
         self._text = head
         self._heads = {
             name: StatisticsHead(found).to(device)
@@ -89,3 +91,24 @@ class Classifier:
         pairs = zip(self._heads.values(), given, strict=True)
         scores = [head(found, classes) for head, found in pairs]
         return torch.stack(scores).mean(dim=0).log_softmax(dim=1)
+
+    def of_images(
+        self,
+        module: nn.Module,
+        images: Tensor,
+        features: Tensor,
+        classes: Tensor | Sequence[int] | None = None,
+    ) -> Tensor:
+        """Classify images, as `CLIPClassifier.classify` is asked to.
+
+        Args:
+            module: The module, which holds the merged weights.
+            images: Transformed images, float [B, 3, H, W].
+            features: Their features under the merged weights, [B, D].
+            classes: Labels of the K classes to choose among; None for all.
+
+        Returns:
+            As of a batch.
+        """
+        # The labels, of which a batch would be made too, play no part.
+        return self(module, (images, None), features, classes)

@@ -123,6 +123,40 @@ def test_one_pass_over_the_test_set_fills_a_row_of_both_matrices():
     assert logged["test/accuracy"] == pytest.approx(overall.item())
 
 
+def test_a_forward_pass_is_the_head_on_the_features_of_the_encoder():
+    model, images = classifier(), torch.rand(5, 3, 8, 8)
+    features = model.features(images)
+    assert torch.equal(features, model.visual(images))
+    assert not torch.allclose(features.norm(dim=1), torch.ones(5), atol=0.01)  # as they come
+    for classes in (None, [4, 1]):
+        assert torch.equal(model(images, classes), model.head(features, classes))
+
+
+def test_a_function_may_classify_in_the_place_of_the_head():
+    asked = []
+
+    def classify(module, images, features, classes):
+        asked.append((module, images, features, classes))
+        return 2 * module.head(features, classes)
+
+    model, images = classifier(), torch.rand(5, 3, 8, 8)
+    plain = model(images, [4, 1])
+    model.classify = classify
+    assert torch.equal(model(images, [4, 1]), 2 * plain)
+    ((module, seen, features, classes),) = asked
+    assert module is model
+    assert seen is images
+    assert torch.equal(features, model.features(images))
+    assert classes == [4, 1]
+    trainer = L.Trainer(**QUIET)
+    loader = DataLoader(TensorDataset(images, torch.zeros(5, dtype=torch.int64)), batch_size=5)
+    (predicted,) = trainer.predict(model, loader)
+    assert torch.equal(predicted, 2 * model.head(model.features(images)))
+    trainer.test(model, loader, verbose=False)
+    assert len(asked) == 3
+    assert set(model.state_dict()) == set(classifier().state_dict())
+
+
 def test_weights_carry_the_names_of_open_clip():
     assert "visual.1.weight" in classifier().state_dict()
 

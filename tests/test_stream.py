@@ -4,6 +4,7 @@ import io
 import re
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -206,6 +207,40 @@ def test_showing_held_out_images_leaves_the_global_generator_and_the_training_al
         assert rows_of(again.held_out_dataloader()) == rows_of(stream.held_out_dataloader())
         assert rows_of(again.train_dataloader()) == first
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_the_images_of_a_task_are_shown_as_in_a_test(splits, cache):
+    def never(image):
+        raise AssertionError("a training transform")
+
+    stream = TaskStream(
+        splits, tasks=2, held_out=0.2, batch_size=5, cache=cache, train_transform=never
+    )
+    for task in stream.tasks:
+        stream.select(task.index)
+        before = torch.get_rng_state()
+        shown = list(stream.task_dataloader())
+        assert torch.equal(torch.get_rng_state(), before)
+        assert rows_of(shown) == task.train.tolist() == rows_of(stream.task_dataloader())
+        assert {int(index) for batch in shown for index in batch.task} == {task.index}
+        labels = torch.cat([batch.label for batch in shown])
+        assert labels.tolist() == [splits["train"]["label"][row] for row in task.train]
+    joint = stream.joint()
+    assert rows_of(joint.task_dataloader()) == joint.task.train.tolist()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 64])
+def test_processes_share_the_images_of_a_task_also_if_there_are_fewer(splits, world):
+    stream = TaskStream(splits, tasks=2, batch_size=2)
+    stream.select(1)
+    shares = []
+    for rank in range(world):
+        stream.trainer = SimpleNamespace(world_size=world, global_rank=rank)
+        shares.append(rows_of(stream.task_dataloader()))
+    assert sorted(row for share in shares for row in share) == stream.task.train.tolist()
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert len(stream.task.train) < 64
 
 
 def test_with_nothing_held_out_there_is_nothing_to_show(splits):
