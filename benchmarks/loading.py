@@ -25,7 +25,7 @@ from cl_merge.config import RunConfig, StreamConfig, read_config
 from cl_merge.errors import InputError
 from cl_merge.heads import ZeroShotHead, zero_shot_head
 from cl_merge.joining import Member, join
-from cl_merge.load import Clip, load_clip
+from cl_merge.pretrained import Clip, load_clip
 from cl_merge.sources import cached_commit, hub_commit
 from cl_merge.stream import TaskStream
 

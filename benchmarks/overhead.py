@@ -47,7 +47,7 @@ from cl_merge.callbacks import MergeCallback
 from cl_merge.config import RunConfig, default_of, parse_arguments, read_config
 from cl_merge.errors import InputError
 from cl_merge.fit import TaskEnd, fit_stream
-from cl_merge.load import load_clip
+from cl_merge.pretrained import load_clip
 from cl_merge.sampling import StreamSampler
 from cl_merge.scenario import Task
 from cl_merge.weights import copies, install, trained_parameters

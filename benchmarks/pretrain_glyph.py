@@ -301,7 +301,7 @@ def digits_accuracy(folder: Path) -> float:
     from cl_merge.benchmarks.catalog import find_data
     from cl_merge.benchmarks.digits import NAMES, digits
     from cl_merge.heads import zero_shot_head
-    from cl_merge.load import load_clip
+    from cl_merge.pretrained import load_clip
 
     clip = load_clip(f"local-dir:{folder}")
     head = zero_shot_head(clip, NAMES, find_data("digits").recipe["prompts"])

@@ -38,7 +38,7 @@ def random_work(
 def _encoder(name: str, image_size: int | None) -> tuple[nn.Module, int]:
     import open_clip
 
-    from cl_merge.load import load_clip
+    from cl_merge.pretrained import load_clip
 
     model: Any
     if name in open_clip.list_models():

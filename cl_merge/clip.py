@@ -18,8 +18,8 @@ from typing_extensions import override
 from cl_merge.errors import InputError, unknown_name
 from cl_merge.heads import ZeroShotHead, zero_shot_head
 from cl_merge.layers import layer_depths
-from cl_merge.load import Clip
 from cl_merge.metrics import AccuracyMatrix
+from cl_merge.pretrained import Clip
 from cl_merge.scenario import Task
 from cl_merge.stream import TaskStream
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cl_merge.errors import InputError
 
 if TYPE_CHECKING:
-    from cl_merge.load import Clip
+    from cl_merge.pretrained import Clip
 
 
 class ZeroShotHead(nn.Module):

@@ -14,7 +14,7 @@ from killing import digest
 from cl_merge import cli
 from cl_merge.benchmarks import digits
 from cl_merge.files import load_state
-from cl_merge.load import load_clip
+from cl_merge.pretrained import load_clip
 
 torch.set_num_threads(1)
 # Imported and made once, before any fork: what a run needs only on its way.

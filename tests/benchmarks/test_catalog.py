@@ -16,7 +16,7 @@ from cl_merge.benchmarks.methods import (
 from cl_merge.benchmarks.settings import read_settings
 from cl_merge.benchmarks.wording import read_prompts
 from cl_merge.errors import InputError
-from cl_merge.load import resolve
+from cl_merge.pretrained import resolve
 
 PAPER = ["cifar100", "imagenet-r", "imagenet-r-domains", "cub200", "cars", "domainnet", "eight"]
 

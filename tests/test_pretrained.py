@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cl_merge.errors import InputError
-from cl_merge.load import Source, load_clip, resolve
+from cl_merge.pretrained import Source, load_clip, resolve
 
 CONFIG = {
     "embed_dim": 16,
@@ -151,7 +151,7 @@ def test_file_gets_quick_gelu_by_its_name_and_says_so(
     tiny, weights, tmp_path, caplog, name, activation
 ):
     torch.save(load_file(weights), tmp_path / name)
-    with caplog.at_level(logging.INFO, logger="cl_merge.load"):
+    with caplog.at_level(logging.INFO, logger="cl_merge.pretrained"):
         clip = load_clip(f"{tiny}:{tmp_path / name}")
     assert activations(clip) == {activation}
     assert caplog.messages == [f"loaded {clip.name} with {activation.__name__}"]
@@ -229,7 +229,7 @@ def test_folder_without_weights_never_gives_a_random_model(folder, tmp_path):
 
 
 def test_glyph_without_weights_never_gives_a_random_model(monkeypatch, tmp_path):
-    monkeypatch.setattr("cl_merge.load.files", lambda package: tmp_path)
+    monkeypatch.setattr("cl_merge.pretrained.files", lambda package: tmp_path)
     assert message_of("glyph") == f"model folder '{tmp_path}' has no open_clip_config.json"
 
 
