@@ -7,14 +7,16 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cl_merge.benchmarks.finished import load
     from cl_merge.clip import CLIPClassifier
     from cl_merge.engine import merge_checkpoints
     from cl_merge.errors import InputError
     from cl_merge.fit import fit_stream
     from cl_merge.heads import ZeroShotHead, zero_shot_head
-    from cl_merge.load import Clip, load_clip
     from cl_merge.mergers import Merger, fold_method, get_merger, merge, merge_method
     from cl_merge.metrics import AccuracyMatrix
+    from cl_merge.predicting import ImageClassifier
+    from cl_merge.pretrained import Clip, load_clip
     from cl_merge.scenario import Task
     from cl_merge.stream import TaskStream
     from cl_merge.task_vector import TaskVector
@@ -26,7 +28,8 @@ __version__ = version("cl-merge")
 _HOMES = {
     "AccuracyMatrix": "metrics",
     "CLIPClassifier": "clip",
-    "Clip": "load",
+    "Clip": "pretrained",
+    "ImageClassifier": "predicting",
     "InputError": "errors",
     "Merger": "mergers",
     "Task": "scenario",
@@ -36,7 +39,8 @@ _HOMES = {
     "fit_stream": "fit",
     "fold_method": "mergers",
     "get_merger": "mergers",
-    "load_clip": "load",
+    "load": "benchmarks.finished",
+    "load_clip": "pretrained",
     "merge": "mergers",
     "merge_checkpoints": "engine",
     "merge_method": "mergers",
@@ -47,6 +51,7 @@ __all__ = [
     "AccuracyMatrix",
     "CLIPClassifier",
     "Clip",
+    "ImageClassifier",
     "InputError",
     "Merger",
     "Task",
@@ -56,6 +61,7 @@ __all__ = [
     "fit_stream",
     "fold_method",
     "get_merger",
+    "load",
     "load_clip",
     "merge",
     "merge_checkpoints",

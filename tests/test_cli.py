@@ -1,5 +1,6 @@
 """The command line around a run: exit codes and interruptions."""
 
+import logging
 import subprocess
 import sys
 
@@ -49,3 +50,10 @@ def test_without_a_command_the_usage_is_shown(capsys):
         cli.main([])
     assert stop.value.code == 2
     assert "usage: cl-merge" in capsys.readouterr().err
+
+
+def test_the_command_line_leaves_the_callers_logging_as_it_was(capsys, tmp_path):
+    library = logging.getLogger("cl_merge")
+    before = library.handlers, library.propagate, library.level
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert (library.handlers, library.propagate, library.level) == before

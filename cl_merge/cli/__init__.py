@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from cl_merge import __version__
-from cl_merge.cli import bench, inspect, merge, report, run
+from cl_merge.cli import bench, export, inspect, merge, predict, report, run
+from cl_merge.cli.messages import own_messages
 from cl_merge.cli.stopped import StoppedError
 from cl_merge.errors import InputError
 
@@ -20,11 +21,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 for success, 1 if the disk or the system stops it, a run of a suite failed,
-        or an inspection finds what cannot be merged, 2 for wrong input, 130 after Ctrl-C.
+        an inspection finds what cannot be merged, or an image was skipped, 2 for wrong input, 130
+        after Ctrl-C.
     """
     try:
         parsed = _parse(arguments)
-        return int(parsed.execute(parsed) or 0)
+        with own_messages():
+            return int(parsed.execute(parsed) or 0)
     except InputError as error:
         sys.stderr.write(f"cl-merge: {error}\n")
         return 2
@@ -67,6 +70,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (run, bench, report, merge, inspect):
+    for command in (run, bench, report, predict, export, merge, inspect):
         command.add_parser(commands)
     return parser

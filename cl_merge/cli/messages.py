@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+@contextmanager
+def own_messages() -> Iterator[None]:
+    """Let a command show messages in its way, and leave them to the caller's logging after it."""
+    library = logging.getLogger("cl_merge")
+    before = library.handlers, library.propagate, library.level
+    try:
+        yield
+    finally:
+        library.handlers, library.propagate, library.level = before
 
 
 def show_messages(console: Console) -> None:

@@ -1,0 +1,89 @@
+"""What was written, compared with the model that it was written of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cl_merge.benchmarks.finished import Restored
+from cl_merge.errors import InputError
+from cl_merge.statistics import unit
+
+# Of the largest logit, and of what a feature counts; other orders of summation differ by less.
+_TOLERANCE = 1e-4
+_OF_FEATURES = 1e-6
+
+
+def probe(size: int) -> Tensor:
+    """Make images to compare with.
+
+    Args:
+        size: Height and width, in pixels.
+
+    Returns:
+        Float32 [2, 3, size, size], the same at every call.
+    """
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, 3, size, size, generator=generator)
+
+
+@torch.no_grad()
+def check_same(form: str, written: Callable[[Tensor], Tensor], restored: Restored) -> None:
+    """Make sure that what was written classifies as the run's model does.
+
+    Args:
+        form: The format, for the message.
+        written: Makes logits [B, C] of images with what was written.
+        restored: The model of a finished run.
+
+    Raises:
+        InputError: If they differ by more than rounding.
+    """
+    images = probe(restored.clip.image_size)
+    expected, found = restored.model(images), written(images)
+    apart = float((found - expected).abs().max())
+    largest = max(float(expected.abs().max()), 1.0)
+    if not apart <= _TOLERANCE * largest + _OF_FEATURES * _steepness(restored):
+        raise InputError(
+            f"format {form} does not give the model's logits: they differ by {apart:.3g}, the "
+            f"largest being {largest:.3g}; this version of its library does not go with torch "
+            f"{torch.__version__}"
+        )
+
+
+@torch.no_grad()
+def check_text(form: str, written: Callable[[list[str]], Tensor], restored: Restored) -> None:
+    """Make sure that what was written encodes texts as the run's base model does.
+
+    Args:
+        form: The format, for the message.
+        written: Makes features [N, D] of texts with what was written.
+        restored: The model of a finished run.
+
+    Raises:
+        InputError: If they differ by more than rounding.
+    """
+    texts = [f"a photo of a {name}." for name in restored.run.class_names[:8]]
+    model: Any = restored.clip.model
+    expected = unit(model.encode_text(restored.clip.tokenizer(texts)))
+    apart = float((unit(written(texts)) - expected).abs().max())
+    if not apart <= _TOLERANCE:
+        raise InputError(
+            f"format {form} does not encode texts as model '{restored.run.config.model}' does: "
+            f"unit features differ by {apart:.3g}; the formats torch and onnx need no text tower"
+        )
+
+
+def _steepness(restored: Restored) -> float:
+    """By how much a logit can change where unit features change by one.
+
+    Of features that hardly vary class statistics make much, and of their rounding, too.
+    """
+    found = restored.voting.statistics if restored.voting is not None else None
+    if found is None:
+        return 0.0
+    lengths = [float(d.weight.norm(dim=1).max()) for d in found.discriminants().values()]
+    return found.vote.statistics * max(lengths)

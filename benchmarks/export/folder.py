@@ -1,0 +1,49 @@
+"""A folder that is there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cl_merge.checkpoints.output import check_output
+from cl_merge.errors import InputError
+from cl_merge.files import flush_to_disk, hidden_name, storage_errors
+
+
+@contextmanager
+def whole_folder(output: str | Path, source: Path) -> Iterator[Path]:
+    """Make a folder whose name appears when everything is in it.
+
+    Args:
+        output: The new folder; it may exist, empty. Missing parents are made.
+        source: A folder that it must not lie in.
+
+    Yields:
+        Where to write meanwhile, beside the output; removed if the block raises.
+
+    Raises:
+        InputError: If something is there already.
+        StorageError: If it cannot be written.
+    """
+    path = Path(output).expanduser()
+    if path.suffix == ".safetensors":
+        raise InputError(f"the output '{path}' is named like a file; an export is a folder")
+    check_output(path, [source])
+    place = Path(os.path.realpath(path))
+    with storage_errors(path):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary = hidden_name(place)
+        temporary.mkdir()
+    try:
+        with storage_errors(path):
+            yield temporary
+            for file in sorted(temporary.rglob("*")):
+                flush_to_disk(file)
+            flush_to_disk(temporary)
+            os.rename(temporary, place)  # also onto an empty folder
+            flush_to_disk(place.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

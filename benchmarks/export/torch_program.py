@@ -1,0 +1,48 @@
+"""Format ``torch``: images to logits as a program of `torch.export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from cl_merge.benchmarks.export.comparing import check_same, probe
+from cl_merge.benchmarks.export.network import Network
+from cl_merge.benchmarks.finished import FinishedRun, Restored
+
+FILE = "model.pt2"
+
+
+def reason(run: FinishedRun) -> str | None:
+    """Every model can be written."""
+    return None
+
+
+def write(restored: Restored, folder: Path) -> None:
+    """Write the classifier as ``model.pt2``.
+
+    Args:
+        restored: The model of a finished run.
+        folder: Where.
+
+    Raises:
+        InputError: If what was written gives other logits.
+    """
+    network, size = Network(restored), restored.clip.image_size
+    torch.export.save(traced(network, size), folder / FILE)
+    again = torch.export.load(folder / FILE).module()
+    check_same("torch", again, restored)
+
+
+def traced(network: Network, size: int) -> torch.export.ExportedProgram:
+    """Write down what a network computes, for any number of images.
+
+    Args:
+        network: The network.
+        size: Height and width of its images, in pixels.
+
+    Returns:
+        The program.
+    """
+    batch = {"images": {0: torch.export.Dim.DYNAMIC}}
+    return torch.export.export(network, (probe(size),), dynamic_shapes=batch)

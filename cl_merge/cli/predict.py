@@ -1,0 +1,180 @@
+"""``cl-merge predict``: what a finished run sees in images."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from cl_merge.errors import InputError
+from cl_merge.files import atomic_write
+
+if TYPE_CHECKING:
+    from cl_merge.predicting import Guess, ImageClassifier
+
+_DESCRIPTION = """\
+Classify images with the model of a finished run. Single images make a table; a folder, searched at
+all depths, makes CSV, one line for each image: file, class_1, probability_1, class_2 and so on. In
+a folder a file that is no readable image is named and skipped, and the exit code is 1.
+"""
+_EXAMPLES = """\
+examples:
+  cl-merge predict runs/digits-magmax seven.png eight.png
+  cl-merge predict runs/photos holiday/ --top 3 -o holiday.csv
+"""
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to the command line.
+
+    Args:
+        commands: Where the commands are.
+    """
+    command = commands.add_parser(
+        "predict",
+        help="classify images with the model of a finished run",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("run", metavar="RUN", help="folder of a finished run")
+    command.add_argument("images", metavar="IMAGE", nargs="+", help="images, or folders of images")
+    command.add_argument("--top", type=int, default=5, metavar="N", help="classes to name [5]")
+    command.add_argument("-o", "--output", metavar="FILE", help="write CSV there")
+    command.add_argument("--device", help="cpu, cuda or cuda:1 [cuda if there is one]")
+    command.add_argument("--batch-size", type=int, default=64, metavar="N", help="[64]")
+    command.add_argument("--method", help="another method of the run, with the same weights")
+    command.set_defaults(execute=predict)
+
+
+def predict(parsed: argparse.Namespace) -> int:
+    """Classify images and show or write what was found.
+
+    Args:
+        parsed: The words of the command.
+
+    Returns:
+        The exit code: 1 if files were skipped.
+
+    Raises:
+        InputError: If the run cannot be loaded, a number is below 1, an image is not there or
+            cannot be read, a folder has none, or the output is there already.
+    """
+    for name, value in (("--top", parsed.top), ("--batch-size", parsed.batch_size)):
+        if value < 1:
+            raise InputError(f"{name} {value}; expected 1 or more")
+    output = Path(parsed.output).expanduser() if parsed.output else None
+    if output is not None and output.exists():
+        raise InputError(f"the output '{output}' exists; give another name")
+    places = [Path(image).expanduser() for image in parsed.images]
+    by_place = [(place, _files(place)) for place in places]
+    files = [file for _, found in by_place for file in found]
+    in_folders = {file for place, found in by_place if place.is_dir() for file in found}
+    # What follows loads torch's libraries and a model, which takes seconds: wrong words first.
+    import torch
+
+    from cl_merge.benchmarks.finished import load
+
+    device = parsed.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    classifier = load(parsed.run, method=parsed.method, device=device)
+    top = min(parsed.top, len(classifier.class_names))
+    guesses = _Guesses(classifier, files, in_folders, top, parsed.batch_size)
+    if output is not None:
+        text = io.StringIO(newline="")
+        _write_csv(text, guesses, top)
+        with atomic_write(output) as temporary:
+            temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
+    elif in_folders:
+        _write_csv(sys.stdout, guesses, top)
+    else:
+        _show_table(guesses, top)
+    return 1 if guesses.skipped else 0
+
+
+class _Guesses:
+    """Goes through files a batch at a time.
+
+    Args:
+        classifier: What classifies.
+        files: The files.
+        skippable: Those that are named and left out if they are no images.
+        top: How many classes to name.
+        batch_size: How many images to classify at once.
+
+    Attributes:
+        skipped: How many files were left out so far.
+    """
+
+    def __init__(
+        self,
+        classifier: ImageClassifier,
+        files: Sequence[Path],
+        skippable: set[Path],
+        top: int,
+        batch_size: int,
+    ) -> None:
+        self.skipped = 0
+        self._classifier = classifier
+        self._files = files
+        self._skippable = skippable
+        self._top = top
+        self._size = batch_size
+
+    def __iter__(self) -> Iterator[tuple[Path, list[Guess]]]:
+        for start in range(0, len(self._files), self._size):
+            images, files = [], []
+            for file in self._files[start : start + self._size]:
+                try:
+                    images.append(self._classifier.prepare(file))
+                    files.append(file)
+                except InputError as error:
+                    if file not in self._skippable:
+                        raise
+                    self.skipped += 1
+                    sys.stderr.write(f"cl-merge: skipped: {error}\n")
+            found = self._classifier.predict(images, self._top, batch_size=self._size)
+            yield from zip(files, found, strict=True)
+
+
+def _files(place: Path) -> list[Path]:
+    """The images of a folder, at all depths and in order; of a file itself."""
+    if not place.is_dir():
+        if not place.exists():
+            raise InputError(f"there is no image '{place}'; check the path")
+        return [place]
+    found = sorted(
+        file for file in place.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()
+    )
+    if not found:
+        raise InputError(f"the folder '{place}' has no image ({', '.join(SUFFIXES)})")
+    return found
+
+
+def _write_csv(file: TextIO, found: _Guesses, top: int) -> None:
+    writer = csv.writer(file, lineterminator="\n")
+    ranks = [f"{what}_{rank}" for rank in range(1, top + 1) for what in ("class", "probability")]
+    writer.writerow(["file", *ranks])
+    for path, guesses in found:
+        cells = [cell for guess in guesses for cell in (guess.name, f"{guess.probability:.6f}")]
+        writer.writerow([str(path), *cells])
+
+
+def _show_table(found: _Guesses, top: int) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("image", overflow="fold")
+    table.add_column("class", overflow="fold")
+    table.add_column("probability", justify="right")
+    for path, guesses in found:
+        for rank, guess in enumerate(guesses):
+            cells = ("" if rank else str(path), guess.name, f"{guess.probability:.1%}")
+            table.add_row(*cells, end_section=rank == top - 1)
+    Console(highlight=False, markup=False).print(table)
