@@ -8,7 +8,7 @@ from typing import Any
 
 from cl_merge.analysis import direction_consistency
 from cl_merge.benchmarks.figures.figure import Drawn, Found, Kind, Measured, Table
-from cl_merge.benchmarks.figures.runs import FinishedRun
+from cl_merge.benchmarks.figures.runs import SuiteRun
 from cl_merge.benchmarks.figures.seeds import number, over_seeds, seeds_note
 from cl_merge.benchmarks.figures.style import GREY, draw_line, legend_below, new_canvas
 from cl_merge.benchmarks.figures.trainings import PLAIN, look_of_training
@@ -16,7 +16,7 @@ from cl_merge.benchmarks.figures.trainings import PLAIN, look_of_training
 _BINS = 10
 
 
-def measure_consistency(run: FinishedRun, _: Callable[[], Any]) -> Found:
+def measure_consistency(run: SuiteRun, _: Callable[[], Any]) -> Found:
     """Measure the consistency of the tasks' updates by magnitude of the merge.
 
     Args:

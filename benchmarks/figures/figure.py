@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cl_merge.benchmarks.figures.runs import FinishedRun, Setting
+from cl_merge.benchmarks.figures.runs import Setting, SuiteRun
 from cl_merge.benchmarks.figures.trainings import PLAIN
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from cl_merge.benchmarks.replay import Replay
 
-    Measure = Callable[[FinishedRun, Callable[[], Replay]], "Found"]
+    Measure = Callable[[SuiteRun, Callable[[], Replay]], "Found"]
 
 T = TypeVar("T")
 
@@ -133,13 +133,13 @@ class Kind:
     name: str
     draw: Callable[[Sequence[Measured]], Drawn | None]
     measure: Measure | None = None
-    estimate: Callable[[FinishedRun], int] | None = None
+    estimate: Callable[[SuiteRun], int] | None = None
     trainings: tuple[str, ...] = ()
     options: Mapping[str, Any] | None = None
     compares: bool = False
     source: str | None = None
 
-    def wants(self, run: FinishedRun) -> bool:
+    def wants(self, run: SuiteRun) -> bool:
         """Whether a run is to be measured.
 
         Args:

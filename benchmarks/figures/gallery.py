@@ -17,8 +17,8 @@ from cl_merge.benchmarks.figures.matrix import MATRIX
 from cl_merge.benchmarks.figures.origins import ORIGINS
 from cl_merge.benchmarks.figures.pruning import PRUNING
 from cl_merge.benchmarks.figures.runs import (
-    FinishedRun,
     Setting,
+    SuiteRun,
     check_vectors,
     find_settings,
 )
@@ -103,7 +103,7 @@ class _Job:
     kind: Kind
     measure: Measure
     setting: Setting
-    run: FinishedRun
+    run: SuiteRun
     store: Store
 
     @property
@@ -176,7 +176,7 @@ class _ReplayOnce:
         self._tell = tell
         self._replay: Replay | None = None
 
-    def of(self, run: FinishedRun) -> Replay:
+    def of(self, run: SuiteRun) -> Replay:
         # What was measured before can be drawn without the parts that train and evaluate.
         from cl_merge.benchmarks.replay import Replay
 

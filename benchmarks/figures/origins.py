@@ -11,7 +11,7 @@ import numpy as np
 
 from cl_merge.analysis import origin_counts
 from cl_merge.benchmarks.figures.figure import Drawn, Found, Kind, Measured, Table
-from cl_merge.benchmarks.figures.runs import FinishedRun
+from cl_merge.benchmarks.figures.runs import SuiteRun
 from cl_merge.benchmarks.figures.seeds import number
 from cl_merge.benchmarks.figures.style import new_canvas
 from cl_merge.benchmarks.figures.trainings import PLAIN, TITLES
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _MAP = "viridis"
 
 
-def measure_origins(run: FinishedRun, _: Callable[[], Any]) -> Found:
+def measure_origins(run: SuiteRun, _: Callable[[], Any]) -> Found:
     """Count where the merged parameters come from.
 
     Args:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cl_merge.analysis import KEPT, keep
 from cl_merge.benchmarks.figures.figure import Drawn, Found, Kind, Measured, Table
-from cl_merge.benchmarks.figures.runs import FinishedRun
+from cl_merge.benchmarks.figures.runs import SuiteRun
 from cl_merge.benchmarks.figures.seeds import Line, number, over_seeds, seeds_note
 from cl_merge.benchmarks.figures.style import (
     COLOURS,
@@ -32,7 +32,7 @@ _LOOKS = {
 }
 
 
-def measure_pruning(run: FinishedRun, get_replay: Callable[[], Replay]) -> Found:
+def measure_pruning(run: SuiteRun, get_replay: Callable[[], Replay]) -> Found:
     """Prune the task vector of each task, and evaluate on the task's test images.
 
     Args:
@@ -100,7 +100,7 @@ def draw_pruning(measured: Sequence[Measured]) -> Drawn | None:
     )
 
 
-def estimate_pruning(run: FinishedRun) -> int:
+def estimate_pruning(run: SuiteRun) -> int:
     """Tell how many images are classified.
 
     Args:

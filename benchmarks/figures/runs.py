@@ -19,8 +19,8 @@ _PLACE = re.compile(r"seed(\d+)")
 
 
 @dataclass(frozen=True)
-class FinishedRun:
-    """One run: a training of a setting with one seed.
+class SuiteRun:
+    """A finished run of a suite: a training of a setting with one seed.
 
     Attributes:
         folder: Where it lies.
@@ -96,8 +96,8 @@ class Setting:
 
     name: str
     data: str
-    runs: tuple[FinishedRun, ...]
-    joint: tuple[FinishedRun, ...] = ()
+    runs: tuple[SuiteRun, ...]
+    joint: tuple[SuiteRun, ...] = ()
 
     @property
     def tasks(self) -> int:
@@ -162,16 +162,16 @@ def find_settings(folder: str | Path, names: Sequence[str] | None = None) -> lis
     return sorted(settings, key=lambda setting: (setting.data, setting.tasks, setting.name))
 
 
-def _is_joint(runs: Sequence[FinishedRun], own: Sequence[FinishedRun]) -> bool:
+def _is_joint(runs: Sequence[SuiteRun], own: Sequence[SuiteRun]) -> bool:
     return len(own) < len(runs)
 
 
-def _runs(folder: Path) -> list[FinishedRun]:
+def _runs(folder: Path) -> list[SuiteRun]:
     found = []
     for file in folder.glob("seed*/*/results.json"):
         seed = _PLACE.fullmatch(file.parent.parent.name)
         if seed and file.parent.name in TRAININGS:
-            found.append(FinishedRun(file.parent, int(seed[1]), file.parent.name))
+            found.append(SuiteRun(file.parent, int(seed[1]), file.parent.name))
     order = list(TRAININGS)
     return sorted(found, key=lambda run: (run.seed, order.index(run.training)))
 
@@ -189,7 +189,7 @@ def in_table_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: order.get(name, len(order)))
 
 
-def check_vectors(run: FinishedRun) -> None:
+def check_vectors(run: SuiteRun) -> None:
     """Make sure that a run has left its task vectors.
 
     Args:

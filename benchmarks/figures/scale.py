@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cl_merge.benchmarks.figures.figure import Drawn, Found, Kind, Measured, Table
-from cl_merge.benchmarks.figures.runs import FinishedRun, in_table_order
+from cl_merge.benchmarks.figures.runs import SuiteRun, in_table_order
 from cl_merge.benchmarks.figures.seeds import Line, number, over_seeds, seeds_note
 from cl_merge.benchmarks.figures.style import (
     GREY,
@@ -33,7 +33,7 @@ _PANELS = {"independent": "independent training"}
 _OTHER = "sequential training"
 
 
-def measure_scale(run: FinishedRun, get_replay: Callable[[], Replay]) -> Found:
+def measure_scale(run: SuiteRun, get_replay: Callable[[], Replay]) -> Found:
     """Merge a run's task vectors with each of its methods, and evaluate several scales.
 
     Args:
@@ -114,7 +114,7 @@ def draw_scale(measured: Sequence[Measured]) -> Drawn | None:
     )
 
 
-def estimate_scale(run: FinishedRun) -> int:
+def estimate_scale(run: SuiteRun) -> int:
     """Tell how many images are classified.
 
     Args:
@@ -132,7 +132,7 @@ SCALE = Kind("scale", draw_scale, measure_scale, estimate_scale, options={"scale
 _Lines = dict[str, tuple[str, str, list[float], Line, float | None]]
 
 
-def _merging(run: FinishedRun) -> dict[str, Mapping[str, Any]]:
+def _merging(run: SuiteRun) -> dict[str, Mapping[str, Any]]:
     methods = run.results["methods"]
     return {
         name: result
@@ -143,7 +143,7 @@ def _merging(run: FinishedRun) -> dict[str, Mapping[str, Any]]:
     }
 
 
-def _merger(run: FinishedRun, name: str) -> Merger | None:
+def _merger(run: SuiteRun, name: str) -> Merger | None:
     from cl_merge.benchmarks.run import make_merger  # brings the parts that train
 
     merger, _ = make_merger(read_config([], {}, run.folder / "config.yaml"), find_method(name))
@@ -153,7 +153,7 @@ def _merger(run: FinishedRun, name: str) -> Merger | None:
     return merger
 
 
-def _known(run: FinishedRun, result: Mapping[str, Any]) -> dict[float, float]:
+def _known(run: SuiteRun, result: Mapping[str, Any]) -> dict[float, float]:
     """What the run itself has evaluated: nothing of the merge, and the method's own scale."""
     known = {0.0: float(run.results["methods"]["zero-shot"]["accuracy"])}
     if isinstance(result["scale"], (int, float)):

@@ -7,7 +7,7 @@ from typing import Any
 
 from cl_merge.analysis import sign_conflict_curve
 from cl_merge.benchmarks.figures.figure import Drawn, Found, Kind, Measured, Table
-from cl_merge.benchmarks.figures.runs import FinishedRun
+from cl_merge.benchmarks.figures.runs import SuiteRun
 from cl_merge.benchmarks.figures.seeds import Line, number, over_seeds, seeds_note
 from cl_merge.benchmarks.figures.style import draw_line, legend_below, new_canvas, whole_steps
 from cl_merge.benchmarks.figures.trainings import PLAIN, look_of_training
@@ -20,7 +20,7 @@ _WHAT = (
 )
 
 
-def measure_sign_conflicts(run: FinishedRun, _: Callable[[], Any]) -> Found:
+def measure_sign_conflicts(run: SuiteRun, _: Callable[[], Any]) -> Found:
     """Measure the conflicts among the first task vectors, for every number of them.
 
     Args:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cl_merge.benchmarks.figures.runs import FinishedRun
+from cl_merge.benchmarks.figures.runs import SuiteRun
 from cl_merge.benchmarks.json_files import plain, read_json
 from cl_merge.files import atomic_write
 
@@ -27,7 +27,7 @@ class Store:
         self._options = plain(options or {})
         self._kept = self._read()
 
-    def get(self, run: FinishedRun) -> Any:
+    def get(self, run: SuiteRun) -> Any:
         """The measure of a run.
 
         Args:
@@ -39,7 +39,7 @@ class Store:
         kept = self._kept.get(run.training, {})
         return kept.get("found") if kept.get("results") == run.fingerprint else None
 
-    def get_or_make(self, run: FinishedRun, measure: Callable[[], Any]) -> Any:
+    def get_or_make(self, run: SuiteRun, measure: Callable[[], Any]) -> Any:
         """The measure of a run, taken now if it is missing or stale.
 
         Args:

@@ -6,13 +6,13 @@ import math
 import pytest
 from case_suite import make_run
 
-from cl_merge.benchmarks.figures.runs import FinishedRun
+from cl_merge.benchmarks.figures.runs import SuiteRun
 from cl_merge.benchmarks.figures.store import Store
 
 
 @pytest.fixture
 def run(tmp_path):
-    return FinishedRun(make_run(tmp_path, "birds-3", "sequential"), 0, "sequential")
+    return SuiteRun(make_run(tmp_path, "birds-3", "sequential"), 0, "sequential")
 
 
 def never():
@@ -31,13 +31,13 @@ def test_other_options_or_other_results_make_it_stale(tmp_path, run):
     Store(file, {"bins": 3}).get_or_make(run, lambda: {"a": 1})
     assert Store(file, {"bins": 4}).get(run) is None
     (run.folder / "results.json").write_text("{}")
-    changed = FinishedRun(run.folder, 0, "sequential")
+    changed = SuiteRun(run.folder, 0, "sequential")
     assert Store(file, {"bins": 3}).get(changed) is None
     assert Store(file, {"bins": 3}).get_or_make(changed, lambda: {"a": 2}) == {"a": 2}
 
 
 def test_trainings_are_kept_side_by_side(tmp_path, run):
-    other = FinishedRun(make_run(tmp_path, "birds-3", "independent"), 0, "independent")
+    other = SuiteRun(make_run(tmp_path, "birds-3", "independent"), 0, "independent")
     file = tmp_path / "kind-seed0.json"
     store = Store(file)
     store.get_or_make(run, lambda: 1)

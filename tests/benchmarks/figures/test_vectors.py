@@ -17,7 +17,7 @@ from cl_merge.benchmarks.figures.consistency import (
 )
 from cl_merge.benchmarks.figures.figure import Measured
 from cl_merge.benchmarks.figures.origins import draw_origins, measure_origins, parts_of
-from cl_merge.benchmarks.figures.runs import FinishedRun, find_settings
+from cl_merge.benchmarks.figures.runs import SuiteRun, find_settings
 from cl_merge.benchmarks.figures.sign_conflicts import (
     draw_over_settings,
     draw_over_time,
@@ -113,7 +113,7 @@ def test_consistency_takes_the_updates_that_the_training_made(tmp_path):
     two = TaskVector({"w": torch.tensor([0.5, -3.0])})  # back by 0.5; on by 1
     for training in ("sequential", "independent"):
         folder = make_run(tmp_path, "birds-2", training, tasks=2, vectors=[one, two])
-        found = measure_consistency(FinishedRun(folder, 0, training), no_replay)
+        found = measure_consistency(SuiteRun(folder, 0, training), no_replay)
         known = [
             c for c, number in zip(found["consistency"], found["counts"], strict=True) if number
         ]
@@ -201,14 +201,14 @@ from pathlib import Path
 from case_suite import make_run
 from cl_merge.benchmarks.figures.consistency import measure_consistency
 from cl_merge.benchmarks.figures.origins import measure_origins
-from cl_merge.benchmarks.figures.runs import FinishedRun
+from cl_merge.benchmarks.figures.runs import SuiteRun
 from cl_merge.benchmarks.figures.sign_conflicts import measure_sign_conflicts
 from cl_merge.task_vector import TaskVector
 
 def peak(tasks):
     vectors = (TaskVector({{"w": torch.randn(2_000_000)}}) for _ in range(tasks))
     folder = make_run(Path({folder!r}), f"birds-{{tasks}}", "sequential", tasks=tasks, vectors=vectors)
-    run = FinishedRun(folder, 0, "sequential")
+    run = SuiteRun(folder, 0, "sequential")
     for measure in (measure_sign_conflicts, measure_consistency, measure_origins):
         measure(run, None)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
