@@ -24,13 +24,11 @@ from cl_merge.benchmarks.store_accuracy import mean_and_spread, task_vectors
 from cl_merge.mergers import get_merger
 from cl_merge.scales import Scales, scaled
 from cl_merge.statistics import (
-    CarriedStatistics,
     ClassGaussians,
     Discriminant,
     FeatureMoments,
+    StreamStatistics,
     align,
-    choose_vote,
-    left_out_scores,
     unit,
 )
 from cl_merge.weights import install, trained_parameters
@@ -148,7 +146,7 @@ def one_map_of_all(run: Streamed) -> ClassGaussians:
 
 def carried(run: Streamed) -> ClassGaussians:
     """What `CarriedStatistics` does: one map from the base, corrected by each task."""
-    return _carried(run)[1]
+    return _learned(run, "merged").gaussians()["merged"]
 
 
 WAYS: dict[str, Callable[[Streamed], ClassGaussians]] = {
@@ -179,22 +177,15 @@ def measure(folder: Path) -> dict[str, float]:
     for name, way in WAYS.items():
         features = base if way is base_features else final
         found[name] = _accuracy(Discriminant.of(way(run)).scores(features), labels)
-    of_base, of_merged = _carried(run)
-    current = run.base[-1], run.merged[-1], run.labels[-1]
-    scores = Discriminant.of(of_base).scores(base), Discriminant.of(of_merged).scores(final)
-    left = left_out_scores(current[0], current[2], of_base)
-    right = left_out_scores(current[1], current[2], of_merged)
-    seen = run.merged[-1] @ run.head.T
-    for name, score, known in (
-        ("text + base", scores[0], left),
-        ("text + carried", scores[1], right),
-        ("text + both", (scores[0] + scores[1]) / 2, (left + right) / 2),
-    ):
-        vote = choose_vote(seen, known, current[2])
-        found[name] = _accuracy(vote.combine(text.double(), score), labels)
-        if name == "text + carried":
-            aligned = unit(final.double() @ align(of_merged, run.head, vote).T)
-            found["aligned"] = _accuracy(aligned @ run.head.T, labels)
+    for name, encoders in (("base", "base"), ("carried", "merged"), ("both", "both")):
+        learned = _learned(run, encoders)
+        of = {"base": base, "merged": final}
+        scores = [one.scores(of[key]) for key, one in learned.discriminants().items()]
+        voted = learned.vote.combine(text.double(), torch.stack(scores).mean(dim=0))
+        found[f"text + {name}"] = _accuracy(voted, labels)
+        if name == "carried":
+            turned = align(learned.gaussians()["merged"], run.head, learned.vote)
+            found["aligned"] = _accuracy(unit(final.double() @ turned.T) @ run.head.T, labels)
     found["random features of base"] = _random_features(run)
     return found
 
@@ -228,15 +219,12 @@ def main() -> None:
     Console(width=40 + 20 * len(settings)).print(table)
 
 
-def _carried(run: Streamed) -> tuple[ClassGaussians, ClassGaussians]:
-    size = run.head.shape[1]
-    base, kept = FeatureMoments(run.classes, size), CarriedStatistics(run.classes, size)
+def _learned(run: Streamed, encoders: str) -> StreamStatistics:
+    """What `ClassStatistics` would keep of the run, and its vote."""
+    kept = StreamStatistics(run.classes, run.head.shape[1], encoders)
     for before, after, labels in zip(run.base, run.merged, run.labels, strict=True):
-        both = FeatureMoments(run.classes, 2 * size)
-        both.update(torch.cat([before, after], dim=1), labels)
-        kept.update(base, both)
-        base.update(before, labels)
-    return ClassGaussians.of(base), kept.gaussians(base.counts)
+        kept.learn(before, after, labels, after @ run.head.T)
+    return kept
 
 
 def _ridge(before: Tensor, after: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
