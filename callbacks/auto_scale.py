@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from cl_merge.callbacks.batches import placed
+from cl_merge.callbacks.batches import LOGITS, inputs_and_targets, placed
 from cl_merge.errors import InputError
 from cl_merge.scale_search import Found, block_groups, read_groups, search_scale
 from cl_merge.scales import Scales, check_fits, scaled
@@ -139,14 +139,9 @@ class AutoScale:
     def _classify(self, module: L.LightningModule, batch: Any) -> tuple[Tensor, Tensor]:
         if self.logits is not None:
             return self.logits(module, batch)
-        try:
-            images, targets = batch[0], batch[1]
-        except (KeyError, IndexError, TypeError) as error:
-            raise InputError(
-                "MergeCallback cannot tell inputs from targets in a held-out batch of type "
-                f"{type(batch).__name__}; give scale=AutoScale(logits=...), a function of module "
-                "and batch that returns both logits [batch, classes] and targets [batch]"
-            ) from error
+        images, targets = inputs_and_targets(
+            batch, asking="MergeCallback", give=f"scale=AutoScale(logits=...), {LOGITS}"
+        )
         return module(images), targets
 
 

@@ -1,4 +1,4 @@
-"""One more pass over the images of a task, from inside a hook of its fit."""
+"""Batches of a task's images inside a hook of its fit: one more pass over them, what they hold."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader, DistributedSampler
+
+from cl_merge.errors import InputError
+
+LOGITS = (
+    "a function of module and batch that returns both logits [batch, classes] and targets [batch]"
+)
 
 
 def training_batches(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[Any]:
@@ -61,3 +67,26 @@ def own_samples(trainer: L.Trainer, limit: int | None = None) -> int | None:
     if isinstance(sampler, DistributedSampler) and not sampler.drop_last:
         shares.append(len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas)))  # type: ignore[arg-type]
     return min(shares, default=None)
+
+
+def inputs_and_targets(batch: Any, *, asking: str, give: str) -> tuple[Any, Any]:
+    """Take a batch for a sequence of inputs, targets and what else there may be.
+
+    Args:
+        batch: As a step of the module gets it.
+        asking: Who asks, for the error.
+        give: What to give instead where a batch is something else, for the error.
+
+    Returns:
+        Inputs and targets.
+
+    Raises:
+        InputError: If the batch is something else.
+    """
+    try:
+        return batch[0], batch[1]
+    except (KeyError, IndexError, TypeError) as error:
+        raise InputError(
+            f"{asking} cannot tell inputs from targets in a batch of type {type(batch).__name__}; "
+            f"give {give}"
+        ) from error

@@ -8,11 +8,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from typing_extensions import override
 
+from cl_merge.callbacks.evaluation import EvaluationCallback
 from cl_merge.callbacks.features import (
     Features,
     check_own_features,
@@ -21,7 +21,6 @@ from cl_merge.callbacks.features import (
     sum_over_processes,
 )
 from cl_merge.callbacks.merge import MergeCallback
-from cl_merge.callbacks.task import TaskCallback
 from cl_merge.callbacks.text_head import (
     needed_text_head,
     number_of_classes,
@@ -49,7 +48,7 @@ Images = Callable[[], Iterable[Any]]
 """Makes batches of a task's images, each exactly once over all processes."""
 
 
-class ClassStatistics(TaskCallback):
+class ClassStatistics(EvaluationCallback):
     """Keep statistics of each class's image features, and let them decide beside the text head.
 
     Merging holds on to what the weights of each task knew, but the model never sees two tasks
@@ -284,36 +283,24 @@ class ClassStatistics(TaskCallback):
         self.learn(trainer, pl_module, _merged(merge, pl_module) if merge is not None else None)
 
     @override
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.VALIDATING:
-            self._begin(trainer, pl_module)
+    def begin_evaluation(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._borrow(trainer)
+        if isinstance(pl_module, CLIPClassifier):
+            if pl_module.classify is not None:
+                raise InputError(
+                    "something else classifies in the place of the module's head: a second "
+                    "ClassStatistics of this trainer, or a function of your own; expected "
+                    f"{type(pl_module).__name__}.classify to be None"
+                )
+            device = pl_module.device
+            pl_module.classify = self._made(pl_module, device, own_features).of_images
+        self._evaluating = True
 
     @override
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._end(pl_module)
-
-    @override
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._begin(trainer, pl_module)
-
-    @override
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._end(pl_module)
-
-    @override
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._begin(trainer, pl_module)
-
-    @override
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._end(pl_module)
-
-    @override
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
-        super().on_exception(trainer, pl_module, exception)
-        self._end(pl_module)
+    def end_evaluation(self, pl_module: L.LightningModule) -> None:
+        if self._evaluating and isinstance(pl_module, CLIPClassifier):
+            pl_module.classify = None
+        self._evaluating, self._classifier = False, None
 
     @override
     def task_state(self) -> dict[str, Any]:
@@ -341,25 +328,6 @@ class ClassStatistics(TaskCallback):
             classes, features = state["shape"]
             self.statistics = StreamStatistics(classes, features, self._encoders, self._ridge)
             self.statistics.load_state_dict(state["statistics"])
-
-    def _begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if not self.tasks:
-            return
-        self._borrow(trainer)
-        if isinstance(module, CLIPClassifier):
-            if module.classify is not None:
-                raise InputError(
-                    "something else classifies in the place of the module's head: a second "
-                    "ClassStatistics of this trainer, or a function of your own; expected "
-                    f"{type(module).__name__}.classify to be None"
-                )
-            module.classify = self._made(module, module.device, own_features).of_images
-        self._evaluating = True
-
-    def _end(self, module: nn.Module) -> None:
-        if self._evaluating and isinstance(module, CLIPClassifier):
-            module.classify = None
-        self._evaluating, self._classifier = False, None
 
     def _borrow(self, trainer: L.Trainer) -> None:
         """Use the base of the MergeCallback, if there is one, which has moved it to the module."""

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from cl_merge.callbacks.batches import own_samples, training_batches
+from cl_merge.callbacks.batches import LOGITS, inputs_and_targets, own_samples, training_batches
 from cl_merge.callbacks.fisher import published_fisher, sample_fisher, zeros_for
 from cl_merge.callbacks.regularizer import Regularizer, gradient_scale
 from cl_merge.errors import InputError, unknown_name
@@ -271,14 +271,7 @@ class EWC(Regularizer):
         own: Callable[[Any], tuple[Tensor, Tensor]] | None = getattr(module, "task_logits", None)
         if own is not None:
             return own(batch)
-        try:
-            images, targets = batch[0], batch[1]
-        except (KeyError, IndexError, TypeError) as error:
-            raise InputError(
-                f"EWC cannot tell inputs from targets in a batch of type {type(batch).__name__}; "
-                "give EWC(logits=...), a function of module and batch that returns both logits "
-                "[batch, classes] and targets [batch]"
-            ) from error
+        images, targets = inputs_and_targets(batch, asking="EWC", give=f"EWC(logits=...), {LOGITS}")
         return module(images), targets
 
     def _move(self, device: torch.device) -> None:

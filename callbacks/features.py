@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from cl_merge.callbacks.batches import own_samples, placed, training_batches
+from cl_merge.callbacks.batches import inputs_and_targets, own_samples, placed, training_batches
 from cl_merge.errors import InputError
 from cl_merge.statistics import unit
 
 Features = Callable[[Any, Any], tuple[Tensor, Tensor]]
 """Makes image features [B, D] and labels [B] of a module and a batch."""
 
-_GIVE = (
-    "give ClassStatistics(features=...), a function of module and batch that returns image "
+_OTHERS = (
+    "ClassStatistics(features=...), a function of module and batch that returns image "
     "features [batch, features] and labels [batch]"
 )
 
@@ -78,12 +78,7 @@ def own_features(module: Any, batch: Any) -> tuple[Tensor, Tensor]:
         InputError: If it has no such method, or the batch is something else.
     """
     check_own_features(module)
-    try:
-        images, labels = batch[0], batch[1]
-    except (KeyError, IndexError, TypeError) as error:
-        raise InputError(
-            f"cannot tell images from labels in a batch of type {type(batch).__name__}; {_GIVE}"
-        ) from error
+    images, labels = inputs_and_targets(batch, asking="ClassStatistics", give=_OTHERS)
     return module.features(images), labels
 
 
@@ -97,7 +92,7 @@ def check_own_features(module: Any) -> None:
         InputError: If it has no method ``features``.
     """
     if not callable(getattr(module, "features", None)):
-        raise InputError(f"{type(module).__name__} has no method features(images); {_GIVE}")
+        raise InputError(f"{type(module).__name__} has no method features(images); give {_OTHERS}")
 
 
 def sum_over_processes(trainer: L.Trainer, module: L.LightningModule) -> Callable[[Tensor], Tensor]:

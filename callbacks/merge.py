@@ -9,6 +9,8 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -142,6 +144,7 @@ class MergeCallback(EvaluationCallback):
         self._importance_samples = importance_samples
         self.base: dict[str, Tensor] = {}
         self._buffers = EvaluationBuffers(buffers)
+        self._trained: dict[str, Tensor] | None = None  # during an evaluation
         self._directory = Path(directory) if directory is not None else None
         self._device = _checked_device(device)
 
@@ -202,7 +205,6 @@ class MergeCallback(EvaluationCallback):
         if self._auto is not None:
             self._auto.check(merged)
 
-    @override
     def install(self, module: nn.Module) -> None:
         """Put the merged weights into a module, to stay.
 
@@ -260,10 +262,17 @@ class MergeCallback(EvaluationCallback):
             self._choose_scale(self._auto, trainer, pl_module)
 
     @override
-    def begin_evaluation(self, module: nn.Module) -> None:
-        if self.tasks:
-            self._settle(module)
-        super().begin_evaluation(module)
+    def begin_evaluation(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        _check_average(trainer)
+        self._settle(pl_module)
+        self._trained = copies(trained_parameters(pl_module) | floating_buffers(pl_module))
+        self.install(pl_module)
+
+    @override
+    def end_evaluation(self, pl_module: L.LightningModule) -> None:
+        if self._trained is not None:
+            install(trained_parameters(pl_module) | floating_buffers(pl_module), self._trained)
+            self._trained = None
 
     @override
     def task_state(self) -> dict[str, Any]:
@@ -316,6 +325,19 @@ class MergeCallback(EvaluationCallback):
             install(floating_buffers(module), self._buffers.base)
         elif self.start == "merged":
             self.install(module)
+
+
+def _check_average(trainer: L.Trainer) -> None:
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for other in callbacks:
+        # From its fit on, it swaps weights in every validation, after this hook.
+        validating = trainer.state.fn == TrainerFn.VALIDATING
+        if validating and isinstance(other, WeightAveraging) and other._average_model is not None:
+            raise InputError(
+                f"{type(other).__name__} would validate its average instead of what MergeCallback "
+                "puts in; validate with a new Trainer without it: "
+                "L.Trainer(callbacks=[the MergeCallback])"
+            )
 
 
 def _checked_device(device: str | torch.device | None) -> torch.device | None:

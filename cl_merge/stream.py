@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -244,9 +244,7 @@ class TaskStream(L.LightningDataModule):
         Lightning tells the sampler the epoch; in a loop of one's own, say
         ``loader.sampler.set_epoch(epoch)``.
         """
-        images = sum(len(task.train) for task in self.tasks)
-        if self._use_cache(lambda: self._train.decoded_bytes(images)):
-            self._train.keep_decoded(self.task.train)
+        self._keep_decoded()
         dataset = ImageDataset(
             self._train,
             self.task.train,
@@ -272,7 +270,7 @@ class TaskStream(L.LightningDataModule):
         """Load the test images of every task, each exactly once over all processes."""
         if self._test_samples is None:
             self._test_samples = self._prepare_test()
-        return self._evaluation_loader(self._test_samples)
+        return self._test_loader(self._test_samples)
 
     def held_out_dataloader(self) -> DataLoader[Sample]:
         """Load the held-out training images of all tasks up to the current one, as if for a test.
@@ -304,9 +302,7 @@ class TaskStream(L.LightningDataModule):
             A loader that shows each image exactly once over all processes, in a fixed order, with
             the transform of the tests.
         """
-        images = sum(len(task.train) for task in self.tasks)
-        if self._use_cache(lambda: self._train.decoded_bytes(images)):
-            self._train.keep_decoded(self.task.train)
+        self._keep_decoded()
         return self._own_loader(self._as_test(self.task.train, self.task.index))
 
     @override
@@ -360,46 +356,53 @@ class TaskStream(L.LightningDataModule):
         )
 
     def _shuffled(self, dataset: ImageDataset) -> StreamSampler:
-        trainer = self.trainer
+        rank, world = self._place()
         return StreamSampler(
-            dataset,
-            seed=self._seed,
-            task=self.task.index,
-            num_replicas=trainer.world_size if trainer else 1,
-            rank=trainer.global_rank if trainer else 0,
+            dataset, seed=self._seed, task=self.task.index, num_replicas=world, rank=rank
         )
+
+    def _keep_decoded(self) -> None:
+        """Decode the current task's training images once, if those of all tasks fit in memory."""
+        images = sum(len(task.train) for task in self.tasks)
+        if self._use_cache(lambda: self._train.decoded_bytes(images)):
+            self._train.keep_decoded(self.task.train)
 
     def _own_loader(self, samples: Dataset[Sample]) -> DataLoader[Sample]:
         """Load what this process's share is, of fewer images than processes too."""
-        trainer = self.trainer
-        world = trainer.world_size if trainer else 1
-        share = range(trainer.global_rank if trainer else 0, len(samples), world)  # type: ignore[arg-type]
+        rank, world = self._place()
+        share = range(rank, len(samples), world)  # type: ignore[arg-type]
         return self._evaluation_loader(samples, share if world > 1 else None)
 
+    def _test_loader(self, samples: Dataset[Sample]) -> DataLoader[Sample]:
+        """Load what `Trainer` tests on; it would pad the shards with repeated images."""
+        rank, world = self._place()
+        if world == 1:
+            return self._evaluation_loader(samples, None)
+        return self._evaluation_loader(
+            samples,
+            UnrepeatedDistributedSampler(samples, num_replicas=world, rank=rank, shuffle=False),
+        )
+
     def _evaluation_loader(
-        self, samples: Dataset[Sample], share: range | None = None
+        self, samples: Dataset[Sample], sampler: Iterable[Any] | None
     ) -> DataLoader[Sample]:
-        trainer = self.trainer
-        world = trainer.world_size if trainer else 1
         parts = samples.datasets if isinstance(samples, ConcatDataset) else [samples]
         in_memory = all(isinstance(part, TensorSamples) for part in parts)
         return DataLoader(
             samples,
             batch_size=self.batch_size,
-            # Lightning would pad the shards of a test set with repeated images.
-            sampler=share
-            if share is not None
-            else UnrepeatedDistributedSampler(
-                samples, num_replicas=world, rank=trainer.global_rank, shuffle=False
-            )
-            if world > 1 and trainer
-            else None,
+            sampler=sampler,
             num_workers=0 if in_memory else self.num_workers,
             pin_memory=torch.cuda.is_available(),
             # A generator of its own: to make an iterator draws a number, and that must not come
             # from the global generator, or an evaluation would change the training after it.
             generator=torch.Generator().manual_seed(self._seed),
         )
+
+    def _place(self) -> tuple[int, int]:
+        """This process's rank, and how many there are."""
+        trainer = self.trainer
+        return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
 
     def _prepare_held_out(self, task: Task) -> ImageDataset | TensorSamples:
         dataset = self._as_test(task.held_out, task.index)

@@ -611,7 +611,9 @@ def test_a_batch_that_is_no_pair_is_told():
             return super().training_step((batch["image"],), 0)
 
     rows = [{"image": image} for image in images_of(0)[0]]
-    message = r"^cannot tell images from labels in a batch of type dict; give ClassStatistics\(feat"
+    message = (
+        r"^ClassStatistics cannot tell inputs from targets in a batch of type dict; give ClassSt"
+    )
     with pytest.raises(InputError, match=message):
         trainer_of(ClassStatistics()).fit(Alone(), DataLoader(rows, batch_size=8))
 
