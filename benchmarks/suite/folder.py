@@ -68,7 +68,7 @@ def remember(suite: Suite, folder: Path) -> None:
         temporary.write_text(to_yaml(suite))
 
 
-def read_folder(folder: Path) -> Suite:
+def read_folder(folder: str | Path) -> Suite:
     """Read what a suite's folder was asked for.
 
     Args:
@@ -80,12 +80,13 @@ def read_folder(folder: Path) -> Suite:
     Raises:
         InputError: If it is no folder of a suite.
     """
-    if not (folder / SUITE).exists():
+    file = Path(folder) / SUITE
+    if not file.exists():
         raise InputError(
             f"'{folder}' is no folder of a suite (no {SUITE}) nor of a finished run (no "
             "results.json)"
         )
-    return find_suite(str(folder / SUITE))
+    return find_suite(str(file))
 
 
 def _check_same(before: Suite, now: Suite, folder: Path) -> None:
