@@ -9,6 +9,10 @@ import pytest
 # No test may wait for a hub; read by the hub's client when it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# Tests side by side share the cores; read by torch when it is imported, and by what tests start.
+_SIDE_BY_SIDE = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _SIDE_BY_SIDE)))
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:

@@ -113,9 +113,13 @@ def device(browser, width=1440, theme="light"):
 
 @pytest.fixture
 def page(browser, folder):
+    from selenium.webdriver.support.ui import WebDriverWait
+
     device(browser)
     browser.get("about:blank")
     browser.get((folder / "report.html").as_uri())
+    # On a busy machine the driver may come back before the page's script has run.
+    WebDriverWait(browser, 30).until(lambda found: button(found, 0))
     return browser
 
 
@@ -159,7 +163,8 @@ def texts(browser, column):
 def button(browser, column):
     """What sorts by a column; -1 is that of the methods."""
     selector = "#by-method .sort" if column < 0 else "#results th.by .sort"
-    return browser.find_elements("css selector", selector)[max(column, 0)]
+    found = browser.find_elements("css selector", selector)
+    return found[max(column, 0)] if found else None
 
 
 def directions(browser):
