@@ -31,23 +31,15 @@ def show_plan(
         folder: Where it would write.
         seconds: What each job would take here, by its place; None where that is not known.
     """
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    table.add_column("run", no_wrap=True)
-    table.add_column("state", no_wrap=True)
-    table.add_column("about", justify="right", no_wrap=True)
-    table.add_column("methods", ratio=1, no_wrap=True, overflow="ellipsis")
-    left, unknown = 0.0, False
+    rows, left, unknown = [], 0.0, False
     for job in jobs:
         state, time = state_of(job, folder), seconds[job.place]
         if state != DONE:
             left += time or 0.0
             unknown |= time is None
         shown = "" if state == DONE else "?" if time is None else duration(time)
-        colour = {DONE: "green", FAILED: "red"}.get(state, "")
-        table.add_row(
-            job.place, f"[{colour}]{state}[/]" if colour else state, shown, ", ".join(job.methods)
-        )
-    console.print(table)
+        rows.append((job.place, state, shown, ", ".join(job.methods)))
+    console.print(_plan_table(rows))
     cells = len(suite.settings) * len(suite.shown) * len(suite.seeds)
     done = sum(state_of(job, folder) == DONE for job in jobs)
     console.print(
@@ -57,6 +49,19 @@ def show_plan(
         "time",
         soft_wrap=True,
     )
+
+
+def _plan_table(rows: Sequence[tuple[str, str, str, str]]) -> Table:
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    # Only the methods wrap: what cannot, rich leaves whole as long as anything else gives way.
+    table.add_column("run", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    table.add_column("about", justify="right", no_wrap=True)
+    table.add_column("methods", overflow="fold")
+    for run, state, about, methods in rows:
+        colour = {DONE: "green", FAILED: "red"}.get(state, "")
+        table.add_row(run, f"[{colour}]{state}[/]" if colour else state, about, methods)
+    return table
 
 
 def show_begin(console: Console, suite: Suite, jobs: int, left: int, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 
@@ -71,6 +72,17 @@ def test_a_dry_run_writes_nothing_and_tells_states_and_times(filled, tmp_path, c
     assert sorted(f for f in out.rglob("*")) == before
     assert bench(suite, tmp_path / "elsewhere", "--data", "digits", "--dry-run") == 0
     assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("width", ["60", "80", "115"])
+def test_a_dry_run_shows_state_and_time_beside_any_number_of_methods(
+    width, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("COLUMNS", width)
+    assert bench("offline", tmp_path / "none", "--data", "digits", "--dry-run") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"digits-5/seed0/sequential new \d+ (s|min) magmax,", said)
+    assert "digits-5/seed0/ewc new" in said
 
 
 def test_the_folder_holds_the_report_and_the_table_in_all_forms(filled, capsys):
