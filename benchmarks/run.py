@@ -14,6 +14,7 @@ from cl_merge.benchmarks.catalog import find_data
 from cl_merge.benchmarks.epochs import task_epochs
 from cl_merge.benchmarks.folder import RunFolder
 from cl_merge.benchmarks.loading import load_parts
+from cl_merge.benchmarks.loggers import check_loggers
 from cl_merge.benchmarks.methods import (
     LEARNING_COST,
     TRAININGS,
@@ -255,6 +256,7 @@ def make_merger(config: RunConfig, method: Method) -> tuple[Merger, Any]:
 
 def _try_settings(config: RunConfig, method: Method) -> None:
     """Make once what the run will make for every task, so that wrong settings show at once."""
+    check_loggers(config)
     _try_beside(config, methods_beside(config.method, config.compare))
     try:
         L.Trainer(**config.trainer | {"logger": False, "enable_checkpointing": False})

@@ -16,7 +16,7 @@ from cl_merge.config import RunConfig, parse_arguments, read_config, read_yaml
 from cl_merge.errors import InputError
 
 # Settings that change nothing in what a run finds; everything else is fixed once it has begun.
-_FREE = {"out", "source", "checkpoint_seconds", "stream.num_workers", "stream.cache"}
+_FREE = {"out", "source", "checkpoint_seconds", "stream.num_workers", "stream.cache", "loggers"}
 _BESIDE = "merge.beside."
 
 
@@ -81,6 +81,7 @@ def check_same_run(config: RunConfig, saved: Path) -> None:
         joins = key == "compare" and former <= wanted
         return (
             key in {*_FREE, _BESIDE.rstrip(".")}
+            or key.startswith("loggers.")
             or joins
             or (beside is not None and beside not in merging)
         )
@@ -117,8 +118,15 @@ def finished_methods(folder: Path) -> set[str]:
 
     Returns:
         Their names; none if no run has finished there.
+
+    Raises:
+        InputError: If its results are damaged.
     """
-    return set((read_json(folder / "results.json") or {}).get("methods", {}))
+    file = folder / "results.json"
+    methods = (read_json(file) or {}).get("methods", {})
+    if not isinstance(methods, Mapping):
+        raise InputError(f"'{file}' is damaged: methods is no object; restore it, or delete it")
+    return set(methods)
 
 
 def _with_whole_paths(config: RunConfig) -> RunConfig:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from cl_merge.benchmarks.epochs import task_epochs
 from cl_merge.benchmarks.methods import Training
 from cl_merge.benchmarks.run import Run
+from cl_merge.benchmarks.run_log import RunLog
 from cl_merge.scenario import Task
 
 # What of the trainer's arguments also holds for evaluations outside a fit.
@@ -27,28 +26,33 @@ _WHERE_IT_RUNS = (
 )
 
 
-def training_trainer(run: Run, training: Training, task: Task) -> L.Trainer:
+def training_trainer(
+    run: Run, training: Training, task: Task, log: RunLog | None = None
+) -> L.Trainer:
     """Make the trainer of a task.
 
     Args:
         run: The run.
         training: How it trains.
         task: The task.
+        log: The log of the run; None to log nothing.
 
     Returns:
-        A trainer that logs into the run's folder and keeps no checkpoints of its own.
+        A trainer that logs there and keeps no checkpoints of its own.
     """
+    logger, callbacks = log.of_task(training, task) if log and log.on else (False, [])
     defaults: dict[str, Any] = {
         "enable_checkpointing": False,
         "enable_model_summary": False,
         "log_every_n_steps": 10,
-        "logger": _loggers(run, training, task),
+        "callbacks": callbacks,
         "default_root_dir": str(run.folder.path),
     }
     given = dict(run.config.trainer)
     if not training.joint:
         given["max_epochs"] = task_epochs(run.config, len(run.stream.tasks))[task.index]
-    return L.Trainer(**defaults | given | {"enable_progress_bar": False})
+    # `trainer.logger` has been read with the loggers of the run.
+    return L.Trainer(**defaults | given | {"logger": logger, "enable_progress_bar": False})
 
 
 def evaluation_trainer(
@@ -72,17 +76,3 @@ def evaluation_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-
-
-def _loggers(run: Run, training: Training, task: Task) -> list[Logger]:
-    # One folder for each stretch of a task: a CSV log that is opened again deletes what it held.
-    folder, name = run.folder.path / "logs", f"task{task.index}"
-    stretch, version = 1, name
-    while (folder / training.name / version).exists():
-        stretch += 1
-        version = f"{name}-{stretch}"
-    place: dict[str, Any] = {"save_dir": folder, "name": training.name, "version": version}
-    loggers: list[Logger] = [CSVLogger(**place)]
-    if importlib.util.find_spec("tensorboard"):
-        loggers.append(TensorBoardLogger(**place, default_hp_metric=False))
-    return loggers

@@ -12,6 +12,7 @@ from cl_merge.benchmarks.latecomers import evaluate_latecomers
 from cl_merge.benchmarks.methods import TRAININGS, Method, Training
 from cl_merge.benchmarks.progress import RunProgress
 from cl_merge.benchmarks.run import Run, make_merger, make_regularizer, merge_callback
+from cl_merge.benchmarks.run_log import RunLog, open_log
 from cl_merge.benchmarks.statistics import learn_task, statistics_of
 from cl_merge.benchmarks.trainers import training_trainer
 from cl_merge.callbacks import ClassStatistics, MergeCallback
@@ -34,11 +35,15 @@ def run_stream(run: Run, progress: RunProgress, tell: Tell | None = None) -> Non
         run: A run that has been started.
         progress: Shows how far it is.
         tell: Called after each task of each training.
+
+    Raises:
+        InputError: If something that the run logs to is unknown, not installed or cannot be opened.
     """
-    with measured() as run.cost:
+    with open_log(run) as log, measured() as run.cost:
         _evaluate_zero_shot(run, progress)
+        log.evaluation("zero-shot", 0)
         for name, methods in run.trainings.items():
-            _train(run, TRAININGS[name], methods, progress, tell)
+            _train(run, TRAININGS[name], methods, progress, log, tell)
     run.cost.seconds += run.folder.seconds_before
 
 
@@ -57,6 +62,7 @@ def _train(
     training: Training,
     methods: list[Method],
     progress: RunProgress,
+    log: RunLog,
     tell: Tell | None,
 ) -> None:
     """Train the stream once; evaluate after each task every method that shares this training."""
@@ -91,6 +97,9 @@ def _train(
     statistics = statistics_of(run, stream, methods, progress)
     note_scales()
     evaluate_latecomers(run, stream, training, methods, statistics, progress)
+    for method in methods:
+        for row in sorted(run.matrices[method.name].rows):
+            log.evaluation(method.name, row)
     if (costs := run.folder.finished_training(training.name)) is not None:
         run.costs[training.name] = costs
         return
@@ -98,7 +107,7 @@ def _train(
 
     def make_trainer(task: Task) -> L.Trainer:
         progress.describe(f"{_place(run, task.index)}, {training.name}")
-        return training_trainer(run, training, task)
+        return training_trainer(run, training, task, log)
 
     def after_task(end: TaskEnd) -> None:
         if mergers:
@@ -119,6 +128,7 @@ def _train(
             if end.task.index in rows:
                 progress.describe(f"{place}, evaluating {method.name}", method.encoders)
                 fill_row(run, stream, method.name, progress, merging, voting)
+                log.evaluation(method.name, stream.row)
         if tell is not None:
             tell(run, training, end)
 

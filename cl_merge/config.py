@@ -5,21 +5,29 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cl_merge.errors import InputError, nearest, unknown_name
+from cl_merge.errors import InputError, listing, nearest, unknown_name
 from cl_merge.quantize import STORES
 from cl_merge.scales import Scales
 
 EVALUATE = ("every", "last")
 
+LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
+
 # The share of the training images that are held out if nothing is said and a scale is to be chosen.
 HELD_OUT = 0.1
+
+# Of Lightning's `seed_everything`, which seeds numpy too.
+_LARGEST_SEED = 2**32 - 1
+
+# A value that cannot be read is part of a message; this much of it will do.
+_LONGEST = 300
 
 
 def _key(default: object, about: str) -> Any:
@@ -137,6 +145,9 @@ class RunConfig:
     out: str | None = _key(None, "folder of the run, which goes on there; null: a new one in runs/")
     epochs: Any = _key(None, "epochs of each task, a list; null: trainer.max_epochs for all")
     checkpoint_seconds: float = _key(60.0, "least time between checkpoints, at ends of epochs")
+    loggers: Any = _key(
+        None, "csv, tensorboard, wandb, mlflow: one, a list, or options by name; null: first two"
+    )
     stream: StreamConfig = _key(StreamConfig, "the tasks")
     optimizer: OptimizerConfig = _key(OptimizerConfig, "AdamW, started afresh for every task")
     merge: MergeConfig = _key(MergeConfig, "options of the method")
@@ -223,11 +234,51 @@ def read_config(
     for source, layer in layers:
         _check_keys(layer, source)
         config = _merged(config, layer, source)
-    found: Any = OmegaConf.to_object(config)
+    try:
+        found: Any = OmegaConf.to_object(config)
+    # What is only known now: a value left out as ???, or a reference to a key that there is not.
+    except OmegaConfBaseException as error:
+        raise InputError(f"{error.full_key}: {_first_line(error)}") from error
+    _check_sizes(asdict(found))
     _check_values(found)
     if found.stream.held_out is None:
         found.stream.held_out = HELD_OUT if found.merge.scale == "auto" else 0.0
     return found  # type: ignore[no-any-return]
+
+
+def logger_options(loggers: Any) -> dict[str, dict[str, Any]] | None:
+    """Read what ``loggers`` says.
+
+    Args:
+        loggers: A name, a list of names, a mapping from names to options of Lightning's loggers;
+            False for none.
+
+    Returns:
+        For each logger its options; None if nothing is said.
+
+    Raises:
+        InputError: If a name is unknown, or it is something else.
+
+    Example:
+        >>> logger_options(["csv", "wandb"])
+        {'csv': {}, 'wandb': {}}
+    """
+    if loggers is None:
+        return None
+    if isinstance(loggers, Mapping):
+        found = {str(name): options for name, options in loggers.items()}
+    elif isinstance(loggers, (list, tuple)):
+        found = {str(name): None for name in loggers}
+    elif isinstance(loggers, str) or loggers is False:
+        found = {loggers: None} if loggers else {}
+    else:
+        raise InputError(f"loggers={loggers}; expected a name, a list of names, or false")
+    for name, options in found.items():
+        if name not in LOGGERS:
+            raise unknown_name("logger", name, LOGGERS)
+        if options is not None and not isinstance(options, Mapping):
+            raise InputError(f"loggers.{name}={options}; expected options of the logger, by name")
+    return {name: dict(options or {}) for name, options in found.items()}
 
 
 def parse_arguments(arguments: Sequence[str]) -> DictConfig:
@@ -305,12 +356,13 @@ def _typed(word: str) -> str:
 
 def _check_keys(layer: DictConfig, origin: str) -> None:
     known = described_keys()
-    for key in map(str, layer):
-        inner = layer[key]
+    # Not resolved: what a value refers to may be in another layer.
+    tree: Any = OmegaConf.to_container(layer, resolve=False)
+    for key, inner in tree.items():
         # What is within a setting that is itself a mapping is not known here: the arguments of
         # Lightning's Trainer, for one, are checked against the Trainer itself.
         group = any(name.startswith(f"{key}.") for name in known)
-        nested = isinstance(inner, DictConfig) and group
+        nested = isinstance(inner, dict) and group
         for name in [f"{key}.{k}" for k in inner] if nested else [key]:
             if name not in known:
                 raise InputError(f"{origin}: unknown key '{name}'{nearest(name, known)}")
@@ -319,9 +371,37 @@ def _check_keys(layer: DictConfig, origin: str) -> None:
 def _merged(config: DictConfig, layer: DictConfig, origin: str) -> DictConfig:
     try:
         return OmegaConf.merge(config, layer)  # type: ignore[return-value]
+    except TypeError as error:
+        raise InputError(
+            f"{origin}: a list stands where keys and values are expected, or the other way round "
+            f"({_misplaced(config, layer)})"
+        ) from error
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if error.full_key else ""
         raise InputError(f"{origin}: {where}{_first_line(error)}") from error
+
+
+def _misplaced(config: DictConfig, layer: DictConfig) -> str:
+    """Name the keys that cannot be merged for being a list or a mapping."""
+    names = []
+    for key, value in OmegaConf.to_container(layer, resolve=False).items():  # type: ignore[union-attr]
+        try:
+            OmegaConf.merge(config, OmegaConf.create({key: value}))
+        except TypeError:
+            names.append(str(key))
+    return listing(names)
+
+
+def _check_sizes(value: Any, name: str = "") -> None:
+    """Make sure that whole numbers are such as torch can take and messages can show."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _check_sizes(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list):
+        for inner in value:
+            _check_sizes(inner, name)
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        raise InputError(f"{name}: a number of {value.bit_length()} bits; expected at most 63")
 
 
 def _check_values(config: RunConfig) -> None:
@@ -336,6 +416,7 @@ def _check_values(config: RunConfig) -> None:
                 f"unknown key 'trainer.{key}'{hint} It is no argument of Lightning's Trainer"
             )
     _check_merge(config.merge)
+    logger_options(config.loggers)
     if config.evaluate not in EVALUATE:
         raise unknown_name("value of evaluate", config.evaluate, EVALUATE)
     if config.stream.batch_size < 1:
@@ -344,6 +425,8 @@ def _check_values(config: RunConfig) -> None:
         raise InputError(f"checkpoint_seconds={config.checkpoint_seconds}; expected 0 or more")
     if config.seed < 0:
         raise InputError(f"seed={config.seed}; expected 0 or more")
+    if config.seed > _LARGEST_SEED:
+        raise InputError(f"seed={config.seed}; expected at most {_LARGEST_SEED}")
 
 
 def _check_merge(merge: MergeConfig) -> None:
@@ -362,4 +445,8 @@ def _check_merge(merge: MergeConfig) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    # The reader of YAML says first what it was doing, then what is wrong and where.
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    text = f"{problem}, line {mark.line + 1}" if problem and mark else str(error).strip()
+    line = text.splitlines()[0] if text else type(error).__name__
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 1]}…"

@@ -62,8 +62,8 @@ def test_the_folder_holds_what_it_should(whole):
             for task in (0, 1)
         ),
     } <= found
-    rows = list(csv.DictReader((whole / "logs/sequential/task1/metrics.csv").open()))
-    assert any(row["loss"] for row in rows)
+    rows = list(csv.DictReader((whole / "logs/csv/metrics.csv").open()))
+    assert any(row["train/sequential/loss"] for row in rows)
     for name in ("accuracy_matrix.png", "accuracy_by_task.png"):
         assert np.asarray(Image.open(whole / name)).std() > 10
     assert not [name for name in found if name.endswith(".tmp")]
