@@ -33,7 +33,7 @@ class Place:
         start: Index of the chunk's first element in the flattened parameter.
         task: Index of the task, from 0.
         survey: What `Merger.survey` returned for this task.
-        importance: How much each element matters, float32 [n], for mergers that are `weighted`.
+        importance: How much each element matters, float32 [n], for mergers that are ``weighted``.
     """
 
     name: str

@@ -15,7 +15,7 @@ from cl_merge.mergers.task_arithmetic import TaskArithmetic
 class Consensus(StackMerger):
     """Keep of the sum over tasks the elements that at least some number of tasks use.
 
-    A task uses an element if its TALL mask has it: |τ_t| > λ |τ - τ_t|, where τ is the sum over
+    A task uses an element if its TALL mask has it: ``|τ_t| > λ |τ - τ_t|``, where τ is the sum over
     tasks. Elements that one task alone uses, and those that none does, are set to zero. With fewer
     tasks than `least`, an element must be used by all of them.
 

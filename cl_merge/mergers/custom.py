@@ -56,10 +56,10 @@ def merge_method(
 ) -> Callable[[Function], type[StackMerger]]:
     """Make a method of a function that merges the values of all tasks at once.
 
-    The function becomes a class of `Merger`, to be called for a merger: `MergeCallback(median())`.
-    It is known by its name from then on: `merge(vectors, "median")`. The command line and a config
-    find it by its place, ``path/to/file.py:median`` or ``package.module:median``, and run the code
-    in that file.
+    The function becomes a class of `Merger`, to be called for a merger:
+    ``MergeCallback(median())``. It is known by its name from then on: ``merge(vectors, "median")``.
+    The command line and a config find it by its place, ``path/to/file.py:median`` or
+    ``package.module:median``, and run the code in that file.
 
     With ``unit="element"`` the function is given any stretch of a parameter, on several threads at
     once, so that the value of an element may depend on the tasks' values of that element alone.
