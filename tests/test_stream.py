@@ -122,9 +122,9 @@ def test_splitting_fifty_thousand_images_decodes_none_and_takes_well_under_a_sec
     monkeypatch.setattr(
         datasets.Image, "decode_example", lambda *_, **__: pytest.fail("an image was decoded")
     )
-    begin = time.perf_counter()
+    begin = time.process_time()  # what else the machine does is nothing to it
     stream = TaskStream({"train": rows, "test": rows}, tasks=50, images_per_class=300)
-    assert time.perf_counter() - begin < 1.0
+    assert time.process_time() - begin < 1.0
     assert sum(len(task.train) for task in stream.tasks) == 30_000
 
 
