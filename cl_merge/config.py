@@ -389,6 +389,8 @@ def _misplaced(config: DictConfig, layer: DictConfig) -> str:
             OmegaConf.merge(config, OmegaConf.create({key: value}))
         except TypeError:
             names.append(str(key))
+        except OmegaConfBaseException:  # wrong in another way
+            continue
     return listing(names)
 
 
