@@ -21,6 +21,7 @@ from cl_merge.benchmarks.epochs import task_epochs
 from cl_merge.benchmarks.loggers import About, Row, check_loggers, open_books
 from cl_merge.benchmarks.methods import TRAININGS, Training
 from cl_merge.benchmarks.run import Run
+from cl_merge.benchmarks.settings import flat
 from cl_merge.journal import Journal, is_first_process
 from cl_merge.metrics import AccuracyMatrix
 from cl_merge.scenario import Task
@@ -308,12 +309,4 @@ def _settings(run: Run) -> dict[str, Any]:
     """The settings by the names that they have on the command line."""
     # Where it logs to is no setting of what is logged, and may name a server with a password.
     tree = {key: value for key, value in asdict(run.config).items() if key != "loggers"}
-    return _flat(tree)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        inner = _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else None
-        found |= inner or {f"{prefix}{key}": value}
-    return found
+    return flat(tree)

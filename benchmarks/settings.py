@@ -68,9 +68,7 @@ def check_same_run(config: RunConfig, saved: Path) -> None:
         InputError: If a setting that matters differs; names it.
     """
     container: Any = OmegaConf.to_container(read_yaml(saved))
-    before, now = (
-        _flat(asdict(c)) for c in (read_config([], container, origin=str(saved)), config)
-    )
+    before, now = (flat(asdict(c)) for c in (read_config([], container, origin=str(saved)), config))
     of_before, of_now = (methods_beside(c["method"], c["compare"]) for c in (before, now))
     former, wanted = ({method.name for method in methods} for methods in (of_before, of_now))
     merging = {method.plain.name for method in of_before}
@@ -139,9 +137,22 @@ def _with_whole_paths(config: RunConfig) -> RunConfig:
     return config
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Bring nested settings to one level.
+
+    Args:
+        tree: The settings.
+        prefix: What stands before each name.
+
+    Returns:
+        The values by the names that they have on the command line; an empty mapping is a value.
+
+    Example:
+        >>> flat({"seed": 0, "stream": {"tasks": 5}})
+        {'seed': 0, 'stream.tasks': 5}
+    """
     found: dict[str, Any] = {}
     for key, value in tree.items():
-        inner = _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else None
+        inner = flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else None
         found |= inner if inner else {prefix + key: value}
     return found
