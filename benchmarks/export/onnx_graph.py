@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from cl_merge.benchmarks.export.comparing import check_same
-from cl_merge.benchmarks.export.network import Network
 from cl_merge.benchmarks.export.torch_program import traced
 from cl_merge.benchmarks.finished import FinishedRun, Restored
 
@@ -38,20 +37,20 @@ def write(restored: Restored, folder: Path) -> None:
     Raises:
         InputError: If what was written gives other logits.
     """
-    network, size = Network(restored), restored.clip.image_size
-    program = traced(network, size)
-    bytes_of_weights = sum(t.numel() * t.element_size() for t in network.state_dict().values())
+    program = traced(restored)
+    size = sum(t.numel() * t.element_size() for t in program.state_dict.values())
+    beside = size > _ONE_FILE
     with _quiet():
         graph = torch.onnx.export(
             program,
             input_names=["images"],
             output_names=["logits"],
             dynamo=True,
-            external_data=bytes_of_weights > _ONE_FILE,
+            external_data=beside,
             verbose=False,
         )
     assert graph is not None  # noqa: S101 - so with dynamo
-    graph.save(folder / FILE, external_data=bytes_of_weights > _ONE_FILE)
+    graph.save(folder / FILE, external_data=beside)
     check_same("onnx", _session(folder / FILE), restored)
 
 

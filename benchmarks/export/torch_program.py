@@ -28,21 +28,20 @@ def write(restored: Restored, folder: Path) -> None:
     Raises:
         InputError: If what was written gives other logits.
     """
-    network, size = Network(restored), restored.clip.image_size
-    torch.export.save(traced(network, size), folder / FILE)
+    torch.export.save(traced(restored), folder / FILE)
     again = torch.export.load(folder / FILE).module()
     check_same("torch", again, restored)
 
 
-def traced(network: Network, size: int) -> torch.export.ExportedProgram:
-    """Write down what a network computes, for any number of images.
+def traced(restored: Restored) -> torch.export.ExportedProgram:
+    """Write down what the classifier computes, for any number of images.
 
     Args:
-        network: The network.
-        size: Height and width of its images, in pixels.
+        restored: The model of a finished run.
 
     Returns:
-        The program.
+        The program, from images to logits.
     """
+    images = probe(restored.clip.image_size)
     batch = {"images": {0: torch.export.Dim.DYNAMIC}}
-    return torch.export.export(network, (probe(size),), dynamic_shapes=batch)
+    return torch.export.export(Network(restored), (images,), dynamic_shapes=batch)
