@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import secrets
+import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -62,6 +63,30 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             raise
         if os.name == "posix":  # elsewhere folders cannot be opened, and need not be
             flush_to_disk(path.parent)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Make a folder whose name appears in one step, when everything is in it.
+
+    What the block writes must have reached the disk when it ends; the folder around `path` is the
+    caller's to flush.
+
+    Args:
+        path: Where the folder shall be; an empty one may be there.
+
+    Yields:
+        The folder meanwhile, beside it; removed if the block raises.
+    """
+    hidden = hidden_name(path)
+    hidden.mkdir()
+    try:
+        yield hidden
+        flush_to_disk(hidden)
+        os.rename(hidden, path)  # also onto an empty folder
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)
+        raise
 
 
 @contextmanager

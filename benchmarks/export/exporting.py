@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from cl_merge.benchmarks.export.beside import write_beside
 from cl_merge.benchmarks.export.card import write_card
-from cl_merge.benchmarks.export.folder import whole_folder
+from cl_merge.benchmarks.export.folder import export_folder
 from cl_merge.benchmarks.finished import FinishedRun, read_run, restore
 from cl_merge.errors import InputError, unknown_name
 
@@ -21,31 +21,23 @@ class Format(NamedTuple):
         module: The module of this package that does it; imported when it is asked for. Its
             ``reason`` says why a run's model cannot be written, None if it can; its ``write``
             writes a restored model into a folder and compares what it wrote with it.
-        about: One line for people.
         votes: Whether it can hold class statistics that vote beside the text head.
         needs: Packages that are not installed with this one.
         extra: The extra that brings them.
     """
 
     module: str
-    about: str
     votes: bool = False
     needs: tuple[str, ...] = ()
     extra: str = ""
 
 
 FORMATS: dict[str, Format] = {
-    "open_clip": Format("open_clip_folder", "image and text tower, for open_clip"),
-    "huggingface": Format(
-        "huggingface_folder",
-        "image and text tower, for transformers' CLIPModel",
-        needs=("transformers",),
-        extra="export",
-    ),
-    "torch": Format("torch_program", "images to logits, for torch alone", votes=True),
+    "open_clip": Format("open_clip_folder"),
+    "huggingface": Format("huggingface_folder", needs=("transformers",), extra="export"),
+    "torch": Format("torch_program", votes=True),
     "onnx": Format(
         "onnx_graph",
-        "images to logits, for ONNX runtimes",
         votes=True,
         needs=("onnx", "onnxscript", "onnxruntime"),
         extra="export",
@@ -84,7 +76,7 @@ def export(folder: str | Path, form: str, output: str | Path, *, method: str | N
     run = read_run(folder, method)
     _check_possible(run, form)
     _check_installed(form)
-    with whole_folder(output, run.path) as temporary:
+    with export_folder(output, run.path) as temporary:
         restored = restore(run)
         _module(form).write(restored, temporary)
         classes = write_beside(restored, temporary)

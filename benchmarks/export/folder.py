@@ -1,20 +1,19 @@
-"""A folder that is there whole or not at all."""
+"""Where an export goes: a new folder, there whole or not at all."""
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from cl_merge.checkpoints.output import check_output
 from cl_merge.errors import InputError
-from cl_merge.files import flush_to_disk, hidden_name, storage_errors
+from cl_merge.files import flush_to_disk, storage_errors, whole_folder
 
 
 @contextmanager
-def whole_folder(output: str | Path, source: Path) -> Iterator[Path]:
+def export_folder(output: str | Path, source: Path) -> Iterator[Path]:
     """Make a folder whose name appears when everything is in it.
 
     Args:
@@ -35,15 +34,8 @@ def whole_folder(output: str | Path, source: Path) -> Iterator[Path]:
     place = Path(os.path.realpath(path))
     with storage_errors(path):
         place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = hidden_name(place)
-        temporary.mkdir()
-    try:
-        with storage_errors(path):
+        with whole_folder(place) as temporary:
             yield temporary
             for file in sorted(temporary.rglob("*")):
                 flush_to_disk(file)
-            flush_to_disk(temporary)
-            os.rename(temporary, place)  # also onto an empty folder
-            flush_to_disk(place.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        flush_to_disk(place.parent)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,7 +25,7 @@ from cl_merge.checkpoints.output import check_output, is_file
 from cl_merge.checkpoints.unnamed import UnnamedFile
 from cl_merge.checkpoints.weights import Weights
 from cl_merge.errors import InputError
-from cl_merge.files import flush_to_disk, hidden_name, storage_errors
+from cl_merge.files import flush_to_disk, storage_errors, whole_folder
 
 _LONGEST_HEADER = 100_000_000  # what readers of safetensors accept
 
@@ -97,7 +96,9 @@ def write_weights(
             if is_file(path):
                 parts[path.name].publish(place, overwrite)
             else:
-                _publish_folder(parts, place)
+                with whole_folder(place) as hidden:
+                    for name, part in parts.items():
+                        part.publish(hidden / name, replace=False)
             flush_to_disk(place.parent)
 
 
@@ -250,17 +251,3 @@ def _new_file(files: ExitStack, place: Path, name: str, size: int) -> UnnamedFil
     file = UnnamedFile(place.parent, name, size)
     files.callback(file.discard)
     return file
-
-
-def _publish_folder(parts: Mapping[str, UnnamedFile], place: Path) -> None:
-    """Make a folder of files that have no names yet, in one step."""
-    hidden = hidden_name(place)
-    hidden.mkdir()
-    try:
-        for name, part in parts.items():
-            part.publish(hidden / name, replace=False)
-        flush_to_disk(hidden)
-        os.rename(hidden, place)  # also onto an empty folder
-    except BaseException:
-        shutil.rmtree(hidden, ignore_errors=True)
-        raise
