@@ -21,6 +21,7 @@ from cl_merge.callbacks.features import (
     sum_over_processes,
 )
 from cl_merge.callbacks.merge import MergeCallback
+from cl_merge.callbacks.task import attached, stands_behind
 from cl_merge.callbacks.text_head import (
     needed_text_head,
     number_of_classes,
@@ -257,8 +258,7 @@ class ClassStatistics(EvaluationCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         merge = _merge_callback(trainer)
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        if merge is not None and callbacks.index(merge) > callbacks.index(self):
+        if merge is not None and stands_behind(trainer, merge, self):
             raise InputError(
                 "ClassStatistics stands before MergeCallback, whose merged weights it reads; put "
                 "it behind: callbacks=[merge, statistics]"
@@ -391,8 +391,7 @@ class ClassStatistics(EvaluationCallback):
 
 
 def _merge_callback(trainer: L.Trainer) -> MergeCallback | None:
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((found for found in callbacks if isinstance(found, MergeCallback)), None)
+    return next(iter(attached(trainer, MergeCallback)), None)
 
 
 @contextmanager

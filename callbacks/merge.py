@@ -18,6 +18,7 @@ from cl_merge.callbacks.auto_scale import AutoScale, Loader, held_out_batches
 from cl_merge.callbacks.buffers import EvaluationBuffers
 from cl_merge.callbacks.evaluation import EvaluationCallback
 from cl_merge.callbacks.importance import task_importance
+from cl_merge.callbacks.task import attached
 from cl_merge.errors import InputError, unknown_name
 from cl_merge.files import save_tensors
 from cl_merge.mergers import Merger, get_merger
@@ -328,11 +329,11 @@ class MergeCallback(EvaluationCallback):
 
 
 def _check_average(trainer: L.Trainer) -> None:
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    for other in callbacks:
+    if trainer.state.fn != TrainerFn.VALIDATING:
+        return
+    for other in attached(trainer, WeightAveraging):
         # From its fit on, it swaps weights in every validation, after this hook.
-        validating = trainer.state.fn == TrainerFn.VALIDATING
-        if validating and isinstance(other, WeightAveraging) and other._average_model is not None:
+        if other._average_model is not None:
             raise InputError(
                 f"{type(other).__name__} would validate its average instead of what MergeCallback "
                 "puts in; validate with a new Trainer without it: "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import lightning as L
 from lightning.pytorch.callbacks import (
@@ -20,6 +21,8 @@ from typing_extensions import override
 from cl_merge.errors import InputError
 
 log = logging.getLogger(__name__)
+
+_Kind = TypeVar("_Kind", bound=Callback)
 
 # What puts other weights into the module when training ends.
 _AVERAGES = (StochasticWeightAveraging, WeightAveraging)
@@ -39,7 +42,7 @@ class TaskCallback(Callback, ABC):
 
     def __init__(self) -> None:
         super().__init__()
-        self._averages_used: list[Callback] = []
+        self._averages_used: Sequence[Callback] = []
         self._stage = ""
         self._first_step = 0
         self._in_task = False
@@ -117,7 +120,7 @@ class TaskCallback(Callback, ABC):
             self.end_task(trainer, pl_module)
         else:
             log.warning("nothing was trained in this fit: it does not count as a task")
-        self._averages_used = _averages(trainer)
+        self._averages_used = attached(trainer, *_AVERAGES)
         self._in_task = False
 
     @override
@@ -151,9 +154,8 @@ class TaskCallback(Callback, ABC):
         self._restored = self._stage == TrainerFn.FITTING and state_dict["in_task"]
 
     def _check_order(self, trainer: L.Trainer) -> None:
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        for other in _averages(trainer):
-            if callbacks.index(other) > callbacks.index(self):
+        for other in attached(trainer, *_AVERAGES):
+            if stands_behind(trainer, other, self):
                 name, average = type(self).__name__, type(other).__name__
                 raise InputError(
                     f"{average} stands behind {name}, which would miss the averaged weights that "
@@ -162,7 +164,7 @@ class TaskCallback(Callback, ABC):
                 )
 
     def _check_averages(self, trainer: L.Trainer) -> None:
-        for other in _averages(trainer):
+        for other in attached(trainer, *_AVERAGES):
             # It remembers the step of its last update, averages nothing up to it, and ends the
             # task with the weights that it began with.
             if any(other is used for used in self._averages_used):
@@ -173,6 +175,35 @@ class TaskCallback(Callback, ABC):
                 )
 
 
-def _averages(trainer: L.Trainer) -> list[Callback]:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return [callback for callback in callbacks if isinstance(callback, _AVERAGES)]
+def attached(trainer: L.Trainer, *kinds: type[_Kind]) -> list[_Kind]:
+    """Find callbacks of a trainer.
+
+    Args:
+        trainer: The trainer.
+        kinds: Their classes.
+
+    Returns:
+        Those that are of one of the classes, in the trainer's order.
+    """
+    return [found for found in _callbacks(trainer) if isinstance(found, kinds)]
+
+
+def stands_behind(trainer: L.Trainer, one: Callback, other: Callback) -> bool:
+    """Tell whether hooks of one callback of a trainer fire after those of another.
+
+    Args:
+        trainer: The trainer.
+        one: One of its callbacks.
+        other: Another.
+
+    Returns:
+        Whether `one` stands behind `other`.
+    """
+    callbacks = _callbacks(trainer)
+    return callbacks.index(one) > callbacks.index(other)
+
+
+def _callbacks(trainer: L.Trainer) -> list[Callback]:
+    # Lightning's connector sets it, which type checkers do not see.
+    found: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return found
