@@ -17,7 +17,7 @@ import json
 import logging
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,15 @@ from cl_merge.clip import CLIPClassifier
 from cl_merge.errors import InputError
 from cl_merge.fit import fit_stream
 from cl_merge.layers import layer_depths
-from cl_merge.mergers import get_merger
+from cl_merge.mergers import get_merger, merge
 from cl_merge.scenario import Task
 from cl_merge.stream import TaskStream
+from cl_merge.task_vector import TaskVector
 
 DECAY = 0.8
 PLAIN = "magmax"
 
-Vectors = list[Mapping[str, Tensor]]
+Vectors = list[TaskVector]
 Found = dict[str, Tensor]
 
 
@@ -52,7 +53,8 @@ class SeenClasses(CLIPClassifier):
 
     @override
     def task_logits(self, batch: Any) -> tuple[Tensor, Tensor]:
-        stream: TaskStream = self.trainer.datamodule  # type: ignore[attr-defined]
+        stream = self._stream()
+        assert stream is not None  # noqa: S101 - `train` gives it one
         seen = seen_classes(stream)
         position = torch.full((len(stream.class_names),), -1)
         position[seen] = torch.arange(len(seen))
@@ -72,22 +74,20 @@ def merged_by(method: str) -> Callable[[Vectors], Found]:
     """Make the way of a method at its published scale."""
 
     def way(vectors: Vectors) -> Found:
-        merger = get_merger(method)
-        for vector in vectors:
-            merger.update(vector)
-        return {name: merger.published_scale * value for name, value in merger.items()}
+        scale = get_merger(method).published_scale
+        return {name: scale * value for name, value in merge(vectors, method).items()}
 
     return way
 
 
 def mean_over_time(vectors: Vectors) -> Found:
     """The mean of the models that MagMax has after each task."""
-    merger, scale = get_merger(PLAIN), get_merger(PLAIN).published_scale
+    merger = get_merger(PLAIN)
     total = {name: torch.zeros_like(value) for name, value in vectors[0].items()}
     for vector in vectors:
         merger.update(vector)
         for name, value in merger.items():
-            total[name] += scale * value / len(vectors)
+            total[name] += merger.published_scale * value / len(vectors)
     return total
 
 
@@ -129,29 +129,32 @@ TRAINING: dict[str, dict[str, Any]] = {
 """By name of the way, what `train` is given."""
 
 
-def measure(folder: Path, only: list[str], kept: dict[str, float]) -> None:
-    """Measure one run in every way that is asked for and not known.
+def measure(folder: Path, ways: Sequence[str]) -> Iterator[tuple[str, float]]:
+    """Measure one run in several ways.
 
     Args:
         folder: Of a finished run with sequential task vectors.
-        only: Names of the ways.
-        kept: Accuracy on all test images in per cent, by way; gets what is found.
+        ways: Names of the ways.
+
+    Yields:
+        The name of each way and its accuracy on all test images in per cent.
 
     Raises:
         InputError: If the plain way does not give what the run's results say.
     """
+    if not ways:
+        return
     replay = Replay.of(folder)
-    left = [name for name in only if name not in kept]
-    if any(name in MERGING for name in left):
-        vectors: Vectors = list(task_vectors(folder / "task_vectors" / "sequential"))
-        for name in left:
-            if name in MERGING:
-                kept[name] = replay.accuracy(MERGING[name](vectors).items(), 1.0)
-        _check_plain(folder, kept[PLAIN])
-    for name in left:
-        if name in TRAINING:
-            merge = train(replay, **TRAINING[name])
-            kept[name] = replay.accuracy(merge.merger.items(), merge.merger.published_scale)
+    vectors: Vectors = list(task_vectors(folder / "task_vectors" / "sequential"))
+    for name in ways:
+        if name in MERGING:
+            found = replay.accuracy(MERGING[name](vectors).items(), 1.0)
+        else:
+            merger = train(replay, **TRAINING[name]).merger
+            found = replay.accuracy(merger.items(), merger.published_scale)
+        if name == PLAIN:
+            _check_plain(folder, found)
+        yield name, found
 
 
 def train(
@@ -172,7 +175,7 @@ def train(
     kind = SeenClasses if seen else CLIPClassifier
     options = asdict(config.optimizer) | {"layer_decay": layer_decay}
     model = kind(replay.model.visual, replay.model.head, **options)
-    merge, epochs = MergeCallback(PLAIN, start=start), task_epochs(config, len(stream.tasks))
+    callback, epochs = MergeCallback(PLAIN, start=start), task_epochs(config, len(stream.tasks))
     model.load_state_dict(replay.base, strict=False)
 
     def trainer(task: Task) -> L.Trainer:
@@ -180,8 +183,10 @@ def train(
         quiet |= {"enable_model_summary": False, "logger": False}
         return L.Trainer(**quiet | config.trainer | {"max_epochs": epochs[task.index]})
 
-    fit_stream(model, stream, callbacks=[merge], trainer=trainer, evaluate=False, seed=config.seed)
-    return merge
+    fit_stream(
+        model, stream, callbacks=[callback], trainer=trainer, evaluate=False, seed=config.seed
+    )
+    return callback
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -205,8 +210,8 @@ def main(words: Sequence[str] | None = None) -> None:
     for folder in arguments.runs:
         place = folder.resolve()
         found = known.setdefault(str(place), {})
-        for name in only:
-            measure(folder, [name], found)
+        for name, accuracy in measure(folder, [name for name in only if name not in found]):
+            found[name] = accuracy
             if arguments.keep:
                 arguments.keep.write_text(json.dumps(known, indent=1))
         settings.setdefault(place.parts[-3], []).append(found)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from cl_merge import cli, merge
+from cl_merge import TaskVector, cli, merge
 from cl_merge.benchmarks import text_head
 from cl_merge.benchmarks.replay import Replay
 from cl_merge.benchmarks.text_head import MERGING, PLAIN, measure, train
@@ -17,7 +17,9 @@ NAMES = ["stem.weight", "blocks.0.weight", "blocks.1.weight", "proj"]
 @pytest.fixture
 def vectors():
     generator = torch.Generator().manual_seed(0)
-    return [{name: torch.randn(5, generator=generator) for name in NAMES} for _ in range(4)]
+    return [
+        TaskVector({name: torch.randn(5, generator=generator) for name in NAMES}) for _ in range(4)
+    ]
 
 
 def magmax(vectors):
@@ -53,7 +55,7 @@ def test_the_mean_over_time_is_that_of_the_models_after_each_task(vectors):
 @pytest.mark.parametrize("way", ["magmax", "ema", "opcm"])
 def test_a_method_counts_with_its_published_scale(way):
     generator = torch.Generator().manual_seed(1)
-    vectors = [{"weight": torch.randn(3, 4, generator=generator)} for _ in range(3)]
+    vectors = [TaskVector({"weight": torch.randn(3, 4, generator=generator)}) for _ in range(3)]
     scale = {"magmax": 0.5, "ema": 1.0, "opcm": text_head.get_merger("opcm").published_scale}[way]
     expected = merge(vectors, method=way)["weight"] * scale
     torch.testing.assert_close(MERGING[way](vectors)["weight"], expected)
@@ -70,10 +72,11 @@ def run(tmp_path_factory):
 
 def test_trained_anew_without_any_change_it_is_the_same_model(run):
     replay = Replay.of(run)
-    again = train(replay)
     stored = list(text_head.task_vectors(run / "task_vectors" / "sequential"))
+    again, after_another = train(replay), (train(replay, start="merged"), train(replay))[1]
     for name, value in merge(stored, method="magmax").items():
         assert torch.equal(again.merged()[name], value)
+        assert torch.equal(after_another.merged()[name], value)
 
 
 def test_the_loss_over_seen_classes_changes_only_what_follows_the_first_task(run):
@@ -108,6 +111,6 @@ def test_a_run_that_other_images_or_threads_were_used_for_is_found_out(run, tmp_
     try:
         (run / "results.json").write_text(json.dumps(results))
         with pytest.raises(InputError, match="MagMax of its task vectors has .* results.json says"):
-            measure(run, [PLAIN], {})
+            list(measure(run, [PLAIN]))
     finally:
         (run / "kept").replace(run / "results.json")
