@@ -176,7 +176,7 @@ def test_every_setting_that_a_page_names_exists():
 
 
 def test_every_option_that_a_page_names_exists():
-    parsers = cli._parser()._subparsers._group_actions[0].choices
+    parsers = cli.parser()._subparsers._group_actions[0].choices
     known = {option for parser in parsers.values() for option in parser._option_string_actions}
     others = r"^.*(?:srun|torchrun|pip|sphinx|mlflow|tensorboard|--nnodes|--ntasks).*$"
     named = {

@@ -42,13 +42,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
 
 
+def parser() -> argparse.ArgumentParser:
+    """Make the parser of all commands.
+
+    Returns:
+        The parser; what it finds has ``execute``, the function of the command.
+    """
+    made = argparse.ArgumentParser(
+        prog="cl-merge", description="Continual learning by model merging."
+    )
+    made.add_argument("--version", action="version", version=__version__)
+    commands = made.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in (run, bench, report, predict, export, merge, inspect):
+        command.add_parser(commands)
+    return made
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the words; settings may stand before and behind options."""
-    parser = _parser()
-    parsed, rest = parser.parse_known_args(arguments)
+    made = parser()
+    parsed, rest = made.parse_known_args(arguments)
     unknown = [word for word in rest if word.startswith("-") or "settings" not in parsed]
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        made.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         parsed.settings += rest
     return parsed
@@ -62,14 +78,3 @@ def _explain(reason: BaseException) -> tuple[int, str]:
     if isinstance(reason, OSError):
         return 1, str(reason)
     raise reason
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="cl-merge", description="Continual learning by model merging."
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (run, bench, report, predict, export, merge, inspect):
-        command.add_parser(commands)
-    return parser

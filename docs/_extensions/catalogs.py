@@ -140,7 +140,7 @@ def suites() -> str:
 
 def command_line() -> argparse.ArgumentParser:
     """The parser of ``cl-merge``, without the list of settings, which has a page of its own."""
-    parser = cli._parser()
+    parser = cli.parser()
     for action in parser._subparsers._group_actions:
         run = action.choices["run"]
         run.epilog = run.epilog[run.epilog.index("examples:") :]
