@@ -74,11 +74,15 @@ def test_merging_needs_no_lightning():
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def test_public_names_are_there():
+def test_public_names_are_there_and_cost_nothing_until_they_are_used():
     script = (
+        "import sys, cl_merge\n"
+        "assert 'cl_merge.benchmarks' not in sys.modules\n"
         "from cl_merge import CLIPClassifier, TaskStream, TaskVector, fit_stream, load_clip, merge\n"
         "from cl_merge.callbacks import MergeCallback\n"
-        "import cl_merge\n"
+        "from cl_merge import load\n"
+        "assert cl_merge.load is load and callable(load)\n"
+        "assert isinstance(cl_merge.ImageClassifier, type)\n"
         "for name in cl_merge.__all__: getattr(cl_merge, name)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd="/")

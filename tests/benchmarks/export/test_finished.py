@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,7 +9,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import cl_merge
 from cl_merge import ImageClassifier, InputError, load, load_clip
 from cl_merge.benchmarks.digits import digits as all_digits
 from cl_merge.statistics import Discriminant, StreamStatistics
@@ -101,17 +98,6 @@ def test_predict_takes_images_paths_and_tensors_alike(glyph, tmp_path):
         assert classifier.predict(one, top=1)[0][0].name == classifier.predict(images)[0][0].name
     assert len(classifier.predict(images[0], top=99)[0]) == 10
     assert classifier.predict([]) == []
-
-
-def test_it_is_a_public_name_that_costs_nothing_until_it_is_used():
-    script = (
-        "import sys, cl_merge\n"
-        "assert 'cl_merge.benchmarks' not in sys.modules\n"
-        "from cl_merge import load\n"
-        "assert cl_merge.load is load and callable(load)\n"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True, cwd="/")
-    assert isinstance(cl_merge.ImageClassifier, type)
 
 
 def test_it_says_what_it_is(glyph):
