@@ -124,7 +124,6 @@ TRAINING: dict[str, dict[str, Any]] = {
     "start=merged": {"start": "merged"},
     "cross entropy over classes seen": {"seen": True},
     "layer_decay": {"layer_decay": DECAY},
-    "layer_decay, start=merged": {"layer_decay": DECAY, "start": "merged"},
 }
 """By name of the way, what `train` is given."""
 
