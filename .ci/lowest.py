@@ -5,6 +5,7 @@ All but torch and torchvision, whose builds depend on the machine, and our own p
 
 import configparser
 import re
+import sys
 from pathlib import Path
 
 EXCEPT = {"torch", "torchvision", "cl-merge"}
@@ -22,4 +23,4 @@ for line in sorted(set(wanted)):
         continue
     if lowest is None:
         raise SystemExit(f"setup.cfg: '{name}' has no lower bound; write {name}>=VERSION")
-    print(f"{name}=={lowest}")
+    sys.stdout.write(f"{name}=={lowest}\n")

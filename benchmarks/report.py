@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
+from cl_merge.benchmarks.amounts import counted, rounded
 from cl_merge.benchmarks.catalog import find_data
 from cl_merge.benchmarks.figures.style import new_canvas
 from cl_merge.benchmarks.methods import grouped_methods
@@ -43,7 +44,8 @@ def results_table(results: Mapping[str, Any]) -> Table:
     best = max(merging or methods, key=lambda name: methods[name]["accuracy"])
     table = Table(
         title=f"{_short(results['data'], 30)} with {_short(results['model'], 30)}, "
-        f"{_tasks(results['tasks'])}, seed {results['seed']}: per cent after the last task",
+        f"{counted(len(results['tasks']), 'task')}, seed {results['seed']}: "
+        "per cent after the last task",
         caption="accuracy: all test images, among all classes; aware: among the classes of "
         "the image's own task; incr.: mean over tasks of the accuracy on everything seen so far",
         title_justify="left",
@@ -81,7 +83,7 @@ def show_start(console: Console, run: Run) -> None:
     apart = f"{held_out} held out, " if held_out else ""
     console.print(
         f"{find_data(run.config.data).name} with {run.config.model}: "
-        f"{len(stream.class_names)} classes in {_tasks(stream.tasks)} "
+        f"{len(stream.class_names)} classes in {counted(len(stream.tasks), 'task')} "
         f"({run.config.stream.scenario}-incremental), {train} images to train on, {apart}{test} "
         f"to test on; writing to {run.folder.path}"
     )
@@ -102,7 +104,7 @@ def show_task(console: Console, run: Run, training: Training, end: TaskEnd) -> N
         if run.matrices[method.name].rows
     }
     tasks = len(run.stream.tasks)
-    which = _tasks(run.stream.tasks) if training.joint else f"task {end.task.index + 1}/{tasks}"
+    which = counted(tasks, "task") if training.joint else f"task {end.task.index + 1}/{tasks}"
     said = f"[bold]{which}[/] ({end.task.name}), {training.name} training, "
     said += f"{end.cost.seconds:.0f} s"
     if not figures:
@@ -111,7 +113,7 @@ def show_task(console: Console, run: Run, training: Training, end: TaskEnd) -> N
     console.print(f"{said}; accuracy on everything seen, %:")
     best = max(figures.values())
     shown = [
-        f"[bold]{name} {value:.1f}[/]" if value == best else f"{name} {value:.1f}"
+        f"[bold]{name} {rounded(value)}[/]" if value == best else f"{name} {rounded(value)}"
         for name, value in figures.items()
     ]
     console.print(Padding(", ".join(shown), (0, 0, 0, 2)))
@@ -213,10 +215,6 @@ def _draw_curve(results: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _tasks(tasks: Sequence[Any]) -> str:
-    return "1 task" if len(tasks) == 1 else f"{len(tasks)} tasks"
-
-
 def _scale(method: Mapping[str, Any]) -> str:
     scale = method["scale"]
     if scale is None:
@@ -227,7 +225,7 @@ def _scale(method: Mapping[str, Any]) -> str:
 
 
 def _figure(value: float | None, digits: int = 1) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+    return "-" if value is None else rounded(value, digits)
 
 
 def _short(text: str, limit: int = 16) -> str:

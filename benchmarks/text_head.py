@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from cl_merge.benchmarks.amounts import rounded
 from cl_merge.benchmarks.epochs import task_epochs
 from cl_merge.benchmarks.json_files import read_json
 from cl_merge.benchmarks.replay import Replay
@@ -245,8 +246,8 @@ def _print(settings: Mapping[str, list[dict[str, float]]], only: list[str]) -> N
 
 
 def _figure(values: list[float], sign: str = "") -> str:
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{sign}.1f}{spread}"
+    spread = f" ± {rounded(statistics.stdev(values))}" if len(values) > 1 else ""
+    return rounded(statistics.mean(values), sign=sign) + spread
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_merge import __version__
+from cl_merge.benchmarks.amounts import rounded
 from cl_merge.benchmarks.export.usage import usage_of
 from cl_merge.benchmarks.finished import FinishedRun, Restored
 
@@ -100,7 +101,7 @@ def _summary(run: FinishedRun) -> str:
 def _figures(run: FinishedRun) -> list[tuple[str, str]]:
     metrics = run.found.get("metrics") or {}
     rows = [
-        (about, f"{metrics[name]:.1f}")
+        (about, rounded(metrics[name]))
         for name, about in _FIGURES.items()
         if isinstance(metrics.get(name), (int, float))
     ]
@@ -119,7 +120,7 @@ def _tasks(run: FinishedRun) -> str:
                 str(number),
                 ", ".join(map(str, task["class_names"])),
                 str(task.get("train_images", "")),
-                "" if accuracy is None else f"{accuracy:.1f}",
+                "" if accuracy is None else rounded(accuracy),
             )
         )
     return _table("Tasks", ("task", "classes", "training images", "accuracy"), rows)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cl_merge.benchmarks.amounts import counted
 from cl_merge.benchmarks.html.drawn import Drawn, inline_picture, table
 from cl_merge.benchmarks.html.entries import Paper, Shown, beside_paper, gap, shown
 from cl_merge.benchmarks.html.facts import facts_of
@@ -264,7 +265,7 @@ def _column(
     return Column(
         id=names.new("setting", setting.name),
         name=setting.name,
-        label="own tasks" if not number else "1 task" if number == 1 else f"{number} tasks",
+        label=counted(number, "task") if number else "own tasks",
         first=first,
         about=_about_tasks(known) if known else "",
         tasks=tuple(
@@ -280,10 +281,10 @@ def _about_tasks(run: RunFacts) -> str:
     classes = {label for task in run.tasks for label in task["classes"]}
     train = sum(task["train_images"] for task in run.tasks)
     test = sum(task["test_images"] for task in run.tasks)
-    tasks = "1 task" if len(run.tasks) == 1 else f"{len(run.tasks)} tasks"
     return (
-        f"{run.results['scenario']}-incremental: {tasks}, {len(classes)} classes, {train:,} images "
-        f"to train on, {test:,} to test on; model {run.results['model']}"
+        f"{run.results['scenario']}-incremental: {counted(len(run.tasks), 'task')}, "
+        f"{len(classes)} classes, {train:,} images to train on, {test:,} to test on; "
+        f"model {run.results['model']}"
     )
 
 

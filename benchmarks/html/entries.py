@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from cl_merge.benchmarks.amounts import rounded
 from cl_merge.benchmarks.suite.plan import BEGUN, DONE, FAILED, NEW
 from cl_merge.benchmarks.suite.summary import Entry, Figure, Summary, ranked
 from cl_merge.benchmarks.suite.tables import UNITS
@@ -138,8 +139,7 @@ def number(value: float, digits: int) -> str:
         >>> number(-1.25, 1), number(-0.01, 1)
         ('−1.2', '0.0')
     """
-    text = f"{value:.{digits}f}"
-    return text.removeprefix("-") if float(text) == 0 else text.replace("-", _MINUS)
+    return rounded(value, digits).replace("-", _MINUS)
 
 
 def _shown(entry: Entry, figure: Figure, metric: str, rank: int | None) -> Shown:

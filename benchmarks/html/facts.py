@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from cl_merge.benchmarks.amounts import counted, duration
 from cl_merge.benchmarks.html.entries import STATES
 from cl_merge.benchmarks.html.runs import RunFacts, distinct
 from cl_merge.benchmarks.suite.plan import DONE
@@ -26,7 +27,7 @@ def facts_of(summary: Summary, runs: Mapping[str, RunFacts]) -> Iterator[tuple[s
     methods = len({method for _, method in summary.entries})
     yield "model", ", ".join(distinct(every, "model"))
     yield "seeds", ", ".join(map(str, suite.seeds))
-    yield "table", f"{_count(methods, 'method')} by {_count(len(suite.settings), 'setting')}"
+    yield "table", f"{counted(methods, 'method')} by {counted(len(suite.settings), 'setting')}"
     counts = Counter(cell.state for cell in summary.cells)
     states = [f"{counts[s]} {word}" for s, word in STATES.items() if counts[s]]
     yield (
@@ -36,7 +37,7 @@ def facts_of(summary: Summary, runs: Mapping[str, RunFacts]) -> Iterator[tuple[s
     seconds = sum(run.seconds for run in every)
     if seconds:
         finished = sum(1 for run in every if run.results)
-        yield "time", f"{_duration(seconds)} in {_count(finished, 'run')}"
+        yield "time", f"{duration(seconds)} in {counted(finished, 'run')}"
     finished_at = sorted(distinct(every, "finished"))
     if finished_at:
         yield "finished", " to ".join(dict.fromkeys((finished_at[0], finished_at[-1])))
@@ -50,17 +51,5 @@ def facts_of(summary: Summary, runs: Mapping[str, RunFacts]) -> Iterator[tuple[s
 
 def _machine(run: RunFacts) -> str:
     machine: Any = run.results.get("machine", {})
-    threads = _count(int(machine.get("threads", 1)), "thread")
+    threads = counted(int(machine.get("threads", 1)), "thread")
     return ", ".join(str(x) for x in (machine.get("device"), threads, machine.get("platform")) if x)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if minutes < 1:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from rich import box
 from rich.table import Table
 
+from cl_merge.benchmarks.amounts import rounded
 from cl_merge.benchmarks.methods import grouped_methods
 from cl_merge.benchmarks.suite.definition import Setting
 from cl_merge.benchmarks.suite.plan import BEGUN, DONE, FAILED
@@ -282,9 +283,9 @@ def _text(entry: Entry, metric: str) -> Text:
     digits = 0 if metric == "stored_bytes" else 1
     difference = ""
     if metric == "accuracy" and entry.paper is not None:
-        difference = f"{figure.mean - entry.paper:+.1f}"
+        difference = rounded(figure.mean - entry.paper, sign="+")
     return Text(
-        f"{figure.mean / unit:.{digits}f}",
+        rounded(figure.mean / unit, digits),
         _spread(figure, unit, digits),
         ""
         if len(figure.values) == len(entry.cells)
@@ -296,7 +297,7 @@ def _text(entry: Entry, metric: str) -> Text:
 
 
 def _spread(figure: Figure, unit: float, digits: int) -> str:
-    return "" if math.isnan(figure.spread) else f"{figure.spread / unit:.{digits}f}"
+    return "" if math.isnan(figure.spread) else rounded(figure.spread / unit, digits)
 
 
 def _plain(text: Text) -> str:

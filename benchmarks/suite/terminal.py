@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from cl_merge.benchmarks.amounts import duration, rounded
 from cl_merge.benchmarks.suite.definition import Suite
 from cl_merge.benchmarks.suite.execution import LOG, Ended
 from cl_merge.benchmarks.suite.plan import DONE, FAILED, Job, state_of
@@ -92,7 +93,9 @@ def show_ended(console: Console, ended: Ended, number: int, jobs: int, folder: P
     said = f"{number}/{jobs} {ended.job}, {duration(ended.seconds)}: "
     if ended.state == DONE:
         methods = json.loads((folder / ended.job.place / "results.json").read_text())["methods"]
-        said += ", ".join(f"{name} {methods[name]['accuracy']:.1f}" for name in ended.job.methods)
+        said += ", ".join(
+            f"{name} {rounded(methods[name]['accuracy'])}" for name in ended.job.methods
+        )
     else:
         colour = "red" if ended.state == FAILED else "yellow"
         said += f"[{colour}]{ended.state}[/] {ended.reason}"
@@ -112,26 +115,3 @@ def show_failures(console: Console, failed: Sequence[Ended], folder: Path) -> No
         console.print(f"  {ended.reason}", markup=False, soft_wrap=True)
     if failed:
         console.print("the same command tries once more what failed, and nothing else")
-
-
-def duration(seconds: float) -> str:
-    """Say how long something takes.
-
-    Args:
-        seconds: How long.
-
-    Returns:
-        Words.
-
-    Example:
-        >>> duration(4.2), duration(200), duration(5000), duration(200000)
-        ('4 s', '3 min', '1 h 23 min', '2 d 8 h')
-    """
-    minutes, hours = round(seconds / 60), round(seconds / 3600)
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if minutes < 60:
-        return f"{minutes} min"
-    if hours < 24:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{hours // 24} d {hours % 24} h"
