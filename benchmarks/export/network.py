@@ -81,16 +81,7 @@ class Network(nn.Module):
                 for place, name in enumerate(self._encoders)
             ]
         ).mean(dim=0)
-        return self._combined(text, scores)
-
-    def _combined(self, text: Tensor, scores: Tensor) -> Tensor:
-        """What `Vote.combine` computes, with a large number in the place of infinity."""
-        prior = text.log_softmax(dim=1)
-        mixed = self._vote.text * text + self._vote.statistics * scores
-        outside = torch.full_like(prior, -1e9)
-        share = torch.where(self.seen, prior, outside).logsumexp(dim=1, keepdim=True)
-        within = torch.where(self.seen, mixed, outside).log_softmax(dim=1)
-        return torch.where(self.seen, share + within, prior)
+        return self._vote.combine_seen(text, scores, self.seen)
 
 
 def _plain_copy(visual: nn.Module) -> nn.Module:

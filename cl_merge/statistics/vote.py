@@ -48,8 +48,21 @@ class Vote:
             tensor([[0.6700, 0.0000, 0.3300]])
         """
         seen = scores > -torch.inf
+        return self.combine_seen(text, scores.masked_fill(~seen, 0.0), seen)
+
+    def combine_seen(self, text: Tensor, scores: Tensor, seen: Tensor) -> Tensor:
+        """Combine logits and scores where it is known which classes the statistics have seen.
+
+        Args:
+            text: Logits, float [B, K].
+            scores: Float [B, K]; finite, those of classes not seen count for nothing.
+            seen: Which classes were seen, bool [B, K] or [K].
+
+        Returns:
+            As of `combine`.
+        """
         prior = text.log_softmax(dim=1)
-        mixed = self.text * text + self.statistics * scores.masked_fill(~seen, 0.0)
+        mixed = self.text * text + self.statistics * scores
         # Finite: if no class was seen, infinity less infinity would be NaN, also in gradients.
         share = prior.masked_fill(~seen, torch.finfo(prior.dtype).min).logsumexp(1, keepdim=True)
         within = mixed.masked_fill(~seen, torch.finfo(mixed.dtype).min).log_softmax(dim=1)
