@@ -81,7 +81,7 @@ def test_a_dry_run_shows_state_and_time_beside_any_number_of_methods(
     monkeypatch.setenv("COLUMNS", width)
     assert bench("offline", tmp_path / "none", "--data", "digits", "--dry-run") == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert re.search(r"digits-5/seed0/sequential new \d+ (s|min) magmax,", said)
+    assert re.search(r"digits-5/seed0/sequential new (\d+ h )?\d+ (s|min) magmax,", said)
     assert "digits-5/seed0/ewc new" in said
 
 
