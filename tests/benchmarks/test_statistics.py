@@ -328,7 +328,7 @@ def test_two_processes_learn_the_same_statistics_as_one(whole, tmp_path):
     shutil.copytree(whole / "alone", tmp_path / "run")
     # The same trained weights, read and evaluated by two.
     config = OmegaConf.load(tmp_path / "run" / "config.yaml")
-    config.trainer |= {"devices": 2, "strategy": "ddp"}
+    config.trainer.update({"devices": 2, "strategy": "ddp"})
     OmegaConf.save(config, tmp_path / "run" / "config.yaml")
     command = [sys.executable, "-m", "cl_merge.cli", "run", ALL, f"out={tmp_path / 'run'}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
