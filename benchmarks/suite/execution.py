@@ -30,7 +30,7 @@ COMMAND = (sys.executable, "-m", "cl_merge.cli")
 PATIENCE = 20.0
 """Seconds that an interrupted job has to end by itself."""
 
-_INTERRUPTED = 130  # exit code after Ctrl-C
+_INTERRUPTED = (130, 143)  # exit codes after Ctrl-C and after SIGTERM
 _LAST_WORDS = 4000  # bytes of a log in which the reason of a failure is looked for
 
 
@@ -128,7 +128,7 @@ def run_job(job: Job, folder: Path, environment: Mapping[str, str] | None = None
     seconds = time.monotonic() - began
     if code == 0 and state_of(job, folder) == DONE:
         return Ended(job, DONE, seconds)
-    if code == _INTERRUPTED or _running.stopped:
+    if code in _INTERRUPTED or _running.stopped:
         return Ended(job, BEGUN, seconds)
     return failed(job, folder, _reason(place / LOG, code), seconds)
 
@@ -178,17 +178,26 @@ class _Running:
         """Interrupt them as Ctrl-C does; those that do not hear it are killed, which they survive.
 
         What was started in the background of a shell ignores interruptions, and so does what it
-        starts.
+        starts: it is asked to end in another way.
         """
         self.stopped = True
-        processes, end = list(self._processes), time.monotonic() + PATIENCE
-        for process in processes:
-            process.send_signal(signal.SIGINT)
-        for process in processes:
-            try:
-                process.wait(max(end - time.monotonic(), 0))
-            except subprocess.TimeoutExpired:
-                process.kill()
+        left = list(self._processes)
+        for number, patience in ((signal.SIGINT, PATIENCE), (signal.SIGTERM, PATIENCE / 4)):
+            end = time.monotonic() + patience
+            for process in left:
+                process.send_signal(number)
+            left = [process for process in left if not _ends(process, end)]
+        for process in left:
+            process.kill()
+
+
+def _ends(process: subprocess.Popen[bytes], end: float) -> bool:
+    """Wait for a process until some time; whether it has ended."""
+    try:
+        process.wait(max(end - time.monotonic(), 0))
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 _running = _Running()

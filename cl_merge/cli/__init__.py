@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from cl_merge import __version__
 from cl_merge.cli import bench, export, inspect, merge, predict, report, run
 from cl_merge.cli.messages import own_messages
-from cl_merge.cli.stopped import StoppedError
+from cl_merge.cli.stopped import Signals, StoppedError, terminated_as_interrupted
+from cl_merge.cli.streams import is_unread, make_writable
 from cl_merge.errors import InputError
 
 
@@ -22,24 +23,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 for success, 1 if the disk or the system stops it, a run of a suite failed,
         an inspection finds what cannot be merged, or an image was skipped, 2 for wrong input, 130
-        after Ctrl-C.
+        after Ctrl-C, 141 if nobody reads the output any more, 143 after SIGTERM.
     """
-    try:
-        parsed = _parse(arguments)
-        with own_messages():
-            return int(parsed.execute(parsed) or 0)
-    except InputError as error:
-        sys.stderr.write(f"cl-merge: {error}\n")
-        return 2
-    except StoppedError as stopped:
-        code, why = _explain(stopped.reason)
-        kept = "what was finished is kept; " if code == 130 else ""
-        sys.stderr.write(f"cl-merge: {why}; {kept}go on with: {stopped.again}\n")
-        return code
-    except (KeyboardInterrupt, SystemExit, OSError) as stop:
-        code, why = _explain(stop)
-        sys.stderr.write(f"cl-merge: {why}\n")
-        return code
+    make_writable()
+    with terminated_as_interrupted() as signals:
+        try:
+            parsed = _parse(arguments)
+            with own_messages():
+                code = int(parsed.execute(parsed) or 0)
+            return 141 if is_unread() else code
+        except InputError as error:
+            _say(str(error))
+            return 2
+        except StoppedError as stopped:
+            code, why = _explain(stopped.reason, signals)
+            kept = "what was finished is kept; " if code in (130, 143) else ""
+            _say(f"{why}; {kept}go on with: {stopped.again}")
+            return code
+        except (KeyboardInterrupt, SystemExit, OSError) as stop:
+            is_unread()
+            code, why = _explain(stop, signals)
+            if code != 141:
+                _say(why)
+            return code
 
 
 def parser() -> argparse.ArgumentParser:
@@ -70,11 +76,22 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parsed
 
 
-def _explain(reason: BaseException) -> tuple[int, str]:
+def _say(message: str) -> None:
+    """Say one line, whatever control characters names of files and keys have put into it."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    sys.stderr.write(f"cl-merge: {shown}\n")
+
+
+def _explain(reason: BaseException, signals: Signals) -> tuple[int, str]:
     """The exit code and the words for what stopped a run."""
+    if signals.terminated and isinstance(reason, (KeyboardInterrupt, SystemExit)):
+        return 143, "terminated"
     # Lightning answers Ctrl-C within a fit with an exit of its own.
     if isinstance(reason, KeyboardInterrupt) or isinstance(reason.__context__, KeyboardInterrupt):
         return 130, "interrupted"
+    # Rich makes an exit of a closed pipe.
+    if any(isinstance(e, BrokenPipeError) for e in (reason, reason.__context__)):
+        return 141, "nobody reads the output any more"
     if isinstance(reason, OSError):
         return 1, str(reason)
     raise reason

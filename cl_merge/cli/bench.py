@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,7 +134,7 @@ def _fill(
     from cl_merge.benchmarks.suite.terminal import show_begin, show_ended, show_failures
     from cl_merge.cli.report import make_report
 
-    with hold(folder), _terminated_as_interrupted():
+    with hold(folder):
         remember(suite, folder)
         left = [job for job in jobs if state_of(job, folder) != DONE]
         show_begin(console, suite, len(jobs), len(left), folder)
@@ -164,20 +162,6 @@ def _run(jobs: list[Job], folder: Path, parsed: argparse.Namespace) -> Iterator[
     if parsed.cluster:
         return run_on_cluster(jobs, folder, _options(parsed.cluster))
     return run_here(jobs, folder, 1 if parsed.ddp is not None else parsed.parallel)
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Let what asks the process to end, such as a scheduler, end the runs as Ctrl-C does."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    former = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, former)
 
 
 def _words(text: str) -> list[str]:

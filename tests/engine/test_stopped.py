@@ -49,8 +49,15 @@ class Slow(MaxMagnitude):
 """
 
 
-@pytest.mark.parametrize("threads", ["1", "2"])
-def test_ctrl_c_ends_a_merge_at_once_and_with_one_line(tmp_path, threads):
+@pytest.mark.parametrize(
+    ("number", "code", "word", "threads"),
+    [
+        (signal.SIGINT, 130, "interrupted", "1"),
+        (signal.SIGINT, 130, "interrupted", "2"),
+        (signal.SIGTERM, 143, "terminated", "2"),
+    ],
+)
+def test_a_signal_ends_a_merge_at_once_and_with_one_line(tmp_path, number, code, word, threads):
     (tmp_path / "slow.py").write_text(SLOW)
     weights = {f"w{i}": torch.randn(10) for i in range(200)}
     base = write(tmp_path, "base", weights, "safetensors")
@@ -69,13 +76,13 @@ def test_ctrl_c_ends_a_merge_at_once_and_with_one_line(tmp_path, threads):
                 break
             time.sleep(0.05)
         begin = time.monotonic()
-        merge.send_signal(signal.SIGINT)
+        merge.send_signal(number)
         said, complained = merge.communicate(timeout=20)
     finally:
         merge.kill()
-    assert complained == "cl-merge: interrupted\n"
+    assert complained == f"cl-merge: {word}\n"
     assert said == ""
-    assert merge.returncode == 130
+    assert merge.returncode == code
     assert time.monotonic() - begin < 8  # the rest of the merge takes longer
     assert not list(tmp_path.glob("*out*"))
 

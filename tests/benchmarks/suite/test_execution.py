@@ -167,7 +167,5 @@ def test_a_suite_that_is_killed_by_a_scheduler_interrupts_its_runs(tmp_path):
         time.sleep(0.3)
         process.terminate()
         said = process.stderr.read()
-    assert process.returncode == 130
-    assert (
-        said == "cl-merge: interrupted; what was finished is kept; go on with: the same command\n"
-    )
+    assert process.returncode == 143
+    assert said == "cl-merge: terminated; what was finished is kept; go on with: the same command\n"
