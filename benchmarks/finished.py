@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from cl_merge.benchmarks.folder import RunFolder
-from cl_merge.benchmarks.json_files import read_json
+from cl_merge.benchmarks.results_file import read_results
 from cl_merge.callbacks import ClassStatistics
 from cl_merge.clip import CLIPClassifier
 from cl_merge.config import RunConfig, read_config, read_yaml
@@ -138,18 +138,11 @@ def read_run(folder: str | Path, method: str | None = None) -> FinishedRun:
     """
     path = Path(folder).expanduser()
     results = _finished_results(path)
-    try:
-        chosen = method or results["method"]
-        known, names = results["methods"], _class_names(results["tasks"])
-        if chosen not in known:
-            raise unknown_name(f"method of the run in '{path}'", chosen, known)
-        run = FinishedRun(path, _config(path), results, chosen, names)
-        _check_kept(run)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"'{path / 'results.json'}' is damaged: it lacks what a run writes there "
-            f"({type(error).__name__}: {error}); restore it, or run again in a new folder"
-        ) from error
+    chosen, known = method or results["method"], results["methods"]
+    if chosen not in known:
+        raise unknown_name(f"method of the run in '{path}'", chosen, known)
+    run = FinishedRun(path, _config(path), results, chosen, _class_names(path, results["tasks"]))
+    _check_kept(run)
     return run
 
 
@@ -212,7 +205,7 @@ def _finished_results(path: Path) -> dict[str, Any]:
         raise InputError(f"'{path}' is no folder; expected that of a finished run")
     if not (path / "config.yaml").is_file():
         raise InputError(f"'{path}' holds no run: there is no config.yaml")
-    results = read_json(path / "results.json")
+    results = read_results(path)
     if results is None:
         raise InputError(
             f"the run in '{path}' is not finished; go on with: cl-merge run out={path}"
@@ -226,16 +219,19 @@ def _config(path: Path) -> RunConfig:
     return read_config([], saved, origin=str(file))
 
 
-def _class_names(tasks: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+def _class_names(path: Path, tasks: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """Names by label; tasks may share classes."""
     names = {
-        label: str(name)
+        label: name
         for task in tasks
-        for label, name in zip(task["classes"], task["class_names"], strict=False)
+        for label, name in zip(task["classes"], task["class_names"], strict=True)
     }
     missing = [label for label in range(len(names)) if label not in names]
     if missing or not names:
-        raise KeyError(f"names of classes {listing(map(str, missing))}")
+        raise InputError(
+            f"'{path / 'results.json'}' is damaged: no task has the classes "
+            f"{listing(map(str, missing))}; restore it, or run again in a new folder"
+        )
     return tuple(names[label] for label in range(len(names)))
 
 

@@ -16,7 +16,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from cl_merge.benchmarks.json_files import plain, read_json
+from cl_merge.benchmarks.json_files import plain
+from cl_merge.benchmarks.results_file import read_results
 from cl_merge.benchmarks.settings import check_same_run
 from cl_merge.config import RunConfig, to_yaml
 from cl_merge.errors import InputError
@@ -149,7 +150,7 @@ class RunFolder:
 
     def results(self) -> dict[str, Any]:
         """What a run that has finished here found; empty if none has."""
-        return read_json(self.path / "results.json") or {}
+        return read_results(self.path) or {}
 
     def finished_training(self, training: str) -> list[Cost] | None:
         """What the tasks of a training took, if all of them were learned in a run that finished.

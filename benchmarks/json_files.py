@@ -23,13 +23,15 @@ def read_json(path: Path) -> dict[str, Any] | None:
     Raises:
         InputError: If it cannot be read, or is damaged.
     """
+    if path.exists() and not path.is_file():  # to read from a pipe is to wait for ever
+        raise InputError(f"'{path}' is no file; take it away")
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise InputError(f"'{path}' cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"'{path}' is damaged ({error}); restore it, or delete it") from error
     if not isinstance(found, dict):
         raise InputError(f"'{path}' is damaged (no object); restore it, or delete it")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,8 @@ from cl_merge.benchmarks.amounts import counted, rounded
 from cl_merge.benchmarks.catalog import find_data
 from cl_merge.benchmarks.figures.style import new_canvas
 from cl_merge.benchmarks.methods import grouped_methods
+from cl_merge.benchmarks.results_file import read_results
+from cl_merge.errors import InputError
 
 if TYPE_CHECKING:
     from cl_merge.benchmarks.methods import Training
@@ -126,7 +127,9 @@ def show_results(console: Console, folder: Path) -> None:
         console: Where to print.
         folder: The run's folder.
     """
-    results = json.loads((folder / "results.json").read_text())
+    results = read_results(folder)
+    if results is None:
+        raise InputError(f"'{folder}' holds no finished run: it has no results.json")
     draw_figures(results, folder)
     console.print()
     console.print(results_table(results))

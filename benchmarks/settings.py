@@ -10,8 +10,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from cl_merge.benchmarks.catalog import find_data, is_data_file
-from cl_merge.benchmarks.json_files import read_json
 from cl_merge.benchmarks.methods import find_method, methods_beside, whole_path
+from cl_merge.benchmarks.results_file import read_results
 from cl_merge.config import RunConfig, parse_arguments, read_config, read_yaml
 from cl_merge.errors import InputError
 
@@ -120,11 +120,7 @@ def finished_methods(folder: Path) -> set[str]:
     Raises:
         InputError: If its results are damaged.
     """
-    file = folder / "results.json"
-    methods = (read_json(file) or {}).get("methods", {})
-    if not isinstance(methods, Mapping):
-        raise InputError(f"'{file}' is damaged: methods is no object; restore it, or delete it")
-    return set(methods)
+    return set((read_results(folder) or {}).get("methods", {}))
 
 
 def _with_whole_paths(config: RunConfig) -> RunConfig:

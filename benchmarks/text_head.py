@@ -29,8 +29,8 @@ from typing_extensions import override
 
 from cl_merge.benchmarks.amounts import rounded
 from cl_merge.benchmarks.epochs import task_epochs
-from cl_merge.benchmarks.json_files import read_json
 from cl_merge.benchmarks.replay import Replay
+from cl_merge.benchmarks.results_file import read_results
 from cl_merge.benchmarks.store_accuracy import task_vectors
 from cl_merge.callbacks import MergeCallback
 from cl_merge.clip import CLIPClassifier
@@ -219,7 +219,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def _check_plain(folder: Path, found: float) -> None:
-    results: Any = read_json(folder / "results.json")
+    results: Any = read_results(folder)
     expected = results["methods"][PLAIN]["accuracy"]
     if abs(found - expected) > 1e-6:
         raise InputError(

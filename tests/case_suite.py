@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
+from results_files import write_results_file
 
 from cl_merge.benchmarks.methods import METHODS
 from cl_merge.task_vector import TaskVector
@@ -74,7 +74,7 @@ def make_run(
         "tasks": [{"name": f"t{i}", "class_names": ["a"], "test_images": 10} for i in range(tasks)],
         "methods": {name: make_result(name, tasks, seed) for name in methods},
     }
-    (folder / "results.json").write_text(json.dumps(results))
+    write_results_file(folder, results)
     (folder / "config.yaml").write_text(f"data: digits\nmethod: {methods[-1]}\nseed: {seed}\n")
     return folder
 

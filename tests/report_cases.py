@@ -8,6 +8,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from results_files import write_results_file
+
 from cl_merge.benchmarks.methods import find_method
 from cl_merge.benchmarks.suite.definition import Setting, Suite
 from cl_merge.benchmarks.suite.plan import FAILURE, jobs_of, make_plan
@@ -56,7 +58,7 @@ def fill(folder: Path, suite: Suite, failed: Collection[str] = (), missing: Coll
             continue
         (place / "config.yaml").write_text(f"method: {job.methods[0]}\ncompare: true\n")
         methods = {"zero-shot", *job.methods}
-        (place / "results.json").write_text(json.dumps(results(job, methods)))
+        write_results_file(place, results(job, methods))
     return folder
 
 

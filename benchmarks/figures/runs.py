@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_merge.benchmarks.methods import METHODS, TRAININGS
+from cl_merge.benchmarks.results_file import read_results
 from cl_merge.errors import InputError, unknown_name
 from cl_merge.task_vector import TaskVector
 
@@ -35,13 +35,12 @@ class SuiteRun:
     @cached_property
     def results(self) -> dict[str, Any]:
         """The content of ``results.json``."""
-        found: dict[str, Any] = json.loads(self._content)
-        return found
+        return read_results(self.folder) or {}
 
     @cached_property
     def fingerprint(self) -> str:
         """Changes whenever ``results.json`` does."""
-        return hashlib.sha256(self._content).hexdigest()
+        return hashlib.sha256((self.folder / "results.json").read_bytes()).hexdigest()
 
     @property
     def tasks(self) -> int:
@@ -77,10 +76,6 @@ class SuiteRun:
             TaskVector.load(self.vectors_folder / f"task{index}.safetensors")
             for index in range(self.tasks)
         )
-
-    @cached_property
-    def _content(self) -> bytes:
-        return (self.folder / "results.json").read_bytes()
 
 
 @dataclass(frozen=True)

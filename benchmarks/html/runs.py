@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from cl_merge.benchmarks.json_files import read_json
+from cl_merge.benchmarks.results_file import read_results
 from cl_merge.benchmarks.suite.execution import LOG
 from cl_merge.benchmarks.suite.plan import DONE
 from cl_merge.benchmarks.suite.summary import Found, Summary
@@ -99,7 +99,7 @@ def _read(folder: Path, place: str, cells: list[Found], page: Path) -> RunFacts:
         seed=cells[0].cell.seed,
         state=state,
         reason=next((cell.reason for cell in cells if cell.reason), ""),
-        results=read_json(where / "results.json") or {},
+        results=read_results(where) or {},
         config=_text(where / "config.yaml"),
         links={name: _link(where / name, page) for name in FILES if (where / name).is_file()},
     )

@@ -7,8 +7,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from cl_merge.benchmarks.json_files import read_json
 from cl_merge.benchmarks.methods import find_method
+from cl_merge.benchmarks.results_file import read_results
 from cl_merge.benchmarks.suite.definition import Setting, Suite
 from cl_merge.benchmarks.suite.plan import Cell, Job
 from cl_merge.benchmarks.suite.summary import Summary, summarize
@@ -30,7 +30,7 @@ def summary_of_run(folder: str | Path) -> Summary:
         InputError: If no run has finished there, or the file of one of its mergers has gone.
     """
     folder = Path(folder)
-    results = read_json(folder / "results.json")
+    results = read_results(folder)
     if results is None:
         raise InputError(f"'{folder}' holds no finished run: it has no results.json")
     words = _words(folder, results)

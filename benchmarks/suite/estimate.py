@@ -14,8 +14,8 @@ import torch
 
 from cl_merge.benchmarks.catalog import find_data
 from cl_merge.benchmarks.epochs import task_epochs
-from cl_merge.benchmarks.json_files import read_json
 from cl_merge.benchmarks.methods import LEARNING_COST, TRAININGS, find_method
+from cl_merge.benchmarks.results_file import read_results
 from cl_merge.benchmarks.suite.plan import Job, job_config
 from cl_merge.config import RunConfig
 
@@ -56,7 +56,7 @@ def estimate(jobs: Sequence[Job], folder: Path) -> dict[str, float | None]:
     sizes: dict[str, Size] = {}
     rates: dict[tuple[Any, ...], list[float]] = {}
     for job in jobs:
-        if (found := read_json(folder / job.place / "results.json")) is not None:
+        if (found := read_results(folder / job.place)) is not None:
             size, config = _size_of_results(found), configs[job.place]
             sizes[job.setting.data] = size
             done = passes(job, config, size)

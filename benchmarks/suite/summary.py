@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from cl_merge.benchmarks.json_files import read_json
 from cl_merge.benchmarks.methods import TRAININGS, Method
+from cl_merge.benchmarks.results_file import read_results
 from cl_merge.benchmarks.suite.definition import Setting, Suite
 from cl_merge.benchmarks.suite.execution import LOG
 from cl_merge.benchmarks.suite.plan import BEGUN, DONE, FAILED, FAILURE, Cell, make_plan, state_of
@@ -220,7 +221,7 @@ def _paper() -> dict[str, Any]:
 def _read(cell: Cell, folder: Path, cache: dict[str, dict[str, Any]]) -> Found:
     job, place = cell.job, folder / cell.job.place
     if job.place not in cache:
-        cache[job.place] = read_json(place / "results.json") or {}
+        cache[job.place] = read_results(place) or {}
     results = cache[job.place]
     result = results.get("methods", {}).get(cell.method)
     if result is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cl_merge.benchmarks.amounts import duration, rounded
+from cl_merge.benchmarks.results_file import read_results
 from cl_merge.benchmarks.suite.definition import Suite
 from cl_merge.benchmarks.suite.execution import LOG, Ended
 from cl_merge.benchmarks.suite.plan import DONE, FAILED, Job, state_of
@@ -92,7 +92,7 @@ def show_ended(console: Console, ended: Ended, number: int, jobs: int, folder: P
     """
     said = f"{number}/{jobs} {ended.job}, {duration(ended.seconds)}: "
     if ended.state == DONE:
-        methods = json.loads((folder / ended.job.place / "results.json").read_text())["methods"]
+        methods = (read_results(folder / ended.job.place) or {})["methods"]
         said += ", ".join(
             f"{name} {rounded(methods[name]['accuracy'])}" for name in ended.job.methods
         )

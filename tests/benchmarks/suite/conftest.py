@@ -1,8 +1,7 @@
 """Suites whose runs are written down instead of run."""
 
-import json
-
 import pytest
+from results_files import write_results_file
 
 from cl_merge.benchmarks.suite.definition import find_suite, narrowed
 from cl_merge.benchmarks.suite.plan import jobs_of, make_plan
@@ -22,8 +21,6 @@ def write_results(tmp_path):
                 "matrix": [[value] * tasks],
                 "merger": None if name in ("zero-shot", "joint", "lwf") else "magmax",
                 "training": job.training,
-                "scale": None,
-                "seen": [value],
             }
             for name, value in accuracies.items()
         }
@@ -35,7 +32,7 @@ def write_results(tmp_path):
             "total": {"seconds": seconds, "peak_memory": 2**30, "peak_device_memory": 0},
         }
         (place / "journal.jsonl").touch()
-        (place / "results.json").write_text(json.dumps(results))
+        write_results_file(place, results)
         return place
 
     return write

@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+from results_files import whole_results
 
 from cl_merge.benchmarks.suite import execution
 from cl_merge.benchmarks.suite.cluster import run_on_cluster
@@ -35,8 +36,7 @@ if out.name in os.environ.get("DYING", "").split(","):
     os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(float(os.environ.get("SECONDS", "0")))
 (out / "times.json").write_text(json.dumps([begun, time.monotonic()]))
-methods = {name: {"accuracy": 50.0} for name in json.loads(os.environ["METHODS"])}
-(out / "results.json").write_text(json.dumps({"methods": methods}))
+(out / "results.json").write_text(os.environ["RESULTS"])
 """
 
 
@@ -46,7 +46,8 @@ def jobs(monkeypatch, tmp_path):
     script.write_text(STAND_IN)
     found = jobs_of(make_plan(narrowed(find_suite("offline"), data=["digits"])))
     names = sorted({name for job in found for name in job.methods})
-    monkeypatch.setenv("METHODS", json.dumps(names))
+    results = whole_results({"methods": {name: {"accuracy": 50.0} for name in names}})
+    monkeypatch.setenv("RESULTS", json.dumps(results))
     monkeypatch.setattr(execution, "COMMAND", (sys.executable, str(script)))
     return found
 
@@ -156,7 +157,7 @@ def test_a_suite_that_is_killed_by_a_scheduler_interrupts_its_runs(tmp_path):
         "from cl_merge.cli import main; "
         f"sys.exit(main(['bench', 'offline', '--data', 'digits', '--out', {str(tmp_path / 's')!r}]))"
     )
-    environment = os.environ | {"SECONDS": "60", "METHODS": "[]"}
+    environment = os.environ | {"SECONDS": "60", "RESULTS": "{}"}
     with subprocess.Popen(
         [sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True
     ) as process:

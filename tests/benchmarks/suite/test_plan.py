@@ -1,9 +1,9 @@
 """The plan of a suite: which runs fill its cells."""
 
-import json
 import re
 
 import pytest
+from results_files import write_results_file
 
 from cl_merge.benchmarks.methods import find_method
 from cl_merge.benchmarks.suite.definition import find_suite, narrowed
@@ -105,7 +105,7 @@ def test_the_folder_tells_how_far_a_job_is(tmp_path):
     assert state_of(job, tmp_path) == BEGUN
     (place / "failed.json").write_text("{}")
     assert state_of(job, tmp_path) == FAILED
-    (place / "results.json").write_text(json.dumps({"methods": {"joint": {}}}))
+    write_results_file(place, {"methods": {"joint": {}}})
     assert state_of(job, tmp_path) == DONE
 
 
@@ -115,7 +115,7 @@ def test_results_without_a_method_that_is_asked_for_are_not_the_end(tmp_path):
     place.mkdir(parents=True)
     (place / "journal.jsonl").touch()
     others = {name: {} for name in job.methods if name != "opcm"}
-    (place / "results.json").write_text(json.dumps({"methods": others}))
+    write_results_file(place, {"methods": others})
     assert state_of(job, tmp_path) == BEGUN
 
 
