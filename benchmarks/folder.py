@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from cl_merge.benchmarks.json_checks import AMOUNT, COUNT, SCALE, TEXT, entries, list_of
 from cl_merge.benchmarks.json_files import plain
 from cl_merge.benchmarks.results_file import read_results
 from cl_merge.benchmarks.settings import check_same_run
@@ -26,6 +28,16 @@ from cl_merge.journal import Journal, is_first_process, only_process
 from cl_merge.measure import Cost
 
 log = logging.getLogger(__name__)
+
+_SESSION = {"session": COUNT, "seconds": AMOUNT}
+# Checks of the records of a journal, by a key that only they have.
+_RECORDS = {
+    "method": entries(
+        {"method": TEXT, "task": COUNT, "counts": list_of(list_of(COUNT))} | _SESSION
+    ),
+    "chose": entries({"chose": TEXT, "task": COUNT, "scale": SCALE} | _SESSION),
+    "": entries(_SESSION),
+}
 
 # Processes that Lightning launches for a run inherit the folder that the first one chose.
 _CHOSEN = "CL_MERGE_RUN_FOLDER"
@@ -45,6 +57,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._journal = Journal(self.path / "journal.jsonl")
+        self._check_journal()
         self._session = 1 + max((r["session"] for r in self._journal.records), default=0)
         self._began = time.monotonic()
         self._held = ExitStack()
@@ -162,7 +175,7 @@ class RunFolder:
             The costs, or None.
         """
         costs = self.results().get("training", {}).get(training)
-        return None if costs is None else [Cost(**cost) for cost in costs]
+        return None if costs is None else [_cost(cost) for cost in costs]
 
     def finished_tasks(self, training: str, tasks: int) -> list[int]:
         """Which tasks of a training will not be learned again.
@@ -188,6 +201,23 @@ class RunFolder:
         self.write_json("results.json", results)
         if is_first_process():
             shutil.rmtree(self.path / "state", ignore_errors=True)
+
+    def _check_journal(self) -> None:
+        """Make sure of the types of what is read later."""
+        records = self._journal.records
+        rows = [record.get("counts") for record in records if "method" in record]
+        for number, record in enumerate(records, start=1):
+            kind = next((key for key in _RECORDS if key in record), "")
+            wrongs = list(_RECORDS[kind](record))
+            if not wrongs and kind == "method":
+                wrongs = [] if len(record["counts"]) == 3 else [".counts is not of 3 rows"]
+                if {len(row) for row in record["counts"]} != {len(rows[0][0])}:
+                    wrongs.append(".counts is of another number of tasks")
+            if wrongs:
+                raise InputError(
+                    f"{self._journal.path}, line {number}: {wrongs[0].lstrip('.')}; restore the "
+                    "file, or start again in a new folder"
+                )
 
     def _note(self, record: dict[str, Any]) -> None:
         seconds = round(time.monotonic() - self._began, 3)
@@ -244,6 +274,10 @@ class RunFolder:
             metadata: What stands in its header.
         """
         save_tensors(self.path / name, tensors, metadata)
+
+
+def _cost(found: Mapping[str, Any]) -> Cost:
+    return Cost(**{field.name: found[field.name] for field in fields(Cost)})
 
 
 def _unused(path: Path) -> Path:

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from cl_merge.errors import InputError, listing, nearest, unknown_name
 from cl_merge.quantize import STORES
 from cl_merge.scales import Scales
+from cl_merge.yaml_text import check_yaml
 
 EVALUATE = ("every", "last")
 
@@ -323,7 +324,14 @@ def read_yaml(file: str | Path) -> DictConfig:
         InputError: If it is missing or is no YAML mapping.
     """
     try:
-        found = OmegaConf.load(file)
+        if Path(file).exists() and not Path(file).is_file():  # to read from a pipe may never end
+            raise InputError(f"config {file}: is no file; expected one of keys and values")
+        text = Path(file).read_text(encoding="utf-8")
+        check_yaml(text)
+        # What OmegaConf makes of an empty file.
+        found = OmegaConf.create(text) if text.strip() else OmegaConf.create()
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"config {file}: cannot be read ({error.strerror})") from error
     # As above: the errors of the YAML reader.

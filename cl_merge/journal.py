@@ -148,6 +148,8 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The records of a file, and how many of its bytes they take."""
     if not path.exists():
         return [], 0
+    if not path.is_file():  # to read from a pipe is to wait for ever
+        raise InputError(f"{path} is no file; take it away, or name another folder")
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except OSError as error:
@@ -156,7 +158,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if isinstance(record, dict):
             records.append(record)

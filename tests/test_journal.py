@@ -80,7 +80,7 @@ def test_a_line_is_on_the_disk_when_append_returns(tmp_path, monkeypatch):
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "journal.jsonl").mkdir()
-    with pytest.raises(InputError, match="journal.jsonl cannot be read"):
+    with pytest.raises(InputError, match="journal.jsonl is no file; take it away"):
         Journal(tmp_path / "journal.jsonl")
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="journal.jsonl' cannot be written"):

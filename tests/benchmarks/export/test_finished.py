@@ -140,12 +140,11 @@ def test_damaged_results_are_said(damaged):
     for key in ("methods", "tasks", "method"):
         file.write_text(json.dumps({k: v for k, v in results.items() if k != key}))
         assert message(damaged) == (
-            f"'{file}' is damaged: it lacks what a run writes there (KeyError: '{key}'); "
-            "restore it, or run again in a new folder"
+            f"'{file}' is damaged: {key} is missing; restore it, or run again in a new folder"
         )
-    results["tasks"] = results["tasks"][1:]
+    results["tasks"][0] |= {"classes": [7], "class_names": ["seven"]}
     file.write_text(json.dumps(results))
-    assert "names of classes 0, 1, 2, 3 and 1 more" in message(damaged)
+    assert "no task has the classes 0, 1, 2, 3 and 1 more" in message(damaged)
 
 
 def test_damaged_weights_are_said(damaged):

@@ -1,0 +1,194 @@
+"""Whatever has become of the folder of a run: the same figures, or one clear error; never another."""
+
+import copy
+import json
+import os
+import random
+import signal
+from contextlib import contextmanager
+
+import pytest
+from PIL import Image
+
+from cl_merge import cli, load
+from cl_merge.benchmarks.folder import RunFolder
+from cl_merge.benchmarks.html import summary_of_run
+from cl_merge.benchmarks.results_file import read_results
+from cl_merge.benchmarks.settings import read_settings
+from cl_merge.errors import InputError
+
+SEEDS = range(120)
+VALUES = [None, True, -1, 0.5, 1e300, 10**400, float("nan"), float("inf"), "x", "\x1b[2J", [], {}]
+
+
+class LateError(BaseException):
+    """Nothing that anybody would handle."""
+
+
+@contextmanager
+def in_time(seconds=20):
+    def late(*_):
+        raise LateError(f"not done in {seconds} s")
+
+    former = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, former)
+
+
+def damaged_bytes(content, draw):
+    """Bytes as a bad disk, a crash or another program leaves them."""
+    place = draw.randrange(max(len(content), 1))
+    length = draw.choice([1, 2, 50])
+    noise = bytes(draw.randrange(256) for _ in range(length))
+    return draw.choice(
+        [
+            content[:place],
+            content[:place] + content[place + length :],
+            content[:place] + noise + content[place + length :],
+            content[:place] + b"\0" * length + content[place + length :],
+            content + noise,
+            noise,
+            b"",
+        ]
+    )
+
+
+def edited(tree, draw):
+    """The same object with one entry taken away, added or replaced, somewhere."""
+    tree = copy.deepcopy(tree)
+    at = tree
+    while True:
+        keys = list(at) if isinstance(at, dict) else list(range(len(at)))
+        key = draw.choice(keys)
+        if isinstance(at[key], (dict, list)) and at[key] and draw.random() < 0.8:
+            at = at[key]
+            continue
+        action = draw.randrange(3)
+        if action == 0:
+            del at[key]
+        elif action == 1:
+            at[key] = draw.choice(VALUES)
+        elif isinstance(at, list):
+            at.insert(key, draw.choice(VALUES))
+        else:
+            at[f"{key}x"] = draw.choice(VALUES)
+        return tree
+
+
+def readers(folder):
+    """All that reads a run, but for its weights and images."""
+    yield lambda: read_results(folder)
+    yield lambda: RunFolder(folder).rows("magmax")
+    yield lambda: RunFolder(folder).chosen_scales("magmax")
+    yield lambda: RunFolder(folder).finished_training("sequential")
+    yield lambda: read_settings([f"out={folder}"])
+    yield lambda: summary_of_run(folder)
+
+
+def complaint(work):
+    """What some work has to complain of; empty if it ends well."""
+    try:
+        with in_time():
+            work()
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def check(folder):
+    for read in readers(folder):
+        assert "\n" not in complaint(read)
+
+
+@pytest.mark.parametrize("name", ["results.json", "journal.jsonl", "config.yaml"])
+def test_damaged_files_are_an_error_or_read_as_they_were(copied, name):
+    file = copied / name
+    content = file.read_bytes()
+    for seed in SEEDS:
+        file.write_bytes(damaged_bytes(content, random.Random(seed)))
+        check(copied)
+
+
+def test_edited_results_are_an_error_or_change_nothing_that_is_used(copied):
+    file = copied / "results.json"
+    results = json.loads(file.read_text())
+    refused = 0
+    for seed in SEEDS:
+        file.write_text(json.dumps(edited(results, random.Random(seed))))
+        check(copied)
+        said = complaint(lambda: read_results(copied))
+        assert said.startswith(f"'{file}' is damaged: ") or not said
+        refused += bool(said)
+    assert refused > len(SEEDS) / 2
+
+
+def test_edited_journals_are_an_error_or_read(copied):
+    file = copied / "journal.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    for seed in SEEDS:
+        changed = edited(records, random.Random(seed))
+        file.write_text("".join(json.dumps(record) + "\n" for record in changed))
+        check(copied)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda r: r["methods"]["magmax"].update(accuracy=None), "methods.magmax.accuracy is None"),
+        (lambda r: r["tasks"].pop(), "methods.zero-shot.matrix is not of 1 tasks"),
+        (lambda r: r["tasks"][0].update(classes="ab"), "tasks[0].classes is 'ab'; expected a list"),
+        (lambda r: r.update(seed=True), "seed is True; expected a whole number"),
+        (lambda r: r["methods"].pop("zero-shot"), "methods.zero-shot is missing"),
+        (lambda r: r["total"].update(seconds=1e400), "total.seconds is inf; expected a number of"),
+    ],
+)
+def test_every_command_names_the_entry(copied, change, said, capsys):
+    results = json.loads((copied / "results.json").read_text())
+    change(results)
+    image = copied.parent / "image.png"
+    Image.new("L", (8, 8)).save(image)
+    (copied / "results.json").write_text(json.dumps(results))
+    suite = copied.parents[2]
+    for words in (
+        ["run", f"out={copied}"],
+        ["predict", str(copied), str(image)],
+        ["export", str(copied), "--format", "torch", "-o", "exported"],
+        ["report", str(copied), "--no-figures"],
+        ["report", str(suite), "--no-figures"],
+    ):
+        (suite / "suite.yaml").write_text(
+            "settings: [{data: digits, tasks: 2}]\nmethods: [magmax]\nabout: one\n"
+        )
+        assert cli.main(words) == 2, words
+        shown = capsys.readouterr().err
+        assert shown.count("\n") == 1
+        assert f"'{copied / 'results.json'}' is damaged: {said}" in shown.replace("\\n", "\n")
+
+
+@pytest.mark.parametrize("name", ["results.json", "journal.jsonl", "config.yaml"])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "loop", "nested"])
+def test_something_else_in_the_place_of_a_file_is_an_error_and_no_wait(copied, name, kind):
+    file = copied / name
+    file.unlink()
+    if kind == "folder":
+        file.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "loop":
+        file.symlink_to(file)
+    else:
+        file.write_text("[" * 100_000 + "]" * 100_000 + "\n{}\n")
+    check(copied)
+
+
+def test_damaged_weights_load_or_are_an_error(copied):
+    file = copied / "merged.safetensors"
+    content = file.read_bytes()
+    for seed in range(15):
+        file.write_bytes(damaged_bytes(content, random.Random(seed)))
+        said = complaint(lambda: load(copied))
+        assert str(file) in said or not said
