@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 
 from cl_merge.config import OptimizerConfig
-from cl_merge.images import Transform
+from cl_merge.images import Transform, as_rgb
 
 if TYPE_CHECKING:
     import datasets
@@ -96,7 +96,7 @@ class BareStream:
             yield steps
 
     def _train_task(self, task: BareTask) -> int:
-        decoded = [self.images[row][self.column].convert("RGB") for row in task.rows]
+        decoded = [as_rgb(self.images[row][self.column]) for row in task.rows]
         photos = _Photos(decoded, task.labels, self.transform)
         head = self.head[list(task.classes)]
         steps = len(task.epochs) * -(-len(photos) // self.batch_size)

@@ -205,7 +205,7 @@ class RunFolder:
     def _check_journal(self) -> None:
         """Make sure of the types of what is read later."""
         records = self._journal.records
-        rows = [record.get("counts") for record in records if "method" in record]
+        rows: list[Any] = [record.get("counts") for record in records if "method" in record]
         for number, record in enumerate(records, start=1):
             kind = next((key for key in _RECORDS if key in record), "")
             wrongs = list(_RECORDS[kind](record))

@@ -139,13 +139,36 @@ class ImageTable:
 
     def _decode(self, row: int) -> Image.Image:
         try:
-            image: Image.Image = self._rows[int(row)][self._image].convert("RGB")
-            return image
-        except (OSError, AttributeError, SyntaxError) as error:
+            return as_rgb(self._rows[int(row)][self._image])
+        # Readers of image formats raise whatever damaged bytes lead them to.
+        except Exception as error:
             raise InputError(
                 f"row {row} of the {self.where} split, column '{self._image}', is no readable "
                 f"image ({error}); remove the row or replace the file"
             ) from error
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Turn an image of any mode into one of three channels of 8 bits.
+
+    Grey values of 16 bits are scaled; Pillow by itself cuts them off at 255, which is white.
+
+    Args:
+        image: The image.
+
+    Returns:
+        The image in RGB.
+
+    Example:
+        >>> grey = Image.fromarray(np.full((1, 1), 32896, dtype=np.uint16))
+        >>> as_rgb(grey).getpixel((0, 0))
+        (128, 128, 128)
+    """
+    # Of a PNG mode I is 16 bits, too, in some versions of Pillow.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        values = np.asarray(image).astype(np.uint32)
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    return image.convert("RGB")
 
 
 class ImageDataset(Dataset[Sample]):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cl_merge.clip import CLIPClassifier
 from cl_merge.errors import InputError
+from cl_merge.images import as_rgb
 
 Picture: TypeAlias = Image.Image | Tensor | str | Path
 """One image: a PIL image, a file, or a transformed float tensor [3, H, W]."""
@@ -98,7 +99,7 @@ class ImageClassifier:
                 )
             return picture
         image = picture if isinstance(picture, Image.Image) else _opened(Path(picture))
-        prepared: Tensor = self.transform(image.convert("RGB"))
+        prepared: Tensor = self.transform(as_rgb(image))
         return prepared
 
     def _guesses(self, batch: Tensor, top: int) -> Iterator[list[Guess]]:

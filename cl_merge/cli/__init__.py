@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from cl_merge import __version__
 from cl_merge.cli import bench, export, inspect, merge, predict, report, run
-from cl_merge.cli.messages import own_messages
+from cl_merge.cli.messages import own_messages, say
 from cl_merge.cli.stopped import Signals, StoppedError, terminated_as_interrupted
 from cl_merge.cli.streams import is_unread, make_writable
 from cl_merge.errors import InputError
@@ -33,18 +32,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 code = int(parsed.execute(parsed) or 0)
             return 141 if is_unread() else code
         except InputError as error:
-            _say(str(error))
+            say(str(error))
             return 2
         except StoppedError as stopped:
             code, why = _explain(stopped.reason, signals)
             kept = "what was finished is kept; " if code in (130, 143) else ""
-            _say(f"{why}; {kept}go on with: {stopped.again}")
+            say(f"{why}; {kept}go on with: {stopped.again}")
             return code
         except (KeyboardInterrupt, SystemExit, OSError) as stop:
             is_unread()
             code, why = _explain(stop, signals)
             if code != 141:
-                _say(why)
+                say(why)
             return code
 
 
@@ -74,12 +73,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if rest:
         parsed.settings += rest
     return parsed
-
-
-def _say(message: str) -> None:
-    """Say one line, whatever control characters names of files and keys have put into it."""
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
-    sys.stderr.write(f"cl-merge: {shown}\n")
 
 
 def _explain(reason: BaseException, signals: Signals) -> tuple[int, str]:

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+def say(message: str) -> None:
+    """Say one line on standard error, whatever control characters names have put into it.
+
+    Args:
+        message: What to say.
+    """
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    sys.stderr.write(f"cl-merge: {shown}\n")
 
 
 @contextmanager

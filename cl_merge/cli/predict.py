@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from cl_merge.cli.messages import say
 from cl_merge.errors import InputError
 from cl_merge.files import atomic_write
 
@@ -136,7 +137,7 @@ class _Guesses:
                     if file not in self._skippable:
                         raise
                     self.skipped += 1
-                    sys.stderr.write(f"cl-merge: skipped: {error}\n")
+                    say(f"skipped: {error}")
             found = self._classifier.predict(images, self._top, batch_size=self._size)
             yield from zip(files, found, strict=True)
 
