@@ -15,7 +15,12 @@ from cl_merge import cli
 from cl_merge.cli.stopped import terminated_as_interrupted
 
 RUN = ["stream.tasks=2", "stream.images_per_class=4", "trainer.max_epochs=2", "compare=false"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+# What other libraries warn of depends on their versions.
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "PYTHONWARNINGS": "ignore",
+}
 
 
 def start(folder, *words):

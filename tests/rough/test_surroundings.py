@@ -14,7 +14,8 @@ def shell(line, folder, **environment):
     return subprocess.run(
         ["bash", "-o", "pipefail", "-c", line.replace("cl-merge", command)],
         cwd=folder,
-        env=os.environ | environment,
+        # What other libraries warn of depends on their versions.
+        env=os.environ | {"PYTHONWARNINGS": "ignore"} | environment,
         capture_output=True,
         text=True,
         timeout=120,
