@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import secrets
 import shutil
@@ -13,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -172,16 +172,37 @@ def load_state(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: If the file is missing, cut short or of another kind.
     """
+    if not Path(path).is_file():  # to read from a pipe is to wait for ever
+        raise InputError(f"there is no file '{path}'; check the path")
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(state, dict):
+            raise TypeError(f"it holds a {type(state).__name__}")
         return state
+    # The reader of torch raises whatever damaged bytes lead it to.
+    except Exception as error:
+        raise _no_checkpoint(path, error) from error
+
+
+def check_state(path: str | Path) -> None:
+    """Make sure that no byte of a state has changed, by the checksums in it.
+
+    Args:
+        path: A file that `save_state` or Lightning wrote; it is read whole, once.
+
+    Raises:
+        InputError: If it is damaged.
+    """
+    try:
+        with ZipFile(path) as file:
+            broken = file.testzip()
     except FileNotFoundError:
         raise InputError(f"there is no file '{path}'; check the path") from None
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        raise InputError(
-            f"'{path}' is not a whole checkpoint ({_reason(error)}); restore it, or start again in "
-            "a new folder"
-        ) from error
+    # The reader of archives, too, raises errors of many kinds.
+    except Exception as error:
+        raise _no_checkpoint(path, error) from error
+    if broken is not None:
+        raise _no_checkpoint(path, ValueError(f"'{broken}' in it has changed"))
 
 
 def save_tensors(
@@ -253,6 +274,13 @@ def _sort_metadata(path: Path) -> None:
         if len(text) <= length:  # as it is the same text in another order; spaces fill up
             file.seek(8)
             file.write(text.ljust(length))
+
+
+def _no_checkpoint(path: str | Path, error: Exception) -> InputError:
+    return InputError(
+        f"'{path}' is not a whole checkpoint ({_reason(error)}); restore it, or start again in a "
+        "new folder"
+    )
 
 
 def _reason(error: BaseException | None) -> str:

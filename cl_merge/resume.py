@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from cl_merge.errors import InputError, listing
-from cl_merge.files import load_state, remove_leftovers, save_state
+from cl_merge.files import check_state, load_state, remove_leftovers, save_state
 from cl_merge.journal import Journal, is_first_process
 from cl_merge.measure import Cost, measured
 from cl_merge.metrics import AccuracyMatrix
@@ -57,7 +57,11 @@ class StreamFolder:
         self.path = Path(path)
         self._clean()
         self.journal = Journal(self.path / "journal.jsonl")
-        self._state = load_state(self.state_file) if self.state_file.exists() else {}
+        self._state = {}
+        if self.state_file.exists():
+            # Tensors are mapped and read later: a bad disk shows now, or as wrong weights.
+            check_state(self.state_file)
+            self._state = load_state(self.state_file)
 
     @property
     def state_file(self) -> Path:

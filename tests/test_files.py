@@ -18,6 +18,7 @@ from torch import nn
 from cl_merge.errors import InputError, StorageError
 from cl_merge.files import (
     atomic_write,
+    check_state,
     load_state,
     load_tensors,
     remove_leftovers,
@@ -281,6 +282,22 @@ def test_a_state_comes_back_and_a_broken_one_is_named(tmp_path):
         load_state(path)
     with pytest.raises(InputError, match="there is no file"):
         load_state(tmp_path / "none.ckpt")
+
+
+def test_a_byte_of_a_state_that_has_changed_is_noticed(tmp_path):
+    path = tmp_path / "state.ckpt"
+    save_state(path, {"w": torch.zeros(1000)})
+    check_state(path)
+    content = bytearray(path.read_bytes())
+    place = content.index(bytes(4000)) + 2000
+    content[place] = 1
+    path.write_bytes(content)
+    assert load_state(path)["w"].count_nonzero() == 1  # which reading does not notice
+    with pytest.raises(InputError, match=r"state.ckpt' is not a whole checkpoint \('.*' in it has"):
+        check_state(path)
+    path.write_bytes(content[:100])
+    with pytest.raises(InputError, match=r"state.ckpt' is not a whole checkpoint \("):
+        check_state(path)
 
 
 @pytest.mark.parametrize("value", [Path("a"), nn.Identity(), Sized])
