@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
@@ -44,8 +45,9 @@ def results_table(results: Mapping[str, Any]) -> Table:
     merging = [name for name in methods if methods[name]["merger"]]
     best = max(merging or methods, key=lambda name: methods[name]["accuracy"])
     table = Table(
-        title=f"{_short(results['data'], 30)} with {_short(results['model'], 30)}, "
-        f"{counted(len(results['tasks']), 'task')}, seed {results['seed']}: "
+        # Names of files may hold what rich takes for its markup.
+        title=escape(f"{_short(results['data'], 30)} with {_short(results['model'], 30)}, ")
+        + f"{counted(len(results['tasks']), 'task')}, seed {results['seed']}: "
         "per cent after the last task",
         caption="accuracy: all test images, among all classes; aware: among the classes of "
         "the image's own task; incr.: mean over tasks of the accuracy on everything seen so far",
@@ -66,7 +68,9 @@ def results_table(results: Mapping[str, Any]) -> Table:
         for name in group:
             method = methods[name]
             figures = [_figure(method["metrics"][key]) for key in _COLUMNS]
-            table.add_row(name, _scale(method), *figures, style="bold" if name == best else "")
+            table.add_row(
+                escape(name), _scale(method), *figures, style="bold" if name == best else ""
+            )
     return table
 
 
@@ -83,10 +87,10 @@ def show_start(console: Console, run: Run) -> None:
     test = sum(len(task.test) for task in stream.tasks)
     apart = f"{held_out} held out, " if held_out else ""
     console.print(
-        f"{find_data(run.config.data).name} with {run.config.model}: "
-        f"{len(stream.class_names)} classes in {counted(len(stream.tasks), 'task')} "
+        escape(f"{find_data(run.config.data).name} with {run.config.model}: ")
+        + f"{len(stream.class_names)} classes in {counted(len(stream.tasks), 'task')} "
         f"({run.config.stream.scenario}-incremental), {train} images to train on, {apart}{test} "
-        f"to test on; writing to {run.folder.path}"
+        f"to test on; writing to {escape(str(run.folder.path))}"
     )
 
 
@@ -106,7 +110,7 @@ def show_task(console: Console, run: Run, training: Training, end: TaskEnd) -> N
     }
     tasks = len(run.stream.tasks)
     which = counted(tasks, "task") if training.joint else f"task {end.task.index + 1}/{tasks}"
-    said = f"[bold]{which}[/] ({end.task.name}), {training.name} training, "
+    said = f"[bold]{which}[/] ({escape(end.task.name)}), {training.name} training, "
     said += f"{end.cost.seconds:.0f} s"
     if not figures:
         console.print(said)
@@ -114,7 +118,9 @@ def show_task(console: Console, run: Run, training: Training, end: TaskEnd) -> N
     console.print(f"{said}; accuracy on everything seen, %:")
     best = max(figures.values())
     shown = [
-        f"[bold]{name} {rounded(value)}[/]" if value == best else f"{name} {rounded(value)}"
+        f"[bold]{escape(name)} {rounded(value)}[/]"
+        if value == best
+        else f"{escape(name)} {rounded(value)}"
         for name, value in figures.items()
     ]
     console.print(Padding(", ".join(shown), (0, 0, 0, 2)))
@@ -133,10 +139,11 @@ def show_results(console: Console, folder: Path) -> None:
     draw_figures(results, folder)
     console.print()
     console.print(results_table(results))
+    total = results["total"]
     console.print(
-        f"{results['total']['seconds']:.0f} s, at most "
-        f"{results['total']['peak_memory'] / 2**30:.1f} GiB of memory. {folder} holds the merged "
-        "weights, the task vectors, results.json, logs, accuracy_matrix.png and "
+        f"{total['seconds']:.0f} s, at most {total['peak_memory'] / 2**30:.1f} GiB of memory. "
+        f"{escape(str(folder))} holds the "
+        "merged weights, the task vectors, results.json, logs, accuracy_matrix.png and "
         "accuracy_by_task.png."
     )
 
@@ -167,7 +174,8 @@ def _draw_matrix(results: Mapping[str, Any], path: Path) -> None:
     after = [f"task {i + 1}" for i in range(len(names))] if len(matrix) > 1 else ["all tasks"]
     figure = new_canvas(2.2 + 0.5 * len(rows), 2.5 + 0.7 * len(names))
     axes = figure.add_subplot()
-    image = axes.imshow(rows, vmin=0, vmax=100, cmap="viridis", aspect="auto")
+    values = [[float("nan") if value is None else value for value in row] for row in rows]
+    image = axes.imshow(values, vmin=0, vmax=100, cmap="viridis", aspect="auto")
     axes.set_xticks(range(len(names)), [_short(name) for name in names], rotation=40, ha="right")
     axes.set_yticks(range(len(rows)), ["zero-shot", *after])
     axes.set_xlabel("accuracy on task")

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from cl_merge.benchmarks.amounts import rounded
@@ -119,14 +120,14 @@ def _part(
     table = Table(box=box.SIMPLE, padding=(0, 2, 0, 0))
     table.add_column("method", no_wrap=True)
     for index in columns:
-        table.add_column(names[index], justify="right", no_wrap=True)
+        table.add_column(escape(names[index]), justify="right", no_wrap=True)
     last = None
     for group, method, texts in rows:
         if group != last:
             table.add_section()
-            table.add_row(group, style="dim italic")
+            table.add_row(escape(group), style="dim italic")
             last = group
-        table.add_row(method, *(_for_terminal(texts[index]) for index in columns))
+        table.add_row(escape(method), *(_for_terminal(texts[index]) for index in columns))
     return table
 
 

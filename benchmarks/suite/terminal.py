@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cl_merge.benchmarks.amounts import duration, rounded
@@ -39,7 +40,7 @@ def show_plan(
             left += time or 0.0
             unknown |= time is None
         shown = "" if state == DONE else "?" if time is None else duration(time)
-        rows.append((job.place, state, shown, ", ".join(job.methods)))
+        rows.append((escape(job.place), state, shown, escape(", ".join(job.methods))))
     console.print(_plan_table(rows))
     cells = len(suite.settings) * len(suite.shown) * len(suite.seeds)
     done = sum(state_of(job, folder) == DONE for job in jobs)
@@ -49,6 +50,7 @@ def show_plan(
         f"{'more than' if unknown else 'about'} {duration(left)} left on this machine, one at a "
         "time",
         soft_wrap=True,
+        markup=False,
     )
 
 
@@ -77,7 +79,9 @@ def show_begin(console: Console, suite: Suite, jobs: int, left: int, folder: Pat
     """
     said = f"{suite.name} in {folder}: {jobs} {'run' if jobs == 1 else 'runs'}"
     done = f", {jobs - left} of them done" if left < jobs else ""
-    console.print(f"{said}, all done; nothing is left to do" if not left else said + done)
+    console.print(
+        f"{said}, all done; nothing is left to do" if not left else said + done, markup=False
+    )
 
 
 def show_ended(console: Console, ended: Ended, number: int, jobs: int, folder: Path) -> None:
@@ -90,15 +94,15 @@ def show_ended(console: Console, ended: Ended, number: int, jobs: int, folder: P
         jobs: How many there are.
         folder: The suite's.
     """
-    said = f"{number}/{jobs} {ended.job}, {duration(ended.seconds)}: "
+    said = escape(f"{number}/{jobs} {ended.job}, {duration(ended.seconds)}: ")
     if ended.state == DONE:
         methods = (read_results(folder / ended.job.place) or {})["methods"]
         said += ", ".join(
-            f"{name} {rounded(methods[name]['accuracy'])}" for name in ended.job.methods
+            f"{escape(name)} {rounded(methods[name]['accuracy'])}" for name in ended.job.methods
         )
     else:
         colour = "red" if ended.state == FAILED else "yellow"
-        said += f"[{colour}]{ended.state}[/] {ended.reason}"
+        said += f"[{colour}]{ended.state}[/] {escape(ended.reason)}"
     console.print(said, soft_wrap=True)
 
 
@@ -111,7 +115,9 @@ def show_failures(console: Console, failed: Sequence[Ended], folder: Path) -> No
         folder: The suite's.
     """
     for ended in failed:
-        console.print(f"[red]failed[/] {folder / ended.job.place / LOG}", soft_wrap=True)
+        console.print(
+            f"[red]failed[/] {escape(str(folder / ended.job.place / LOG))}", soft_wrap=True
+        )
         console.print(f"  {ended.reason}", markup=False, soft_wrap=True)
     if failed:
         console.print("the same command tries once more what failed, and nothing else")

@@ -97,10 +97,10 @@ def make_report(
 
     summary = _summary(folder)
     parts = rich_tables(summary, metric, console.width)
-    console.print(f"\n[italic]{title_of(summary, metric)}[/]")
+    console.print(f"\n{title_of(summary, metric)}", style="italic", markup=False)
     for part in parts:
         console.print(part)
-    console.print(f"[dim]{legend_of(summary, metric)}[/]")
+    console.print(legend_of(summary, metric), style="dim", markup=False)
     drawn: list[Any] = []
     if figures != "none" and (folder / "results.json").exists():
         drawn = list(pictures_of_run(folder, summary.suite.settings[0].name))
@@ -113,7 +113,9 @@ def make_report(
         with atomic_write(folder / f"table.{ending}") as temporary:
             temporary.write_text(_table(summary, form, "accuracy"))
     console.print(
-        f"{page} is the report; table.md, table.tex and table.csv lie beside it", soft_wrap=True
+        f"{page} is the report; table.md, table.tex and table.csv lie beside it",
+        soft_wrap=True,
+        markup=False,
     )
     return page
 

@@ -67,7 +67,7 @@ def run(settings: Sequence[str], file: str | None = None) -> None:
     folder = Path(config.out).expanduser() if config.out else None
     if folder is not None and not unfinished_methods(config, folder):
         if is_first_process():
-            console.print(f"{folder} holds this run, finished; nothing is left to do")
+            console.print(f"{folder} holds this run, finished; nothing is left to do", markup=False)
             show_results(console, folder)
         return
     _quieten()

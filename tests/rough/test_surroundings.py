@@ -1,12 +1,21 @@
 """Commands where output is closed, or cannot be written as it is."""
 
+import io
+import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from cl_merge import cli
+from cl_merge.benchmarks.report import results_table
+from cl_merge.benchmarks.suite.definition import find_suite
+from cl_merge.benchmarks.suite.execution import Ended
+from cl_merge.benchmarks.suite.plan import FAILED, jobs_of, make_plan
+from cl_merge.benchmarks.suite.terminal import show_ended
 
 
 def shell(line, folder, **environment):
@@ -53,3 +62,29 @@ def test_a_message_is_one_line_without_control_characters(name, capsys):
     assert said == f"cl-merge: there is no file or folder '{name!r}'; check the path\n".replace(
         f"'{name!r}'", repr(name)
     )
+
+
+def test_folders_may_be_called_what_rich_takes_for_markup(finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "[" / "red]" / "o[" / "y]")
+    results = json.loads((run / "results.json").read_text())
+    results["data"] = results["tasks"][0]["name"] = "[/x]"
+    results["methods"]["mine.py:[/y]"] = results["methods"]["magmax"]
+    assert "[/x] with glyph" in printed(results_table(results))
+    assert cli.main(["report", str(run), "--no-figures"]) == 0
+    assert "[/red]/o[/y]/report.html is the report" in capsys.readouterr().out
+    assert cli.main(["run", f"out={str(run)!r}"]) == 0
+    assert "o[/y] holds" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_reason_of_a_failure_is_shown_as_it_is(tmp_path):
+    (job, *_) = jobs_of(make_plan(find_suite("offline")))
+    ended = Ended(job, FAILED, 1.0, "[rank1]: RuntimeError: [/bad]")
+    console = Console(file=io.StringIO(), width=200)
+    show_ended(console, ended, 1, 2, tmp_path)
+    assert "failed [rank1]: RuntimeError: [/bad]" in console.file.getvalue()
+
+
+def printed(table):
+    console = Console(file=io.StringIO(), width=100)
+    console.print(table)
+    return console.file.getvalue()
