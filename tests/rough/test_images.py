@@ -75,9 +75,9 @@ def test_damaged_images_are_read_or_one_error(finished, tmp_path, kind):
 def test_an_image_that_would_fill_the_memory_is_skipped_and_named(
     finished, tmp_path, monkeypatch, capsys
 ):
-    Image.new("L", (30, 30)).save(tmp_path / "large.png")
+    Image.new("L", (100, 100)).save(tmp_path / "large.png")
     Image.fromarray(GREY).save(tmp_path / "small.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
     assert cli.main(["predict", str(finished), str(tmp_path)]) == 1
     said = capsys.readouterr()
     assert "small.png" in said.out

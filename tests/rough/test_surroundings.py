@@ -64,7 +64,8 @@ def test_a_message_is_one_line_without_control_characters(name, capsys):
     )
 
 
-def test_folders_may_be_called_what_rich_takes_for_markup(finished, tmp_path, capsys):
+def test_folders_may_be_called_what_rich_takes_for_markup(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "300")
     run = shutil.copytree(finished, tmp_path / "[" / "red]" / "o[" / "y]")
     results = json.loads((run / "results.json").read_text())
     results["data"] = results["tasks"][0]["name"] = "[/x]"
