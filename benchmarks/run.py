@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from torch import Tensor
 
 from cl_merge.benchmarks.catalog import find_data
@@ -128,6 +130,7 @@ def start_run(config: RunConfig) -> Run:
     """
     method = find_method(config.method)
     _try_settings(config, method)
+    _check_devices(config)
     stream, model = load_parts(config)
     merge_callback(config, method).check_names(trained_parameters(model))
     data = find_data(config.data).name
@@ -135,6 +138,17 @@ def start_run(config: RunConfig) -> Run:
     folder = RunFolder.claim(config, name)
     base, buffers = copies(trained_parameters(model)), copies(floating_buffers(model))
     return Run(config, folder, stream, model, base, buffers)
+
+
+def _check_devices(config: RunConfig) -> None:
+    """Refuse more processes than a machine without a GPU has cores for: memory goes first."""
+    devices, most = config.trainer.get("devices"), max(os.cpu_count() or 1, 2)
+    on_cpu = config.trainer.get("accelerator") == "cpu" or not torch.cuda.is_available()
+    if on_cpu and type(devices) is int and devices > most:
+        raise InputError(
+            f"trainer.devices={devices}; expected at most {most}: without a GPU each is a process "
+            "with a model of its own, and more than there are cores gain nothing"
+        )
 
 
 def count_batches(run: Run, train_cost: int = 3) -> int:

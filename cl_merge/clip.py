@@ -100,6 +100,10 @@ class CLIPClassifier(L.LightningModule):
             raise unknown_name("schedule", schedule, SCHEDULES)
         if not (math.isfinite(lr) and lr > 0):
             raise InputError(f"optimizer.lr={lr}; expected a finite number above 0")
+        if not (math.isfinite(weight_decay) and weight_decay >= 0):
+            raise InputError(f"optimizer.weight_decay={weight_decay}; expected 0 or more, finite")
+        if not 0 <= label_smoothing <= 1:
+            raise InputError(f"optimizer.label_smoothing={label_smoothing}; expected from 0 to 1")
         if warmup_steps < 0:
             raise InputError(f"optimizer.warmup_steps={warmup_steps}; expected 0 or more")
         if not 0 < layer_decay <= 1:

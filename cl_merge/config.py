@@ -425,6 +425,9 @@ def _check_values(config: RunConfig) -> None:
             raise InputError(
                 f"unknown key 'trainer.{key}'{hint} It is no argument of Lightning's Trainer"
             )
+    epochs = config.trainer.get("max_epochs")
+    if isinstance(epochs, int) and epochs < 1:
+        raise InputError(f"trainer.max_epochs={epochs}; expected 1 or more")
     _check_merge(config.merge)
     logger_options(config.loggers)
     if config.evaluate not in EVALUATE:
