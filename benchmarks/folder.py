@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from cl_merge.benchmarks.json_checks import AMOUNT, COUNT, SCALE, TEXT, entries, list_of
+from cl_merge.benchmarks.json_checks import AMOUNT, COUNT, SCALE, TEXT, entries, first, list_of
 from cl_merge.benchmarks.json_files import plain
 from cl_merge.benchmarks.results_file import read_results
 from cl_merge.benchmarks.settings import check_same_run
@@ -204,19 +204,21 @@ class RunFolder:
 
     def _check_journal(self) -> None:
         """Make sure of the types of what is read later."""
-        records = self._journal.records
-        rows: list[Any] = [record.get("counts") for record in records if "method" in record]
-        for number, record in enumerate(records, start=1):
+        tasks: set[int] = set()
+        for number, record in enumerate(self._journal.records, start=1):
             kind = next((key for key in _RECORDS if key in record), "")
-            wrongs = list(_RECORDS[kind](record))
-            if not wrongs and kind == "method":
-                wrongs = [] if len(record["counts"]) == 3 else [".counts is not of 3 rows"]
-                if {len(row) for row in record["counts"]} != {len(rows[0][0])}:
-                    wrongs.append(".counts is of another number of tasks")
-            if wrongs:
+            wrong = first(_RECORDS[kind](record))
+            if wrong is None and kind == "method":
+                counts = record["counts"]
+                tasks |= {len(row) for row in counts}
+                if len(counts) != 3:
+                    wrong = "counts is not of 3 rows"
+                elif len(tasks) > 1:
+                    wrong = "counts is of another number of tasks"
+            if wrong is not None:
                 raise InputError(
-                    f"{self._journal.path}, line {number}: {wrongs[0].lstrip('.')}; restore the "
-                    "file, or start again in a new folder"
+                    f"{self._journal.path}, line {number}: {wrong}; restore the file, or start "
+                    "again in a new folder"
                 )
 
     def _note(self, record: dict[str, Any]) -> None:
@@ -250,7 +252,7 @@ class RunFolder:
             text: What it says.
         """
         with atomic_write(self.path / name) as temporary:
-            temporary.write_text(text)
+            temporary.write_text(text, encoding="utf-8")
 
     @rank_zero_only
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:

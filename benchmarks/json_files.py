@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_merge.errors import InputError
+from cl_merge.files import is_no_file
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -23,14 +24,31 @@ def read_json(path: Path) -> dict[str, Any] | None:
     Raises:
         InputError: If it cannot be read, or is damaged.
     """
-    if path.exists() and not path.is_file():  # to read from a pipe is to wait for ever
+    if is_no_file(path):
         raise InputError(f"'{path}' is no file; take it away")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes(), path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise InputError(f"'{path}' cannot be read ({error.strerror})") from error
+
+
+def parse_json(content: bytes, path: Path) -> dict[str, Any]:
+    """Make an object of what a file holds.
+
+    Args:
+        content: What it holds.
+        path: Its place, for the error.
+
+    Returns:
+        The object.
+
+    Raises:
+        InputError: If it is damaged.
+    """
+    try:
+        found = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
         raise InputError(f"'{path}' is damaged ({error}); restore it, or delete it") from error
     if not isinstance(found, dict):

@@ -346,5 +346,5 @@ def _kept(file: Path) -> str | None:
 
 def _keep(file: Path, name: str) -> str:
     with atomic_write(file) as temporary:
-        temporary.write_text(json.dumps({"id": name}) + "\n")
+        temporary.write_text(json.dumps({"id": name}) + "\n", encoding="utf-8")
     return name

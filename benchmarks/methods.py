@@ -141,7 +141,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 
 def _recipe(name: str) -> Method:
-    text = files("cl_merge.benchmarks.recipes").joinpath(f"{name}.yaml").read_text()
+    text = files("cl_merge.benchmarks.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     recipe: Any = OmegaConf.to_container(OmegaConf.create(text))
     return Method(name, **recipe)
 

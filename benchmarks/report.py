@@ -16,8 +16,7 @@ from cl_merge.benchmarks.amounts import counted, rounded
 from cl_merge.benchmarks.catalog import find_data
 from cl_merge.benchmarks.figures.style import new_canvas
 from cl_merge.benchmarks.methods import grouped_methods
-from cl_merge.benchmarks.results_file import read_results
-from cl_merge.errors import InputError
+from cl_merge.benchmarks.results_file import finished_results
 
 if TYPE_CHECKING:
     from cl_merge.benchmarks.methods import Training
@@ -46,9 +45,11 @@ def results_table(results: Mapping[str, Any]) -> Table:
     best = max(merging or methods, key=lambda name: methods[name]["accuracy"])
     table = Table(
         # Names of files may hold what rich takes for its markup.
-        title=escape(f"{_short(results['data'], 30)} with {_short(results['model'], 30)}, ")
-        + f"{counted(len(results['tasks']), 'task')}, seed {results['seed']}: "
-        "per cent after the last task",
+        title=escape(
+            f"{_short(results['data'], 30)} with {_short(results['model'], 30)}, "
+            f"{counted(len(results['tasks']), 'task')}, seed {results['seed']}: "
+            "per cent after the last task"
+        ),
         caption="accuracy: all test images, among all classes; aware: among the classes of "
         "the image's own task; incr.: mean over tasks of the accuracy on everything seen so far",
         title_justify="left",
@@ -87,10 +88,11 @@ def show_start(console: Console, run: Run) -> None:
     test = sum(len(task.test) for task in stream.tasks)
     apart = f"{held_out} held out, " if held_out else ""
     console.print(
-        escape(f"{find_data(run.config.data).name} with {run.config.model}: ")
-        + f"{len(stream.class_names)} classes in {counted(len(stream.tasks), 'task')} "
+        f"{find_data(run.config.data).name} with {run.config.model}: "
+        f"{len(stream.class_names)} classes in {counted(len(stream.tasks), 'task')} "
         f"({run.config.stream.scenario}-incremental), {train} images to train on, {apart}{test} "
-        f"to test on; writing to {escape(str(run.folder.path))}"
+        f"to test on; writing to {run.folder.path}",
+        markup=False,
     )
 
 
@@ -104,7 +106,7 @@ def show_task(console: Console, run: Run, training: Training, end: TaskEnd) -> N
         end: The task that was just learned.
     """
     figures = {
-        method.name: run.matrices[method.name].seen()[-1]
+        escape(method.name): run.matrices[method.name].seen()[-1]
         for method in run.trainings[training.name]
         if run.matrices[method.name].rows
     }
@@ -118,9 +120,7 @@ def show_task(console: Console, run: Run, training: Training, end: TaskEnd) -> N
     console.print(f"{said}; accuracy on everything seen, %:")
     best = max(figures.values())
     shown = [
-        f"[bold]{escape(name)} {rounded(value)}[/]"
-        if value == best
-        else f"{escape(name)} {rounded(value)}"
+        f"[bold]{name} {rounded(value)}[/]" if value == best else f"{name} {rounded(value)}"
         for name, value in figures.items()
     ]
     console.print(Padding(", ".join(shown), (0, 0, 0, 2)))
@@ -133,18 +133,16 @@ def show_results(console: Console, folder: Path) -> None:
         console: Where to print.
         folder: The run's folder.
     """
-    results = read_results(folder)
-    if results is None:
-        raise InputError(f"'{folder}' holds no finished run: it has no results.json")
+    results = finished_results(folder)
     draw_figures(results, folder)
     console.print()
     console.print(results_table(results))
     total = results["total"]
     console.print(
         f"{total['seconds']:.0f} s, at most {total['peak_memory'] / 2**30:.1f} GiB of memory. "
-        f"{escape(str(folder))} holds the "
-        "merged weights, the task vectors, results.json, logs, accuracy_matrix.png and "
-        "accuracy_by_task.png."
+        f"{folder} holds the merged weights, the task vectors, results.json, logs, "
+        "accuracy_matrix.png and accuracy_by_task.png.",
+        markup=False,
     )
 
 

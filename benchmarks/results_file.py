@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from cl_merge.benchmarks.json_checks import (
-    ACCURACY,
     AMOUNT,
     COUNT,
-    FIGURE,
-    NAME,
+    FIGURE_OR_NULL,
     PER_CENT,
+    PER_CENT_OR_NULL,
     SCALE,
     TEXT,
+    TEXT_OR_NULL,
     entries,
+    first,
     list_of,
     mapping_of,
-    of,
 )
-from cl_merge.benchmarks.json_files import read_json
+from cl_merge.benchmarks.json_files import parse_json, read_json
 from cl_merge.errors import InputError
 
 
@@ -39,12 +38,48 @@ def read_results(folder: Path) -> dict[str, Any] | None:
     """
     file = folder / "results.json"
     results = read_json(file)
+    return None if results is None else _checked(results, file)
+
+
+def finished_results(folder: Path) -> dict[str, Any]:
+    """Read what a run found that must have finished.
+
+    Args:
+        folder: Of the run.
+
+    Returns:
+        The content of ``results.json``.
+
+    Raises:
+        InputError: If no run has finished there, or as of `read_results`.
+    """
+    results = read_results(folder)
     if results is None:
-        return None
-    for wrong in chain(_RESULTS(results), _sizes(results)):
-        raise InputError(
-            f"'{file}' is damaged: {wrong.lstrip('.')}; restore it, or run again in a new folder"
-        )
+        raise InputError(f"'{folder}' holds no finished run: it has no results.json")
+    return results
+
+
+def parse_results(content: bytes, file: Path) -> dict[str, Any]:
+    """Make the results of a run of what their file holds.
+
+    Args:
+        content: What it holds.
+        file: Its place, for the error.
+
+    Returns:
+        The results.
+
+    Raises:
+        InputError: If they are damaged; names the entry.
+    """
+    return _checked(parse_json(content, file), file)
+
+
+def _checked(results: dict[str, Any], file: Path) -> dict[str, Any]:
+    # Sizes are looked at once all entries are known to be right by themselves.
+    wrong = first(_RESULTS(results)) or first(_sizes(results))
+    if wrong is not None:
+        raise InputError(f"'{file}' is damaged: {wrong}; restore it, or run again in a new folder")
     return results
 
 
@@ -60,16 +95,16 @@ _TASK = entries(
 )
 _METHOD = entries(
     {
-        "accuracy": ACCURACY,
-        "metrics": mapping_of(FIGURE),
-        "matrix": list_of(list_of(PER_CENT)),
-        "matrix_task_aware": list_of(list_of(PER_CENT)),
-        "seen": list_of(PER_CENT),
-        "training": NAME,
-        "merger": NAME,
+        "accuracy": PER_CENT,
+        "metrics": mapping_of(FIGURE_OR_NULL),
+        "matrix": list_of(list_of(PER_CENT_OR_NULL)),
+        "matrix_task_aware": list_of(list_of(PER_CENT_OR_NULL)),
+        "seen": list_of(PER_CENT_OR_NULL),
+        "training": TEXT_OR_NULL,
+        "merger": TEXT_OR_NULL,
         "scale": SCALE,
     },
-    {"statistics": NAME, "chosen_scales": list_of(SCALE)},
+    {"statistics": TEXT_OR_NULL, "chosen_scales": list_of(SCALE)},
 )
 _COST = entries({"seconds": AMOUNT, "peak_memory": COUNT, "peak_device_memory": COUNT})
 _RESULTS = entries(
@@ -84,7 +119,7 @@ _RESULTS = entries(
         "training": mapping_of(list_of(_COST)),
         "total": _COST,
     },
-    {"finished": TEXT, "versions": mapping_of(TEXT), "machine": mapping_of(of("", lambda _: True))},
+    {"finished": TEXT, "versions": mapping_of(TEXT), "machine": entries({})},
 )
 
 

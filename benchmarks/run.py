@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +32,7 @@ from cl_merge.errors import InputError, unknown_name
 from cl_merge.measure import Cost
 from cl_merge.mergers import Merger, get_merger
 from cl_merge.metrics import AccuracyMatrix
+from cl_merge.parallel import usable_cores
 from cl_merge.scales import Scales
 from cl_merge.stream import TaskStream
 from cl_merge.weights import copies, floating_buffers, trained_parameters
@@ -142,7 +142,7 @@ def start_run(config: RunConfig) -> Run:
 
 def _check_devices(config: RunConfig) -> None:
     """Refuse more processes than a machine without a GPU has cores for: memory goes first."""
-    devices, most = config.trainer.get("devices"), max(os.cpu_count() or 1, 2)
+    devices, most = config.trainer.get("devices"), max(usable_cores(), 2)
     on_cpu = config.trainer.get("accelerator") == "cpu" or not torch.cuda.is_available()
     if on_cpu and type(devices) is int and devices > most:
         raise InputError(

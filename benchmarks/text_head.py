@@ -30,7 +30,7 @@ from typing_extensions import override
 from cl_merge.benchmarks.amounts import rounded
 from cl_merge.benchmarks.epochs import task_epochs
 from cl_merge.benchmarks.replay import Replay
-from cl_merge.benchmarks.results_file import read_results
+from cl_merge.benchmarks.results_file import finished_results
 from cl_merge.benchmarks.store_accuracy import task_vectors
 from cl_merge.callbacks import MergeCallback
 from cl_merge.clip import CLIPClassifier
@@ -219,8 +219,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def _check_plain(folder: Path, found: float) -> None:
-    results: Any = read_results(folder)
-    expected = results["methods"][PLAIN]["accuracy"]
+    expected = finished_results(folder)["methods"][PLAIN]["accuracy"]
     if abs(found - expected) > 1e-6:
         raise InputError(
             f"'{folder}': MagMax of its task vectors has {found:.4f} % here, but results.json says "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -13,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cl_merge.errors import InputError, listing, nearest, unknown_name
+from cl_merge.files import is_no_file
 from cl_merge.quantize import STORES
 from cl_merge.scales import Scales
 from cl_merge.yaml_text import check_yaml
@@ -323,17 +325,16 @@ def read_yaml(file: str | Path) -> DictConfig:
     Raises:
         InputError: If it is missing or is no YAML mapping.
     """
+    if is_no_file(file):
+        raise InputError(f"config {file}: is no file; expected one of keys and values")
     try:
-        if Path(file).exists() and not Path(file).is_file():  # to read from a pipe may never end
-            raise InputError(f"config {file}: is no file; expected one of keys and values")
         text = Path(file).read_text(encoding="utf-8")
         check_yaml(text)
-        # What OmegaConf makes of an empty file.
-        found = OmegaConf.create(text) if text.strip() else OmegaConf.create()
-    except InputError:
-        raise
+        found = OmegaConf.load(io.StringIO(text))
     except OSError as error:
-        raise InputError(f"config {file}: cannot be read ({error.strerror})") from error
+        # OmegaConf raises one, too, for what is neither keys and values nor a list.
+        reason = error.strerror or error
+        raise InputError(f"config {file}: cannot be read ({reason})") from error
     # As above: the errors of the YAML reader.
     except Exception as error:
         raise InputError(f"config {file}: no valid YAML ({_first_line(error)})") from error

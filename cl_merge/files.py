@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -159,6 +160,21 @@ def save_state(path: str | Path, state: Mapping[str, Any]) -> None:
             ) from error
 
 
+def is_no_file(path: str | Path) -> bool:
+    """Tell whether something else stands where a file should: to read a pipe may never end.
+
+    Args:
+        path: The place; it may be empty.
+
+    Returns:
+        Whether something other than a file is there.
+    """
+    try:
+        return not stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:  # reading it says why
+        return False
+
+
 def load_state(path: str | Path) -> dict[str, Any]:
     """Read a state.
 
@@ -172,8 +188,7 @@ def load_state(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: If the file is missing, cut short or of another kind.
     """
-    if not Path(path).is_file():  # to read from a pipe is to wait for ever
-        raise InputError(f"there is no file '{path}'; check the path")
+    _require_file(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(state, dict):
@@ -193,11 +208,10 @@ def check_state(path: str | Path) -> None:
     Raises:
         InputError: If it is damaged.
     """
+    _require_file(path)
     try:
         with ZipFile(path) as file:
             broken = file.testzip()
-    except FileNotFoundError:
-        raise InputError(f"there is no file '{path}'; check the path") from None
     # The reader of archives, too, raises errors of many kinds.
     except Exception as error:
         raise _no_checkpoint(path, error) from error
@@ -234,8 +248,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         InputError: If the file is missing, cannot be read, is truncated or is corrupt.
     """
-    if not Path(path).is_file():
-        raise InputError(f"there is no file '{path}'; check the path")
+    _require_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys()
@@ -274,6 +287,11 @@ def _sort_metadata(path: Path) -> None:
         if len(text) <= length:  # as it is the same text in another order; spaces fill up
             file.seek(8)
             file.write(text.ljust(length))
+
+
+def _require_file(path: str | Path) -> None:
+    if not Path(path).is_file():
+        raise InputError(f"there is no file '{path}'; check the path")
 
 
 def _no_checkpoint(path: str | Path, error: Exception) -> InputError:

@@ -14,7 +14,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
 
 from cl_merge.errors import InputError
-from cl_merge.files import storage_errors
+from cl_merge.files import is_no_file, storage_errors
 
 # Folders held, with the process and the thread that hold them; a fork holds none.
 _held: set[tuple[Path, int, int]] = set()
@@ -148,7 +148,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The records of a file, and how many of its bytes they take."""
     if not path.exists():
         return [], 0
-    if not path.is_file():  # to read from a pipe is to wait for ever
+    if is_no_file(path):
         raise InputError(f"{path} is no file; take it away, or name another folder")
     try:
         lines = path.read_bytes().splitlines(keepends=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_merge.benchmarks.methods import METHODS, TRAININGS
-from cl_merge.benchmarks.results_file import read_results
+from cl_merge.benchmarks.results_file import parse_results
 from cl_merge.errors import InputError, unknown_name
 from cl_merge.task_vector import TaskVector
 
@@ -35,12 +35,12 @@ class SuiteRun:
     @cached_property
     def results(self) -> dict[str, Any]:
         """The content of ``results.json``."""
-        return read_results(self.folder) or {}
+        return parse_results(self._content, self._file)
 
     @cached_property
     def fingerprint(self) -> str:
         """Changes whenever ``results.json`` does."""
-        return hashlib.sha256((self.folder / "results.json").read_bytes()).hexdigest()
+        return hashlib.sha256(self._content).hexdigest()
 
     @property
     def tasks(self) -> int:
@@ -76,6 +76,15 @@ class SuiteRun:
             TaskVector.load(self.vectors_folder / f"task{index}.safetensors")
             for index in range(self.tasks)
         )
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / "results.json"
+
+    # Read once, so that the fingerprint is that of the results in use.
+    @cached_property
+    def _content(self) -> bytes:
+        return self._file.read_bytes()
 
 
 @dataclass(frozen=True)

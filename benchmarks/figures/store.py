@@ -54,7 +54,7 @@ class Store:
             content = {"options": self._options, "trainings": self._kept}
             with atomic_write(self.file) as temporary:
                 text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
-                temporary.write_text(text + "\n")
+                temporary.write_text(text + "\n", encoding="utf-8")
         return self.get(run)
 
     def _read(self) -> dict[str, Any]:

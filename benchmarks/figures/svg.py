@@ -46,7 +46,9 @@ def save_svg(canvas: matplotlib.figure.Figure, file: Path, title: str, alt: str)
     written = BytesIO()
     canvas.savefig(written, format="svg", metadata=_NO_METADATA)
     with atomic_write(file) as temporary:
-        temporary.write_text(inlined(written.getvalue().decode(), file.stem, title, alt))
+        temporary.write_text(
+            inlined(written.getvalue().decode(), file.stem, title, alt), encoding="utf-8"
+        )
 
 
 def inlined(svg: str, name: str, title: str, alt: str) -> str:

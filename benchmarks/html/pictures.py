@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_merge.benchmarks.figures.figure import Figure, Table
-from cl_merge.benchmarks.results_file import read_results
-from cl_merge.errors import InputError
+from cl_merge.benchmarks.results_file import finished_results
 
 
 def pictures_of_run(folder: str | Path, setting: str) -> list[Figure]:
@@ -24,9 +23,7 @@ def pictures_of_run(folder: str | Path, setting: str) -> list[Figure]:
         InputError: If no run has finished there.
     """
     folder = Path(folder)
-    results = read_results(folder)
-    if results is None:
-        raise InputError(f"'{folder}' holds no finished run (no results.json)")
+    results = finished_results(folder)
     made = [_curve(results, setting, folder), _matrix(results, setting, folder)]
     return [picture for picture in made if picture.file.is_file()]
 

@@ -107,7 +107,7 @@ def _read(folder: Path, place: str, cells: list[Found], page: Path) -> RunFacts:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(errors="replace")
+        return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
 

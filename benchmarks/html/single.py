@@ -8,12 +8,11 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from cl_merge.benchmarks.methods import find_method
-from cl_merge.benchmarks.results_file import read_results
+from cl_merge.benchmarks.results_file import finished_results
 from cl_merge.benchmarks.suite.definition import Setting, Suite
 from cl_merge.benchmarks.suite.plan import Cell, Job
 from cl_merge.benchmarks.suite.summary import Summary, summarize
 from cl_merge.config import read_yaml
-from cl_merge.errors import InputError
 from cl_merge.mergers.locate import is_location
 
 
@@ -30,9 +29,7 @@ def summary_of_run(folder: str | Path) -> Summary:
         InputError: If no run has finished there, or the file of one of its mergers has gone.
     """
     folder = Path(folder)
-    results = read_results(folder)
-    if results is None:
-        raise InputError(f"'{folder}' holds no finished run: it has no results.json")
+    results = finished_results(folder)
     words = _words(folder, results)
     methods = {find_method(word): word for word in words}
     training = str(results["methods"][results["method"]].get("training") or "sequential")

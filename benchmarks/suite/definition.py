@@ -109,7 +109,7 @@ def find_suite(name: str) -> Suite:
     folder = files("cl_merge.benchmarks.suite")
     known = {Path(f.name).stem for f in folder.iterdir() if f.name.endswith(".yaml")}
     if name in known:
-        text = folder.joinpath(f"{name}.yaml").read_text()
+        text = folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8")
         return _parsed(name, OmegaConf.to_container(OmegaConf.create(text)), name)
     if not name.endswith((".yaml", ".yml")):
         raise unknown_name("suite", name, [*sorted(known), "FILE.yaml"])

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from cl_merge.benchmarks.suite.plan import BEGUN, DONE, FAILED, FAILURE, Job, state_of
 from cl_merge.errors import InputError
 from cl_merge.files import atomic_write
+from cl_merge.parallel import usable_cores
 
 LOG = "log.txt"
 """What a job says, in its folder."""
@@ -110,7 +111,9 @@ def run_job(job: Job, folder: Path, environment: Mapping[str, str] | None = None
     place.mkdir(parents=True, exist_ok=True)
     (place / FAILURE).unlink(missing_ok=True)
     with atomic_write(place / "job.yaml") as temporary:
-        temporary.write_text(str(OmegaConf.to_yaml(OmegaConf.create(dict(job.config)))))
+        temporary.write_text(
+            str(OmegaConf.to_yaml(OmegaConf.create(dict(job.config)))), encoding="utf-8"
+        )
     words = ["run", "--config", str(place / "job.yaml"), f"out={place}"]
     began = time.monotonic()
     with (place / LOG).open("ab") as log:
@@ -147,7 +150,7 @@ def failed(job: Job, folder: Path, reason: str, seconds: float) -> Ended:
     """
     with atomic_write(folder / job.place / FAILURE) as temporary:
         failure = {"reason": reason, "seconds": round(seconds, 1)}
-        temporary.write_text(json.dumps(failure, indent=2) + "\n")
+        temporary.write_text(json.dumps(failure, indent=2) + "\n", encoding="utf-8")
     return Ended(job, FAILED, seconds, reason)
 
 
@@ -211,11 +214,10 @@ def _visible_gpus() -> list[str]:
 
 
 def _environment(slot: int, slots: int, gpus: list[str]) -> dict[str, str]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = (
         {}
         if "OMP_NUM_THREADS" in os.environ
-        else {"OMP_NUM_THREADS": str(max((cores or 1) // slots, 1))}
+        else {"OMP_NUM_THREADS": str(max(usable_cores() // slots, 1))}
     )
     # One job alone keeps all GPUs: it may train on several.
     if gpus and slots > 1:

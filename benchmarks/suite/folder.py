@@ -65,7 +65,7 @@ def remember(suite: Suite, folder: Path) -> None:
         _check_same(before, suite, folder)
         suite = joined(before, suite)
     with atomic_write(folder / SUITE) as temporary:
-        temporary.write_text(to_yaml(suite))
+        temporary.write_text(to_yaml(suite), encoding="utf-8")
 
 
 def read_folder(folder: str | Path) -> Suite:

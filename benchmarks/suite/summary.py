@@ -213,7 +213,7 @@ def paper_accuracy(suite: Suite, setting: Setting, method: Method) -> float | No
 
 @cache
 def _paper() -> dict[str, Any]:
-    text = files("cl_merge.benchmarks.paper").joinpath("results.yaml").read_text()
+    text = files("cl_merge.benchmarks.paper").joinpath("results.yaml").read_text(encoding="utf-8")
     found: Any = OmegaConf.to_container(OmegaConf.create(text))
     return dict(found)
 

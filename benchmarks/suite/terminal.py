@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cl_merge.benchmarks.amounts import duration, rounded
-from cl_merge.benchmarks.results_file import read_results
+from cl_merge.benchmarks.results_file import finished_results
 from cl_merge.benchmarks.suite.definition import Suite
 from cl_merge.benchmarks.suite.execution import LOG, Ended
 from cl_merge.benchmarks.suite.plan import DONE, FAILED, Job, state_of
@@ -34,8 +34,9 @@ def show_plan(
         seconds: What each job would take here, by its place; None where that is not known.
     """
     rows, left, unknown = [], 0.0, False
-    for job in jobs:
-        state, time = state_of(job, folder), seconds[job.place]
+    states = [state_of(job, folder) for job in jobs]
+    for job, state in zip(jobs, states, strict=True):
+        time = seconds[job.place]
         if state != DONE:
             left += time or 0.0
             unknown |= time is None
@@ -43,7 +44,7 @@ def show_plan(
         rows.append((escape(job.place), state, shown, escape(", ".join(job.methods))))
     console.print(_plan_table(rows))
     cells = len(suite.settings) * len(suite.shown) * len(suite.seeds)
-    done = sum(state_of(job, folder) == DONE for job in jobs)
+    done = states.count(DONE)
     console.print(
         f"{suite.name}: {cells} cells ({len(suite.settings)} settings, {len(suite.shown)} methods, "
         f"{len(suite.seeds)} seeds) from {len(jobs)} runs in {folder}, {done} of them done; "
@@ -96,7 +97,7 @@ def show_ended(console: Console, ended: Ended, number: int, jobs: int, folder: P
     """
     said = escape(f"{number}/{jobs} {ended.job}, {duration(ended.seconds)}: ")
     if ended.state == DONE:
-        methods = (read_results(folder / ended.job.place) or {})["methods"]
+        methods = finished_results(folder / ended.job.place)["methods"]
         said += ", ".join(
             f"{escape(name)} {rounded(methods[name]['accuracy'])}" for name in ended.job.methods
         )

@@ -9,7 +9,7 @@ from cl_merge import __version__
 from cl_merge.cli import bench, export, inspect, merge, predict, report, run
 from cl_merge.cli.messages import own_messages, say
 from cl_merge.cli.stopped import Signals, StoppedError, terminated_as_interrupted
-from cl_merge.cli.streams import is_unread, make_writable
+from cl_merge.cli.streams import is_unread, writable_streams
 from cl_merge.errors import InputError
 
 
@@ -24,8 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         an inspection finds what cannot be merged, or an image was skipped, 2 for wrong input, 130
         after Ctrl-C, 141 if nobody reads the output any more, 143 after SIGTERM.
     """
-    make_writable()
-    with terminated_as_interrupted() as signals:
+    with writable_streams(), terminated_as_interrupted() as signals:
         try:
             parsed = _parse(arguments)
             with own_messages():
@@ -40,7 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say(f"{why}; {kept}go on with: {stopped.again}")
             return code
         except (KeyboardInterrupt, SystemExit, OSError) as stop:
-            is_unread()
             code, why = _explain(stop, signals)
             if code != 141:
                 say(why)

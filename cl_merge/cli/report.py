@@ -111,7 +111,7 @@ def make_report(
     write_report(summary, drawn, page)
     for ending, form in (("md", "markdown"), ("tex", "latex"), ("csv", "csv")):
         with atomic_write(folder / f"table.{ending}") as temporary:
-            temporary.write_text(_table(summary, form, "accuracy"))
+            temporary.write_text(_table(summary, form, "accuracy"), encoding="utf-8")
     console.print(
         f"{page} is the report; table.md, table.tex and table.csv lie beside it",
         soft_wrap=True,

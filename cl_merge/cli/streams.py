@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TextIO
 
 
-def make_writable() -> None:
-    """Let any text be written: to a stream that is closed, or whose encoding lacks characters."""
-    for name in ("stdout", "stderr"):
-        stream: TextIO | None = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-        elif stream is getattr(sys, f"__{name}__"):
-            # Names of files may hold bytes that are no text.
-            stream.reconfigure(errors="backslashreplace")
+@contextmanager
+def writable_streams() -> Iterator[None]:
+    """Let any text be written, to a stream that is closed or whose encoding lacks characters.
+
+    Yields:
+        Nothing; after it the streams are the caller's as they were.
+    """
+    with ExitStack() as after:
+        for name in ("stdout", "stderr"):
+            stream: TextIO | None = getattr(sys, name)
+            if stream is None:
+                null = after.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                setattr(sys, name, null)
+                after.callback(setattr, sys, name, None)
+            elif stream is getattr(sys, f"__{name}__"):
+                # Names of files may hold bytes that are no text.
+                after.callback(stream.reconfigure, errors=stream.errors)
+                stream.reconfigure(errors="backslashreplace")
+        # To configure a stream is to flush it, which must not fail.
+        after.callback(is_unread)
+        yield
 
 
 def is_unread() -> bool:
@@ -26,6 +40,8 @@ def is_unread() -> bool:
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
         return True
     return False

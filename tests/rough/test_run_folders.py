@@ -153,6 +153,9 @@ def test_every_command_names_the_entry(copied, change, said, capsys):
     Image.new("L", (8, 8)).save(image)
     (copied / "results.json").write_text(json.dumps(results))
     suite = copied.parents[2]
+    (suite / "suite.yaml").write_text(
+        "settings: [{data: digits, tasks: 2}]\nmethods: [magmax]\nabout: one\n"
+    )
     for words in (
         ["run", f"out={copied}"],
         ["predict", str(copied), str(image)],
@@ -160,13 +163,10 @@ def test_every_command_names_the_entry(copied, change, said, capsys):
         ["report", str(copied), "--no-figures"],
         ["report", str(suite), "--no-figures"],
     ):
-        (suite / "suite.yaml").write_text(
-            "settings: [{data: digits, tasks: 2}]\nmethods: [magmax]\nabout: one\n"
-        )
         assert cli.main(words) == 2, words
         shown = capsys.readouterr().err
         assert shown.count("\n") == 1
-        assert f"'{copied / 'results.json'}' is damaged: {said}" in shown.replace("\\n", "\n")
+        assert f"'{copied / 'results.json'}' is damaged: {said}" in shown
 
 
 @pytest.mark.parametrize("name", ["results.json", "journal.jsonl", "config.yaml"])

@@ -1,17 +1,16 @@
 """Settings that no run can have: one line before any work, and no folder is left."""
 
-import os
-
 import pytest
 
 from cl_merge import cli
+from cl_merge.parallel import usable_cores
 
 
 @pytest.mark.parametrize(
     ("word", "said"),
     [
         ("trainer.max_epochs=0", "trainer.max_epochs=0; expected 1 or more"),
-        ("trainer.devices=99", f"trainer.devices=99; expected at most {max(os.cpu_count(), 2)}: "),
+        ("trainer.devices=99", f"trainer.devices=99; expected at most {max(usable_cores(), 2)}: "),
         ("optimizer.lr=nan", "optimizer.lr=nan; expected a finite number above 0"),
         ("optimizer.weight_decay=-1", "optimizer.weight_decay=-1.0; expected 0 or more, finite"),
         ("optimizer.label_smoothing=2", "optimizer.label_smoothing=2.0; expected from 0 to 1"),

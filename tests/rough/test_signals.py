@@ -14,7 +14,7 @@ import pytest
 from cl_merge import cli
 from cl_merge.cli.stopped import terminated_as_interrupted
 
-RUN = ["stream.tasks=2", "stream.images_per_class=4", "trainer.max_epochs=2", "compare=false"]
+RUN = ["stream.tasks=2", "stream.images_per_class=4", "trainer.max_epochs=2000", "compare=false"]
 # What other libraries warn of depends on their versions.
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
@@ -46,7 +46,7 @@ def wait_for(path, process):
 def terminated(tmp_path_factory):
     """A run that was asked to end while it trained, twice as ``timeout`` does it."""
     folder = tmp_path_factory.mktemp("terminated")
-    process = start(folder, "run", *RUN[:2], "trainer.max_epochs=2000", *RUN[3:], "out=run")
+    process = start(folder, "run", *RUN, "out=run")
     wait_for(folder / "run" / "logs", process)
     process.terminate()
     process.terminate()
