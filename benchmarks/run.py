@@ -34,7 +34,7 @@ from cl_merge.mergers import Merger, get_merger
 from cl_merge.metrics import AccuracyMatrix
 from cl_merge.parallel import usable_cores
 from cl_merge.scales import Scales
-from cl_merge.stream import TaskStream
+from cl_merge.stream import TaskStream, check_loading
 from cl_merge.weights import copies, floating_buffers, trained_parameters
 
 
@@ -271,6 +271,7 @@ def make_merger(config: RunConfig, method: Method) -> tuple[Merger, Any]:
 def _try_settings(config: RunConfig, method: Method) -> None:
     """Make once what the run will make for every task, so that wrong settings show at once."""
     check_loggers(config)
+    check_loading(config.stream.batch_size, config.stream.num_workers, config.stream.cache)
     _try_beside(config, methods_beside(config.method, config.compare))
     try:
         L.Trainer(**config.trainer | {"logger": False, "enable_checkpointing": False})

@@ -41,8 +41,9 @@ def read_settings(settings: Sequence[str], file: str | Path | None = None) -> Ru
         >>> read_settings(["method=ties"]).method
         'ties'
     """
-    given = parse_arguments(settings)
-    layer = read_yaml(file) if file is not None else OmegaConf.create()
+    # Not resolved: what a value refers to may be in another layer.
+    given: Any = OmegaConf.to_container(parse_arguments(settings), resolve=False)
+    layer: Any = OmegaConf.to_container(read_yaml(file), resolve=False) if file is not None else {}
     out = given.get("out", layer.get("out"))
     begun = Path(str(out)).expanduser() / "config.yaml" if out is not None else None
     if begun is not None and begun.exists():
@@ -148,7 +149,8 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         {'seed': 0, 'stream.tasks': 5}
     """
     found: dict[str, Any] = {}
-    for key, value in tree.items():
-        inner = flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else None
-        found |= inner if inner else {prefix + key: value}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        inner = flat(value, f"{key}.") if isinstance(value, Mapping) else None
+        found |= inner if inner else {key: value}
     return found

@@ -64,6 +64,11 @@ def read_class_names(value: Any, names: Sequence[str]) -> list[str]:
     if isinstance(value, Mapping):
         found = list(names)
         for pattern, replacement in value.items():
+            if isinstance(replacement, (Mapping, list)) or replacement is None:
+                raise InputError(
+                    f"class_names: '{pattern}' is replaced by {replacement}; expected text, '' for "
+                    "nothing"
+                )
             try:
                 found = [re.sub(str(pattern), str(replacement), name) for name in found]
             except re.error as error:

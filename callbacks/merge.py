@@ -19,7 +19,7 @@ from cl_merge.callbacks.buffers import EvaluationBuffers
 from cl_merge.callbacks.evaluation import EvaluationCallback
 from cl_merge.callbacks.importance import task_importance
 from cl_merge.callbacks.task import attached
-from cl_merge.errors import InputError, unknown_name
+from cl_merge.errors import InputError, task_name, unknown_name
 from cl_merge.files import save_tensors
 from cl_merge.mergers import Merger, get_merger
 from cl_merge.mergers.stack import StackMerger
@@ -244,7 +244,7 @@ class MergeCallback(EvaluationCallback):
         try:
             vector = self.task_vector(pl_module)
         except InputError as error:
-            raise InputError(f"task {self.tasks}: {error}") from error
+            raise InputError(f"{task_name(self.tasks)}: {error}") from error
         importance = None
         if self.merger.weighted:
             samples = self._importance_samples

@@ -21,6 +21,7 @@ from cl_merge.layers import layer_depths
 from cl_merge.metrics import AccuracyMatrix
 from cl_merge.pretrained import Clip
 from cl_merge.scenario import Task
+from cl_merge.splits import check_range
 from cl_merge.stream import TaskStream
 
 log = logging.getLogger(__name__)
@@ -178,6 +179,16 @@ class CLIPClassifier(L.LightningModule):
         return self
 
     @override
+    def setup(self, stage: str) -> None:
+        """Make sure that the head has all classes before any work is done."""
+        stream, own = self._stream(), len(self.head.class_names)
+        if stream is not None and len(stream.class_names) > own:
+            raise InputError(
+                f"the stream has {len(stream.class_names)} classes, but the head {own}; make the "
+                "head from stream.class_names"
+            )
+
+    @override
     def on_fit_start(self) -> None:
         # Lightning keeps the mode that a module is in, and pre-trained models arrive in evaluation.
         self.train()
@@ -204,6 +215,7 @@ class CLIPClassifier(L.LightningModule):
         """
         images, labels = batch[0], batch[1]
         if self._task is None:
+            self._check_labels(labels)
             return self(images), labels
         return self(images, self._task.classes), self._position[labels]
 
@@ -217,6 +229,7 @@ class CLIPClassifier(L.LightningModule):
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         images, labels = batch[0], batch[1]
+        self._check_labels(labels)
         logits = self(images)
         hits = (logits.argmax(dim=1) == labels).float().mean()
         values = {"val/loss": F.cross_entropy(logits, labels), "val/accuracy": 100.0 * hits}
@@ -235,6 +248,7 @@ class CLIPClassifier(L.LightningModule):
         images, labels = batch[0], batch[1]
         tasks = batch[2] if len(batch) > 2 else torch.zeros_like(labels)
         assert self.accuracy is not None  # noqa: S101 - made in on_test_start
+        self._check_labels(labels)
         self.accuracy.update(self(images), labels, tasks)
 
     @override
@@ -290,6 +304,19 @@ class CLIPClassifier(L.LightningModule):
         if self.hparams["schedule"] == "constant":
             return 1.0
         return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+
+    def _check_labels(self, labels: Tensor) -> None:
+        """Make sure that labels are those of the head; a `TaskStream` has checked its own.
+
+        A GPU has to be waited for, so that its later epochs, which bring the same labels, are left
+        out; unchecked, it would end in an assertion that names nothing.
+        """
+        again = labels.device.type != "cpu" and self.current_epoch > 0
+        if self._stream() is not None or again or labels.is_floating_point() or not len(labels):
+            return
+        lowest, highest = (int(value) for value in labels.aminmax())
+        if lowest < 0 or highest >= len(self.head.class_names):
+            check_range(labels.cpu().numpy(), len(self.head.class_names), "the batch")
 
     def _tell_unfinished_warmup(self) -> None:
         steps, warmup = int(self.trainer.estimated_stepping_batches), self.hparams["warmup_steps"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from cl_merge.errors import InputError, listing, nearest, unknown_name
 from cl_merge.files import is_no_file
 from cl_merge.quantize import STORES
 from cl_merge.scales import Scales
+from cl_merge.trainer_options import check_trainer
 from cl_merge.yaml_text import check_yaml
 
 EVALUATE = ("every", "last")
@@ -416,25 +416,11 @@ def _check_sizes(value: Any, name: str = "") -> None:
 
 
 def _check_values(config: RunConfig) -> None:
-    # The trainer's own arguments are known only once Lightning is there, which takes a second.
-    from lightning import Trainer
-
-    known = list(inspect.signature(Trainer.__init__).parameters)[1:]
-    for key in config.trainer:
-        if key not in known:
-            hint = nearest(f"trainer.{key}", [f"trainer.{name}" for name in known])
-            raise InputError(
-                f"unknown key 'trainer.{key}'{hint} It is no argument of Lightning's Trainer"
-            )
-    epochs = config.trainer.get("max_epochs")
-    if isinstance(epochs, int) and epochs < 1:
-        raise InputError(f"trainer.max_epochs={epochs}; expected 1 or more")
+    check_trainer(config.trainer)
     _check_merge(config.merge)
     logger_options(config.loggers)
     if config.evaluate not in EVALUATE:
         raise unknown_name("value of evaluate", config.evaluate, EVALUATE)
-    if config.stream.batch_size < 1:
-        raise InputError(f"stream.batch_size={config.stream.batch_size}; expected 1 or more")
     if not config.checkpoint_seconds >= 0:
         raise InputError(f"checkpoint_seconds={config.checkpoint_seconds}; expected 0 or more")
     if config.seed < 0:

@@ -42,6 +42,25 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> InputError:
     )
 
 
+def task_name(index: int) -> str:
+    """Name a task by its index, which counts from 0, and its place, which the terminal shows.
+
+    Args:
+        index: Position in the stream, from 0.
+
+    Returns:
+        Words for a message.
+
+    Example:
+        >>> task_name(1)
+        'task 1 (the 2nd)'
+    """
+    place = index + 1
+    teen = place % 100 in (11, 12, 13)
+    ending = "th" if teen else {1: "st", 2: "nd", 3: "rd"}.get(place % 10, "th")
+    return f"task {index} (the {place}{ending})"
+
+
 def nearest(name: object, known: Iterable[str]) -> str:
     """End the sentence that calls a name unknown with the nearest known one.
 

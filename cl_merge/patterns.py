@@ -31,6 +31,9 @@ class Selection:
             patterns = getattr(self, key)
             if isinstance(patterns, str):
                 raise InputError(f"{key} must be a list of patterns, as in ['{patterns}']")
+            for pattern in patterns:
+                if not isinstance(pattern, str):
+                    raise InputError(f"{key}: {pattern} is no pattern, such as 'visual.*'")
             object.__setattr__(self, key, tuple(patterns))
 
     def names(self, names: Iterable[str]) -> list[str]:

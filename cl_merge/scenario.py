@@ -6,8 +6,9 @@ Everything here works on label arrays: no image is decoded to make a split.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -51,6 +52,11 @@ class Task:
             raise InputError(
                 f"task {self.index} ({self.name}) has no training image; use fewer tasks, or leave "
                 "out what the training set does not show"
+            )
+        if len(self.test) == 0:
+            raise InputError(
+                f"task {self.index} ({self.name}) has no test image to tell how good a model is "
+                "at it; use fewer tasks, or hold more images out with stream.test_fraction"
             )
 
 
@@ -98,8 +104,14 @@ def resolve_order(order: Order, names: Sequence[str], what: str) -> list[int]:
         if order != "natural":
             raise unknown_name(f"{what} order", order, ["natural"])
         return list(range(len(names)))
-    if isinstance(order, int):
-        return [int(i) for i in np.random.default_rng(order).permutation(len(names))]
+    seed = _whole(order)
+    if seed is not None and seed >= 0:
+        return [int(i) for i in np.random.default_rng(seed).permutation(len(names))]
+    if not isinstance(order, Iterable):
+        raise InputError(
+            f"the {what} order is {order}; expected natural, a seed of 0 or more, or a list of "
+            f"every {what}"
+        )
     indices = [_index_of(item, names, what) for item in order]
     missing = [names[i] for i in range(len(names)) if i not in set(indices)]
     repeated = [names[i] for i in sorted(set(indices)) if indices.count(i) > 1]
@@ -132,7 +144,7 @@ def split_by_class(
         The tasks; task k has the classes ``order[floor(C/T*k) : floor(C/T*(k+1))]``.
 
     Raises:
-        InputError: If there are more tasks than classes, or a task has no training image.
+        InputError: If there are more tasks than classes, or a task has no training or test image.
     """
     if tasks > len(class_names):
         raise InputError(
@@ -177,7 +189,7 @@ def split_by_domain(
         One task per domain.
 
     Raises:
-        InputError: If a domain has no training image.
+        InputError: If a domain has no training or no test image.
     """
     everything = list(range(len(class_names)))
     return [
@@ -214,7 +226,7 @@ def split_by_source(
         One task per data set; its classes are those that its images show.
 
     Raises:
-        InputError: If a data set has no training image, or shares a class with another.
+        InputError: If a data set has no training or no test image, or shares a class with another.
     """
     classes = [
         sorted({int(c) for s, y in zip(sources, labels, strict=True) for c in np.unique(y[s == k])})
@@ -336,8 +348,17 @@ def _index_of(item: int | str, names: Sequence[str], what: str) -> int:
         if item not in names:
             raise unknown_name(what, item, names)
         return list(names).index(item)
-    if not 0 <= item < len(names):
+    index = _whole(item)
+    if index is None or not 0 <= index < len(names):
         raise InputError(
             f"the {what} order names index {item}, but they run from 0 to {len(names) - 1}"
         )
-    return int(item)
+    return index
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number of Python, numpy or torch; None for anything else, such as a truth value."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None

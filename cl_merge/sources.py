@@ -44,7 +44,7 @@ def read_images(
     if path.exists():
         return _read_local(path)
     if not is_hub_id(source):
-        raise InputError(f"data={source}: no such file or folder")
+        raise InputError(f"'{source}', to read images from: no such file or folder")
     return _read_hub(str(source), revision, local_copy)
 
 
@@ -151,9 +151,9 @@ def _read_hub(source: str, revision: str | None, local_copy: str) -> Mapping[str
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"data={source}: neither a folder here nor to be had from the hub ({reason}); to use a "
-            f"local copy (parquet files, folders of images, or written by save_to_disk), "
-            f"{local_copy}"
+            f"'{source}', to read images from: neither a folder here nor to be had from the hub "
+            f"({reason}); to use a local copy (parquet files, folders of images, or written by "
+            f"save_to_disk), {local_copy}"
         ) from error
 
 

@@ -37,7 +37,7 @@ def two_splits(
         Training and test images.
 
     Raises:
-        InputError: If a split is missing, or the share is not between 0 and 1.
+        InputError: If a split is missing, or the share is not between 0 and 1 or leaves no image.
     """
     if train not in splits:
         raise InputError(
@@ -47,7 +47,13 @@ def two_splits(
     if test_fraction is not None:
         if not 0 < test_fraction < 1:
             raise InputError(f"stream.test_fraction={test_fraction}; expected more than 0, below 1")
-        held_out = splits[train].train_test_split(test_fraction, seed=seed)
+        try:
+            held_out = splits[train].train_test_split(test_fraction, seed=seed)
+        except ValueError as error:
+            raise InputError(
+                f"stream.test_fraction={test_fraction} of {len(splits[train])} images leaves "
+                "none to train on; give a smaller share"
+            ) from error
         return held_out["train"], held_out["test"]
     if test not in splits:
         raise InputError(
@@ -186,7 +192,7 @@ def _indices(table: ImageTable, column: str, names: list[str]) -> Indices:
     """Read labels or domains as indices into `names`, and check that each has a name."""
     values, own_names = table.values(column), table.names(column)
     if isinstance(values, np.ndarray):
-        _check_range(values, len(own_names or names), table.where, column)
+        check_range(values, len(own_names or names), f"the {table.where} split", column)
         if own_names in (None, names):
             return values
         # Two splits may number the same names differently; the names decide.
@@ -201,10 +207,21 @@ def _indices(table: ImageTable, column: str, names: list[str]) -> Indices:
     return np.asarray([position[value] for value in values], dtype=np.int64)
 
 
-def _check_range(values: Indices, number: int, where: str, what: str) -> None:
+def check_range(values: Indices, number: int, where: str, what: str = "label") -> None:
+    """Make sure that labels, or domains, are those of a head or a list of names.
+
+    Args:
+        values: The labels, whole numbers [N].
+        number: How many classes there are.
+        where: How the error calls what holds them, as in ``"the train split"``.
+        what: How it calls one of them.
+
+    Raises:
+        InputError: If one is below 0 or not below the number; names them.
+    """
     wrong = sorted({int(v) for v in np.unique(values) if not 0 <= v < number})
     if wrong:
         raise InputError(
-            f"the {where} split has {what}s outside the head: {listing(map(str, wrong))}; expected "
+            f"{where} has {what}s outside the head: {listing(map(str, wrong))}; expected "
             f"0 to {number - 1}"
         )

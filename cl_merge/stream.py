@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -98,7 +99,8 @@ class TaskStream(L.LightningDataModule):
 
     Raises:
         InputError: If a column or split is missing, labels lie outside the head, there are more
-            tasks than classes, or a task has no training image.
+            tasks than classes, a task has no training or test image, or another argument cannot
+            be.
 
     Example::
 
@@ -139,6 +141,12 @@ class TaskStream(L.LightningDataModule):
         super().__init__()
         if scenario not in SCENARIOS:
             raise unknown_name("scenario", scenario, SCENARIOS)
+        check_loading(batch_size, num_workers, cache)
+        if not isinstance(data, (str, Path, Mapping)):
+            raise InputError(
+                f"data is of type {type(data).__name__}; expected a folder, a parquet file, a hub "
+                "id, or data sets by split, as in {'train': ..., 'test': ...}"
+            )
         splits = data if isinstance(data, Mapping) else read_images(data, revision=revision)
         if domain is None and domain_pattern is not None:
             used = {train_split, test_split} & set(splits)
@@ -321,8 +329,8 @@ class TaskStream(L.LightningDataModule):
         self.select(state_dict["task"])
 
     def _split(self, scenario: str, tasks: int | None, order: Order) -> list[Task]:
-        if tasks is not None and tasks < 1:
-            raise InputError(f"stream.tasks={tasks}; expected 1 or more")
+        if tasks is not None and (not isinstance(tasks, Integral) or tasks < 1):
+            raise InputError(f"stream.tasks={tasks}; expected a whole number from 1")
         if scenario in ("domain", "source"):
             return self._split_by_column(scenario, tasks, order)
         if scenario == "class":
@@ -431,6 +439,25 @@ class TaskStream(L.LightningDataModule):
 
     def _use_cache(self, needed: Callable[[], int]) -> bool:
         return needed() <= CACHE_BYTES if self._cache == "auto" else self._cache
+
+
+def check_loading(batch_size: int, num_workers: int, cache: Any) -> None:
+    """Check how images are loaded, which would otherwise show when the first loader is made.
+
+    Args:
+        batch_size: Images per batch and process.
+        num_workers: Processes that load images.
+        cache: Whether images are kept in memory.
+
+    Raises:
+        InputError: If one of them cannot be.
+    """
+    if batch_size < 1:
+        raise InputError(f"stream.batch_size={batch_size}; expected 1 or more")
+    if num_workers < 0:
+        raise InputError(f"stream.num_workers={num_workers}; expected 0 or more")
+    if not (isinstance(cache, bool) or cache == "auto"):
+        raise InputError(f"stream.cache={cache}; expected true, false or auto")
 
 
 def _limited(tasks: list[Task], labels: Indices, limit: int, seed: int) -> list[Task]:

@@ -290,9 +290,28 @@ def check_floating(tensors: Mapping[str, Tensor], what: str) -> None:
     Raises:
         InputError: If one is not; names them.
     """
+    check_weights(tensors, what)
     others = [f"{name} ({t.dtype})" for name, t in tensors.items() if not t.is_floating_point()]
     if others:
         raise InputError(f"{what} holds floating-point tensors only; leave out {listing(others)}")
+
+
+def check_weights(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Make sure that something is tensors by name.
+
+    Args:
+        tensors: What to check.
+        what: How the error calls them.
+
+    Raises:
+        InputError: If it is a module, or anything else.
+    """
+    expected = "expected tensors by name, such as model.state_dict()"
+    if not isinstance(tensors, Mapping):
+        raise InputError(f"{what} is of type {type(tensors).__name__}; {expected}")
+    others = [f"{n} ({type(t).__name__})" for n, t in tensors.items() if not isinstance(t, Tensor)]
+    if others:
+        raise InputError(f"{what} holds other things than tensors: {listing(others)}; {expected}")
 
 
 def check_same_layout(
@@ -336,6 +355,8 @@ def _difference(name: str, base: Tensor, tuned: Tensor) -> Tensor:
 
 
 def _check_alike(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> None:
+    check_weights(base, "the base")
+    check_weights(tuned, "the fine-tuned model")
     check_same_layout(tuned, base, "the fine-tuned model", "the base")
     dtypes = [
         f"{name} {tuned[name].dtype} instead of {tensor.dtype}"
@@ -350,6 +371,7 @@ def _check_alike(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> Non
 
 
 def _check_fits(vector: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
+    check_weights(base, "the base")
     missing = [name for name in vector if name not in base]
     if missing:
         raise InputError(

@@ -320,12 +320,14 @@ def test_no_vector_is_an_error(figure):
 
 
 def test_vectors_of_other_shapes_are_named(figure):
-    with pytest.raises(InputError, match=r"^task 1 has other shapes .*weight \(1,\) instead of"):
+    with pytest.raises(
+        InputError, match=r"^task 1 \(the 2nd\) has other shapes .*weight \(1,\) instead of"
+    ):
         figure([one(1.0, 2.0), one(1.0)])
 
 
 def test_nan_is_named(figure):
-    with pytest.raises(InputError, match=r"^task 1: NaN or infinity in weight"):
+    with pytest.raises(InputError, match=r"^task 1 \(the 2nd\): NaN or infinity in weight"):
         figure([one(1.0), one(math.nan)])
 
 

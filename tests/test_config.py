@@ -130,7 +130,6 @@ def test_every_key_says_what_it_means():
             "evaluate=lats",
             "unknown value of evaluate 'lats'; did you mean 'last'? Known: every, last",
         ),
-        ("stream.batch_size=0", "stream.batch_size=0; expected 1 or more"),
         ("seed=-1", "seed=-1; expected 0 or more"),
     ],
 )

@@ -100,6 +100,15 @@ def test_a_task_without_training_images_is_an_error():
         split_by_class(LABELS[LABELS != 2], LABELS, NAMES, tasks=5)
 
 
+def test_a_task_without_test_images_is_an_error():
+    message = (
+        "task 2 (cat) has no test image to tell how good a model is at it; use fewer tasks, or hold "
+        "more images out with stream.test_fraction"
+    )
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        split_by_class(LABELS, LABELS[LABELS != 2], NAMES, tasks=5)
+
+
 def test_each_domain_is_a_task_with_all_classes():
     domains = np.array([0, 1, 1, 0, 2])
     tasks = split_by_domain(

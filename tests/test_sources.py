@@ -67,7 +67,7 @@ def test_without_the_hub_the_message_says_how_to_use_a_local_copy():
         read_images("no-one/nothing", local_copy="set THIS")
     message = str(caught.value)
     assert message.startswith(
-        "data=no-one/nothing: neither a folder here nor to be had from the hub"
+        "'no-one/nothing', to read images from: neither a folder here nor to be had from the hub"
     )
     assert message.endswith("set THIS")
     assert "\n" not in message

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cl_merge.cli.messages import show_messages
 from cl_merge.cli.stopped import StoppedError
+from cl_merge.errors import InputError
 
 _DESCRIPTION = """\
 Learn a stream of tasks, merge what each task changed, and show what that gives.
@@ -73,6 +74,8 @@ def run(settings: Sequence[str], file: str | None = None) -> None:
     _quieten()
     show_messages(console)
     # What follows loads torch's libraries and a model, which takes seconds: wrong settings first.
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
     from cl_merge.benchmarks.progress import RunProgress
     from cl_merge.benchmarks.results import results
     from cl_merge.benchmarks.run import count_batches, start_run
@@ -86,6 +89,8 @@ def run(settings: Sequence[str], file: str | None = None) -> None:
         started.folder.finish(results(started))
         if is_first_process():
             show_results(console, started.folder.path)
+    except MisconfigurationException as error:
+        raise InputError(f"trainer: {' '.join(str(error).split())}") from error
     except (KeyboardInterrupt, SystemExit, OSError) as stop:
         raise StoppedError(f"cl-merge run out={started.folder.path}", stop) from stop
     finally:

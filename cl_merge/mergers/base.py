@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from cl_merge.errors import InputError, listing
+from cl_merge.errors import InputError, listing, task_name
 from cl_merge.finite import is_finite, not_finite
 from cl_merge.mergers.chunks import End, Place, Reader, Unit, chunk_size, cut, over
 from cl_merge.task_vector import TaskVector, check_floating, check_same_layout
@@ -271,7 +271,7 @@ class Merger(ABC):
         vector: Mapping[str, Tensor],
         importance: Mapping[str, Tensor] | None,
     ) -> None:
-        what = f"task {self.tasks}"
+        what = task_name(self.tasks)
         check_floating(vector, what)
         if self.tasks:
             check_same_layout(vector, self._like(), what, "the tasks before")

@@ -81,6 +81,10 @@ def find_merger(method: str) -> type[Merger]:
     Raises:
         InputError: If there is none; names the nearest valid name.
     """
+    if not isinstance(method, str):
+        raise InputError(
+            f"the method is of type {type(method).__name__}; expected a name, such as 'magmax'"
+        )
     if is_location(method):
         return locate(method)
     if method not in MERGERS:

@@ -320,7 +320,7 @@ def test_help_explains_every_setting(capsys):
         ),
         (["method=magmx"], "unknown method 'magmx'; did you mean 'magmax'?"),
         (["data=digts"], "unknown data set 'digts'; did you mean 'digits'?"),
-        (["data=/no/where"], "data=/no/where: no such file or folder"),
+        (["data=/no/where"], "'/no/where', to read images from: no such file or folder"),
         (["model=glyf"], "did you mean 'glyph'?"),
         (["stream.scenario=clas"], "unknown scenario 'clas'; did you mean 'class'?"),
         (["stream.tasks=11"], "stream.tasks=11 is more than the 10 classes of the data set"),

@@ -273,7 +273,7 @@ def test_a_task_that_diverged_is_named():
         def on_train_batch_end(self, trainer, pl_module, *_):
             pl_module.net[0].weight.data[0, 0] = float("nan")
 
-    message = "task 1: the fine-tuned weights: NaN or infinity in net.0.weight."
+    message = "task 1 (the 2nd): the fine-tuned weights: NaN or infinity in net.0.weight."
     with pytest.raises(InputError, match=f"^{re.escape(message)}"):
         trainer(Poison(), callback).fit(module, loader(1))
     assert callback.tasks == 1

@@ -205,7 +205,7 @@ def test_values_that_are_not_finite_are_named_and_nothing_is_folded(method, valu
         merger.update(good)
     before = merger.merged()
     assert error_of(merger.update, bad) == (
-        "task 3: NaN or infinity in b. Training diverged or a file is damaged: leave it out, or "
+        "task 3 (the 4th): NaN or infinity in b. Training diverged or a file is damaged: leave it out, or "
         "train again, for example with a lower learning rate"
     )
     assert merger.tasks == 3
@@ -216,7 +216,9 @@ def test_values_that_are_not_finite_are_named_and_nothing_is_folded(method, valu
 
 def test_values_that_overflow_float32_are_not_finite():
     wide = {"w": torch.tensor([1e300], dtype=torch.float64)}
-    assert error_of(MaxMagnitude().update, wide).startswith("task 0: NaN or infinity in w.")
+    assert error_of(MaxMagnitude().update, wide).startswith(
+        "task 0 (the 1st): NaN or infinity in w."
+    )
 
 
 def test_large_values_whose_sum_overflows_are_fine():
@@ -228,7 +230,7 @@ def test_names_that_differ_from_earlier_tasks_are_listed(method):
     merger = get_merger(method)
     merger.update({name: torch.ones(1) for name in "abcdef"})
     assert error_of(merger.update, {name: torch.ones(1) for name in "fx"}) == (
-        "task 1 has other tensors than the tasks before; missing: a, b, c, d and 1 more; "
+        "task 1 (the 2nd) has other tensors than the tasks before; missing: a, b, c, d and 1 more; "
         "extra: x. Both must come from one architecture"
     )
     assert merger.tasks == 1
@@ -239,7 +241,7 @@ def test_shapes_that_differ_from_earlier_tasks_are_listed(method):
     merger = get_merger(method)
     merger.update({"w": torch.ones(2, 3)})
     assert error_of(merger.update, {"w": torch.ones(3, 2)}) == (
-        "task 1 has other shapes than the tasks before: w (3, 2) instead of (2, 3)"
+        "task 1 (the 2nd) has other shapes than the tasks before: w (3, 2) instead of (2, 3)"
     )
 
 

@@ -212,9 +212,13 @@ def test_the_fisher_average_weighs_each_element(vectors, make_vector):
 
 def test_an_importance_is_needed_by_those_that_weigh_and_by_no_other():
     vector = {"w": torch.ones(2)}
-    with pytest.raises(InputError, match="task 0: 'fisher' needs the importance of each element"):
+    with pytest.raises(
+        InputError, match=r"task 0 \(the 1st\): 'fisher' needs the importance of each element"
+    ):
         get_merger("fisher").update(vector)
-    with pytest.raises(InputError, match="task 0: 'magmax' takes no importance; leave it out"):
+    with pytest.raises(
+        InputError, match=r"task 0 \(the 1st\): 'magmax' takes no importance; leave it out"
+    ):
         get_merger("magmax").update(vector, vector)
 
 
