@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -46,7 +47,7 @@ def read_settings(settings: Sequence[str], file: str | Path | None = None) -> Ru
     layer: Any = OmegaConf.to_container(read_yaml(file), resolve=False) if file is not None else {}
     out = given.get("out", layer.get("out"))
     begun = Path(str(out)).expanduser() / "config.yaml" if out is not None else None
-    if begun is not None and begun.exists():
+    if begun is not None and os.path.lexists(begun):
         saved: Any = OmegaConf.to_container(read_yaml(begun))
         config = _with_whole_paths(read_config(settings, saved, file, origin=str(begun)))
         check_same_run(config, begun)

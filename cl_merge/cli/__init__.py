@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 from collections.abc import Sequence
 
 from cl_merge import __version__
@@ -84,5 +85,7 @@ def _explain(reason: BaseException, signals: Signals) -> tuple[int, str]:
     if any(isinstance(e, BrokenPipeError) for e in (reason, reason.__context__)):
         return 141, "nobody reads the output any more"
     if isinstance(reason, OSError):
-        return 1, str(reason)
+        named = reason.filename is not None and reason.strerror is not None
+        code = 2 if reason.errno == errno.ENAMETOOLONG else 1
+        return code, f"'{reason.filename}': {reason.strerror}" if named else str(reason)
     raise reason

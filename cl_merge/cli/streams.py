@@ -11,10 +11,10 @@ from typing import TextIO
 
 @contextmanager
 def writable_streams() -> Iterator[None]:
-    """Let any text be written, to a stream that is closed or whose encoding lacks characters.
+    """Let any text be written: to a closed stream, in any encoding, with a terminal of no width.
 
     Yields:
-        Nothing; after it the streams are the caller's as they were.
+        Nothing; after it all is the caller's as it was.
     """
     with ExitStack() as after:
         for name in ("stdout", "stderr"):
@@ -27,6 +27,10 @@ def writable_streams() -> Iterator[None]:
                 # Names of files may hold bytes that are no text.
                 after.callback(stream.reconfigure, errors=stream.errors)
                 stream.reconfigure(errors="backslashreplace")
+        if os.environ.get("COLUMNS") == "0":
+            # As some schedulers set it; on lines of no width nothing would be shown.
+            del os.environ["COLUMNS"]
+            after.callback(os.environ.__setitem__, "COLUMNS", "0")
         # To configure a stream is to flush it, which must not fail.
         after.callback(is_unread)
         yield

@@ -89,3 +89,33 @@ def printed(table):
     console = Console(file=io.StringIO(), width=100)
     console.print(table)
     return console.file.getvalue()
+
+
+def test_a_terminal_of_no_width_shows_something(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "0")
+    assert cli.main(["bench", "offline", "--data", "digits", "--dry-run"]) == 0
+    assert "digits" in capsys.readouterr().out
+    assert os.environ["COLUMNS"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["run", "out={}"], "/results.json' cannot be read (File name too long)"),
+        (["run", "out=x", "--config", "{}"], ": cannot be read (File name too long)"),
+        (["predict", "run", "{}.png"], ".png': File name too long"),
+        (["inspect", "{}.pt"], ".pt' cannot be read (File name too long)"),
+        (
+            ["merge", "{0}.pt", "{0}.pt", "-o", "m.safetensors"],
+            "cannot be read (File name too long)",
+        ),
+        (["report", "{}"], "': File name too long"),
+    ],
+)
+def test_names_that_are_too_long_are_one_line(words, reason, capsys):
+    words = [word.format("a" * 300) for word in words]
+    assert cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("cl-merge: ")
+    assert said.endswith(f"{reason}\n")
+    assert said.count("\n") == 1
