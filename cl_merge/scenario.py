@@ -104,7 +104,7 @@ def resolve_order(order: Order, names: Sequence[str], what: str) -> list[int]:
         if order != "natural":
             raise unknown_name(f"{what} order", order, ["natural"])
         return list(range(len(names)))
-    seed = _whole(order)
+    seed = whole_number(order)
     if seed is not None and seed >= 0:
         return [int(i) for i in np.random.default_rng(seed).permutation(len(names))]
     if not isinstance(order, Iterable):
@@ -348,7 +348,7 @@ def _index_of(item: int | str, names: Sequence[str], what: str) -> int:
         if item not in names:
             raise unknown_name(what, item, names)
         return list(names).index(item)
-    index = _whole(item)
+    index = whole_number(item)
     if index is None or not 0 <= index < len(names):
         raise InputError(
             f"the {what} order names index {item}, but they run from 0 to {len(names) - 1}"
@@ -356,8 +356,19 @@ def _index_of(item: int | str, names: Sequence[str], what: str) -> int:
     return index
 
 
-def _whole(value: Any) -> int | None:
-    """A whole number of Python, numpy or torch; None for anything else, such as a truth value."""
+def whole_number(value: Any) -> int | None:
+    """Read a whole number of Python, numpy or torch.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        The number; None for anything else, truth values among them.
+
+    Example:
+        >>> whole_number(3), whole_number(3.0), whole_number(True)
+        (3, None, None)
+    """
     try:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,6 +36,7 @@ from cl_merge.scenario import (
     split_by_data,
     split_by_domain,
     split_by_source,
+    whole_number,
 )
 from cl_merge.seeds import derive_seed
 from cl_merge.sources import read_images
@@ -329,7 +329,7 @@ class TaskStream(L.LightningDataModule):
         self.select(state_dict["task"])
 
     def _split(self, scenario: str, tasks: int | None, order: Order) -> list[Task]:
-        if tasks is not None and (not isinstance(tasks, Integral) or tasks < 1):
+        if tasks is not None and (whole_number(tasks) or 0) < 1:
             raise InputError(f"stream.tasks={tasks}; expected a whole number from 1")
         if scenario in ("domain", "source"):
             return self._split_by_column(scenario, tasks, order)
