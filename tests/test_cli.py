@@ -1,12 +1,14 @@
 """The command line around a run: exit codes and interruptions."""
 
 import logging
+import os
 import subprocess
 import sys
 
 import pytest
 
 from cl_merge import __version__, cli
+from cl_merge.cli.threads import share_cores
 
 
 def interrupted_by_lightning(*_):
@@ -57,3 +59,17 @@ def test_the_command_line_leaves_the_callers_logging_as_it_was(capsys, tmp_path)
     before = library.handlers, library.propagate, library.level
     assert cli.main(["report", str(tmp_path)]) == 2
     assert (library.handlers, library.propagate, library.level) == before
+
+
+@pytest.mark.parametrize(
+    ("given", "then"),
+    [
+        ({}, {"GOMP_SPINCOUNT": "10000"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+    ],
+)
+def test_threads_that_wait_give_their_core_away_unless_the_user_says_how(given, then, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(given))
+    share_cores()
+    assert os.environ == then

@@ -74,6 +74,11 @@ def test_merging_needs_no_lightning():
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+def test_the_command_line_can_say_how_threads_wait_before_torch_is_there():
+    script = "import cl_merge.cli, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_public_names_are_there_and_cost_nothing_until_they_are_used():
     script = (
         "import sys, cl_merge\n"

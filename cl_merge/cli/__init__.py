@@ -11,6 +11,7 @@ from cl_merge.cli import bench, export, inspect, merge, predict, report, run
 from cl_merge.cli.messages import own_messages, say
 from cl_merge.cli.stopped import Signals, StoppedError, terminated_as_interrupted
 from cl_merge.cli.streams import is_unread, writable_streams
+from cl_merge.cli.threads import share_cores
 from cl_merge.errors import InputError
 
 
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         an inspection finds what cannot be merged, or an image was skipped, 2 for wrong input, 130
         after Ctrl-C, 141 if nobody reads the output any more, 143 after SIGTERM.
     """
+    share_cores()
     with writable_streams(), terminated_as_interrupted() as signals:
         try:
             parsed = _parse(arguments)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, TextIO
 
 from cl_merge.cli.messages import say
 from cl_merge.errors import InputError
-from cl_merge.files import atomic_write
 
 if TYPE_CHECKING:
     from cl_merge.predicting import Guess, ImageClassifier
@@ -80,6 +79,7 @@ def predict(parsed: argparse.Namespace) -> int:
     import torch
 
     from cl_merge.benchmarks.finished import load
+    from cl_merge.files import atomic_write
 
     device = parsed.device or ("cuda" if torch.cuda.is_available() else "cpu")
     classifier = load(parsed.run, method=parsed.method, device=device)

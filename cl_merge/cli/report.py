@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from cl_merge.cli.messages import show_messages
 from cl_merge.errors import InputError
-from cl_merge.files import atomic_write
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -94,6 +93,7 @@ def make_report(
     from cl_merge.benchmarks.figures import figures_of
     from cl_merge.benchmarks.html import pictures_of_run, write_report
     from cl_merge.benchmarks.suite.tables import legend_of, rich_tables, title_of
+    from cl_merge.files import atomic_write
 
     summary = _summary(folder)
     parts = rich_tables(summary, metric, console.width)
