@@ -379,7 +379,7 @@ def test_real_photographs(shared):
             {"tasks": 9},
             "stream.tasks=9 is more than the 4 classes of the data set; every task needs a class of its own",
         ),
-        ({"tasks": 0}, "stream.tasks=0; expected 1 or more"),
+        ({"tasks": 0}, "stream.tasks=0; expected a whole number from 1"),
         (
             {"scenario": "clas"},
             "unknown scenario 'clas'; did you mean 'class'? Known: class, domain, data, source",

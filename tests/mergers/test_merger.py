@@ -247,7 +247,7 @@ def test_shapes_that_differ_from_earlier_tasks_are_listed(method):
 
 def test_integer_tensors_are_never_merged():
     assert error_of(MaxMagnitude().update, {"steps": torch.tensor([1])}) == (
-        "task 0 holds floating-point tensors only; leave out steps (torch.int64)"
+        "task 0 (the 1st) holds floating-point tensors only; leave out steps (torch.int64)"
     )
 
 
