@@ -237,11 +237,7 @@ def read_config(
     for source, layer in layers:
         _check_keys(layer, source)
         config = _merged(config, layer, source)
-    try:
-        found: Any = OmegaConf.to_object(config)
-    # What is only known now: a value left out as ???, or a reference to a key that there is not.
-    except OmegaConfBaseException as error:
-        raise InputError(f"{error.full_key}: {_first_line(error)}") from error
+    found: Any = OmegaConf.to_object(_resolved(config))
     _check_sizes(asdict(found))
     _check_values(found)
     if found.stream.held_out is None:
@@ -388,6 +384,19 @@ def _merged(config: DictConfig, layer: DictConfig, origin: str) -> DictConfig:
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if error.full_key else ""
         raise InputError(f"{origin}: {where}{_first_line(error)}") from error
+
+
+def _resolved(config: DictConfig) -> DictConfig:
+    """Put values in the place of references, and check them as if they had been written there."""
+    try:
+        # Without types first: a reference to a value of the wrong type is then named below.
+        tree = OmegaConf.create(OmegaConf.to_container(config, resolve=False))  # type: ignore[arg-type]
+        plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+    # What is only known now: a value left out as ???, or a reference to a key that there is not.
+    except OmegaConfBaseException as error:
+        raise InputError(f"{error.full_key}: {_first_line(error)}") from error
+    layer = OmegaConf.create(plain)  # type: ignore[arg-type]
+    return _merged(OmegaConf.structured(RunConfig), layer, "what a setting refers to")
 
 
 def _misplaced(config: DictConfig, layer: DictConfig) -> str:

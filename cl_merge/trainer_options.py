@@ -99,8 +99,14 @@ def _described(hint: Any) -> str:
     """A type in words; what a configuration cannot hold is left out."""
     origin, of = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        words = [word for one in of if (word := _described(one))]
-        return " or ".join(dict.fromkeys(words))
+        words = {word for one in of if (word := _described(one))}
+        # Python keeps one Union for all orders of its types, in the order that it met first.
+        return " or ".join(sorted(words, key=_place))
     if origin is Literal:
         return " or ".join(str(one) for one in of)
     return _WORDS.get(origin or hint, "")
+
+
+def _place(word: str) -> tuple[bool, int, str]:
+    words = list(_WORDS.values())
+    return word == "null", words.index(word) if word in words else len(words), word

@@ -48,6 +48,7 @@ def test_what_lightning_takes_is_taken(arguments):
             True,
             "trainer.fast_dev_run=True; a run needs whole trainings and evaluations: leave it out",
         ),
+        ("devices", {}, "trainer.devices={}; expected a whole number or text or a list"),
         ("profiler", 1, "trainer.profiler=1; expected text or null"),
         ("deterministic", "x", "trainer.deterministic=x; expected true or false or warn or null"),
         (

@@ -8,6 +8,7 @@ from damage import SEEDS, complaint, damaged_bytes, edited
 
 from cl_merge.benchmarks.settings import read_settings
 from cl_merge.config import RunConfig, described_keys, to_yaml
+from cl_merge.errors import InputError
 
 VALUES = ["", "null", "true", "-1", "0.5", "nan", "1e400", "9" * 30, "x", "${seed}", "${x}", "???"]
 VALUES += [
@@ -22,6 +23,12 @@ VALUES += [
     "*a",
     "&*!python/x",
 ]
+
+
+@pytest.mark.parametrize("key", ["trainer", "merge.options", "merge.beside"])
+def test_what_a_setting_refers_to_is_of_its_type(key):
+    with pytest.raises(InputError, match=f"^what a setting refers to: {key}: Cannot assign int to"):
+        read_settings([f"{key}=${{seed}}"])
 
 
 @pytest.mark.parametrize("key", described_keys())
