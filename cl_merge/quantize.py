@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cl_merge.checkpoints.weights import Weights
 from cl_merge.codes import SCHEMES, decode, encode, not_finite
 from cl_merge.errors import InputError, unknown_name
 from cl_merge.finite import is_finite
@@ -176,26 +174,6 @@ def stored(vector: Mapping[str, Tensor], store: str) -> dict[str, Tensor]:
     return {
         name: dequantize(quantize_named(name, tensor, store)) for name, tensor in vector.items()
     }
-
-
-def open_quantized(path: str | Path, weights: Weights) -> Weights:
-    """Read the values of a quantised task vector through the raw tensors of its file.
-
-    Args:
-        path: What errors call the file.
-        weights: The raw tensors and metadata of the file, as opened.
-
-    Returns:
-        The values as float32, decoded stretch by stretch when they are read; closing them closes
-        `weights`. Safe to use in threads where `weights` are.
-
-    Raises:
-        InputError: If the file is damaged; names the file and the tensor. The scales are read for
-            this, the codes are not.
-    """
-    from cl_merge.quantized_file import QuantizedWeights  # which builds on this module
-
-    return QuantizedWeights(path, weights)
 
 
 def check_store(store: object) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from cl_merge.checkpoints.quantized import STORE, LoadedTensors, QuantizedWeights, save_quantized
 from cl_merge.checkpoints.weights import (
     PLAIN_VERSION,
     QUANTIZED_VERSION,
@@ -22,7 +23,6 @@ from cl_merge.files import load_tensors, save_tensors
 from cl_merge.finite import is_finite, not_finite
 from cl_merge.kernels import difference
 from cl_merge.quantize import check_store
-from cl_merge.quantized_file import STORE, LoadedTensors, QuantizedWeights, save_quantized
 
 
 class TaskVector(Mapping[str, Tensor]):

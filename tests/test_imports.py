@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,21 @@ def test_imports_run_one_way(path):
         assert name.split(".")[0] not in ("callbacks", "benchmarks"), f"{path} imports {name}"
         if name.split(".")[0] == "cl_merge":
             assert LAYERS[layer(name)] <= LAYERS[own], f"{path} imports {name}"
+
+
+def used(path: Path, modules: set[str]) -> set[str]:
+    """The modules that a file imports; a package only where a name of its own is imported."""
+    found = set(imports(path)) & modules
+    return {name for name in found if not any(other.startswith(f"{name}.") for other in found)}
+
+
+def test_no_file_imports_itself_through_others():
+    modules = {module_name(path).removesuffix(".__init__"): path for path in FILES}
+    # The package hands names of all layers on, when they are asked for.
+    modules.pop("cl_merge")
+    uses = {name: used(path, set(modules)) for name, path in modules.items()}
+    assert sum(map(len, uses.values())) > len(modules)
+    list(TopologicalSorter(uses).static_order())  # raises CycleError, which names the circle
 
 
 def test_merging_needs_no_lightning():

@@ -8,6 +8,7 @@ from cl_merge.checkpoints import pickled
 from cl_merge.checkpoints.layouts import INDEX, find_weights, read_index
 from cl_merge.checkpoints.mapped import SafetensorsFile, SafetensorsWeights
 from cl_merge.checkpoints.pickled import TorchWeights
+from cl_merge.checkpoints.quantized import QuantizedWeights
 from cl_merge.checkpoints.weights import (
     PLAIN_VERSION,
     QUANTIZED_VERSION,
@@ -97,11 +98,7 @@ def _open_safetensors(path: Path) -> Weights:
     version = file.metadata.get(TASK_VECTOR)
     weights = SafetensorsWeights(path, [file], "safetensors" if version is None else "task vector")
     if version == QUANTIZED_VERSION:
-        # Only files that need it pay for it.
-        from cl_merge.quantize import open_quantized
-
-        quantized: Weights = open_quantized(path, weights)
-        return quantized
+        return QuantizedWeights(path, weights)
     if version not in (None, PLAIN_VERSION):
         raise newer_version(path, version)
     return weights

@@ -1,9 +1,7 @@
 """Every kind of checkpoint gives the tensors that were written, in little memory."""
 
 import json
-import sys
 import threading
-import types
 from concurrent.futures import ThreadPoolExecutor
 
 import lightning
@@ -17,6 +15,7 @@ from torch import nn
 from cl_merge import TaskVector
 from cl_merge.checkpoints import mapped, open_weights
 from cl_merge.checkpoints.dtypes import CODES
+from cl_merge.quantize import stored
 
 
 def simple(*names):
@@ -145,19 +144,14 @@ def test_a_task_vector_is_known_by_its_metadata(tmp_path, opened, same):
     assert weights.metadata["task"] == "birds"
 
 
-def test_a_quantised_task_vector_goes_to_its_own_reader(tmp_path, monkeypatch):
-    save_file(simple(), tmp_path / "t.safetensors", {"cl_merge.task_vector": "2"})
-    module = types.ModuleType("cl_merge.quantize")
-    seen = []
-
-    def open_quantized(path, weights):
-        seen.append((path, weights.kind, weights.names))
-        return weights
-
-    module.open_quantized = open_quantized
-    monkeypatch.setitem(sys.modules, "cl_merge.quantize", module)
-    open_weights(tmp_path / "t.safetensors").close()
-    assert seen == [(tmp_path / "t.safetensors", "task vector", ["a", "b"])]
+def test_a_quantised_task_vector_is_read_as_its_values(tmp_path, opened, same):
+    vector = TaskVector({"a": torch.randn(64, 64), "b": torch.randn(3)}, {"task": "birds"})
+    vector.save(tmp_path / "t.safetensors", store="int4")
+    weights = opened(tmp_path / "t.safetensors")
+    same(weights, stored(vector, "int4"))
+    assert weights.is_task_vector
+    assert weights.kind == "task vector"
+    assert weights.metadata["task"] == "birds"
 
 
 @pytest.mark.parametrize(
