@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,11 @@ from cl_merge.benchmarks.catalog import find_data
 from cl_merge.benchmarks.figures.style import new_canvas
 from cl_merge.benchmarks.methods import grouped_methods
 from cl_merge.benchmarks.results_file import finished_results
+from cl_merge.files import atomic_write
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from cl_merge.benchmarks.methods import Training
     from cl_merge.benchmarks.run import Run
     from cl_merge.fit import TaskEnd
@@ -127,43 +130,37 @@ def show_task(console: Console, run: Run, training: Training, end: TaskEnd) -> N
 
 
 def show_results(console: Console, folder: Path) -> None:
-    """Show the table of a finished run, and draw its pictures.
+    """Show the table of a finished run.
 
     Args:
         console: Where to print.
         folder: The run's folder.
     """
     results = finished_results(folder)
-    draw_figures(results, folder)
     console.print()
     console.print(results_table(results))
     total = results["total"]
     console.print(
         f"{total['seconds']:.0f} s, at most {total['peak_memory'] / 2**30:.1f} GiB of memory. "
         f"{folder} holds the merged weights, the task vectors, results.json, logs, "
-        "accuracy_matrix.png and accuracy_by_task.png.",
+        f"{' and '.join(_PICTURES)}.",
         markup=False,
     )
 
 
-def draw_figures(results: Mapping[str, Any], folder: str | Path) -> list[Path]:
-    """Draw the pictures of a run.
+def draw_pictures(results: Mapping[str, Any], folder: Path) -> None:
+    """Draw the pictures of a run: its method's accuracy matrix, and all methods' curves.
 
     Args:
         results: The content of ``results.json``.
         folder: Where they go.
-
-    Returns:
-        The files: ``accuracy_matrix.png`` and ``accuracy_by_task.png``.
     """
-    matrix = Path(folder) / "accuracy_matrix.png"
-    curve = Path(folder) / "accuracy_by_task.png"
-    _draw_matrix(results, matrix)
-    _draw_curve(results, curve)
-    return [matrix, curve]
+    for name, draw in _PICTURES.items():
+        with atomic_write(folder / name) as temporary:
+            draw(results).savefig(temporary, dpi=150, format="png")
 
 
-def _draw_matrix(results: Mapping[str, Any], path: Path) -> None:
+def _matrix(results: Mapping[str, Any]) -> Figure:
     """The accuracy matrix of the run's method as a heat map, zero-shot as its first row."""
     method = results["method"]
     matrix = results["methods"][method]["matrix"]
@@ -187,10 +184,10 @@ def _draw_matrix(results: Mapping[str, Any], path: Path) -> None:
                     j, i, _figure(value, 0), ha="center", va="center", color=shade, fontsize=8
                 )
     figure.colorbar(image, ax=axes)
-    figure.savefig(path, dpi=150)
+    return figure
 
 
-def _draw_curve(results: Mapping[str, Any], path: Path) -> None:
+def _curve(results: Mapping[str, Any]) -> Figure:
     """Accuracy on everything seen after each task, a line per method."""
     figure = new_canvas(5.0, 8.5)
     axes = figure.add_subplot()
@@ -221,7 +218,13 @@ def _draw_curve(results: Mapping[str, Any], path: Path) -> None:
     axes.set_title(f"{_short(results['data'], 30)} with {_short(results['model'], 30)}")
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
-    figure.savefig(path, dpi=150)
+    return figure
+
+
+_PICTURES: dict[str, Callable[[Mapping[str, Any]], Figure]] = {
+    "accuracy_matrix.png": _matrix,
+    "accuracy_by_task.png": _curve,
+}
 
 
 def _scale(method: Mapping[str, Any]) -> str:

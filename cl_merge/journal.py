@@ -110,7 +110,7 @@ def only_process(folder: str | Path) -> Iterator[None]:
         Nothing.
 
     Raises:
-        InputError: If another process holds it.
+        InputError: If another process holds it, or the file system has no locks.
         StorageError: If it cannot be written to.
 
     Example::
@@ -141,6 +141,11 @@ def _acquired(folder: Path) -> BaseFileLock:
             raise InputError(
                 f"{folder} is in use by another process; wait for it, or name another folder"
             ) from None
+        except NotImplementedError as error:  # older versions of filelock know no other lock
+            raise InputError(
+                f"{folder} is on a file system without locks; name a folder elsewhere, or: "
+                "pip install -U filelock"
+            ) from error
     return lock
 
 

@@ -10,8 +10,10 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Tests side by side share the cores; read by torch when it is imported, and by what tests start.
-_SIDE_BY_SIDE = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _SIDE_BY_SIDE)))
+# Only in the processes that test: they would inherit what the one that started them has.
+_SIDE_BY_SIDE = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0"))
+if _SIDE_BY_SIDE:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _SIDE_BY_SIDE)))
 
 
 @pytest.fixture(scope="session")

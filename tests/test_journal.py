@@ -2,6 +2,7 @@
 
 import errno
 import math
+from unittest.mock import Mock
 
 import pytest
 from forked import forked
@@ -109,3 +110,11 @@ def test_a_second_process_is_refused_until_the_first_ends(tmp_path):
     with pytest.raises(ZeroDivisionError), only_process(folder):
         raise ZeroDivisionError
     assert other() == "held"
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    # As older versions of filelock do; newer ones have another kind of lock, and warn.
+    monkeypatch.setattr("filelock.FileLock.acquire", Mock(side_effect=NotImplementedError))
+    message = f"^{tmp_path} is on a file system without locks; name a folder elsewhere, or: pip"
+    with pytest.raises(InputError, match=message), only_process(tmp_path):
+        pass

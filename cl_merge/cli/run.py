@@ -59,7 +59,7 @@ def run(settings: Sequence[str], file: str | None = None) -> None:
     """
     from rich.console import Console
 
-    from cl_merge.benchmarks.report import show_results, show_start, show_task
+    from cl_merge.benchmarks.report import draw_pictures, show_results, show_start, show_task
     from cl_merge.benchmarks.settings import read_settings, unfinished_methods
     from cl_merge.journal import is_first_process
 
@@ -76,6 +76,7 @@ def run(settings: Sequence[str], file: str | None = None) -> None:
     # What follows loads torch's libraries and a model, which takes seconds: wrong settings first.
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+    from cl_merge.benchmarks.json_files import plain
     from cl_merge.benchmarks.progress import RunProgress
     from cl_merge.benchmarks.results import results
     from cl_merge.benchmarks.run import count_batches, start_run
@@ -86,7 +87,11 @@ def run(settings: Sequence[str], file: str | None = None) -> None:
         show_start(console, started)
         with RunProgress(console, count_batches(started)) as progress:
             run_stream(started, progress, lambda *done: show_task(console, *done))
-        started.folder.finish(results(started))
+        found = plain(results(started))
+        if is_first_process():
+            draw_pictures(found, started.folder.path)
+        # The last thing that is written: what has it is whole.
+        started.folder.finish(found)
         if is_first_process():
             show_results(console, started.folder.path)
     except MisconfigurationException as error:

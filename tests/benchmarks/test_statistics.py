@@ -26,7 +26,7 @@ SETTINGS = [
     "data=digits",
     "stream.tasks=3",
     "stream.images_per_class=8",
-    "stream.test_fraction=0.3",
+    "stream.test_fraction=0.1",
     "trainer.max_epochs=1",
     "trainer.accelerator=cpu",
 ]
@@ -360,8 +360,8 @@ def test_the_bar_ends_at_its_end(tmp_path, monkeypatch):
     words = [*SETTINGS, "stream.batch_size=16", "compare=[lwf]"]
     assert run(tmp_path / "run", *words) == 0
     assert run(tmp_path / "run", ALL.replace("[", "[lwf,")) == 0
-    # 80 images in tasks of 24, 24 and 32; 432 to test on.
-    steps, test = 2 + 2 + 2, 27
+    # 80 images in tasks of 24, 24 and 32; 144 to test on.
+    steps, test = 2 + 2 + 2, 9
     first = test + 2 * (3 * steps + 3 * test)
     more = 3 * 2 * steps + 3 * (1 + 1 + 2) * test
     assert bars == [(first, first), (more, more)]

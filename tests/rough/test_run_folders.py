@@ -15,18 +15,20 @@ from cl_merge.benchmarks.results_file import read_results
 from cl_merge.benchmarks.settings import read_settings
 
 
-def readers(folder):
-    """All that reads a run, but for its weights and images."""
+def readers(folder, name):
+    """All that reads a file of a run."""
+    yield lambda: summary_of_run(folder)
+    if name == "config.yaml":
+        yield lambda: read_settings([f"out={folder}"])
+        return
     yield lambda: read_results(folder)
     yield lambda: RunFolder(folder).rows("magmax")
     yield lambda: RunFolder(folder).chosen_scales("magmax")
     yield lambda: RunFolder(folder).finished_training("sequential")
-    yield lambda: read_settings([f"out={folder}"])
-    yield lambda: summary_of_run(folder)
 
 
-def check(folder):
-    for read in readers(folder):
+def check(folder, name):
+    for read in readers(folder, name):
         assert "\n" not in complaint(read)
 
 
@@ -36,7 +38,7 @@ def test_damaged_files_are_an_error_or_read_as_they_were(copied, name):
     content = file.read_bytes()
     for seed in SEEDS:
         file.write_bytes(damaged_bytes(content, random.Random(seed)))
-        check(copied)
+        check(copied, name)
 
 
 def test_edited_results_are_an_error_or_change_nothing_that_is_used(copied):
@@ -45,7 +47,7 @@ def test_edited_results_are_an_error_or_change_nothing_that_is_used(copied):
     refused = 0
     for seed in SEEDS:
         file.write_text(json.dumps(edited(results, random.Random(seed))))
-        check(copied)
+        check(copied, file.name)
         said = complaint(lambda: read_results(copied))
         assert said.startswith(f"'{file}' is damaged: ") or not said
         refused += bool(said)
@@ -58,7 +60,7 @@ def test_edited_journals_are_an_error_or_read(copied):
     for seed in SEEDS:
         changed = edited(records, random.Random(seed))
         file.write_text("".join(json.dumps(record) + "\n" for record in changed))
-        check(copied)
+        check(copied, file.name)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +110,7 @@ def test_something_else_in_the_place_of_a_file_is_an_error_and_no_wait(copied, n
         file.symlink_to(file)
     else:
         file.write_text("[" * 100_000 + "]" * 100_000 + "\n{}\n")
-    check(copied)
+    check(copied, name)
 
 
 def test_damaged_weights_load_or_are_an_error(copied):

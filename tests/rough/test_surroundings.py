@@ -8,7 +8,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from cl_merge import cli
 from cl_merge.benchmarks.report import results_table
@@ -33,7 +35,8 @@ def shell(line, folder, **environment):
 
 
 def test_a_reader_that_has_seen_enough_ends_a_command_quietly(tmp_path):
-    done = shell("cl-merge bench offline --data digits --dry-run | true", tmp_path)
+    save_file({"w": torch.ones(4)}, tmp_path / "w.safetensors")
+    done = shell("cl-merge inspect w.safetensors | true", tmp_path)
     assert (done.returncode, done.stderr) == (141, "")
     run = "run stream.tasks=2 stream.images_per_class=4 compare=false out=run"
     done = shell(f"cl-merge {run} | head -1", tmp_path)
@@ -45,8 +48,12 @@ def test_a_reader_that_has_seen_enough_ends_a_command_quietly(tmp_path):
 
 
 def test_a_command_whose_output_is_closed_does_its_work(tmp_path):
-    done = shell("cl-merge bench offline --data digits --dry-run >&- 2>&-", tmp_path)
+    for number, name in enumerate(("base", "task")):
+        save_file({"w": torch.full((4,), float(number))}, tmp_path / f"{name}.safetensors")
+    words = "base.safetensors task.safetensors --scale 1 -o merged.safetensors"
+    done = shell(f"cl-merge merge {words} >&- 2>&-", tmp_path)
     assert done.returncode == 0
+    assert load_file(tmp_path / "merged.safetensors")["w"].tolist() == [1] * 4
 
 
 def test_a_terminal_without_such_characters_gets_others(tmp_path):
