@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cl_merge.config import described_keys, read_yaml
+from cl_merge.config import described_keys
+from cl_merge.config_reading import read_yaml
 from cl_merge.errors import InputError, nearest, unknown_name
 from cl_merge.sources import is_hub_id, read_images
 

@@ -15,7 +15,8 @@ from cl_merge.benchmarks.folder import RunFolder
 from cl_merge.benchmarks.results_file import read_results
 from cl_merge.callbacks import ClassStatistics
 from cl_merge.clip import CLIPClassifier
-from cl_merge.config import RunConfig, read_config, read_yaml
+from cl_merge.config import RunConfig
+from cl_merge.config_reading import read_config, read_yaml
 from cl_merge.errors import InputError, listing, unknown_name
 from cl_merge.files import load_tensors
 from cl_merge.heads import ZeroShotHead

@@ -21,7 +21,8 @@ from cl_merge.benchmarks.json_checks import AMOUNT, COUNT, SCALE, TEXT, entries,
 from cl_merge.benchmarks.json_files import plain
 from cl_merge.benchmarks.results_file import read_results
 from cl_merge.benchmarks.settings import check_same_run
-from cl_merge.config import RunConfig, to_yaml
+from cl_merge.config import RunConfig
+from cl_merge.config_reading import to_yaml
 from cl_merge.errors import InputError
 from cl_merge.files import atomic_write, remove_leftovers, save_tensors
 from cl_merge.journal import Journal, is_first_process, only_process

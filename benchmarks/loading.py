@@ -21,7 +21,8 @@ from cl_merge.benchmarks.catalog import (
 from cl_merge.benchmarks.epochs import task_epochs
 from cl_merge.benchmarks.wording import read_class_names, read_prompts
 from cl_merge.clip import CLIPClassifier
-from cl_merge.config import RunConfig, StreamConfig, read_config
+from cl_merge.config import RunConfig, StreamConfig
+from cl_merge.config_reading import read_config
 from cl_merge.errors import InputError
 from cl_merge.heads import ZeroShotHead, zero_shot_head
 from cl_merge.joining import Member, join

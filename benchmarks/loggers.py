@@ -20,7 +20,8 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from typing_extensions import override
 
 from cl_merge.benchmarks.json_files import read_json
-from cl_merge.config import RunConfig, logger_options
+from cl_merge.config import RunConfig
+from cl_merge.config_reading import logger_options
 from cl_merge.errors import InputError, listing, nearest
 from cl_merge.files import atomic_write
 

@@ -44,7 +44,8 @@ from cl_merge.benchmarks.run import Run, merge_callback, start_run
 from cl_merge.benchmarks.timing import Spread, Stopwatch, alternated, new_table
 from cl_merge.benchmarks.trainers import evaluation_trainer, training_trainer
 from cl_merge.callbacks import MergeCallback
-from cl_merge.config import RunConfig, default_of, parse_arguments, read_config
+from cl_merge.config import RunConfig, default_of
+from cl_merge.config_reading import parse_arguments, read_config
 from cl_merge.errors import InputError
 from cl_merge.fit import TaskEnd, fit_stream
 from cl_merge.pretrained import load_clip

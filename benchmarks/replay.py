@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Subset
 from cl_merge.benchmarks.loading import load_parts
 from cl_merge.benchmarks.trainers import evaluation_trainer
 from cl_merge.clip import CLIPClassifier
-from cl_merge.config import RunConfig, read_config
+from cl_merge.config import RunConfig
+from cl_merge.config_reading import read_config
 from cl_merge.errors import InputError, listing
 from cl_merge.metrics import AccuracyMatrix
 from cl_merge.scales import Scales, scaled

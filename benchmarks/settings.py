@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from cl_merge.benchmarks.catalog import find_data, is_data_file
 from cl_merge.benchmarks.methods import find_method, methods_beside, whole_path
 from cl_merge.benchmarks.results_file import read_results
-from cl_merge.config import RunConfig, parse_arguments, read_config, read_yaml
+from cl_merge.config import RunConfig
+from cl_merge.config_reading import parse_arguments, read_config, read_yaml
 from cl_merge.errors import InputError
 
 # Settings that change nothing in what a run finds; everything else is fixed once it has begun.

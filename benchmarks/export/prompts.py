@@ -7,7 +7,7 @@ import torch
 from cl_merge.benchmarks.catalog import find_data
 from cl_merge.benchmarks.finished import FinishedRun, Restored
 from cl_merge.benchmarks.wording import read_class_names, read_prompts
-from cl_merge.config import read_config
+from cl_merge.config_reading import read_config
 from cl_merge.errors import InputError
 from cl_merge.heads import zero_shot_head
 

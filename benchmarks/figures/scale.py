@@ -18,7 +18,7 @@ from cl_merge.benchmarks.figures.style import (
     new_canvas,
 )
 from cl_merge.benchmarks.methods import find_method
-from cl_merge.config import read_config
+from cl_merge.config_reading import read_config
 from cl_merge.mergers import Merger
 
 if TYPE_CHECKING:

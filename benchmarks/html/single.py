@@ -12,7 +12,7 @@ from cl_merge.benchmarks.results_file import finished_results
 from cl_merge.benchmarks.suite.definition import Setting, Suite
 from cl_merge.benchmarks.suite.plan import Cell, Job
 from cl_merge.benchmarks.suite.summary import Summary, summarize
-from cl_merge.config import read_yaml
+from cl_merge.config_reading import read_yaml
 from cl_merge.mergers.locate import is_location
 
 

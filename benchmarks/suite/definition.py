@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from cl_merge.benchmarks.catalog import find_data
 from cl_merge.benchmarks.methods import Method, find_method, whole_path
-from cl_merge.config import parse_arguments, read_yaml
+from cl_merge.config_reading import parse_arguments, read_yaml
 from cl_merge.errors import InputError, nearest, unknown_name
 
 _KEYS = ("name", "about", "paper", "settings", "methods", "shown", "seeds", "published", "run")

@@ -14,7 +14,8 @@ from cl_merge.benchmarks.catalog import find_data
 from cl_merge.benchmarks.methods import TRAININGS, Method, find_method
 from cl_merge.benchmarks.settings import finished_methods
 from cl_merge.benchmarks.suite.definition import Setting, Suite
-from cl_merge.config import RunConfig, read_config
+from cl_merge.config import RunConfig
+from cl_merge.config_reading import read_config
 from cl_merge.errors import InputError
 from cl_merge.mergers import find_merger
 

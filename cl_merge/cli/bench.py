@@ -178,7 +178,7 @@ def _numbers(text: str) -> list[int]:
 def _options(words: list[str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
-    from cl_merge.config import parse_arguments
+    from cl_merge.config_reading import parse_arguments
 
     found: Any = OmegaConf.to_container(parse_arguments(words))
     return dict(found)

@@ -102,7 +102,7 @@ def merge(parsed: argparse.Namespace) -> None:
 
     from cl_merge.cli.messages import show_messages
     from cl_merge.cli.progress import byte_progress
-    from cl_merge.config import parse_arguments
+    from cl_merge.config_reading import parse_arguments
     from cl_merge.engine import merge_checkpoints
 
     scale = read_scale(parsed.scale)

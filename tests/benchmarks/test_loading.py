@@ -19,7 +19,7 @@ from cl_merge.benchmarks.loading import load_data
 from cl_merge.benchmarks.run import count_batches, start_run
 from cl_merge.benchmarks.settings import read_settings
 from cl_merge.benchmarks.wording import read_class_names
-from cl_merge.config import read_yaml
+from cl_merge.config_reading import read_yaml
 from cl_merge.errors import InputError
 from cl_merge.heads import zero_shot_head
 from cl_merge.stream import TaskStream

@@ -14,7 +14,8 @@ from killing import child
 from cl_merge import cli
 from cl_merge.benchmarks import loggers, run_log, training
 from cl_merge.benchmarks.loggers import BOOKS, About, check_loggers
-from cl_merge.config import RunConfig, read_config
+from cl_merge.config import RunConfig
+from cl_merge.config_reading import read_config
 from cl_merge.errors import InputError
 
 ROOT = Path(__file__).parents[2]

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from cl_merge.config import described_keys, read_config, read_yaml, to_yaml
+from cl_merge.config import described_keys
+from cl_merge.config_reading import read_config, read_yaml, to_yaml
 from cl_merge.errors import InputError
 
 
