@@ -155,10 +155,10 @@ def narrowed(
             own = [Setting(name, n, joint_tasks=numbers[0]) for n in numbers]
         chosen = [s for s in own if not tasks or s.tasks in tasks]
         if not chosen and data:
-            has = ", ".join(str(s.tasks) for s in own)
+            numbers = [str(s.tasks) for s in own if s.tasks is not None]
+            has = f"{', '.join(numbers)} tasks" if numbers else "the tasks that its recipe makes"
             raise InputError(
-                f"--tasks {','.join(map(str, tasks))}: suite '{suite.name}' has '{name}' in {has} "
-                "tasks"
+                f"--tasks {','.join(map(str, tasks))}: suite '{suite.name}' has '{name}' in {has}"
             )
         settings += chosen
     if not settings:

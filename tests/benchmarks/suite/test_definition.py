@@ -91,6 +91,12 @@ def test_what_cannot_be_chosen_is_said(choice, message):
         narrowed(find_suite("table1"), **choice)
 
 
+def test_a_data_set_whose_domains_are_its_tasks_has_no_number_of_them_to_choose():
+    message = "^--tasks 5: suite 'offline' has 'pacs' in the tasks that its recipe makes$"
+    with pytest.raises(InputError, match=message):
+        narrowed(find_suite("offline"), data=["digits", "pacs"], tasks=[5])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
