@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from cl_merge.clip import CLIPClassifier
@@ -99,7 +99,8 @@ class ImageClassifier:
                 )
             return picture
         image = picture if isinstance(picture, Image.Image) else _opened(Path(picture))
-        prepared: Tensor = self.transform(as_rgb(image))
+        # Cameras store what they turn; images of a data set come upright.
+        prepared: Tensor = self.transform(as_rgb(ImageOps.exif_transpose(image)))
         return prepared
 
     def _guesses(self, batch: Tensor, top: int) -> Iterator[list[Guess]]:

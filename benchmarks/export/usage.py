@@ -13,7 +13,7 @@ import json
 
 import open_clip
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 model, _, transform = open_clip.create_model_and_transforms("local-dir:FOLDER")
 tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")
@@ -22,7 +22,8 @@ classes = json.load(open("FOLDER/classes.json"))
 with torch.no_grad():
     rows = [model.encode_text(tokenizer(PROMPTS), normalize=True).mean(0) for c in classes]
     head = torch.nn.functional.normalize(torch.stack(rows), dim=-1) * model.logit_scale.exp()
-    image = transform(Image.open("image.png").convert("RGB"))[None]
+    image = ImageOps.exif_transpose(Image.open("image.png")).convert("RGB")
+    image = transform(image)[None]
     probabilities = (model.encode_image(image, normalize=True) @ head.T).softmax(-1)[0]
 print(classes[probabilities.argmax()]["name"], probabilities.max().item())
 """
@@ -31,7 +32,7 @@ _HUGGINGFACE = """\
 import json
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import CLIPModel, CLIPProcessor
 
 model = CLIPModel.from_pretrained("FOLDER").eval()
@@ -48,7 +49,8 @@ def encode(texts):
 with torch.no_grad():
     rows = [encode(PROMPTS).mean(0) for c in classes]
     head = torch.nn.functional.normalize(torch.stack(rows), dim=-1) * model.logit_scale.exp()
-    pixels = processor(images=Image.open("image.png").convert("RGB"), return_tensors="pt")
+    image = ImageOps.exif_transpose(Image.open("image.png")).convert("RGB")
+    pixels = processor(images=image, return_tensors="pt")
     features = model.visual_projection(model.vision_model(**pixels).pooler_output)
     logits = torch.nn.functional.normalize(features, dim=-1) @ head.T
     probabilities = logits.softmax(-1)[0]
@@ -66,7 +68,7 @@ classes = json.load(open("FOLDER/classes.json"))
 
 
 def prepare(path):
-    image = Image.open(path).convert("RGB")
+    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
 RESIZE
     pixels = np.asarray(image, dtype=np.float32) / 255
     pixels = (pixels - np.float32(MEAN)) / np.float32(STD)

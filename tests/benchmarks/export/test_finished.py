@@ -3,10 +3,11 @@
 import json
 import shutil
 
+import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import load_file, save_file
 
 from cl_merge import ImageClassifier, InputError, load, load_clip
@@ -98,6 +99,20 @@ def test_predict_takes_images_paths_and_tensors_alike(glyph, tmp_path):
         assert classifier.predict(one, top=1)[0][0].name == classifier.predict(images)[0][0].name
     assert len(classifier.predict(images[0], top=99)[0]) == 10
     assert classifier.predict([]) == []
+
+
+def test_a_camera_that_was_turned_changes_nothing(glyph, tmp_path):
+    """As in a data set, whose images come upright."""
+    classifier, upright = load(glyph), pictures()[0]
+    turned, exif = upright.rotate(90, expand=True), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # "turn it by 90 degrees to the right"
+    turned.save(tmp_path / "turned.png", exif=exif)
+    read = datasets.Dataset.from_dict({"image": [str(tmp_path / "turned.png")]})
+    in_a_data_set = read.cast_column("image", datasets.Image())[0]["image"]
+    assert in_a_data_set.tobytes() == upright.tobytes() != turned.tobytes()
+    expected = classifier.predict(upright)
+    assert classifier.predict(tmp_path / "turned.png") == expected
+    assert classifier.predict(Image.open(tmp_path / "turned.png")) == expected
 
 
 def test_it_says_what_it_is(glyph):

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from cl_merge import load, load_clip
 from cl_merge.benchmarks.digits import digits
@@ -143,11 +143,13 @@ def digits_images():
 def test_the_card_shows_how_to_use_it(form, exported, vit, tmp_path):
     folder, classifier = exported(form, "vit", None), load(vit)
     (snippet,) = re.findall(r"```python\n(.*?)```", card(folder), flags=re.DOTALL)
-    # As large as the model's input in one case, in the other to be resized and cut.
-    sizes, snippets = ((32, 32), (67, 45)), []
+    # As large as the model's input in one case; in the other turned by the camera, to be resized
+    # and cut.
+    sizes, snippets, exif = ((32, 32), (66, 45)), [], Image.Exif()
     for number, (width, height) in enumerate(sizes):
         pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        exif[ExifTags.Base.Orientation] = (1, 6)[number]
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png", exif=exif)
         snippets.append(snippet.replace("FOLDER", str(folder)))
         snippets[-1] = snippets[-1].replace("image.png", f"{number}.png")
     lines = alone("\n".join(snippets), cwd=tmp_path).splitlines()
