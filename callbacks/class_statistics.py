@@ -391,7 +391,12 @@ class ClassStatistics(EvaluationCallback):
 
 
 def _merge_callback(trainer: L.Trainer) -> MergeCallback | None:
-    return next(iter(attached(trainer, MergeCallback)), None)
+    found = attached(trainer, MergeCallback)
+    if len(found) > 1:
+        raise InputError(
+            f"ClassStatistics reads the merged weights of one MergeCallback, not of {len(found)}"
+        )
+    return found[0] if found else None
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from cl_merge.mergers.stack import StackMerger
 from cl_merge.patterns import Selection
 from cl_merge.quantize import check_store, stored
 from cl_merge.scales import Scales, scaled
-from cl_merge.task_vector import TaskVector
+from cl_merge.task_vector import TaskVector, check_same_layout
 from cl_merge.weights import (
     check_same_parameters,
     copies,
@@ -93,8 +93,9 @@ class MergeCallback(EvaluationCallback):
 
     Raises:
         InputError: If the method, an option, a pattern or a value is wrong, a task vector is not
-            finite, the parameters that train are not those of the first task, or there are no
-            held-out images to choose the scale on.
+            finite, the parameters that train are not those of the first task, there are no
+            held-out images to choose the scale on, or a second `MergeCallback` of the trainer
+            starts tasks elsewhere or would put in other weights.
         RuntimeError: Under a strategy that shards parameters or spawns processes.
 
     Example::
@@ -210,17 +211,24 @@ class MergeCallback(EvaluationCallback):
         """Put the merged weights into a module, to stay.
 
         Args:
-            module: The module in training, or one with the same parameters.
+            module: The module that was trained, or one with the same parameters; they may be frozen
+                meanwhile, of another precision, or the module compiled.
 
         Raises:
-            InputError: If no task has been folded yet.
+            InputError: If no task has been folded yet, or the module has not these parameters.
         """
         if self.tasks == 0:
             raise InputError("nothing to install: no task has been trained and merged yet")
-        install(trained_parameters(module), scaled(self.base, self.merger.items(), self.scales))
-        install(floating_buffers(module), self._buffers.values())
+        live = self._live(module)
+        install(live, scaled(self.base, self.merger.items(), self.scales))
+        install(live, self._buffers.values())
 
     # Hooks, in the order in which they fire.
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        _check_alone(trainer, stage)
 
     @override
     def begin_task(
@@ -266,13 +274,13 @@ class MergeCallback(EvaluationCallback):
     def begin_evaluation(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         _check_average(trainer)
         self._settle(pl_module)
-        self._trained = copies(trained_parameters(pl_module) | floating_buffers(pl_module))
+        self._trained = copies(self._live(pl_module))
         self.install(pl_module)
 
     @override
     def end_evaluation(self, pl_module: L.LightningModule) -> None:
         if self._trained is not None:
-            install(trained_parameters(pl_module) | floating_buffers(pl_module), self._trained)
+            install(self._live(pl_module), self._trained)
             self._trained = None
 
     @override
@@ -292,6 +300,14 @@ class MergeCallback(EvaluationCallback):
         self.chosen = [Scales.read(scale, 0.0) for scale in state.get("chosen", [])]
         if self._auto is not None and self.chosen:
             self.scales = self.chosen[-1]
+
+    def _live(self, module: nn.Module) -> dict[str, Tensor]:
+        """What an evaluation changes: the parameters of the first task, and the buffers."""
+        module = getattr(module, "_orig_mod", module)  # what `torch.compile` wraps
+        live = dict(module.named_parameters())
+        live = {name: live[name] for name in self.base if name in live}
+        check_same_layout(live, self.base, "the module", "that of the first task")
+        return live | floating_buffers(module)
 
     def _settle(self, module: nn.Module) -> None:
         """Move what is kept to the module, which only now is where it works.
@@ -326,6 +342,24 @@ class MergeCallback(EvaluationCallback):
             install(floating_buffers(module), self._buffers.base)
         elif self.start == "merged":
             self.install(module)
+
+
+def _check_alone(trainer: L.Trainer, stage: str) -> None:
+    """Several may merge what one training changes, but only one can put its weights in."""
+    every = attached(trainer, MergeCallback)
+    if len(every) < 2:
+        return
+    if stage != TrainerFn.FITTING:
+        raise InputError(
+            f"this Trainer has {len(every)} MergeCallbacks, but an evaluation can see the weights "
+            "of one only; evaluate them one after another: L.Trainer(callbacks=[one])"
+        )
+    starts = [callback.start for callback in every]
+    if len(set(starts)) > 1 or "merged" in starts:
+        raise InputError(
+            f"this Trainer has {len(every)} MergeCallbacks, with start {', '.join(starts)}; "
+            "expected all sequential, or all independent"
+        )
 
 
 def _check_average(trainer: L.Trainer) -> None:

@@ -24,6 +24,11 @@ log = logging.getLogger(__name__)
 
 _Kind = TypeVar("_Kind", bound=Callback)
 
+_NOTHING = (
+    "nothing was trained in this fit: it does not count as a task. Use a new Trainer for each "
+    "task: one that has been through a fit has reached its last epoch"
+)
+
 # What puts other weights into the module when training ends.
 _AVERAGES = (StochasticWeightAveraging, WeightAveraging)
 
@@ -119,15 +124,18 @@ class TaskCallback(Callback, ABC):
         if trainer.global_step > self._first_step or self._goes_on:
             self.end_task(trainer, pl_module)
         else:
-            log.warning("nothing was trained in this fit: it does not count as a task")
+            log.warning(_NOTHING)
         self._averages_used = attached(trainer, *_AVERAGES)
         self._in_task = False
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # A checkpoint of the last step leaves nothing to train, and training never "ends" then.
-        if self._goes_on and self._in_task:
+        # Where nothing is left to train, training never "ends": after a checkpoint of the last
+        # step, or with a trainer that has reached its last epoch before.
+        if self._in_task and self._goes_on:
             self.end_task(trainer, pl_module)
+        elif self._in_task:
+            log.warning(_NOTHING)
         self._in_task = False
 
     @override

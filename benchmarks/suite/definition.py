@@ -155,8 +155,8 @@ def narrowed(
             own = [Setting(name, n, joint_tasks=numbers[0]) for n in numbers]
         chosen = [s for s in own if not tasks or s.tasks in tasks]
         if not chosen and data:
-            numbers = [str(s.tasks) for s in own if s.tasks is not None]
-            has = f"{', '.join(numbers)} tasks" if numbers else "the tasks that its recipe makes"
+            known = ", ".join(str(s.tasks) for s in own if s.tasks is not None)
+            has = f"{known} tasks" if known else "the tasks that its recipe makes"
             raise InputError(
                 f"--tasks {','.join(map(str, tasks))}: suite '{suite.name}' has '{name}' in {has}"
             )

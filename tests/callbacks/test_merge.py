@@ -558,3 +558,84 @@ def test_several_callbacks_in_one_trainer_keep_their_states_apart():
         MergeCallback("magmax", start="independent").state_key,
     }
     assert len(keys) == 3
+
+
+def test_several_callbacks_merge_what_one_training_changes_and_are_evaluated_one_by_one():
+    module, both = Plain(), [MergeCallback("magmax"), MergeCallback("average")]
+    alone = Plain(), MergeCallback("average")
+    for task in range(2):
+        fit(module, both, task)
+        fit(*alone, task)
+    assert both[1].merged() == alone[1].merged() != both[0].merged()
+    before = weights(module)
+    message = (
+        "^this Trainer has 2 MergeCallbacks, but an evaluation can see the weights of one only"
+    )
+    for evaluate in ("test", "validate", "predict"):
+        with pytest.raises(InputError, match=message):
+            getattr(trainer(*both), evaluate)(module, loader(0))
+        assert same(before, weights(module))
+    trainer(both[1]).test(module, loader(0), verbose=False)
+    both[1].install(module)
+    assert same(module.seen["test"], weights(module))
+
+
+@pytest.mark.parametrize(
+    "starts", [("sequential", "independent"), ("merged", "merged"), ("merged", "sequential")]
+)
+def test_several_callbacks_that_start_tasks_at_different_weights_are_refused(starts):
+    methods = "magmax", "average"
+    both = [MergeCallback(m, start=start) for m, start in zip(methods, starts, strict=True)]
+    message = f"^this Trainer has 2 MergeCallbacks, with start {', '.join(starts)}; expected"
+    with pytest.raises(InputError, match=message):
+        fit(Plain(), both, 0)
+
+
+def test_the_merged_weights_go_into_a_module_that_is_frozen_compiled_or_of_less_precision():
+    module, callback = Plain(), MergeCallback("magmax")
+    fit(module, callback, 0)
+    trained = weights(module)
+    compiled = torch.compile(module, backend="eager")
+    callback.install(compiled)
+    merged = weights(module)
+    assert not same(merged, trained)
+    half = Plain().bfloat16()
+    callback.install(half)
+    assert same(weights(half), {name: tensor.bfloat16() for name, tensor in merged.items()})
+    frozen = Plain().requires_grad_(False)
+    callback.install(frozen)
+    assert all(torch.equal(frozen.get_parameter(name), value) for name, value in merged.items())
+
+
+def test_a_module_frozen_since_is_tested_merged_and_gets_its_weights_back():
+    module, callback = Plain(), MergeCallback("magmax")
+    fit(module, callback, 0)
+    trained = weights(module)
+    module.requires_grad_(False)
+    trainer(callback).test(module, loader(0), verbose=False)
+    assert all(torch.equal(module.get_parameter(name), value) for name, value in trained.items())
+
+
+def test_the_merged_weights_do_not_go_into_another_module():
+    module, callback = Plain(), MergeCallback("magmax")
+    fit(module, callback, 0)
+    message = "^the module has other tensors than that of the first task; missing: net.0.weight, "
+    with pytest.raises(InputError, match=message):
+        callback.install(torch.nn.Linear(4, 8))
+    other = Plain()
+    other.net[2] = torch.nn.Linear(8, 5)
+    message = r"^the module has other shapes than that of the first task: net.2.weight \(5, 8\)"
+    before = weights(other)
+    with pytest.raises(InputError, match=message):
+        callback.install(other)
+    assert same(before, weights(other))
+
+
+def test_a_trainer_that_has_reached_its_last_epoch_trains_nothing_and_says_so(caplog):
+    module, callback = Plain(), MergeCallback("magmax")
+    loop = trainer(callback)
+    loop.fit(module, loader(0))
+    assert "nothing was trained" not in caplog.text
+    loop.fit(module, loader(1))
+    assert callback.tasks == 1
+    assert "does not count as a task. Use a new Trainer for each task" in caplog.text
