@@ -87,8 +87,8 @@ class LwF(Regularizer):
             classes. The published runs train it freely.
 
     Raises:
-        InputError: If the target is missing, unknown or not called in a training step, or a value
-            is out of its range.
+        InputError: If the target is missing, unknown or not called in a training step, the whole
+            module is compiled, or a value is out of its range.
         RuntimeError: Under manual optimisation, or a strategy that shards parameters or spawns
             processes.
 
@@ -136,6 +136,12 @@ class LwF(Regularizer):
         self, trainer: L.Trainer, pl_module: L.LightningModule, *, goes_on: bool
     ) -> None:
         target = self._find_target(pl_module)
+        if getattr(pl_module, "_compiler_ctx", None) is not None:
+            name = self.target or "visual"
+            raise InputError(
+                f"LwF reads what '{name}' returns, which torch.compile of the whole module hides; "
+                f"compile that part instead: module.{name} = torch.compile(module.{name})"
+            )
         if not self._teacher and self.first_task:
             self._teacher = copies(_changing(target))
         if not self._teacher:

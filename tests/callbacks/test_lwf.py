@@ -160,6 +160,23 @@ def test_a_target_that_is_not_called_is_named():
         fit(module, lwf, 1)
 
 
+def test_a_compiled_part_is_distilled_as_any_other():
+    plain, part = Plain(), Plain()
+    part.net = torch.compile(part.net, backend="eager")
+    first, second = LwF(target="net"), LwF(target="net")
+    for task in range(2):
+        fit(plain, first, task)
+        fit(part, second, task)
+    found = {name.replace("_orig_mod.", ""): value for name, value in weights(part).items()}
+    assert same(found, weights(plain))
+
+
+def test_a_module_that_is_compiled_whole_is_refused_before_it_trains():
+    module = torch.compile(Plain(), backend="eager")
+    with pytest.raises(InputError, match="compile that part instead: module.net = torch.compile"):
+        fit(module, LwF(target="net"), 0)
+
+
 def test_an_output_that_is_no_logits_is_named():
     class Tokens(nn.Linear):
         def forward(self, x):
