@@ -227,7 +227,7 @@ def main() -> None:
 def _compare(folder: Path, arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=100)
     make_inputs(folder, arguments)
     files = _files(folder, arguments.tasks)
     size = sum(file.stat().st_size for file in files)
