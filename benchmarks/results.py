@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from cl_merge.benchmarks.json_files import plain
 from cl_merge.benchmarks.methods import Method
 from cl_merge.benchmarks.run import Run
 from cl_merge.metrics import AccuracyMatrix
@@ -24,8 +25,13 @@ def results(run: Run) -> dict[str, Any]:
         run: A run whose stream is done.
 
     Returns:
-        The content of ``results.json``: plain values only.
+        The content of ``results.json``, as it is read from there.
     """
+    content: dict[str, Any] = plain(_found(run))
+    return content
+
+
+def _found(run: Run) -> dict[str, Any]:
     zero_shot = run.matrices["zero-shot"]
     # Of a run that had finished and was given more methods.
     former = run.folder.results().get("methods", {})

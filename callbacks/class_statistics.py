@@ -394,7 +394,8 @@ def _merge_callback(trainer: L.Trainer) -> MergeCallback | None:
     found = attached(trainer, MergeCallback)
     if len(found) > 1:
         raise InputError(
-            f"ClassStatistics reads the merged weights of one MergeCallback, not of {len(found)}"
+            "ClassStatistics reads the merged weights of one MergeCallback, but this Trainer has "
+            f"{len(found)}; keep the one whose weights shall classify"
         )
     return found[0] if found else None
 

@@ -76,7 +76,6 @@ def run(settings: Sequence[str], file: str | None = None) -> None:
     # What follows loads torch's libraries and a model, which takes seconds: wrong settings first.
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    from cl_merge.benchmarks.json_files import plain
     from cl_merge.benchmarks.progress import RunProgress
     from cl_merge.benchmarks.results import results
     from cl_merge.benchmarks.run import count_batches, start_run
@@ -87,7 +86,7 @@ def run(settings: Sequence[str], file: str | None = None) -> None:
         show_start(console, started)
         with RunProgress(console, count_batches(started)) as progress:
             run_stream(started, progress, lambda *done: show_task(console, *done))
-        found = plain(results(started))
+        found = results(started)
         if is_first_process():
             draw_pictures(found, started.folder.path)
         # The last thing that is written: what has it is whole.

@@ -663,3 +663,12 @@ def test_a_failure_while_the_images_are_read_leaves_the_trained_weights():
         )
     assert not torch.equal(found[0], note.weight)  # it was the merged one
     assert torch.equal(model.encoder.weight, note.weight)
+
+
+def test_beside_several_merge_callbacks_it_is_refused():
+    several = [MergeCallback("magmax"), MergeCallback("average")]
+    message = (
+        "^ClassStatistics reads the merged weights of one MergeCallback, but this Trainer has 2;"
+    )
+    with pytest.raises(InputError, match=message):
+        learn(clip(), *several, ClassStatistics())
