@@ -13,9 +13,15 @@ from torch import Tensor
 
 from cl_merge.callbacks.batches import LOGITS, inputs_and_targets, placed
 from cl_merge.errors import InputError
-from cl_merge.scale_search import Found, block_groups, read_groups, search_scale
-from cl_merge.scales import Scales, check_fits, scaled
-from cl_merge.weights import evaluating, floating_buffers, install, swapped, trained_parameters
+from cl_merge.task_vectors.module_weights import (
+    evaluating,
+    floating_buffers,
+    install,
+    swapped,
+    trained_parameters,
+)
+from cl_merge.task_vectors.scale_search import Found, block_groups, read_groups, search_scale
+from cl_merge.task_vectors.scales import Scales, check_fits, scaled
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +37,7 @@ class AutoScale:
     """How `MergeCallback` chooses its scale after each task: ``scale=AutoScale(groups="block")``.
 
     The scale is the one at which the merged model gets most held-out images of all tasks so far
-    right, by `cl_merge.scale_search.search_scale`. They are classified as a test does it: among all
+    right, by `search_scale`. They are classified as a test does it: among all
     classes of the module, not told which task they are of, under the trainer's precision, with the
     buffers of an evaluation. Test images play no part. Under DDP the counts are summed over
     processes, so that all choose the same.

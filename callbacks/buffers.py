@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cl_merge.errors import listing, unknown_name
 from cl_merge.mergers import Average
-from cl_merge.weights import copies, floating_buffers
+from cl_merge.task_vectors.module_weights import copies, floating_buffers
 
 BUFFERS = ("trained", "base", "average")
 

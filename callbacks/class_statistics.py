@@ -29,11 +29,11 @@ from cl_merge.callbacks.text_head import (
     text_logits,
 )
 from cl_merge.callbacks.voting import TWO_ENCODERS, Classifier
-from cl_merge.clip import CLIPClassifier
+from cl_merge.class_statistics import StreamStatistics, aligned_projection
+from cl_merge.class_statistics.drift import RIDGE
 from cl_merge.errors import InputError, unknown_name
-from cl_merge.statistics import StreamStatistics, aligned_projection
-from cl_merge.statistics.carried import RIDGE
-from cl_merge.weights import (
+from cl_merge.models.classifier import CLIPClassifier
+from cl_merge.task_vectors.module_weights import (
     check_same_parameters,
     copies,
     evaluating,
@@ -59,7 +59,7 @@ class ClassStatistics(EvaluationCallback):
 
     After each task one pass over its images reads their features under the base weights, whose
     statistics stay true for ever, and under the merged ones, whose statistics
-    `cl_merge.statistics.CarriedStatistics` carries along as the merged model moves. How much
+    `cl_merge.class_statistics.CarriedStatistics` carries along as the merged model moves. How much
     statistics and text head count is chosen on these images too, each left out of the statistics
     that judge it. Sums are exact: under DDP, in any order, they are the same bits. Nothing is drawn
     from the global random generators of the CPU, so that training is the same with and without it.

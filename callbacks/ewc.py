@@ -17,7 +17,7 @@ from cl_merge.callbacks.fisher import published_fisher, sample_fisher, zeros_for
 from cl_merge.callbacks.regularizer import Regularizer, gradient_scale
 from cl_merge.errors import InputError, unknown_name
 from cl_merge.seeds import derive_seed
-from cl_merge.weights import (
+from cl_merge.task_vectors.module_weights import (
     check_same_parameters,
     copies,
     evaluating,

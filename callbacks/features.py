@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from cl_merge.callbacks.batches import inputs_and_targets, own_samples, placed, training_batches
+from cl_merge.class_statistics import unit
 from cl_merge.errors import InputError
-from cl_merge.statistics import unit
 
 Features = Callable[[Any, Any], tuple[Tensor, Tensor]]
 """Makes image features [B, D] and labels [B] of a module and a batch."""

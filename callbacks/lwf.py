@@ -14,10 +14,10 @@ from torch.func import functional_call
 from typing_extensions import override
 
 from cl_merge.callbacks.regularizer import Regularizer, extend_training_step
-from cl_merge.clip import CLIPClassifier
+from cl_merge.data.task_stream import TaskStream
 from cl_merge.errors import InputError, listing, unknown_name
-from cl_merge.stream import TaskStream
-from cl_merge.weights import (
+from cl_merge.models.classifier import CLIPClassifier
+from cl_merge.task_vectors.module_weights import (
     check_same_parameters,
     copies,
     evaluating,

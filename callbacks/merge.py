@@ -20,20 +20,20 @@ from cl_merge.callbacks.evaluation import EvaluationCallback
 from cl_merge.callbacks.importance import task_importance
 from cl_merge.callbacks.task import attached
 from cl_merge.errors import InputError, task_name, unknown_name
-from cl_merge.files import save_tensors
 from cl_merge.mergers import Merger, get_merger
 from cl_merge.mergers.stack import StackMerger
-from cl_merge.patterns import Selection
-from cl_merge.quantize import check_store, stored
-from cl_merge.scales import Scales, scaled
-from cl_merge.task_vector import TaskVector, check_same_layout
-from cl_merge.weights import (
+from cl_merge.storage.files import save_tensors
+from cl_merge.storage.quantize import check_store, stored
+from cl_merge.task_vectors.module_weights import (
     check_same_parameters,
     copies,
     floating_buffers,
     install,
     trained_parameters,
 )
+from cl_merge.task_vectors.scales import Scales, scaled
+from cl_merge.task_vectors.selection import Selection
+from cl_merge.task_vectors.task_vector import TaskVector, check_same_layout
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_merge.errors import InputError
-from cl_merge.heads import ZeroShotHead
+from cl_merge.models.zero_shot import ZeroShotHead
 
 # Bounds the memory of the logits where the module is.
 _ROWS_AT_ONCE = 8192

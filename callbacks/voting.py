@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from cl_merge.callbacks.features import Features, WithWeights
-from cl_merge.heads import ZeroShotHead
-from cl_merge.statistics import EnsembleHead, StatisticsHead, StreamStatistics, align
+from cl_merge.class_statistics import EnsembleHead, StatisticsHead, StreamStatistics, align
+from cl_merge.models.zero_shot import ZeroShotHead
 
 TWO_ENCODERS = ("both", "base")
 

@@ -7,44 +7,44 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cl_merge.benchmarks.finished import load
-    from cl_merge.clip import CLIPClassifier
-    from cl_merge.engine import merge_checkpoints
+    from cl_merge.benchmarks.runs.trained_run import load
+    from cl_merge.data.task_stream import TaskStream
+    from cl_merge.data.tasks import Task
     from cl_merge.errors import InputError
-    from cl_merge.fit import fit_stream
-    from cl_merge.heads import ZeroShotHead, zero_shot_head
+    from cl_merge.merge_files import merge_checkpoints
     from cl_merge.mergers import Merger, fold_method, get_merger, merge, merge_method
-    from cl_merge.metrics import AccuracyMatrix
-    from cl_merge.predicting import ImageClassifier
-    from cl_merge.pretrained import Clip, load_clip
-    from cl_merge.scenario import Task
-    from cl_merge.stream import TaskStream
-    from cl_merge.task_vector import TaskVector
+    from cl_merge.models.classifier import CLIPClassifier
+    from cl_merge.models.predictor import ImageClassifier
+    from cl_merge.models.pretrained import Clip, load_clip
+    from cl_merge.models.zero_shot import ZeroShotHead, zero_shot_head
+    from cl_merge.task_vectors.task_vector import TaskVector
+    from cl_merge.training.fit import fit_stream
+    from cl_merge.training.metrics import AccuracyMatrix
 
 __version__ = version("cl-merge")
 
 # Imported when first asked for: Lightning and its company take seconds, task vectors do not need
 # them.
 _HOMES = {
-    "AccuracyMatrix": "metrics",
-    "CLIPClassifier": "clip",
-    "Clip": "pretrained",
-    "ImageClassifier": "predicting",
+    "AccuracyMatrix": "training.metrics",
+    "CLIPClassifier": "models.classifier",
+    "Clip": "models.pretrained",
+    "ImageClassifier": "models.predictor",
     "InputError": "errors",
     "Merger": "mergers",
-    "Task": "scenario",
-    "TaskStream": "stream",
-    "TaskVector": "task_vector",
-    "ZeroShotHead": "heads",
-    "fit_stream": "fit",
+    "Task": "data.tasks",
+    "TaskStream": "data.task_stream",
+    "TaskVector": "task_vectors.task_vector",
+    "ZeroShotHead": "models.zero_shot",
+    "fit_stream": "training.fit",
     "fold_method": "mergers",
     "get_merger": "mergers",
-    "load": "benchmarks.finished",
-    "load_clip": "pretrained",
+    "load": "benchmarks.runs.trained_run",
+    "load_clip": "models.pretrained",
     "merge": "mergers",
-    "merge_checkpoints": "engine",
+    "merge_checkpoints": "merge_files",
     "merge_method": "mergers",
-    "zero_shot_head": "heads",
+    "zero_shot_head": "models.zero_shot",
 }
 
 __all__ = [

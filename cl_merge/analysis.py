@@ -20,10 +20,10 @@ from cl_merge.mergers.chunks import End, Place, Reader
 from cl_merge.mergers.max_magnitude import MaxMagnitude
 from cl_merge.mergers.options import checked_share
 from cl_merge.mergers.random_mix import random_bits
-from cl_merge.mergers.selection import trim_threshold
+from cl_merge.mergers.threshold import trim_threshold
 from cl_merge.mergers.ties import Ties
 from cl_merge.seeds import derive_seed
-from cl_merge.task_vector import TaskVector
+from cl_merge.task_vectors.task_vector import TaskVector
 
 KEPT = ("highest", "lowest", "random")
 """Which entries `keep` can keep."""

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from cl_merge import fold_method, merge_method
 from cl_merge.callbacks import MergeCallback
-from cl_merge.files import save_tensors
+from cl_merge.storage.files import save_tensors
 
 
 @fold_method("decay")

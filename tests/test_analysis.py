@@ -17,7 +17,7 @@ from cl_merge.analysis import (
 )
 from cl_merge.errors import InputError
 from cl_merge.mergers import chunks, merge
-from cl_merge.task_vector import TaskVector
+from cl_merge.task_vectors.task_vector import TaskVector
 
 
 def make_vector(seed, grid=False):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from cl_merge.config import RunConfig
-from cl_merge.pretrained import resolve
+from cl_merge.config.schema import RunConfig
+from cl_merge.models.pretrained import resolve
 
 # What `lite` is made of; its package holds these weights under a name of its own.
 _LITE_TEXT = "sentence-transformers/all-MiniLM-L6-v2"
@@ -41,13 +41,13 @@ def own_tower(config: dict[str, Any]) -> str | None:
     """
     import timm
 
-    import cl_merge.towers
+    import cl_merge.models.towers
 
     name: str | None = config["vision_cfg"].get("timm_model_name")
     if name is None or not timm.is_model(name):
         return None
     maker: Any = timm.models.model_entrypoint(name)
-    return name if maker.__module__ == cl_merge.towers.__name__ else None
+    return name if maker.__module__ == cl_merge.models.towers.__name__ else None
 
 
 def _known(model: str) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def _known(model: str) -> dict[str, Any]:
 
 
 def _lite() -> dict[str, Any]:
-    """As in `cl_merge.lite`, with the public names of what it is made of."""
+    """As in `cl_merge.models.lite`, with the public names of what it is made of."""
     return {
         "embed_dim": 384,
         "vision_cfg": {

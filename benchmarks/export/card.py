@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from cl_merge import __version__
-from cl_merge.benchmarks.amounts import rounded
 from cl_merge.benchmarks.export.usage import usage_of
-from cl_merge.benchmarks.finished import FinishedRun, Restored
+from cl_merge.benchmarks.formatting import rounded
+from cl_merge.benchmarks.runs.trained_run import FinishedRun, Restored
 
 _FIGURES = {
     "accuracy": "accuracy over all test images, among all classes",

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl_merge.benchmarks.finished import Restored
+from cl_merge.benchmarks.runs.trained_run import Restored
+from cl_merge.class_statistics import unit
 from cl_merge.errors import InputError
-from cl_merge.statistics import unit
 
 # Of the largest logit, and of what a feature counts; other orders of summation differ by less.
 _TOLERANCE = 1e-4

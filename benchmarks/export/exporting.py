@@ -7,10 +7,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cl_merge.benchmarks.export.beside import write_beside
 from cl_merge.benchmarks.export.card import write_card
-from cl_merge.benchmarks.export.folder import export_folder
-from cl_merge.benchmarks.finished import FinishedRun, read_run, restore
+from cl_merge.benchmarks.export.export_folder import export_folder
+from cl_merge.benchmarks.export.side_files import write_beside
+from cl_merge.benchmarks.runs.trained_run import FinishedRun, read_run, restore
 from cl_merge.errors import InputError, unknown_name
 
 

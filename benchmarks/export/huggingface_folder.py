@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from cl_merge.benchmarks.export.architecture import model_config
-from cl_merge.benchmarks.export.beside import preprocessing
 from cl_merge.benchmarks.export.comparing import check_same, check_text
-from cl_merge.benchmarks.finished import FinishedRun, Restored
+from cl_merge.benchmarks.export.side_files import preprocessing
+from cl_merge.benchmarks.runs.trained_run import FinishedRun, Restored
 from cl_merge.errors import InputError
 
 # The settings of open_clip's towers that CLIPModel knows; any other must have its default.

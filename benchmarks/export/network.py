@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl_merge.benchmarks.finished import Restored
-from cl_merge.weights import copies, install
+from cl_merge.benchmarks.runs.trained_run import Restored
+from cl_merge.task_vectors.module_weights import copies, install
 
 
 class Network(nn.Module):

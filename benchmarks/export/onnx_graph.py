@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cl_merge.benchmarks.export.comparing import check_same
 from cl_merge.benchmarks.export.torch_program import traced
-from cl_merge.benchmarks.finished import FinishedRun, Restored
+from cl_merge.benchmarks.runs.trained_run import FinishedRun, Restored
 
 FILE = "model.onnx"
 # A file of ONNX's own format ends at 2 GB; larger weights lie beside it.

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from cl_merge.benchmarks.export.architecture import model_config, own_tower
-from cl_merge.benchmarks.export.beside import preprocessing
 from cl_merge.benchmarks.export.comparing import check_same, check_text
-from cl_merge.benchmarks.finished import FinishedRun, Restored
-from cl_merge.files import save_tensors
+from cl_merge.benchmarks.export.side_files import preprocessing
+from cl_merge.benchmarks.runs.trained_run import FinishedRun, Restored
+from cl_merge.storage.files import save_tensors
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 
@@ -65,7 +65,7 @@ def _write_text_parts(restored: Restored, folder: Path) -> bool:
     if restored.run.config.model == "lite":
         from transformers import AutoTokenizer
 
-        from cl_merge.lite import _packaged_weights
+        from cl_merge.models.lite import _packaged_weights
 
         _, source = _packaged_weights()
         AutoTokenizer.from_pretrained(source).save_pretrained(folder)

@@ -8,7 +8,7 @@ import torch
 
 from cl_merge.benchmarks.export.comparing import check_same, probe
 from cl_merge.benchmarks.export.network import Network
-from cl_merge.benchmarks.finished import FinishedRun, Restored
+from cl_merge.benchmarks.runs.trained_run import FinishedRun, Restored
 
 FILE = "model.pt2"
 

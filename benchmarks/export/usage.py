@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cl_merge.benchmarks.export.beside import preprocessing
-from cl_merge.benchmarks.finished import Restored
+from cl_merge.benchmarks.export.side_files import preprocessing
+from cl_merge.benchmarks.runs.trained_run import Restored
 
 _OPEN_CLIP = """\
 import json

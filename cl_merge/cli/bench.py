@@ -12,9 +12,9 @@ from cl_merge.cli.stopped import StoppedError
 from cl_merge.errors import InputError
 
 if TYPE_CHECKING:
-    from cl_merge.benchmarks.suite.definition import Suite
-    from cl_merge.benchmarks.suite.execution import Ended
-    from cl_merge.benchmarks.suite.plan import Job
+    from cl_merge.benchmarks.suites.definition import Suite
+    from cl_merge.benchmarks.suites.execution import Ended
+    from cl_merge.benchmarks.suites.plan import Job
 
 _DESCRIPTION = """\
 Run a suite: every method on every data set, number of tasks and seed. Methods that share a training
@@ -99,9 +99,9 @@ def bench(parsed: argparse.Namespace) -> int:
     """
     from rich.console import Console
 
-    from cl_merge.benchmarks.suite.definition import find_suite, narrowed
-    from cl_merge.benchmarks.suite.folder import with_former_methods
-    from cl_merge.benchmarks.suite.plan import job_config, jobs_of, make_plan
+    from cl_merge.benchmarks.suites.definition import find_suite, narrowed
+    from cl_merge.benchmarks.suites.plan import job_config, jobs_of, make_plan
+    from cl_merge.benchmarks.suites.suite_folder import with_former_methods
 
     suite = narrowed(
         find_suite(parsed.suite),
@@ -117,8 +117,8 @@ def bench(parsed: argparse.Namespace) -> int:
         job_config(job)  # a wrong setting shows before anything runs
     console = Console(highlight=False)
     if parsed.dry_run:
-        from cl_merge.benchmarks.suite.estimate import estimate
-        from cl_merge.benchmarks.suite.terminal import show_plan
+        from cl_merge.benchmarks.suites.estimate import estimate
+        from cl_merge.benchmarks.suites.terminal import show_plan
 
         show_plan(console, suite, jobs, folder, estimate(jobs, folder))
         return 0
@@ -129,9 +129,9 @@ def bench(parsed: argparse.Namespace) -> int:
 def _fill(
     console: Any, suite: Suite, jobs: list[Job], folder: Path, parsed: argparse.Namespace
 ) -> int:
-    from cl_merge.benchmarks.suite.folder import hold, remember
-    from cl_merge.benchmarks.suite.plan import DONE, FAILED, state_of
-    from cl_merge.benchmarks.suite.terminal import show_begin, show_ended, show_failures
+    from cl_merge.benchmarks.suites.plan import DONE, FAILED, state_of
+    from cl_merge.benchmarks.suites.suite_folder import hold, remember
+    from cl_merge.benchmarks.suites.terminal import show_begin, show_ended, show_failures
     from cl_merge.cli.report import make_report
 
     with hold(folder):
@@ -151,9 +151,9 @@ def _fill(
 
 
 def _run(jobs: list[Job], folder: Path, parsed: argparse.Namespace) -> Iterator[Ended]:
-    from cl_merge.benchmarks.suite.cluster import run_on_cluster
-    from cl_merge.benchmarks.suite.execution import run_here
-    from cl_merge.benchmarks.suite.plan import on_devices
+    from cl_merge.benchmarks.suites.cluster import run_on_cluster
+    from cl_merge.benchmarks.suites.execution import run_here
+    from cl_merge.benchmarks.suites.plan import on_devices
 
     if parsed.ddp is not None and parsed.parallel not in (None, 1):
         raise InputError("--ddp runs one job at a time; leave out --parallel")
@@ -178,7 +178,7 @@ def _numbers(text: str) -> list[int]:
 def _options(words: list[str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
-    from cl_merge.config_reading import parse_arguments
+    from cl_merge.config.reading import parse_arguments
 
     found: Any = OmegaConf.to_container(parse_arguments(words))
     return dict(found)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from cl_merge.engine.inspection import FileReport, Inspection
+    from cl_merge.merge_files.inspection import FileReport, Inspection
 
 _DESCRIPTION = """\
 Look into checkpoints and task vectors: how far each task moved, what is zero, NaN or infinite,
@@ -71,7 +71,7 @@ def inspect(parsed: argparse.Namespace) -> int:
     from rich.console import Console
 
     from cl_merge.cli.progress import byte_progress
-    from cl_merge.engine.inspection import inspect_checkpoints
+    from cl_merge.merge_files.inspection import inspect_checkpoints
 
     with byte_progress(Console(stderr=True), "reading") as progress:
         found = inspect_checkpoints(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cl_merge.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
-    from cl_merge.engine import Merged
+    from cl_merge.merge_files import Merged
 
 _DESCRIPTION = """\
 Merge fine-tuned checkpoints into the base that they were fine-tuned from.
@@ -102,8 +102,8 @@ def merge(parsed: argparse.Namespace) -> None:
 
     from cl_merge.cli.messages import show_messages
     from cl_merge.cli.progress import byte_progress
-    from cl_merge.config_reading import parse_arguments
-    from cl_merge.engine import merge_checkpoints
+    from cl_merge.config.reading import parse_arguments
+    from cl_merge.merge_files import merge_checkpoints
 
     scale = read_scale(parsed.scale)
     options: Any = OmegaConf.to_container(parse_arguments(parsed.set))

@@ -14,7 +14,7 @@ from cl_merge.cli.messages import say
 from cl_merge.errors import InputError
 
 if TYPE_CHECKING:
-    from cl_merge.predicting import Guess, ImageClassifier
+    from cl_merge.models.predictor import Guess, ImageClassifier
 
 _DESCRIPTION = """\
 Classify images with the model of a finished run. Single images make a table; a folder, searched at
@@ -78,8 +78,8 @@ def predict(parsed: argparse.Namespace) -> int:
     # What follows loads torch's libraries and a model, which takes seconds: wrong words first.
     import torch
 
-    from cl_merge.benchmarks.finished import load
-    from cl_merge.files import atomic_write
+    from cl_merge.benchmarks.runs.trained_run import load
+    from cl_merge.storage.files import atomic_write
 
     device = parsed.device or ("cuda" if torch.cuda.is_available() else "cpu")
     classifier = load(parsed.run, method=parsed.method, device=device)

@@ -16,7 +16,7 @@ from cl_merge.errors import InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from cl_merge.benchmarks.suite.summary import Summary
+    from cl_merge.benchmarks.reports.summary import Summary
 
 _DESCRIPTION = """\
 Read what a suite or a run has found so far, and write its report: report.html, one file that needs
@@ -90,10 +90,10 @@ def make_report(
     Raises:
         InputError: If the folder is of no suite or run, or there is no such metric.
     """
-    from cl_merge.benchmarks.figures import figures_of
-    from cl_merge.benchmarks.html import pictures_of_run, write_report
-    from cl_merge.benchmarks.suite.tables import legend_of, rich_tables, title_of
-    from cl_merge.files import atomic_write
+    from cl_merge.benchmarks.reports.figures import figures_of
+    from cl_merge.benchmarks.reports.html import pictures_of_run, write_report
+    from cl_merge.benchmarks.reports.tables import legend_of, rich_tables, title_of
+    from cl_merge.storage.files import atomic_write
 
     summary = _summary(folder)
     parts = rich_tables(summary, metric, console.width)
@@ -121,9 +121,9 @@ def make_report(
 
 
 def _summary(folder: Path) -> Summary:
-    from cl_merge.benchmarks.html import summary_of_run
-    from cl_merge.benchmarks.suite.folder import read_folder
-    from cl_merge.benchmarks.suite.summary import summarize
+    from cl_merge.benchmarks.reports.html import summary_of_run
+    from cl_merge.benchmarks.reports.summary import summarize
+    from cl_merge.benchmarks.suites.suite_folder import read_folder
 
     if (folder / "results.json").exists():
         return summary_of_run(folder)
@@ -131,7 +131,7 @@ def _summary(folder: Path) -> Summary:
 
 
 def _table(summary: Summary, form: str, metric: str) -> str:
-    from cl_merge.benchmarks.suite.tables import csv_text, latex, markdown
+    from cl_merge.benchmarks.reports.tables import csv_text, latex, markdown
 
     if form == "csv":
         return csv_text(summary)

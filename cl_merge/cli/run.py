@@ -59,9 +59,14 @@ def run(settings: Sequence[str], file: str | None = None) -> None:
     """
     from rich.console import Console
 
-    from cl_merge.benchmarks.report import draw_pictures, show_results, show_start, show_task
-    from cl_merge.benchmarks.settings import read_settings, unfinished_methods
-    from cl_merge.journal import is_first_process
+    from cl_merge.benchmarks.reports.run_terminal import (
+        draw_pictures,
+        show_results,
+        show_start,
+        show_task,
+    )
+    from cl_merge.benchmarks.runs.settings import read_settings, unfinished_methods
+    from cl_merge.training.journal import is_first_process
 
     config = read_settings(settings, file)
     console = Console(quiet=not is_first_process(), highlight=False)
@@ -76,10 +81,10 @@ def run(settings: Sequence[str], file: str | None = None) -> None:
     # What follows loads torch's libraries and a model, which takes seconds: wrong settings first.
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    from cl_merge.benchmarks.progress import RunProgress
-    from cl_merge.benchmarks.results import results
-    from cl_merge.benchmarks.run import count_batches, start_run
-    from cl_merge.benchmarks.training import run_stream
+    from cl_merge.benchmarks.runs.progress import RunProgress
+    from cl_merge.benchmarks.runs.results import results
+    from cl_merge.benchmarks.runs.run import count_batches, start_run
+    from cl_merge.benchmarks.runs.training import run_stream
 
     started = start_run(config)
     try:
@@ -102,9 +107,9 @@ def run(settings: Sequence[str], file: str | None = None) -> None:
 
 
 def _key_help() -> str:
-    from cl_merge.benchmarks.catalog import catalog
-    from cl_merge.benchmarks.methods import METHODS
-    from cl_merge.config import default_of, described_keys
+    from cl_merge.benchmarks.datasets.catalog import catalog
+    from cl_merge.benchmarks.methods.method import METHODS
+    from cl_merge.config.schema import default_of, described_keys
     from cl_merge.mergers import MERGERS
 
     lines = ["settings:"]

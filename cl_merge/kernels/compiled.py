@@ -1,62 +1,42 @@
-"""Compile the kernels once, with the C compiler of the machine, and load them."""
+"""Load the compiled loops that were built when the package was installed."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
 import os
-import platform
-import shutil
-import subprocess
-import tempfile
-from importlib.resources import files
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
 log = logging.getLogger(__name__)
 
-# No contraction: a fused multiply-add rounds once where torch rounds twice.
-_OPTIONS = (
-    "-O3",
-    "-march=native",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-shared",
-    "-fPIC",
-)
-_SECONDS = 60
-_OFF = "CL_MERGE_KERNELS"
-
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Load the compiled kernels; compiles them if this machine has not done so before.
+    """Load the compiled loops.
 
-    They are kept in ``cl_merge`` of the user's cache folder, under a name that depends on source,
-    compiler and processor. ``CL_MERGE_KERNELS=0`` in the environment does without them.
+    ``CL_MERGE_KERNELS=0`` in the environment does without them.
 
     Returns:
-        The library; None where there is no compiler, or none that works: torch does the same then,
-        in more time.
+        The library; None where it was not built, or cannot be loaded: torch does the same then, to
+        the same bits, in more time.
     """
-    if os.environ.get(_OFF) == "0" or os.name != "posix":
+    if os.environ.get("CL_MERGE_KERNELS") == "0":
         return None
-    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-    if compiler is None:
-        log.info("no C compiler: merging without compiled kernels, which takes longer")
+    built = [file for ending in EXTENSION_SUFFIXES if (file := _FILE.with_suffix(ending)).is_file()]
+    if not built:
+        log.info("the compiled loops were not built at installation: merging takes longer")
         return None
-    folder = _cache()
     try:
-        if folder is not None:
-            return _declared(ctypes.CDLL(str(_compiled(compiler, folder))))
-        with tempfile.TemporaryDirectory(prefix="cl_merge-") as work:  # loaded, it may go
-            return _declared(ctypes.CDLL(str(_compiled(compiler, Path(work)))))
-    except (OSError, subprocess.SubprocessError) as error:
-        log.info("merging without compiled kernels, which takes longer: %s", error)
+        return _declared(ctypes.CDLL(str(built[0])))
+    except OSError as error:
+        log.info("merging without compiled loops, which takes longer: %s", error)
         return None
+
+
+_FILE = Path(__file__).with_name("_loops")
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
@@ -82,55 +62,3 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.bracket.argtypes = [pointer, size, number, number, pointer, size, pointer]
     library.bracket.restype = ctypes.c_int64
     return library
-
-
-def _compiled(compiler: str, folder: Path) -> Path:
-    source = files("cl_merge.kernels").joinpath("kernels.c").read_text()
-    key = "\n".join((source, _version(compiler), _processor(), *_OPTIONS))
-    name = f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    target = folder / name
-    if target.is_file() and _ours(target):
-        return target
-    with tempfile.TemporaryDirectory(dir=folder) as work:
-        (Path(work) / "kernels.c").write_text(source)
-        output = Path(work) / name
-        command = [compiler, *_OPTIONS, "kernels.c", "-o", str(output), "-lm"]
-        subprocess.run(  # noqa: S603 - the compiler found above, our own source
-            command, cwd=work, check=True, capture_output=True, timeout=_SECONDS
-        )
-        output.replace(target)
-    return target
-
-
-def _cache() -> Path | None:
-    """A folder that only this user can write to: what lies there will be loaded as code."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(root) / "cl_merge"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return folder if _ours(folder) and os.access(folder, os.W_OK) else None
-    except OSError:
-        return None
-
-
-def _ours(path: Path) -> bool:
-    status = path.stat()
-    return status.st_uid == os.getuid() and not status.st_mode & 0o022
-
-
-def _version(compiler: str) -> str:
-    command = [compiler, "--version"]
-    done = subprocess.run(  # noqa: S603 - as above
-        command, check=True, capture_output=True, text=True, timeout=_SECONDS
-    )
-    return done.stdout
-
-
-def _processor() -> str:
-    """What -march=native depends on: a home folder may be shared by unlike machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() + platform.machine() + platform.node()
-    # "Features" is what Arm calls them.
-    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features"))}))

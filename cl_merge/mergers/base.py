@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from cl_merge.errors import InputError, listing, task_name
-from cl_merge.finite import is_finite, not_finite
+from cl_merge.kernels.finite import is_finite, not_finite
 from cl_merge.mergers.chunks import End, Place, Reader, Unit, chunk_size, cut, over
-from cl_merge.task_vector import TaskVector, check_floating, check_same_layout
+from cl_merge.task_vectors.task_vector import TaskVector, check_floating, check_same_layout
 
 _GROUP = 1 << 22  # elements
 

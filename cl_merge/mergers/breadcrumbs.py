@@ -9,8 +9,8 @@ from cl_merge.errors import InputError
 from cl_merge.mergers.base import Accumulators
 from cl_merge.mergers.chunks import Place, Reader
 from cl_merge.mergers.options import checked_number
-from cl_merge.mergers.selection import magnitude_of_rank
 from cl_merge.mergers.task_arithmetic import TaskArithmetic
+from cl_merge.mergers.threshold import magnitude_of_rank
 
 
 class Breadcrumbs(TaskArithmetic):

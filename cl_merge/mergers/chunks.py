@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, TypeVar
 import torch
 from torch import Tensor
 
-from cl_merge.parallel import in_threads
+from cl_merge.kernels.parallel import in_threads
 
 Unit = Literal["element", "row", "parameter"]
 """What a rule must see whole: nothing, the rows of a matrix, or a parameter."""

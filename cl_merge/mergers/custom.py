@@ -17,7 +17,7 @@ from cl_merge.mergers.base import Accumulators, Merger
 from cl_merge.mergers.chunks import End, Place, Unit
 from cl_merge.mergers.registry import register
 from cl_merge.mergers.stack import StackMerger
-from cl_merge.task_vector import check_scale
+from cl_merge.task_vectors.task_vector import check_scale
 
 Function = Callable[..., Tensor]
 UNITS = ("element", "parameter")

@@ -25,7 +25,7 @@ from cl_merge.mergers.singular_vectors import SingularVectors
 from cl_merge.mergers.slerp import Slerp
 from cl_merge.mergers.task_arithmetic import TaskArithmetic
 from cl_merge.mergers.ties import Ties
-from cl_merge.task_vector import TaskVector
+from cl_merge.task_vectors.task_vector import TaskVector
 
 MERGERS: dict[str, type[Merger]] = {
     "magmax": MaxMagnitude,

@@ -9,7 +9,7 @@ from cl_merge.mergers.base import Accumulators
 from cl_merge.mergers.chunks import Place, Reader
 from cl_merge.mergers.election import SignElection
 from cl_merge.mergers.options import checked_share
-from cl_merge.mergers.selection import trim_threshold
+from cl_merge.mergers.threshold import trim_threshold
 
 
 class Ties(SignElection):

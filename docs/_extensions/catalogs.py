@@ -20,10 +20,10 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from cl_merge import cli
-from cl_merge.benchmarks.catalog import catalog, find_data
-from cl_merge.benchmarks.methods import GROUPS, METHODS, published_scale
-from cl_merge.benchmarks.suite.definition import find_suite
-from cl_merge.config import RunConfig
+from cl_merge.benchmarks.datasets.catalog import catalog, find_data
+from cl_merge.benchmarks.methods.method import GROUPS, METHODS, published_scale
+from cl_merge.benchmarks.suites.definition import find_suite
+from cl_merge.config.schema import RunConfig
 from cl_merge.mergers import MERGERS, Merger
 from cl_merge.mergers.registry import BUILT_IN
 
@@ -124,7 +124,7 @@ def data_sets() -> str:
 def suites() -> str:
     """Each suite: its settings, methods and seeds."""
     parts = []
-    for file in sorted(files("cl_merge.benchmarks.suite").iterdir(), key=lambda file: file.name):
+    for file in sorted(files("cl_merge.benchmarks.suites").iterdir(), key=lambda file: file.name):
         name, _, ending = file.name.partition(".")
         if ending != "yaml":
             continue

@@ -33,11 +33,11 @@ from cl_merge import fit_stream
 from cl_merge.callbacks import ClassStatistics, MergeCallback, class_statistics
 from cl_merge.callbacks.batches import own_samples
 from cl_merge.callbacks.voting import Classifier
-from cl_merge.clip import CLIPClassifier
+from cl_merge.class_statistics import StreamStatistics
 from cl_merge.errors import InputError
-from cl_merge.heads import ZeroShotHead
-from cl_merge.statistics import StreamStatistics
-from cl_merge.weights import trained_parameters
+from cl_merge.models.classifier import CLIPClassifier
+from cl_merge.models.zero_shot import ZeroShotHead
+from cl_merge.task_vectors.module_weights import trained_parameters
 
 
 def logits_of(model, *callbacks, task=0, **options):

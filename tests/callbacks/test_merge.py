@@ -18,7 +18,7 @@ from cl_merge.callbacks.auto_scale import AutoScale
 from cl_merge.errors import InputError, listing
 from cl_merge.mergers import MERGERS
 from cl_merge.mergers.base import Merger
-from cl_merge.quantize import STORES
+from cl_merge.storage.quantize import STORES
 
 
 def test_test_sees_merged_weights_and_fit_continues_from_trained_ones():

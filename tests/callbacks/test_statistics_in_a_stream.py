@@ -9,10 +9,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from cl_merge import CLIPClassifier
 from cl_merge.callbacks import EWC, ClassStatistics, LwF, MergeCallback
+from cl_merge.class_statistics import ClassGaussians, Discriminant, FeatureMoments, Vote, unit
 from cl_merge.errors import InputError
-from cl_merge.heads import ZeroShotHead
-from cl_merge.statistics import ClassGaussians, Discriminant, FeatureMoments, Vote, unit
-from cl_merge.weights import trained_parameters
+from cl_merge.models.zero_shot import ZeroShotHead
+from cl_merge.task_vectors.module_weights import trained_parameters
 
 CLASSES, FEATURES = 4, 6
 

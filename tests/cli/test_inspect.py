@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
-from merge_files import random_weights, tuned, write
+from file_cases import random_weights, tuned, write
 from safetensors.torch import save_file
 
 from cl_merge import cli
-from cl_merge.engine.inspection import inspect_checkpoints
-from cl_merge.task_vector import TaskVector
+from cl_merge.merge_files.inspection import inspect_checkpoints
+from cl_merge.task_vectors.task_vector import TaskVector
 
 LAYOUT = {
     "visual.conv1.weight": (torch.float32, (8, 3, 4)),

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from merge_files import in_memory, listed, random_weights, read, same_bits, tuned, write
+from file_cases import in_memory, listed, random_weights, read, same_bits, tuned, write
 from safetensors import safe_open
 
 from cl_merge import cli

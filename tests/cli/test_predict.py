@@ -8,7 +8,7 @@ import export_cases
 import pytest
 
 from cl_merge import cli, load
-from cl_merge.benchmarks.digits import digits
+from cl_merge.benchmarks.datasets.digits import digits
 
 
 @pytest.fixture(scope="module")

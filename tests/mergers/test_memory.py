@@ -11,7 +11,7 @@ SCRIPT = """
 import gc, json, sys
 import torch
 from cl_merge.mergers import merge
-from cl_merge.task_vector import TaskVector
+from cl_merge.task_vectors.task_vector import TaskVector
 
 torch.set_num_threads(1)  # as fast beside other work as alone
 PARAMETERS, SIZE = 8, 2 * 2**20  # 8 MiB each, 64 MiB together

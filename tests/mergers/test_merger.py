@@ -18,7 +18,7 @@ from cl_merge.mergers import (
     get_merger,
     merge,
 )
-from cl_merge.task_vector import TaskVector
+from cl_merge.task_vectors.task_vector import TaskVector
 
 METHODS = pytest.mark.parametrize("method", ANY_NUMBER)
 

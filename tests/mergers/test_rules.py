@@ -8,7 +8,7 @@ import torch
 
 from cl_merge.mergers import Average, MaxMagnitude, RandomMix, TaskArithmetic, Ties, merge
 from cl_merge.mergers.chunks import Reader
-from cl_merge.mergers.selection import trim_threshold
+from cl_merge.mergers.threshold import trim_threshold
 
 pytestmark = pytest.mark.usefixtures("any_chunk")
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from cl_merge.mergers import selection
+from cl_merge.mergers import threshold as selection
 from cl_merge.mergers.chunks import Reader
-from cl_merge.mergers.selection import trim_threshold
+from cl_merge.mergers.threshold import trim_threshold
 
 
 @pytest.mark.parametrize("density", [0.01, 0.2, 0.5, 0.9])

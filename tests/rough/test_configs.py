@@ -6,9 +6,9 @@ import pytest
 import yaml
 from damage import SEEDS, complaint, damaged_bytes, edited
 
-from cl_merge.benchmarks.settings import read_settings
-from cl_merge.config import RunConfig, described_keys
-from cl_merge.config_reading import to_yaml
+from cl_merge.benchmarks.runs.settings import read_settings
+from cl_merge.config.reading import to_yaml
+from cl_merge.config.schema import RunConfig, described_keys
 from cl_merge.errors import InputError
 
 VALUES = ["", "null", "true", "-1", "0.5", "nan", "1e400", "9" * 30, "x", "${seed}", "${x}", "???"]

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from cl_merge import cli, load
+from cl_merge.data.images import ImageTable, as_rgb
 from cl_merge.errors import InputError
-from cl_merge.images import ImageTable, as_rgb
 
 GREY = np.arange(0, 256, dtype=np.uint8).reshape(16, 16)
 

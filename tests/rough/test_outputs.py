@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cl_merge.errors import StorageError
-from cl_merge.files import storage_errors, whole_folder
+from cl_merge.storage.files import storage_errors, whole_folder
 
 
 def test_two_merges_to_one_folder_leave_that_of_one(tmp_path):

@@ -9,10 +9,10 @@ from damage import SEEDS, complaint, damaged_bytes, edited
 from PIL import Image
 
 from cl_merge import cli, load
-from cl_merge.benchmarks.folder import RunFolder
-from cl_merge.benchmarks.html import summary_of_run
-from cl_merge.benchmarks.results_file import read_results
-from cl_merge.benchmarks.settings import read_settings
+from cl_merge.benchmarks.reports.html import summary_of_run
+from cl_merge.benchmarks.runs.results_file import read_results
+from cl_merge.benchmarks.runs.run_folder import RunFolder
+from cl_merge.benchmarks.runs.settings import read_settings
 
 
 def readers(folder, name):

@@ -3,7 +3,7 @@
 import pytest
 
 from cl_merge import cli
-from cl_merge.parallel import usable_cores
+from cl_merge.kernels.parallel import usable_cores
 
 
 @pytest.mark.parametrize(

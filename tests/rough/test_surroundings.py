@@ -13,11 +13,11 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from cl_merge import cli
-from cl_merge.benchmarks.report import results_table
-from cl_merge.benchmarks.suite.definition import find_suite
-from cl_merge.benchmarks.suite.execution import Ended
-from cl_merge.benchmarks.suite.plan import FAILED, jobs_of, make_plan
-from cl_merge.benchmarks.suite.terminal import show_ended
+from cl_merge.benchmarks.reports.run_terminal import results_table
+from cl_merge.benchmarks.suites.definition import find_suite
+from cl_merge.benchmarks.suites.execution import Ended
+from cl_merge.benchmarks.suites.plan import FAILED, jobs_of, make_plan
+from cl_merge.benchmarks.suites.terminal import show_ended
 
 
 def shell(line, folder, **environment):

@@ -4,8 +4,8 @@ import export_cases
 import pytest
 import torch
 
-from cl_merge.benchmarks.loading import load_parts
-from cl_merge.benchmarks.settings import read_settings
+from cl_merge.benchmarks.datasets.loading import load_parts
+from cl_merge.benchmarks.runs.settings import read_settings
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ from PIL import ExifTags, Image
 from safetensors.torch import load_file, save_file
 
 from cl_merge import ImageClassifier, InputError, load, load_clip
-from cl_merge.benchmarks.digits import digits as all_digits
-from cl_merge.statistics import Discriminant, StreamStatistics
+from cl_merge.benchmarks.datasets.digits import digits as all_digits
+from cl_merge.class_statistics import Discriminant, StreamStatistics
 
 METHODS = ["magmax", "magmax-statistics", "magmax-aligned", "streaming-lda", "zero-shot"]
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

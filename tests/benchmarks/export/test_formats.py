@@ -12,7 +12,7 @@ import torch
 from PIL import ExifTags, Image
 
 from cl_merge import load, load_clip
-from cl_merge.benchmarks.digits import digits
+from cl_merge.benchmarks.datasets.digits import digits
 from cl_merge.benchmarks.export import FORMATS, export, exporting
 from cl_merge.errors import InputError, StorageError
 

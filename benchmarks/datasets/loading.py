@@ -1,0 +1,265 @@
+"""The images of a run and the words for its classes, of one data set or of several joined ones."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from torch import nn
+
+from cl_merge.benchmarks.datasets.catalog import (
+    DataEntry,
+    find_data,
+    find_source,
+    is_on_hub,
+    open_data,
+)
+from cl_merge.benchmarks.datasets.epochs import task_epochs
+from cl_merge.benchmarks.datasets.prompts import read_class_names, read_prompts
+from cl_merge.config.reading import read_config
+from cl_merge.config.schema import RunConfig, StreamConfig
+from cl_merge.data.concat import Member, join
+from cl_merge.data.sources import cached_commit, hub_commit
+from cl_merge.data.task_stream import TaskStream
+from cl_merge.errors import InputError
+from cl_merge.models.classifier import CLIPClassifier
+from cl_merge.models.pretrained import Clip, load_clip
+from cl_merge.models.zero_shot import ZeroShotHead, zero_shot_head
+
+if TYPE_CHECKING:
+    import datasets
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Wording:
+    """What the classes of one data set are called in which prompts.
+
+    Attributes:
+        classes: How many classes it has; None for all that there are.
+        prompts: The setting ``prompts``.
+        class_names: The setting ``class_names``.
+        own_names: The data set's own names; None for those of the stream.
+    """
+
+    classes: int | None
+    prompts: Any
+    class_names: Any
+    own_names: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a run reads before it starts.
+
+    Attributes:
+        splits: The images.
+        columns: Settings of the stream that follow from how the images were read.
+        wordings: Of each data set, in the order of the labels.
+        revision: The commits that were read: of one data set, or by name of several; None for
+            images that are not from the hub.
+    """
+
+    splits: Mapping[str, datasets.Dataset]
+    columns: Mapping[str, Any]
+    wordings: list[Wording]
+    revision: Any
+
+
+def load_parts(config: RunConfig) -> tuple[TaskStream, CLIPClassifier]:
+    """Load the images and the model that a configuration names.
+
+    Seeds the global generators, which may be drawn from when a model is built. Which commit of a
+    hub data set was read is written into the configuration.
+
+    Args:
+        config: What to run.
+
+    Returns:
+        The stream, and the pre-trained model with its head.
+
+    Raises:
+        InputError: If something cannot be had or cannot be read as told.
+    """
+    loaded = load_data(config)
+    # Written down with the run: what the hub hands out tomorrow may be something else.
+    config.stream.revision = loaded.revision
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    clip = load_clip(config.model, image_size=config.image_size)
+    options = asdict(config.stream) | {
+        "train_transform": clip.train_transform,
+        "test_transform": clip.test_transform,
+        "seed": config.seed,
+    }
+    stream = TaskStream(loaded.splits, **options | dict(loaded.columns))
+    task_epochs(config, len(stream.tasks))  # checked before the head is made, which takes longer
+    check_facts(config, stream)
+    head = make_head(clip, loaded, stream)
+    visual: nn.Module = clip.model.visual  # type: ignore[assignment]
+    return stream, CLIPClassifier(visual, head, **asdict(config.optimizer))
+
+
+def load_data(config: RunConfig) -> Loaded:
+    """Read the images that a configuration names.
+
+    Args:
+        config: What to run.
+
+    Returns:
+        The images, and what goes with them.
+
+    Raises:
+        InputError: If a data set cannot be had or cannot be read as told.
+    """
+    entry = find_data(config.data)
+    if entry.sources:
+        return _load_joined(config, entry)
+    if not (config.stream.revision is None or isinstance(config.stream.revision, str)):
+        raise InputError(f"stream.revision={config.stream.revision}; expected a commit")
+    splits, revision = _read(config.source or find_source(entry), config.stream.revision, entry)
+    return Loaded(splits, {}, [Wording(None, config.prompts, config.class_names)], revision)
+
+
+def make_head(clip: Clip, loaded: Loaded, stream: TaskStream) -> ZeroShotHead:
+    """Make the classifier, the classes of each data set with its own names and prompts.
+
+    Args:
+        clip: The model.
+        loaded: The images and what goes with them.
+        stream: What was made of them.
+
+    Returns:
+        The head, with a row for each class of the stream.
+
+    Raises:
+        InputError: If names or prompts are wrong.
+    """
+    heads = []
+    for wording in loaded.wordings:
+        names = read_class_names(wording.class_names, wording.own_names or stream.class_names)
+        heads.append(zero_shot_head(clip, names, read_prompts(wording.prompts)))
+    if len(heads) == 1 and loaded.wordings[0].own_names is None:
+        return heads[0]
+    # Data sets may share names, such as those of the digits; those of the stream differ.
+    return ZeroShotHead(torch.cat([head.weight for head in heads]), stream.class_names)
+
+
+def check_facts(config: RunConfig, stream: TaskStream) -> None:
+    """Warn if what was read differs from what is known of the data set.
+
+    Args:
+        config: What to run.
+        stream: What was read.
+    """
+    entry = find_data(config.data)
+    recipe = _settings_of(entry).stream
+    found: dict[str, int] = {"classes": len(stream.class_names)}
+    if all(getattr(config.stream, key) == getattr(recipe, key) for key in _SPLITTING):
+        found |= stream.images_read
+    differing = [
+        f"{found[key]} {_WORDS[key]} instead of {known}"
+        for key, known in entry.facts.items()
+        if key in found and found[key] != known
+    ]
+    if differing:
+        log.warning(
+            "data set '%s' has %s: this is not the data set of the recipe, or not all of it",
+            entry.name,
+            ", ".join(differing),
+        )
+
+
+_SPLITTING = ("train_split", "test_split", "test_fraction")
+_WORDS = {"train": "training images", "test": "test images", "classes": "classes"}
+
+
+def _load_joined(config: RunConfig, entry: DataEntry) -> Loaded:
+    if config.source is not None:
+        raise InputError(
+            f"source={config.source}, but '{entry.name}' joins several data sets "
+            f"({', '.join(entry.sources)}); set CL_MERGE_DATA to a folder that holds copies of "
+            "them, each in a folder of its name"
+        )
+    revisions = config.stream.revision or {}
+    if not isinstance(revisions, Mapping):
+        raise InputError(
+            f"stream.revision={revisions}, but '{entry.name}' joins several data sets; expected "
+            "commits by name, as in stream.revision.NAME=COMMIT"
+        )
+    members, settings, commits = [], [], {}
+    for name in entry.sources:
+        member = find_data(name)
+        if member.sources:
+            raise InputError(f"'{entry.name}' joins '{name}', which is itself joined")
+        own = _settings_of(member)
+        pinned = revisions.get(member.name, own.stream.revision)
+        splits, commit = _read(find_source(member), pinned, member, joined=True)
+        members.append(_member(member.name, splits, own.stream))
+        settings.append(own)
+        commits[member.name] = commit
+    joined, names = join(members)
+    given = config.class_names
+    if given is not None:
+        given = read_class_names(given, [name for own_names in names for name in own_names])
+    wordings = []
+    for own, own_names in zip(settings, names, strict=True):
+        prompts = own.prompts if config.prompts is None else config.prompts
+        chosen = own.class_names if given is None else given[: len(own_names)]
+        given = None if given is None else given[len(own_names) :]
+        wordings.append(Wording(len(own_names), prompts, chosen, own_names))
+    found = {name: commit for name, commit in commits.items() if commit is not None}
+    columns: dict[str, Any] = {field: getattr(StreamConfig, field) for field in _READ}
+    return Loaded(joined, columns | {"domain": "source"}, wordings, found or None)
+
+
+# What says how a data set is read; of joined ones each has its own.
+_READ = ("image", "label", "train_split", "test_split", "test_fraction", "domain_pattern")
+
+
+def _member(name: str, splits: Mapping[str, datasets.Dataset], stream: StreamConfig) -> Member:
+    return Member(
+        name,
+        splits,
+        image=stream.image,
+        label=stream.label,
+        train_split=stream.train_split,
+        test_split=stream.test_split,
+        test_fraction=stream.test_fraction,
+        split_seed=stream.split_seed or 0,
+    )
+
+
+def _settings_of(entry: DataEntry) -> RunConfig:
+    return read_config([], entry.recipe, origin=str(entry.file or f"the recipe of {entry.name}"))
+
+
+def _read(
+    source: str, revision: str | None, entry: DataEntry, *, joined: bool = False
+) -> tuple[Mapping[str, datasets.Dataset], str | None]:
+    """Read one data set, and find out which commit that is."""
+    if not is_on_hub(source):
+        return open_data(source), revision
+    options = {"local_copy": _advice(entry, joined)} if source != entry.name else {}
+    commit = revision or hub_commit(source)
+    splits = open_data(source, revision=commit, **options)
+    commit = commit or cached_commit(splits)
+    if commit is None:
+        log.warning(
+            "the hub does not say which commit of %s this is, so that another run may read "
+            "another one; give stream.revision",
+            source,
+        )
+    return splits, commit
+
+
+def _advice(entry: DataEntry, joined: bool) -> str:
+    alone = "" if joined else f"give source=/path/to/{entry.name} or "
+    return (
+        f"{alone}set CL_MERGE_DATA to the folder that holds {entry.name}/, for data set "
+        f"'{entry.name}'"
+    )

@@ -1,0 +1,330 @@
+"""The methods of a run: which training they need and how they merge it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from cl_merge.errors import InputError, unknown_name
+from cl_merge.mergers import MERGERS, Merger, find_merger, get_merger
+from cl_merge.mergers.locate import is_location
+
+
+@dataclass(frozen=True)
+class Training:
+    """One way through the tasks; methods that need the same one share it.
+
+    Attributes:
+        name: As in results and in the folder of a run.
+        start: Where a task starts to train, ``"sequential"`` or ``"independent"``.
+        regularizer: ``"lwf"``, ``"ewc"`` or None.
+        joint: Whether all tasks are one.
+    """
+
+    name: str
+    start: str = "sequential"
+    regularizer: str | None = None
+    joint: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is fine-tuning on one task after another and nothing else."""
+        return self.regularizer is None and not self.joint
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        name: As in tables and in ``results.json``.
+        training: Which training it needs; None if it needs none.
+        merger: Which merger reduces its task vectors; None if it evaluates the weights as trained.
+        statistics: Which class statistics vote, a kind of `ClassStatistics`; None for the text head
+            alone.
+        text: Whether the text head votes with them.
+        about: One line for people.
+        paper: Its name in the tables of the MagMax paper; None if it is not there.
+        published: Options of the merger as in the paper's runs, where they differ from what the
+            merger does by itself.
+    """
+
+    name: str
+    training: str | None
+    merger: str | None = None
+    statistics: str | None = field(default=None, repr=False)
+    text: bool = field(default=True, repr=False)
+    about: str = field(default="", compare=False, repr=False)
+    paper: str | None = field(default=None, compare=False, repr=False)
+    published: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def plain(self) -> Method:
+        """The method that merges the same with the text head alone; itself where nothing merges."""
+        if self.statistics is None or self.merger is None:
+            return self
+        return replace(self, name=_without_statistics(self.name)[0], statistics=None)
+
+    @property
+    def encoders(self) -> int:
+        """How many encoders an image passes to be classified."""
+        return 2 if self.merger and self.statistics == "both" else 1
+
+    @property
+    def options(self) -> list[str]:
+        """Names of the options of its merger."""
+        return list(inspect.signature(find_merger(self.merger)).parameters) if self.merger else []
+
+    def make_merger(
+        self, common: Mapping[str, Any], options: Mapping[str, Any] | None = None
+    ) -> Merger:
+        """Make its merger.
+
+        Args:
+            common: Values for options that some mergers have; others ignore them.
+            options: Options of this very merger, which win.
+
+        Returns:
+            A fresh merger.
+
+        Raises:
+            InputError: If it has no such option, or a value is wrong.
+        """
+        assert self.merger is not None  # noqa: S101 - asked only of methods that merge
+        given = {name: value for name, value in common.items() if name in self.options}
+        return get_merger(self.merger, **given | dict(options or {}))
+
+
+TRAININGS: dict[str, Training] = {
+    training.name: training
+    for training in (
+        Training("sequential"),
+        Training("independent", start="independent"),
+        Training("lwf", regularizer="lwf"),
+        Training("ewc", regularizer="ewc"),
+        Training("joint", joint=True),
+    )
+}
+
+_PLAIN = ("sequential", "independent")
+
+# Mergers that were made for tasks that come one after another, each from the weights of the last.
+_FOR_SEQUENCES = {"ema", "opcm"}
+
+# What a name ends in when class statistics vote, and which.
+_STATISTICS = {"statistics": "both", "aligned": "aligned"}
+
+LEARNING_COST = 2
+"""Forward passes of an image that class statistics learn: under the base and the merged weights."""
+
+# In the order of the tables. With every method but MagMax the paper merges independent
+# fine-tunings; the same mergers of sequential task vectors come close, so they are shown too.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "without merging": ("zero-shot", "joint", "sequential", "independent", "lwf", "ewc"),
+    "sequential training": ("magmax", "lwf-magmax", "ewc-magmax"),
+    "independent training": ("max-abs", "average", "task-arithmetic", "random-mix", "ties"),
+    "sequential, other mergers": (
+        "average-sequential",
+        "task-arithmetic-sequential",
+        "random-mix-sequential",
+        "ties-sequential",
+    ),
+    "class statistics": ("streaming-lda", "magmax-aligned", "magmax-statistics"),
+}
+"""The rows of a table in groups, as people read them."""
+
+
+def _recipe(name: str) -> Method:
+    text = files("cl_merge.benchmarks.methods").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    recipe: Any = OmegaConf.to_container(OmegaConf.create(text))
+    return Method(name, **recipe)
+
+
+METHODS: dict[str, Method] = {name: _recipe(name) for names in GROUPS.values() for name in names}
+"""The methods of the tables by name, each from its file in ``recipes/``."""
+
+
+def find_method(name: str) -> Method:
+    """Look up a method.
+
+    Args:
+        name: As in tables; any merger's name, which may end in ``-sequential`` or ``-independent``
+            to say which training it merges; or where to import a merger from, as for
+            `cl_merge.get_merger`, with the same endings. What merges may end in ``-statistics`` or
+            ``-aligned``, for class statistics beside the text head or inside the projection.
+
+    Returns:
+        The method. Mergers that are not in the tables merge independent fine-tunings, but for those
+        made for sequences.
+
+    Raises:
+        InputError: If there is none of that name; names the nearest.
+
+    Example:
+        >>> find_method("ties").training
+        'independent'
+        >>> find_method("magmax-independent")
+        Method(name='magmax-independent', training='independent', merger='magmax')
+    """
+    if name in METHODS:
+        return METHODS[name]
+    plain, statistics = _without_statistics(name)
+    if statistics is not None:
+        return _with_statistics(name, find_method(plain), statistics)
+    merger, training = name, None
+    for ending in _PLAIN:
+        if name.endswith(f"-{ending}"):
+            merger, training = name.removesuffix(f"-{ending}"), ending
+    if not is_location(merger) and merger not in MERGERS:
+        raise unknown_name("method", name, [*METHODS, *(m for m in MERGERS if m not in METHODS)])
+    label = _label(merger)
+    usual = METHODS[merger].training if merger in METHODS else None
+    usual = usual or ("sequential" if merger in _FOR_SEQUENCES else "independent")
+    if training in (None, usual):
+        return METHODS.get(merger) or Method(label, usual, merger)
+    return Method(f"{label}-{training}", training, merger)
+
+
+def whole_path(name: str) -> str:
+    """Name the file of a method from the root.
+
+    Args:
+        name: What names a method.
+
+    Returns:
+        The same; if it is a place in a file, with the whole path of the file.
+
+    Example:
+        >>> whole_path("ties"), whole_path("/home/../tmp/own.py:median")
+        ('ties', '/tmp/own.py:median')
+    """
+    where, colon, method = name.rpartition(":")
+    if not colon or not where.endswith(".py"):
+        return name
+    return f"{Path(where).expanduser().resolve()}:{method}"
+
+
+def methods_beside(name: str, compare: bool | str | list[str]) -> list[Method]:
+    """Choose the rows of a run's table.
+
+    Args:
+        name: The run's own method.
+        compare: What to show beside it and zero-shot: False for nothing, True for what plain
+            fine-tuning and the method's own training give, ``"all"`` for all of `METHODS`, or
+            names.
+
+    Returns:
+        The methods, in the order of the tables.
+
+    Raises:
+        InputError: If a method is unknown or cannot be shown beside another, or `compare` is
+            something else.
+
+    Example:
+        >>> [method.name for method in methods_beside("lwf-magmax", ["lwf"])]
+        ['zero-shot', 'lwf', 'lwf-magmax']
+    """
+    own = find_method(name)
+    wanted = {"zero-shot": METHODS["zero-shot"], own.name: own}
+    if compare == "all":
+        wanted |= METHODS
+    elif compare is True:
+        trainings = {t.name for t in TRAININGS.values() if t.plain} | {own.training}
+        wanted |= {m.name: m for m in METHODS.values() if m.training in trainings}
+    elif isinstance(compare, (str, list)):
+        for other in [compare] if isinstance(compare, str) else compare:
+            wanted |= {(method := _beside(other, own)).name: method}
+    elif compare:
+        raise InputError(f"compare={compare}; expected true, false, all, or a list of methods")
+    others = [method for method in wanted.values() if method.name not in METHODS]
+    return [method for method in METHODS.values() if method.name in wanted] + others
+
+
+def grouped_methods(trainings: Mapping[str, str | None]) -> dict[str, list[str]]:
+    """Sort methods into the groups of a table.
+
+    Args:
+        trainings: The training of each method, by the method's name.
+
+    Returns:
+        The names by group, in the order of the tables; those that are in no group stand last where
+        others of their training are.
+
+    Example:
+        >>> grouped_methods({"mine": "sequential", "ties": "independent", "magmax": "sequential"})
+        {'sequential training': ['magmax', 'mine'], 'independent training': ['ties']}
+    """
+    grouped = {
+        title: [name for name in group if name in trainings] for title, group in GROUPS.items()
+    }
+    for name, training in trainings.items():
+        if name not in METHODS:
+            other = "independent training" if training == "independent" else "sequential training"
+            voted = _without_statistics(name)[1] is not None
+            grouped["class statistics" if voted else other].append(name)
+    return {title: group for title, group in grouped.items() if group}
+
+
+def published_scale(method: Method) -> float | None:
+    """The scale that a method was published with; None if it does not merge."""
+    return find_merger(method.merger).published_scale if method.merger else None
+
+
+def _with_statistics(name: str, plain: Method, statistics: str) -> Method:
+    """The method that merges as another one does, and has class statistics beside it."""
+    if plain.statistics is not None:
+        raise InputError(
+            f"method={name}: '{plain.name}' has class statistics already; expected one ending, as "
+            "in magmax-statistics"
+        )
+    if not plain.merger:
+        raise InputError(
+            f"method={name}: class statistics stand beside a merged model, and '{plain.name}' "
+            "merges nothing; expected a method that merges, as in magmax-statistics"
+        )
+    own = f"{plain.name}-{name.rpartition('-')[2]}"
+    return METHODS.get(own) or replace(
+        plain,
+        name=own,
+        statistics=statistics,
+        about=f"{plain.about}, with class statistics",
+        paper=None,
+    )
+
+
+def _without_statistics(name: str) -> tuple[str, str | None]:
+    """The method under one with class statistics, and their kind."""
+    plain, _, ending = name.rpartition("-")
+    return (plain, _STATISTICS[ending]) if plain and ending in _STATISTICS else (name, None)
+
+
+def _label(merger: str) -> str:
+    """What a merger is called in tables: a user's own one by its own name, not by its place."""
+    if not is_location(merger):
+        return merger
+    label = find_merger(merger).name
+    other = label in METHODS or (label in MERGERS and MERGERS[label] is not find_merger(merger))
+    if other or _without_statistics(label)[1] is not None:
+        raise InputError(
+            f"'{merger}' calls itself '{label}', which is the name of another method; give it "
+            "another name"
+        )
+    return label
+
+
+def _beside(name: str, own: Method) -> Method:
+    method = find_method(name)
+    # The callback of a training estimates what such a merger needs; there is one for each training.
+    shared = method.plain == own.plain
+    if method.merger and not shared and find_merger(method.merger).weighted:
+        raise InputError(
+            f"compare={name}: '{method.name}' weighs the elements of each task vector by what they "
+            f"matter, and can only be the method of a run of its own: method={name}"
+        )
+    return method

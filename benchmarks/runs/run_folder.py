@@ -1,0 +1,291 @@
+"""The folder that a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from cl_merge.benchmarks.runs.json_checks import AMOUNT, COUNT, SCALE, TEXT, entries, first, list_of
+from cl_merge.benchmarks.runs.json_files import plain
+from cl_merge.benchmarks.runs.results_file import read_results
+from cl_merge.benchmarks.runs.settings import check_same_run
+from cl_merge.config.reading import to_yaml
+from cl_merge.config.schema import RunConfig
+from cl_merge.errors import InputError
+from cl_merge.storage.files import atomic_write, remove_leftovers, save_tensors
+from cl_merge.training.cost import Cost
+from cl_merge.training.journal import Journal, is_first_process, only_process
+
+log = logging.getLogger(__name__)
+
+_SESSION = {"session": COUNT, "seconds": AMOUNT}
+# Checks of the records of a journal, by a key that only they have.
+_RECORDS = {
+    "method": entries(
+        {"method": TEXT, "task": COUNT, "counts": list_of(list_of(COUNT))} | _SESSION
+    ),
+    "chose": entries({"chose": TEXT, "task": COUNT, "scale": SCALE} | _SESSION),
+    "": entries(_SESSION),
+}
+
+# Processes that Lightning launches for a run inherit the folder that the first one chose.
+_CHOSEN = "CL_MERGE_RUN_FOLDER"
+
+
+class RunFolder:
+    """Where a run writes: a journal of what is done, and each file once, whole or not at all.
+
+    Args:
+        path: The folder.
+
+    Attributes:
+        path: The folder.
+        seconds_before: How long the run took before it was stopped, up to its last journal entry.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._journal = Journal(self.path / "journal.jsonl")
+        self._check_journal()
+        self._session = 1 + max((r["session"] for r in self._journal.records), default=0)
+        self._began = time.monotonic()
+        self._held = ExitStack()
+        sessions = {r["session"]: r["seconds"] for r in self._journal.records}
+        self.seconds_before = float(sum(sessions.values()))
+
+    @classmethod
+    def claim(cls, config: RunConfig, name: str) -> RunFolder:
+        """Create or take over the folder of a run, and hold it against other processes.
+
+        Args:
+            config: The run; its ``out`` is what the user asked for, None takes a new folder under
+                ``runs/``.
+            name: What a new folder is called.
+
+        Returns:
+            The folder, with the configuration written.
+
+        Raises:
+            InputError: If the folder holds another run, is in use or cannot be written, or if
+                several processes were started from outside without naming one.
+        """
+        if not is_first_process():
+            chosen = config.out or os.environ.get(_CHOSEN)
+            if chosen is None:
+                raise InputError("several processes need one folder to share: give out=FOLDER")
+            return cls(Path(chosen).expanduser())
+        path = Path(config.out).expanduser() if config.out else _unused(Path("runs") / name)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"out={path}: cannot be created ({error.strerror})") from error
+        held = ExitStack()
+        held.enter_context(only_process(path))
+        remove_leftovers(path)
+        folder = cls(path)
+        folder._held = held
+        folder._keep(config)
+        os.environ[_CHOSEN] = str(path)
+        return folder
+
+    def release(self) -> None:
+        """Let other processes have the folder."""
+        self._held.close()
+        os.environ.pop(_CHOSEN, None)
+
+    def task_vectors(self, training: str) -> Path:
+        """Where the task vectors of a training lie."""
+        return self.path / "task_vectors" / training
+
+    def statistics(self, method: str) -> Path:
+        """Where the class statistics of a method lie."""
+        return self.path / "statistics" / f"{method}.safetensors"
+
+    def state_of(self, training: str) -> Path:
+        """Where a training keeps what it needs to go on."""
+        return self.path / "state" / training
+
+    def rows(self, method: str) -> dict[int, Tensor]:
+        """The rows of a method's accuracy matrix that are done.
+
+        Args:
+            method: Its name.
+
+        Returns:
+            Counts, int64 [3, T], by task index.
+        """
+        found = [r for r in self._journal.records if r.get("method") == method]
+        return {record["task"]: torch.tensor(record["counts"]) for record in found}
+
+    def add_row(self, method: str, task: int, counts: Tensor) -> None:
+        """Note in the journal that a row of a method's accuracy matrix is done.
+
+        Args:
+            method: Its name.
+            task: Index of the task after which it was evaluated.
+            counts: The row, int64 [3, T].
+        """
+        self._note({"method": method, "task": task, "counts": counts.tolist()})
+
+    def chosen_scales(self, method: str) -> list[Any]:
+        """The scales that a method has chosen after each task.
+
+        Args:
+            method: Its name.
+
+        Returns:
+            As of `Scales.plain`, in the order of the tasks; empty if it has not chosen any.
+        """
+        noted = {r["task"]: r["scale"] for r in self._journal.records if r.get("chose") == method}
+        former = self.results().get("methods", {}).get(method, {})
+        return [noted[task] for task in sorted(noted)] or former.get("chosen_scales", [])
+
+    def add_chosen_scale(self, method: str, task: int, scale: Any) -> None:
+        """Note in the journal the scale that a method has chosen after a task.
+
+        Args:
+            method: Its name.
+            task: Index of the task.
+            scale: As of `Scales.plain`.
+        """
+        self._note({"chose": method, "task": task, "scale": scale})
+
+    def results(self) -> dict[str, Any]:
+        """What a run that has finished here found; empty if none has."""
+        return read_results(self.path) or {}
+
+    def finished_training(self, training: str) -> list[Cost] | None:
+        """What the tasks of a training took, if all of them were learned in a run that finished.
+
+        Args:
+            training: Its name.
+
+        Returns:
+            The costs, or None.
+        """
+        costs = self.results().get("training", {}).get(training)
+        return None if costs is None else [_cost(cost) for cost in costs]
+
+    def finished_tasks(self, training: str, tasks: int) -> list[int]:
+        """Which tasks of a training will not be learned again.
+
+        Args:
+            training: Its name.
+            tasks: How many it has.
+
+        Returns:
+            Their indices.
+        """
+        if self.finished_training(training) is not None:
+            return list(range(tasks))
+        journal = Journal(self.state_of(training) / "journal.jsonl")
+        return [task for task in range(tasks) if journal.find(done="task", task=task)]
+
+    def finish(self, results: Mapping[str, Any]) -> None:
+        """Write the results, and remove what was only needed to go on.
+
+        Args:
+            results: The content of ``results.json``.
+        """
+        self.write_json("results.json", results)
+        if is_first_process():
+            shutil.rmtree(self.path / "state", ignore_errors=True)
+
+    def _check_journal(self) -> None:
+        """Make sure of the types of what is read later."""
+        tasks: set[int] = set()
+        for number, record in enumerate(self._journal.records, start=1):
+            kind = next((key for key in _RECORDS if key in record), "")
+            wrong = first(_RECORDS[kind](record))
+            if wrong is None and kind == "method":
+                counts = record["counts"]
+                tasks |= {len(row) for row in counts}
+                if len(counts) != 3:
+                    wrong = "counts is not of 3 rows"
+                elif len(tasks) > 1:
+                    wrong = "counts is of another number of tasks"
+            if wrong is not None:
+                raise InputError(
+                    f"{self._journal.path}, line {number}: {wrong}; restore the file, or start "
+                    "again in a new folder"
+                )
+
+    def _note(self, record: dict[str, Any]) -> None:
+        seconds = round(time.monotonic() - self._began, 3)
+        self._journal.append(record | {"session": self._session, "seconds": seconds})
+
+    def _keep(self, config: RunConfig) -> None:
+        """Write the configuration, or check that it is the one the folder was made with."""
+        file = self.path / "config.yaml"
+        if file.exists():
+            check_same_run(config, file)
+        self.write_text("config.yaml", to_yaml(config))
+        circumstances = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        former = [r["circumstances"] for r in self._journal.records if "circumstances" in r]
+        if former and former[-1] != circumstances:
+            log.warning(
+                "%s was begun with %s and goes on with %s: the results may differ in the last "
+                "digits from those of one run",
+                self.path,
+                former[-1],
+                circumstances,
+            )
+        self._note({"circumstances": circumstances})
+
+    @rank_zero_only
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file.
+
+        Args:
+            name: Its name in the folder.
+            text: What it says.
+        """
+        with atomic_write(self.path / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    @rank_zero_only
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file.
+
+        Args:
+            name: Its name in the folder.
+            content: What it holds; values that are not finite are written as null.
+        """
+        self.write_text(name, json.dumps(plain(content), indent=2, allow_nan=False) + "\n")
+
+    @rank_zero_only
+    def write_tensors(
+        self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+    ) -> None:
+        """Write tensors as safetensors.
+
+        Args:
+            name: Its name in the folder.
+            tensors: What it holds.
+            metadata: What stands in its header.
+        """
+        save_tensors(self.path / name, tensors, metadata)
+
+
+def _cost(found: Mapping[str, Any]) -> Cost:
+    return Cost(**{field.name: found[field.name] for field in fields(Cost)})
+
+
+def _unused(path: Path) -> Path:
+    number, candidate = 1, path
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate

@@ -1,0 +1,158 @@
+"""From the words of a command line to the configuration of a run, new or begun before."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from cl_merge.benchmarks.datasets.catalog import find_data, is_data_file
+from cl_merge.benchmarks.methods.method import find_method, methods_beside, whole_path
+from cl_merge.benchmarks.runs.results_file import read_results
+from cl_merge.config.reading import parse_arguments, read_config, read_yaml
+from cl_merge.config.schema import RunConfig
+from cl_merge.errors import InputError
+
+# Settings that change nothing in what a run finds; everything else is fixed once it has begun.
+_FREE = {"out", "source", "checkpoint_seconds", "stream.num_workers", "stream.cache", "loggers"}
+_BESIDE = "merge.beside."
+
+
+def read_settings(settings: Sequence[str], file: str | Path | None = None) -> RunConfig:
+    """Read the configuration of a run, with the recipe of its data set underneath.
+
+    If ``out`` names the folder of a run that was begun, its configuration is underneath instead,
+    and what is given must agree with it.
+
+    Args:
+        settings: ``key=value`` words; they win over the file, the file over the recipe.
+        file: A YAML file of settings.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        InputError: If a key or value is wrong; names the nearest valid one. If it differs from that
+            of the run in the folder; names the key.
+
+    Example:
+        >>> read_settings(["method=ties"]).method
+        'ties'
+    """
+    # Not resolved: what a value refers to may be in another layer.
+    given: Any = OmegaConf.to_container(parse_arguments(settings), resolve=False)
+    layer: Any = OmegaConf.to_container(read_yaml(file), resolve=False) if file is not None else {}
+    out = given.get("out", layer.get("out"))
+    begun = Path(str(out)).expanduser() / "config.yaml" if out is not None else None
+    if begun is not None and os.path.lexists(begun):
+        saved: Any = OmegaConf.to_container(read_yaml(begun))
+        config = _with_whole_paths(read_config(settings, saved, file, origin=str(begun)))
+        check_same_run(config, begun)
+        return config
+    entry = find_data(str(given.get("data", layer.get("data", RunConfig.data))))
+    origin = str(entry.file or f"the recipe of {entry.name}")
+    config = _with_whole_paths(read_config(settings, entry.recipe, file, origin=origin))
+    find_method(config.method)
+    return config
+
+
+def check_same_run(config: RunConfig, saved: Path) -> None:
+    """Check that a configuration is the one that a folder was made with.
+
+    Args:
+        config: What is asked for.
+        saved: The ``config.yaml`` of the folder.
+
+    Raises:
+        InputError: If a setting that matters differs; names it.
+    """
+    container: Any = OmegaConf.to_container(read_yaml(saved))
+    before, now = (flat(asdict(c)) for c in (read_config([], container, origin=str(saved)), config))
+    of_before, of_now = (methods_beside(c["method"], c["compare"]) for c in (before, now))
+    former, wanted = ({method.name for method in methods} for methods in (of_before, of_now))
+    merging = {method.plain.name for method in of_before}
+
+    def free(key: str) -> bool:
+        """Whether a setting may differ: methods can join a run, with options of their own."""
+        beside = key.removeprefix(_BESIDE).split(".")[0] if key.startswith(_BESIDE) else None
+        joins = key == "compare" and former <= wanted
+        return (
+            key in {*_FREE, _BESIDE.rstrip(".")}
+            or key.startswith("loggers.")
+            or joins
+            or (beside is not None and beside not in merging)
+        )
+
+    differing = [key for key in before | now if not free(key) and before.get(key) != now.get(key)]
+    if differing:
+        key, more = differing[0], len(differing) - 1
+        raise InputError(
+            f"out={saved.parent} holds a run with {key}={before.get(key)}, not {now.get(key)}"
+            f"{f' ({more} more settings differ)' if more else ''}; name a new folder, or leave the "
+            "setting out to go on with that run"
+        )
+
+
+def unfinished_methods(config: RunConfig, folder: Path) -> set[str]:
+    """Name the methods of a run that its folder has no results of.
+
+    Args:
+        config: The run.
+        folder: Its folder.
+
+    Returns:
+        Their names; all of them if the run has not finished.
+    """
+    wanted = {method.name for method in methods_beside(config.method, config.compare)}
+    return wanted - finished_methods(folder)
+
+
+def finished_methods(folder: Path) -> set[str]:
+    """Name the methods that a run's folder has results of.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        Their names; none if no run has finished there.
+
+    Raises:
+        InputError: If its results are damaged.
+    """
+    return set((read_results(folder) or {}).get("methods", {}))
+
+
+def _with_whole_paths(config: RunConfig) -> RunConfig:
+    """Name the user's files from the root, so that a run goes on wherever it is called from."""
+    if is_data_file(config.data):
+        config.data = str(Path(config.data).expanduser().resolve())
+    config.method = whole_path(config.method)
+    if isinstance(config.compare, list):
+        config.compare = [whole_path(str(name)) for name in config.compare]
+    return config
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Bring nested settings to one level.
+
+    Args:
+        tree: The settings.
+        prefix: What stands before each name.
+
+    Returns:
+        The values by the names that they have on the command line; an empty mapping is a value.
+
+    Example:
+        >>> flat({"seed": 0, "stream": {"tasks": 5}})
+        {'seed': 0, 'stream.tasks': 5}
+    """
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        inner = flat(value, f"{key}.") if isinstance(value, Mapping) else None
+        found |= inner if inner else {key: value}
+    return found

@@ -1,0 +1,369 @@
+"""What the framework costs over a bare loop in plain torch that does the same work.
+
+    python -m cl_merge.benchmarks.studies.overhead stream data=digits
+    python -m cl_merge.benchmarks.studies.overhead stream data=caltech101 source=/photos/caltech101
+    python -m cl_merge.benchmarks.studies.overhead test data=caltech101 source=/photos/caltech101
+    python -m cl_merge.benchmarks.studies.overhead step --model ViT-B-16-quickgelu --batch-size 128
+
+``stream``: the training of a whole run, with its logs, task vectors and checkpoints, against
+`bare_loop`, on the CPU. The two take turns task by task, and must end with the
+same weights, bit for bit. ``test``: an evaluation of all tasks against one forward pass over the
+same images. Both take the settings of ``cl-merge run``. ``step``: images per second and peak memory
+of training on random images, on a GPU where there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from cl_merge.benchmarks.datasets.catalog import find_data
+from cl_merge.benchmarks.datasets.epochs import task_epochs
+from cl_merge.benchmarks.datasets.loading import load_data
+from cl_merge.benchmarks.methods.method import TRAININGS
+from cl_merge.benchmarks.runs.progress import RunProgress
+from cl_merge.benchmarks.runs.run import Run, merge_callback, start_run
+from cl_merge.benchmarks.runs.trainers import evaluation_trainer, training_trainer
+from cl_merge.benchmarks.studies import step_speed
+from cl_merge.benchmarks.studies.bare_loop import BareStream, BareTask, bare_test
+from cl_merge.benchmarks.studies.timing import Spread, Stopwatch, alternated, new_table
+from cl_merge.callbacks import MergeCallback
+from cl_merge.config.reading import parse_arguments, read_config
+from cl_merge.config.schema import RunConfig, default_of
+from cl_merge.data.sampling import StreamSampler
+from cl_merge.data.tasks import Task
+from cl_merge.errors import InputError
+from cl_merge.models.pretrained import load_clip
+from cl_merge.task_vectors.module_weights import copies, install, trained_parameters
+from cl_merge.training.fit import TaskEnd, fit_stream
+
+_TRAINING = TRAININGS["sequential"]
+
+
+@dataclass
+class Pair:
+    """One piece of work, done by the framework and by the bare loop.
+
+    Attributes:
+        units: Steps or forward passes in it.
+        framework: What it took the framework.
+        bare: What it took the bare loop.
+    """
+
+    units: int
+    framework: Stopwatch
+    bare: Stopwatch
+
+
+@dataclass
+class Found:
+    """What was measured.
+
+    Attributes:
+        pairs: One after another.
+        difference: The largest difference of the results: of weights, or of counted images.
+        passes: In a test, forward passes of the image tower that the framework made each time.
+    """
+
+    pairs: list[Pair]
+    difference: float
+    passes: int | None = None
+
+    def figures(self) -> dict[str, Any]:
+        """Read the figures off the pairs.
+
+        Returns:
+            By clock, ``"wall"`` and ``"cpu"``: milliseconds of a step or pass, and ratios of each
+            pair and of the sums; all plain values.
+        """
+        found: dict[str, Any] = {"difference": self.difference, "passes": self.passes}
+        for clock in ("wall", "cpu"):
+            took = [
+                (getattr(pair.framework, clock), getattr(pair.bare, clock)) for pair in self.pairs
+            ]
+            units = [pair.units for pair in self.pairs]
+            ours = [1000 * a / n for (a, _), n in zip(took, units, strict=True)]
+            bare = [1000 * b / n for (_, b), n in zip(took, units, strict=True)]
+            found[clock] = {
+                "framework_ms": ours,
+                "bare_ms": bare,
+                "more_ms": [a - b for a, b in zip(ours, bare, strict=True)],
+                "ratios": [a / b for a, b in took],
+                "ratio_of_sums": sum(a for a, _ in took) / sum(b for _, b in took),
+            }
+        return found
+
+
+def read_settings(settings: Sequence[str], folder: Path) -> RunConfig:
+    """Read settings as ``cl-merge run`` does, for one method on the CPU.
+
+    Args:
+        settings: ``key=value`` words.
+        folder: Where the run writes.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        InputError: If a setting is wrong, or asks for what the bare loop does not do.
+    """
+    entry = find_data(str(parse_arguments(settings).get("data", "digits")))
+    fixed = ["compare=false", "trainer.accelerator=cpu", "trainer.devices=1", f"out={folder}"]
+    config = read_config([*settings, *fixed], entry.recipe)
+    plain = default_of("stream.test_fraction"), 0.0, "magmax"
+    if (config.stream.test_fraction, config.stream.held_out, config.method) != plain:
+        raise InputError(
+            "the bare loop trains on the training split as it is and merges with magmax: leave "
+            "out stream.test_fraction, stream.held_out and method"
+        )
+    return config
+
+
+def measure_stream(run: Run, repeat: int) -> Found:
+    """Train a stream with the framework and with the bare loop, a task here, a task there.
+
+    The first task of all is not counted: it pays for what is loaded and allocated once.
+
+    Args:
+        run: A run that has been started, of a method that merges as MagMax does.
+        repeat: How often to train the stream.
+
+    Returns:
+        A pair for each task, times in seconds per step.
+    """
+    before = copy.deepcopy(run.model.visual)
+    clip = load_clip(run.config.model, image_size=run.config.image_size)
+    loaded = load_data(run.config)
+    columns = {"image": run.config.stream.image, "label": run.config.stream.label}
+    columns |= {name: loaded.columns[name] for name in columns if name in loaded.columns}
+    images = loaded.splits[run.config.stream.train_split]
+    labels = images[columns["label"]]
+    tasks = [_plain(run, task, labels) for task in run.stream.tasks]
+    found = Found([], 0.0)
+    for turn in range(repeat):
+        bare = BareStream(
+            tower=copy.deepcopy(before),
+            head=run.model.head.weight.clone(),
+            images=images,
+            column=columns["image"],
+            transform=clip.train_transform,
+            batch_size=run.config.stream.batch_size,
+            optimizer=run.config.optimizer,
+            clip=run.config.trainer.get("gradient_clip_val"),
+            merged={},
+        )
+        install(trained_parameters(run.model), run.base)
+        found.pairs += _in_turns(run, bare, tasks, run.folder.path / f"turn{turn}")
+        found.difference = max(found.difference, _difference(run.model.visual, bare.tower))
+    del found.pairs[0]
+    return found
+
+
+def measure_test(run: Run, repeat: int) -> Found:
+    """Evaluate merged weights on all tasks, and make one forward pass over the same images.
+
+    Args:
+        run: A run that has been started.
+        repeat: How often.
+
+    Returns:
+        A pair for each time, times in seconds per forward pass.
+    """
+    callback = merge_callback(run.config, run.own)
+    run.config.trainer |= {"max_epochs": 1, "limit_train_batches": 1}
+    _fit(run, callback, run.folder.path / "test", lambda end: None)
+    samples: Any = run.stream.test_dataloader().dataset
+    images, labels, tasks = samples[:]
+    tower = copy.deepcopy(run.model.visual)
+    with torch.no_grad():
+        for name, weight in tower.named_parameters():
+            base, change = callback.base[f"visual.{name}"], callback.merged()[f"visual.{name}"]
+            weight.copy_(torch.add(base, change, alpha=callback.scales.of(f"visual.{name}")))
+    outside = torch.ones(len(run.stream.tasks), len(run.stream.class_names), dtype=torch.bool)
+    for task in run.stream.tasks:
+        outside[task.index, list(task.classes)] = False
+    row, size = run.stream.row, run.stream.batch_size
+    run.model.accuracy = run.new_matrix(run.own.name)
+
+    def framework() -> Tensor:
+        trainer = evaluation_trainer(run.config.trainer, [callback])
+        trainer.test(run.model, datamodule=run.stream, verbose=False)
+        return run.model.accuracy.rows[row]  # type: ignore[union-attr]
+
+    def plain() -> Tensor:
+        return bare_test(tower, run.model.head.weight, images, labels, tasks, outside, size)
+
+    with _counted(run.model.visual) as passes:
+        difference = (framework() - plain()).abs().max().item()
+    turns = alternated(
+        {"framework": partial(_timed, framework), "bare": partial(_timed, plain)}, repeat
+    )
+    units = -(-len(images) // size)
+    pairs = [Pair(units, a, b) for a, b in zip(turns["framework"], turns["bare"], strict=True)]
+    return Found(pairs, difference, passes())
+
+
+def main() -> None:
+    """Measure, print a table, and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
+    parts = parser.add_subparsers(dest="part", required=True)
+    for name, repeat in (("stream", 3), ("test", 10)):
+        part = parts.add_parser(name)
+        part.add_argument("settings", nargs="*", metavar="key=value", help="as in cl-merge run")
+        part.add_argument("--repeat", type=int, default=repeat)
+        part.add_argument("--json", type=Path, help="where to write all figures")
+    step_speed.add_arguments(parts.add_parser("step"))
+    arguments = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    if arguments.part == "step":
+        step_speed.run(arguments, "cl_merge.benchmarks.studies.overhead")
+        return
+    with tempfile.TemporaryDirectory(prefix="overhead-") as folder:
+        run = start_run(read_settings(arguments.settings, Path(folder)))
+        measure = measure_stream if arguments.part == "stream" else measure_test
+        figures = measure(run, arguments.repeat).figures()
+        run.folder.release()
+    figures |= {"settings": arguments.settings, "threads": torch.get_num_threads()}
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+    _show(figures, arguments.part, f"{run.config.model}, {run.config.data}")
+
+
+def _in_turns(run: Run, bare: BareStream, tasks: list[BareTask], folder: Path) -> list[Pair]:
+    """Train all tasks in the order F0 B0 B1 F1 F2 B2 B3 ..., F the framework and B the bare loop.
+
+    All that the framework does counts, from the call to its return; but that Python collects
+    garbage counts for neither, or one would pay for the other.
+    """
+    pairs = [Pair(0, Stopwatch(), Stopwatch()) for _ in tasks]
+    progress = bare.train(tasks)
+
+    def after_task(end: TaskEnd) -> None:
+        index = end.task.index
+        pairs[index].framework.stop()
+        gc.collect()
+        for other in pairs[index : index + 2] if index % 2 == 0 else ():
+            with other.bare:
+                other.units = next(progress)
+            gc.collect()
+        pairs[min(index + 1, len(pairs) - 1)].framework.start()
+
+    callback = merge_callback(
+        run.config, run.own, start=_TRAINING.start, directory=folder / "vectors"
+    )
+    pairs[0].framework.start()
+    _fit(run, callback, folder / "state", after_task)
+    pairs[-1].framework.stop()
+    merged = {name.removeprefix("visual."): value for name, value in callback.merged().items()}
+    if _largest(merged, bare.merged):
+        raise RuntimeError("the framework and the bare loop do not do the same: merged weights")
+    return pairs
+
+
+def _fit(
+    run: Run, callback: MergeCallback, folder: Path, after_task: Callable[[TaskEnd], None]
+) -> None:
+    """Train the stream as a run does, with a progress bar that nobody sees."""
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        RunProgress(Console(file=nowhere, force_terminal=True), total=1000) as progress,
+    ):
+        fit_stream(
+            run.model,
+            run.stream,
+            callbacks=[callback, progress],
+            trainer=partial(_trainer, run),
+            evaluate=False,
+            seed=run.config.seed,
+            on_task_end=after_task,
+            directory=folder,
+            checkpoint_seconds=run.config.checkpoint_seconds,
+        )
+
+
+def _trainer(run: Run, task: Task) -> L.Trainer:
+    return training_trainer(run, _TRAINING, task)
+
+
+def _plain(run: Run, task: Task, labels: Sequence[int]) -> BareTask:
+    """What a task's images are and when they come, worked out beforehand."""
+    train = task.train.tolist()
+    orders = []
+    for epoch in range(task_epochs(run.config, len(run.stream.tasks))[task.index]):
+        sampler = StreamSampler(train, seed=run.config.seed, task=task.index)
+        sampler.set_epoch(epoch)
+        orders.append([(draw.index, draw.seed) for draw in sampler])
+    places = {label: place for place, label in enumerate(task.classes)}
+    return BareTask(train, [places[labels[row]] for row in train], list(task.classes), orders)
+
+
+def _timed(work: Callable[[], object]) -> Stopwatch:
+    gc.collect()
+    watch = Stopwatch()
+    with watch:
+        work()
+    return watch
+
+
+@contextmanager
+def _counted(module: nn.Module) -> Iterator[Callable[[], int]]:
+    calls: list[None] = []
+    hook = module.register_forward_hook(lambda *_: calls.append(None))
+    try:
+        yield lambda: len(calls)
+    finally:
+        hook.remove()
+
+
+def _difference(ours: nn.Module, bare: nn.Module) -> float:
+    return _largest(copies(ours.state_dict()), bare.state_dict())
+
+
+def _largest(ours: dict[str, Tensor], bare: dict[str, Tensor]) -> float:
+    return max((ours[name] - bare[name]).abs().max().item() for name in bare)
+
+
+def _show(figures: dict[str, Any], part: str, what: str) -> None:
+    wall, cpu = figures["wall"], figures["cpu"]
+    threads = f"{figures['threads']} thread{'s' if figures['threads'] > 1 else ''}"
+    table = new_table(
+        f"{what}: {len(wall['ratios'])} pairs, {threads}; median (range)",
+        "",
+        "wall time",
+        "CPU time",
+    )
+    unit = "step" if part == "stream" else "forward pass"
+    for key, name in (("framework", "framework"), ("bare", "bare loop"), ("more", "difference")):
+        spreads = [Spread.of(clock[f"{key}_ms"]) for clock in (wall, cpu)]
+        table.add_row(f"{name}, ms a {unit}", *(f"{spread:.2f}" for spread in spreads))
+    table.add_row("ratio", *(f"{Spread.of(clock['ratios']):.3f}" for clock in (wall, cpu)))
+    table.add_row("ratio of the sums", *(f"{clock['ratio_of_sums']:.3f}" for clock in (wall, cpu)))
+    console = Console(highlight=False)
+    console.print(table)
+    if part == "stream":
+        console.print(f"largest difference of a weight at the end: {figures['difference']:g}")
+    else:
+        console.print(
+            f"forward passes of the image tower: {figures['passes']}; "
+            f"largest difference of a count: {figures['difference']:g}"
+        )
+
+
+if __name__ == "__main__":
+    main()

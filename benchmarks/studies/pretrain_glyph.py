@@ -1,0 +1,357 @@
+"""Pre-train the embedded model ``glyph``: a small CLIP, on characters drawn from fonts.
+
+    python -m cl_merge.benchmarks.studies.pretrain_glyph --out FOLDER
+
+It needs neither network nor data: characters come from the fonts that matplotlib
+carries, captions from their Unicode names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+import cl_merge.models.towers  # noqa: F401 - registers the image tower
+from cl_merge.benchmarks.datasets.characters import CHARACTERS, HELD_OUT, Atlas, captions, shapes
+from cl_merge.benchmarks.studies.distortions import SIDE, draw
+from cl_merge.errors import InputError
+from cl_merge.storage.files import save_tensors
+
+log = logging.getLogger("pretrain_glyph")
+
+CONFIG: dict[str, Any] = {
+    "model_cfg": {
+        "embed_dim": 128,
+        "vision_cfg": {
+            "image_size": SIDE,
+            "timm_model_name": "glyph_resnet",
+            "timm_model_pretrained": False,
+            "timm_pool": "avg",
+            "timm_proj": "linear",
+        },
+        "text_cfg": {
+            "context_length": 16,
+            "vocab_size": 49408,
+            "width": 96,
+            "heads": 4,
+            "layers": 3,
+        },
+    },
+    "preprocess_cfg": {
+        "size": [SIDE, SIDE],
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    },
+}
+
+HANDWRITTEN = "handwritten"
+_DIGITS = 10  # the first of the characters
+
+
+@dataclass
+class Recipe:
+    """How the model is trained.
+
+    Attributes:
+        steps: Optimizer steps.
+        batch: Images per step.
+        lr: Peak learning rate of AdamW.
+        weight_decay: On matrices and kernels; norms and biases have none.
+        warmup: Steps of linear warm-up; a cosine to zero follows.
+        handwritten: Share of the images drawn along the thinned stroke instead of the outline.
+        digits: Share of the images that are digits; the others are any of the 62 characters.
+        captioned: Images per step that also meet a caption of their own style.
+        seed: Of everything random.
+    """
+
+    steps: int = 6000
+    batch: int = 128
+    lr: float = 2e-3
+    weight_decay: float = 0.05
+    warmup: int = 200
+    handwritten: float = 0.6
+    digits: float = 0.5
+    captioned: int = 32
+    seed: int = 0
+
+
+@dataclass
+class Batch:
+    """Images with texts to tell apart.
+
+    Attributes:
+        images: Normalised, float32 [B, 3, 32, 32].
+        classes: Index into `CHARACTERS`, int64 [B].
+        class_texts: Tokens of one caption of each character, in a style of its own, int64 [62, 16].
+        own_texts: Tokens of a caption of each of the first images, int64 [captioned, 16].
+    """
+
+    images: Tensor
+    classes: Tensor
+    class_texts: Tensor
+    own_texts: Tensor
+
+
+@dataclass
+class Drawer:
+    """Makes batches: draws characters and captions them.
+
+    Args:
+        atlas: The shapes to draw.
+        tokenizer: Turns captions into tokens.
+        recipe: How much of what.
+    """
+
+    atlas: Atlas
+    tokenizer: Any
+    recipe: Recipe
+    _tokens: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._random = Generator().manual_seed(self.recipe.seed)
+        known = {(shape.character, shape.style) for shape in self.atlas.shapes}
+        known |= {(character, HANDWRITTEN) for character in CHARACTERS}
+        self._styles = {
+            character: sorted(style for other, style in known if other == character)
+            for character in CHARACTERS
+        }
+        self._shapes_of = [
+            (self.atlas.classes == index).nonzero().flatten() for index in range(len(CHARACTERS))
+        ]
+
+    def batch(self) -> Batch:
+        """Draw the next batch."""
+        size, random = self.recipe.batch, self._random
+        classes = self._classes()
+        rows = torch.stack([self._one_of(self._shapes_of[label]) for label in classes.tolist()])
+        by_hand = torch.rand(size, generator=random) < self.recipe.handwritten
+        fields = torch.where(
+            by_hand[:, None, None], self.atlas.strokes[rows], self.atlas.outlines[rows]
+        )
+        pen = 1.0 + 4.0 * torch.rand(size, generator=random)
+        bold = -0.5 + 2.0 * torch.rand(size, generator=random)
+        images = draw(fields, torch.where(by_hand, pen, bold), random)
+        styles = [
+            HANDWRITTEN if hand else self.atlas.shapes[row].style
+            for hand, row in zip(by_hand.tolist(), rows.tolist(), strict=True)
+        ]
+        named = [(CHARACTERS[label], style) for label, style in zip(classes, styles, strict=True)]
+        class_texts = [self._caption(c, str(self._one_of(self._styles[c]))) for c in CHARACTERS]
+        own_texts = [self._caption(c, style) for c, style in named[: self.recipe.captioned]]
+        return Batch(normalised(images), classes, torch.stack(class_texts), torch.stack(own_texts))
+
+    def _classes(self) -> Tensor:
+        digits = round(self.recipe.batch * self.recipe.digits)
+        drawn = [
+            torch.randint(0, _DIGITS, (digits,), generator=self._random),
+            torch.randint(
+                0, len(CHARACTERS), (self.recipe.batch - digits,), generator=self._random
+            ),
+        ]
+        return torch.cat(drawn)[torch.randperm(self.recipe.batch, generator=self._random)]
+
+    def _caption(self, character: str, style: str) -> Tensor:
+        key = (character, style)
+        if key not in self._tokens:
+            self._tokens[key] = self.tokenizer(captions(character, style))
+        tokens: Tensor = self._one_of(self._tokens[key])
+        return tokens
+
+    def _one_of(self, items: Any) -> Any:
+        return items[int(torch.randint(0, len(items), (1,), generator=self._random))]
+
+
+def normalised(images: Tensor) -> Tensor:
+    """Scale images from [0, 1] to [-1, 1], as the model's own transform does."""
+    return (images - 0.5) / 0.5
+
+
+def contrastive_loss(model: Any, batch: Batch) -> Tensor:
+    """Tell apart all characters by a caption of each, and the styles by the images' own captions.
+
+    The first term is what a zero-shot classifier does. In the second, captions of the same
+    character count as right too, with a third of the weight of the image's own.
+
+    Args:
+        model: A CLIP.
+        batch: What to learn from.
+
+    Returns:
+        The loss, a scalar.
+    """
+    # Half precision where it is safe makes a step a third faster on processors that have it.
+    with torch.autocast("cpu", torch.bfloat16):
+        images = model.encode_image(batch.images)
+        texts = model.encode_text(torch.cat([batch.class_texts, batch.own_texts]))
+    images, texts = F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1)
+    logits = model.logit_scale.exp().clamp(max=50) * images @ texts.T
+    characters = F.cross_entropy(logits[:, : len(CHARACTERS)], batch.classes, label_smoothing=0.05)
+    captioned = len(batch.own_texts)
+    pairs, labels = logits[:captioned, len(CHARACTERS) :], batch.classes[:captioned]
+    right = (labels[:, None] == labels).float() + 2 * torch.eye(captioned)
+    right = right / right.sum(dim=1, keepdim=True)
+    styles = F.cross_entropy(pairs, right) + F.cross_entropy(pairs.T, right)
+    return characters + 0.25 * styles
+
+
+def make_model() -> nn.Module:
+    """Build the model with random weights."""
+    from open_clip.model import CLIP
+
+    config = CONFIG["model_cfg"]
+    model: nn.Module = CLIP(**config)
+    return model
+
+
+def pretrain(recipe: Recipe, *, every: int = 500) -> nn.Module:
+    """Train the model.
+
+    Args:
+        recipe: How.
+        every: Log figures each so many steps.
+
+    Returns:
+        The trained model, in evaluation mode.
+
+    Raises:
+        InputError: If the recipe asks for more own captions than images.
+    """
+    from open_clip.tokenizer import SimpleTokenizer
+
+    if recipe.captioned > recipe.batch:
+        raise InputError(f"batch={recipe.batch}; expected at least {recipe.captioned}")
+    torch.manual_seed(recipe.seed)
+    model = make_model()
+    drawer = Drawer(Atlas(shapes()), SimpleTokenizer(context_length=16), recipe)
+    optimizer, schedule = _optimizer(model, recipe)
+    begin, average = time.perf_counter(), 0.0
+    for step in range(1, recipe.steps + 1):
+        loss = contrastive_loss(model, drawer.batch())
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        average += 0.02 * (loss.item() - average)
+        if step % every == 0 or step == recipe.steps:
+            seconds, smooth = time.perf_counter() - begin, average / (1 - 0.98**step)
+            log.info("step %d/%d, %.0f s, loss %.3f", step, recipe.steps, seconds, smooth)
+    return model.eval()
+
+
+def save(model: nn.Module, folder: Path) -> None:
+    """Write a model as a folder that open_clip loads, in half precision.
+
+    Args:
+        model: The model.
+        folder: Where.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "open_clip_config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+    half = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    save_tensors(folder / "open_clip_model.safetensors", half, {"format": "pt"})
+
+
+@torch.no_grad()
+def unseen_fonts_accuracy(model: Any, seed: int = 0) -> float:
+    """Zero-shot accuracy on all 62 characters in fonts that training never drew.
+
+    Args:
+        model: The trained model.
+        seed: Of the distortions.
+
+    Returns:
+        Accuracy in per cent.
+    """
+    from open_clip.tokenizer import SimpleTokenizer
+
+    tokenizer = SimpleTokenizer(context_length=16)
+    atlas = Atlas(shapes(HELD_OUT))
+    random = Generator().manual_seed(seed)
+    images = draw(atlas.outlines, torch.zeros(len(atlas)), random)
+    texts = [
+        F.normalize(model.encode_text(tokenizer(captions(c, "serif"))), dim=-1) for c in CHARACTERS
+    ]
+    rows = torch.stack([text.mean(dim=0) for text in texts])
+    found = (model.encode_image(normalised(images)) @ F.normalize(rows, dim=-1).T).argmax(dim=1)
+    return 100.0 * float((found == atlas.classes).float().mean())
+
+
+@torch.no_grad()
+def digits_accuracy(folder: Path) -> float:
+    """Zero-shot accuracy on all of scikit-learn's digits, which training never sees.
+
+    Args:
+        folder: A saved model.
+
+    Returns:
+        Accuracy in per cent, with the prompts of the digits' recipe.
+    """
+    from cl_merge.benchmarks.datasets.catalog import find_data
+    from cl_merge.benchmarks.datasets.digits import NAMES, digits
+    from cl_merge.models.pretrained import load_clip
+    from cl_merge.models.zero_shot import zero_shot_head
+
+    clip = load_clip(f"local-dir:{folder}")
+    head = zero_shot_head(clip, NAMES, find_data("digits").recipe["prompts"])
+    hits = total = 0
+    for split in digits().values():
+        images = torch.stack([clip.test_transform(image) for image in split["image"]])
+        found = head(clip.model.visual(images)).argmax(dim=1)  # type: ignore[operator]
+        hits += int((found == torch.tensor(split["label"])).sum())
+        total += len(split)
+    return 100.0 * hits / total
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, save and measure the model.
+
+    Args:
+        arguments: The words after the program's name; those of the process if None.
+    """
+    recipe = Recipe()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--steps", type=int, default=recipe.steps, help="optimizer steps")
+    parser.add_argument("--batch", type=int, default=recipe.batch, help="images per step")
+    parser.add_argument("--seed", type=int, default=recipe.seed, help="of everything random")
+    chosen = parser.parse_args(arguments)
+    logging.basicConfig(format="%(message)s", force=True)
+    log.setLevel(logging.INFO)
+    recipe = Recipe(steps=chosen.steps, batch=chosen.batch, seed=chosen.seed)
+    model = pretrain(recipe)
+    save(model, chosen.out)
+    log.info("unseen fonts, zero-shot: %.1f %%", unseen_fonts_accuracy(model))
+    log.info("scikit-learn's digits, zero-shot: %.1f %%", digits_accuracy(chosen.out))
+
+
+def _optimizer(model: nn.Module, recipe: Recipe) -> tuple[torch.optim.Optimizer, Any]:
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), fused=True)
+
+    def rate(step: int) -> float:
+        cosine = 0.5 * (1 + math.cos(math.pi * min(step / recipe.steps, 1)))
+        return min((step + 1) / recipe.warmup, cosine)
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+
+
+if __name__ == "__main__":
+    main()

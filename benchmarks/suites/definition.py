@@ -1,0 +1,301 @@
+"""What a suite is: settings, methods and seeds, from a YAML file and the words of a command."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from cl_merge.benchmarks.datasets.catalog import find_data
+from cl_merge.benchmarks.methods.method import Method, find_method, whole_path
+from cl_merge.config.reading import parse_arguments, read_yaml
+from cl_merge.errors import InputError, nearest, unknown_name
+
+_KEYS = ("name", "about", "paper", "settings", "methods", "shown", "seeds", "published", "run")
+_SETTING_KEYS = ("data", "tasks", "run", "joint_tasks")
+_PAPER = ("table1", "table2")
+# What a plan decides for each run.
+_PLANNED = ("data", "seed", "out", "method", "compare", "stream.tasks", "merge.beside")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A stream of tasks that methods are compared on: a column of the table.
+
+    Attributes:
+        data: The data set, as for ``cl-merge run data=``.
+        tasks: Number of tasks; None leaves it to the data, as with domains.
+        run: Settings of its runs.
+        joint_tasks: By how many tasks the run of joint training counts its test images. That run
+            is the same for any number, and serves all settings of the data set.
+    """
+
+    data: str
+    tasks: int | None = None
+    run: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    joint_tasks: int | None = field(default=None, compare=False)
+
+    @property
+    def data_name(self) -> str:
+        """The data set in a word that can name a folder."""
+        return Path(self.data).stem if "/" in self.data else self.data
+
+    @property
+    def name(self) -> str:
+        """The setting in a word that can name a folder, such as ``cifar100-10``."""
+        return self.data_name if self.tasks is None else f"{self.data_name}-{self.tasks}"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A table to be filled: settings by methods, over seeds.
+
+    Attributes:
+        name: What its folder is called.
+        about: One line for people.
+        settings: The columns.
+        methods: What names each method, as for `find_method`.
+        shown: Of the methods those that were asked for; the others come along where they share a
+            training with one of them.
+        seeds: Of the runs.
+        paper: Which table of the paper it follows, ``"table1"`` or ``"table2"``; None for neither.
+        published: Whether methods have the options of the published runs, from their recipes.
+        run: Settings of every run.
+    """
+
+    name: str
+    about: str
+    settings: tuple[Setting, ...]
+    methods: tuple[str, ...]
+    shown: tuple[str, ...]
+    seeds: tuple[int, ...]
+    paper: str | None = None
+    published: bool = False
+    run: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> list[Method]:
+        """The methods that were asked for, the rows of the table."""
+        return [find_method(name) for name in self.shown]
+
+
+def suites() -> dict[str, str]:
+    """The suites that come along, each with a line about it."""
+    folder = files("cl_merge.benchmarks.suites")
+    names = sorted(Path(f.name).stem for f in folder.iterdir() if f.name.endswith(".yaml"))
+    return {name: find_suite(name).about for name in names}
+
+
+def find_suite(name: str) -> Suite:
+    """Read a suite.
+
+    Args:
+        name: Of a suite that comes along, or the path of a YAML file.
+
+    Returns:
+        The suite.
+
+    Raises:
+        InputError: If there is none, or something in it is wrong.
+
+    Example:
+        >>> find_suite("table2").seeds
+        (5,)
+    """
+    folder = files("cl_merge.benchmarks.suites")
+    known = {Path(f.name).stem for f in folder.iterdir() if f.name.endswith(".yaml")}
+    if name in known:
+        text = folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+        return _parsed(name, OmegaConf.to_container(OmegaConf.create(text)), name)
+    if not name.endswith((".yaml", ".yml")):
+        raise unknown_name("suite", name, [*sorted(known), "FILE.yaml"])
+    return _parsed(Path(name).stem, OmegaConf.to_container(read_yaml(name)), name)
+
+
+def narrowed(
+    suite: Suite,
+    *,
+    data: Sequence[str] = (),
+    tasks: Sequence[int] = (),
+    methods: Sequence[str] = (),
+    seeds: str | None = None,
+    run: Sequence[str] = (),
+) -> Suite:
+    """Choose a part of a suite.
+
+    Args:
+        suite: The whole.
+        data: Only these data sets; one that the suite does not have is added, with `tasks`.
+        tasks: Only these numbers of tasks.
+        methods: Only these methods; any that `find_method` knows.
+        seeds: How many, counted from the suite's first, or a list with commas.
+        run: ``key=value`` words, settings of every run.
+
+    Returns:
+        The part.
+
+    Raises:
+        InputError: If nothing is left, or a name or setting is wrong.
+
+    Example:
+        >>> part = narrowed(find_suite("table1"), data=["cars"], tasks=[10], seeds="3")
+        >>> [setting.name for setting in part.settings], part.seeds
+        (['cars-10'], (5, 6, 7))
+    """
+    settings: list[Setting] = []
+    for name in data or dict.fromkeys(s.data for s in suite.settings):
+        own = [s for s in suite.settings if s.data == name]
+        if not own:
+            find_data(name)
+            numbers: Sequence[int | None] = tasks or [None]
+            own = [Setting(name, n, joint_tasks=numbers[0]) for n in numbers]
+        chosen = [s for s in own if not tasks or s.tasks in tasks]
+        if not chosen and data:
+            known = ", ".join(str(s.tasks) for s in own if s.tasks is not None)
+            has = f"{known} tasks" if known else "the tasks that its recipe makes"
+            raise InputError(
+                f"--tasks {','.join(map(str, tasks))}: suite '{suite.name}' has '{name}' in {has}"
+            )
+        settings += chosen
+    if not settings:
+        has = ", ".join(s.name for s in suite.settings)
+        raise InputError(f"nothing is left of suite '{suite.name}', which has {has}")
+    names = [whole_path(name) for name in methods]
+    for name in names:
+        find_method(name)
+    return replace(
+        suite,
+        settings=tuple(settings),
+        methods=tuple(dict.fromkeys((*suite.methods, *names))),
+        shown=tuple(names) or suite.shown,
+        seeds=_seeds(seeds, suite.seeds),
+        run={**suite.run, **_run_settings(run)},
+    )
+
+
+def joined(one: Suite, other: Suite) -> Suite:
+    """Put two parts of a suite together, such as what one and the next command asked for.
+
+    Args:
+        one: What comes first, and decides what both have.
+        other: What is added.
+
+    Returns:
+        All settings, methods and seeds of both.
+    """
+
+    def union(first: tuple[Any, ...], second: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(dict.fromkeys((*first, *second)))
+
+    methods = union(one.methods, other.methods)
+    shown = union(one.shown, other.shown)
+    return replace(
+        one,
+        settings=union(one.settings, other.settings),
+        methods=methods,
+        shown=tuple(name for name in methods if name in shown),
+        seeds=tuple(sorted(union(one.seeds, other.seeds))),
+    )
+
+
+def to_yaml(suite: Suite) -> str:
+    """Write a suite as YAML.
+
+    Args:
+        suite: The suite.
+
+    Returns:
+        YAML that `find_suite` reads back, from a file.
+    """
+    content = {
+        "name": suite.name,
+        "about": suite.about,
+        "paper": suite.paper,
+        "settings": [
+            {"data": s.data, "tasks": s.tasks, "joint_tasks": s.joint_tasks, "run": dict(s.run)}
+            for s in suite.settings
+        ],
+        "methods": list(suite.methods),
+        "shown": list(suite.shown),
+        "seeds": list(suite.seeds),
+        "published": suite.published,
+        "run": dict(suite.run),
+    }
+    return str(OmegaConf.to_yaml(OmegaConf.create(content)))
+
+
+def _parsed(name: str, content: Any, where: str) -> Suite:
+    if not isinstance(content, Mapping):
+        raise InputError(f"suite {where}: expected keys and values")
+    for key in content:
+        if key not in _KEYS:
+            raise InputError(f"suite {where}: unknown key '{key}'{nearest(str(key), _KEYS)}")
+    for key in ("settings", "methods"):
+        if not isinstance(content.get(key), list) or not content[key]:
+            raise InputError(f"suite {where}: '{key}' must be a list with at least one entry")
+    paper = content.get("paper")
+    if paper is not None and paper not in _PAPER:
+        raise unknown_name(f"table of the paper in suite {where}", str(paper), _PAPER)
+    methods = [whole_path(str(method)) for method in content["methods"]]
+    for method in methods:
+        find_method(method)
+    return Suite(
+        name=str(content.get("name", name)),
+        about=str(content.get("about", "")),
+        settings=tuple(s for entry in content["settings"] for s in _settings(entry, where)),
+        methods=tuple(methods),
+        shown=tuple(content.get("shown") or methods),
+        seeds=_seeds(",".join(map(str, content.get("seeds") or [0])) + ",", (0,)),
+        paper=paper,
+        published=bool(content.get("published", False)),
+        run=content.get("run") or {},
+    )
+
+
+def _settings(entry: Any, where: str) -> list[Setting]:
+    if not isinstance(entry, Mapping) or "data" not in entry:
+        raise InputError(f"suite {where}: each setting needs data: NAME, found {entry}")
+    for key in entry:
+        if key not in _SETTING_KEYS:
+            hint = nearest(str(key), _SETTING_KEYS)
+            raise InputError(f"suite {where}: unknown key '{key}' in a setting{hint}")
+    data, numbers = str(entry["data"]), entry.get("tasks")
+    find_data(data)
+    numbers = numbers if isinstance(numbers, list) else [numbers]
+    for number in numbers:
+        if number is not None and (not isinstance(number, int) or number < 1):
+            raise InputError(f"suite {where}: tasks of '{data}' must be numbers, found {number}")
+    joint = entry.get("joint_tasks", numbers[0])
+    return [Setting(data, number, entry.get("run") or {}, joint) for number in numbers]
+
+
+def _seeds(text: str | None, default: tuple[int, ...]) -> tuple[int, ...]:
+    if text is None:
+        return default
+    try:
+        numbers = [int(word) for word in text.split(",") if word.strip()]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 0 or ("," not in text and numbers[0] < 1):
+        raise InputError(
+            f"seeds '{text}'; expected how many, such as 3, or a list with commas, such as 0,1,2"
+        )
+    if "," in text:
+        return tuple(dict.fromkeys(numbers))
+    return tuple(default[0] + number for number in range(numbers[0]))
+
+
+def _run_settings(words: Sequence[str]) -> Mapping[str, Any]:
+    for word in words:
+        key = word.partition("=")[0]
+        if key in _PLANNED:
+            raise InputError(
+                f"'{word}': a suite decides {key} for each of its runs; see --data, --tasks, "
+                "--methods, --seeds and --out"
+            )
+    found: Any = OmegaConf.to_container(parse_arguments(words))
+    return dict(found)

@@ -1,0 +1,235 @@
+"""From a suite to what has to be run: methods that share a training share it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from cl_merge.benchmarks.datasets.catalog import find_data
+from cl_merge.benchmarks.methods.method import TRAININGS, Method, find_method
+from cl_merge.benchmarks.runs.settings import finished_methods
+from cl_merge.benchmarks.suites.definition import Setting, Suite
+from cl_merge.config.reading import read_config
+from cl_merge.config.schema import RunConfig
+from cl_merge.errors import InputError
+from cl_merge.mergers import find_merger
+
+DONE, FAILED, BEGUN, NEW = "done", "failed", "begun", "new"
+FAILURE = "failed.json"
+"""Left in the folder of a job that failed: what it said, and when."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a training, and all methods of the suite that share it.
+
+    Attributes:
+        setting: What it runs on.
+        seed: Of the run.
+        training: Its name.
+        methods: By name; the first is the run's own.
+        config: The settings of the run, as nested keys.
+        apart: Ending of its folder's name, if others of its training have a run of their own.
+    """
+
+    setting: Setting
+    seed: int
+    training: str
+    methods: tuple[str, ...]
+    config: Mapping[str, Any] = field(compare=False)
+    apart: str = ""
+
+    @property
+    def place(self) -> str:
+        """Its folder within the suite's."""
+        # Joint training is the same whatever the number of tasks.
+        joint = TRAININGS[self.training].joint
+        name = self.setting.data_name if joint else self.setting.name
+        return f"{name}/seed{self.seed}/{self.training}{self.apart}"
+
+    def __str__(self) -> str:
+        return self.place
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure of the table, before averaging over seeds.
+
+    Attributes:
+        setting: The column.
+        method: The row.
+        seed: Which of the seeds.
+        job: What has to run for it.
+    """
+
+    setting: Setting
+    method: str
+    seed: int
+    job: Job
+
+
+def make_plan(suite: Suite) -> list[Cell]:
+    """List the cells of a suite, each with its job; several cells have the same job.
+
+    Args:
+        suite: The suite.
+
+    Returns:
+        The cells, in the order in which their jobs are best run: the first seed of everything
+        first.
+
+    Example:
+        >>> from cl_merge.benchmarks.suites.definition import find_suite, narrowed
+        >>> suite = find_suite("table1")
+        >>> cells = make_plan(narrowed(suite, data=["cars"], tasks=[10], methods=["magmax"]))
+        >>> [(cell.method, cell.job.place) for cell in cells]
+        [('magmax', 'cars-10/seed5/sequential')]
+    """
+    words = {find_method(word): word for word in suite.methods}
+    cells = []
+    for seed, setting in itertools.product(suite.seeds, suite.settings):
+        jobs: dict[tuple[str, Method | None], Job] = {}
+        for method in suite.rows:
+            key = _training(method, suite), method if _alone(method) else None
+            if key not in jobs:
+                jobs[key] = _job(suite, words, setting, seed, *key)
+            cells.append(Cell(setting, method.name, seed, jobs[key]))
+    return cells
+
+
+def jobs_of(cells: list[Cell]) -> list[Job]:
+    """The jobs of cells, each once.
+
+    Args:
+        cells: A plan.
+
+    Returns:
+        The jobs in the order of the cells.
+    """
+    return list({cell.job.place: cell.job for cell in cells}.values())
+
+
+def state_of(job: Job, folder: str | Path) -> str:
+    """How far a job is.
+
+    Args:
+        job: The job.
+        folder: The suite's folder.
+
+    Returns:
+        `DONE`, `FAILED`, `BEGUN` or `NEW`.
+    """
+    place = Path(folder) / job.place
+    if finished_methods(place).issuperset(job.methods):
+        return DONE
+    if (place / FAILURE).exists():
+        return FAILED
+    return BEGUN if (place / "journal.jsonl").exists() else NEW
+
+
+def job_config(job: Job) -> RunConfig:
+    """The configuration of a job's run, with the recipe of its data set underneath.
+
+    Args:
+        job: The job.
+
+    Returns:
+        The configuration, as ``cl-merge run`` would read it.
+
+    Raises:
+        InputError: If a setting is wrong.
+    """
+    layers = (find_data(job.setting.data).recipe, job.config)
+    recipe: Any = OmegaConf.to_container(
+        OmegaConf.merge(*(OmegaConf.create(dict(x)) for x in layers))
+    )
+    return read_config([], recipe, origin=job.place)
+
+
+def on_devices(job: Job, devices: int) -> Job:
+    """Let a job train on several devices together, with the same number of images in a step.
+
+    Args:
+        job: The job.
+        devices: How many.
+
+    Returns:
+        The job with a device's share of the batch, and DistributedDataParallel.
+
+    Raises:
+        InputError: If the batch cannot be shared out.
+    """
+    batch = job_config(job).stream.batch_size
+    if devices < 1 or batch % devices:
+        raise InputError(
+            f"--ddp {devices}: {job} trains on batches of {batch}, which cannot be shared out "
+            f"among {devices}; choose a divisor, or stream.batch_size"
+        )
+    trainer = {"devices": devices, "strategy": "ddp" if devices > 1 else "auto"}
+    settings = {"trainer": trainer, "stream": {"batch_size": batch // devices}}
+    config: Any = OmegaConf.to_container(
+        OmegaConf.merge(OmegaConf.create(dict(job.config)), OmegaConf.create(settings))
+    )
+    return replace(job, config=config)
+
+
+def _training(method: Method, suite: Suite) -> str:
+    # The pre-trained model is evaluated in every run: any will do.
+    if method.training is not None:
+        return method.training
+    others = (find_method(name).training for name in (*suite.shown, *suite.methods))
+    return next((name for name in others if name not in (None, "joint")), "sequential") or ""
+
+
+def _job(
+    suite: Suite,
+    words: Mapping[Method, str],
+    setting: Setting,
+    seed: int,
+    training: str,
+    alone: Method | None,
+) -> Job:
+    """Make the job of a training, or that of a method which has one of its own."""
+    if TRAININGS[training].joint:
+        setting = replace(setting, tasks=setting.joint_tasks)
+    shared = [m for m in words if m.training == training and not _alone(m)]
+    methods = [alone] if alone else shared or [find_method("sequential")]
+    own = next((m for m in methods if m.merger), methods[0])
+    beside = [m for m in methods if m != own]
+    config: Any = OmegaConf.to_container(
+        OmegaConf.merge(
+            OmegaConf.create(dict(suite.run)),
+            OmegaConf.create(dict(setting.run)),
+            OmegaConf.create(
+                {
+                    "data": setting.data,
+                    "seed": seed,
+                    "method": words.get(own, own.name),
+                    "compare": [words[m] for m in beside],
+                    "stream": {} if setting.tasks is None else {"tasks": setting.tasks},
+                    "merge": _published(own, beside) if suite.published else {},
+                }
+            ),
+        )
+    )
+    names = (own.name, *(m.name for m in beside))
+    return Job(setting, seed, training, names, config, f"-{own.name}" if alone else "")
+
+
+def _alone(method: Method) -> bool:
+    """Whether a method cannot be shown beside another: its training estimates what it needs."""
+    return bool(method.merger and find_merger(method.merger).weighted)
+
+
+def _published(own: Method, beside: list[Method]) -> dict[str, Any]:
+    found: dict[str, Any] = {"options": dict(own.published)} if own.published else {}
+    # Methods with class statistics merge with the options of those without.
+    others = {
+        m.plain.name: dict(m.published) for m in beside if m.published and m.plain != own.plain
+    }
+    return found | ({"beside": others} if others else {})

@@ -1,0 +1,105 @@
+"""The folder of a suite: what was asked for, kept beside its runs."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+
+from cl_merge.benchmarks.suites.definition import Suite, find_suite, joined, to_yaml
+from cl_merge.errors import InputError
+from cl_merge.storage.files import atomic_write
+from cl_merge.training.journal import only_process
+
+SUITE = "suite.yaml"
+
+
+def hold(folder: Path) -> AbstractContextManager[None]:
+    """Hold a suite's folder against other processes.
+
+    Args:
+        folder: The folder; made if missing.
+
+    Returns:
+        A context that lasts as long.
+
+    Raises:
+        InputError: If another process has it, or it is the folder of something else.
+    """
+    for file in ("config.yaml", "results.json"):
+        if (folder / file).exists():
+            raise InputError(
+                f"--out {folder} holds a single run ({file}); name another folder, or a new one"
+            )
+    return only_process(folder)
+
+
+def with_former_methods(suite: Suite, folder: Path) -> Suite:
+    """Let the methods that joined the runs of a folder before stay in them.
+
+    Args:
+        suite: What is asked for now.
+        folder: The suite's.
+
+    Returns:
+        The same, with those methods among its own.
+    """
+    if not (folder / SUITE).exists():
+        return suite
+    methods = dict.fromkeys((*suite.methods, *read_folder(folder).methods))
+    return replace(suite, methods=tuple(methods))
+
+
+def remember(suite: Suite, folder: Path) -> None:
+    """Add what was asked for to what the folder has.
+
+    Args:
+        suite: What is asked for now.
+        folder: The suite's.
+
+    Raises:
+        InputError: If the folder is of another suite, or was begun with other settings of its runs.
+    """
+    if (folder / SUITE).exists():
+        before = read_folder(folder)
+        _check_same(before, suite, folder)
+        suite = joined(before, suite)
+    with atomic_write(folder / SUITE) as temporary:
+        temporary.write_text(to_yaml(suite), encoding="utf-8")
+
+
+def read_folder(folder: str | Path) -> Suite:
+    """Read what a suite's folder was asked for.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The suite.
+
+    Raises:
+        InputError: If it is no folder of a suite.
+    """
+    file = Path(folder) / SUITE
+    if not file.exists():
+        raise InputError(
+            f"'{folder}' is no folder of a suite (no {SUITE}) nor of a finished run (no "
+            "results.json)"
+        )
+    return find_suite(str(file))
+
+
+def _check_same(before: Suite, now: Suite, folder: Path) -> None:
+    if before.name != now.name:
+        raise InputError(
+            f"--out {folder} holds suite '{before.name}', not '{now.name}'; name another folder"
+        )
+    for what, one, other in (
+        ("run settings", before.run, now.run),
+        ("published", before.published, now.published),
+    ):
+        if one != other:
+            raise InputError(
+                f"--out {folder} was begun with {what} {one or 'none'}, not {other or 'none'}; "
+                "give the same, or name another folder"
+            )

@@ -1,8 +1,0 @@
-"""Checkpoints of any size: read a stretch at a time, written whole or not at all."""
-
-from cl_merge.checkpoints.output import check_output
-from cl_merge.checkpoints.reading import open_weights
-from cl_merge.checkpoints.weights import Weights
-from cl_merge.checkpoints.writing import Writer, write_weights
-
-__all__ = ["Weights", "Writer", "check_output", "open_weights", "write_weights"]

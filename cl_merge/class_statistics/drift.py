@@ -1,0 +1,123 @@
+"""Class statistics under an encoder that changes, without the images of earlier tasks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cl_merge.class_statistics.gaussians import ClassGaussians
+from cl_merge.class_statistics.moments import FeatureMoments
+
+RIDGE = 2.0
+
+
+class CarriedStatistics:
+    r"""Statistics of features m under the merged model of today, for images that are gone.
+
+    The base encoder never changes, so statistics of its features b stay true. What is missing of
+    an old image is how m has moved since. A linear map from b to m is kept; each task corrects it
+    by a ridge regression on its own images, towards what it was before:
+
+    .. math:: W = (C_{bb} + r I)^{-1} (C_{bm} - C_{bb} G), \quad G \leftarrow G + W
+
+    with the covariances C of the task's images. The same correction moves the statistics of all
+    earlier classes: m becomes m + W^T b + c, so that with the scatters S of old images
+
+    .. math::
+        S_{mm} \leftarrow S_{mm} + W^T S_{bb} W + W^T S_{bm} + S_{bm}^T W, \quad
+        S_{bm} \leftarrow S_{bm} + S_{bb} W
+
+    Nothing here grows with the number of tasks.
+
+    Args:
+        classes: Number of classes, C.
+        features: Length of the features, D.
+        ridge: r in units of the mean variance of a task's base features. The map is corrected in
+            directions in which the task's images vary more than that.
+
+    Attributes:
+        means: Of m by class, float64 [C, D].
+        scatter: Of m around them, S_mm, float64 [D, D].
+        cross: Of b and m around them, S_bm, float64 [D, D].
+        weight: G, float64 [D, D].
+        bias: float64 [D].
+    """
+
+    def __init__(self, classes: int, features: int, ridge: float = RIDGE) -> None:
+        zeros = torch.zeros(features, features, dtype=torch.float64)
+        self.ridge = ridge
+        self.means = torch.zeros(classes, features, dtype=torch.float64)
+        self.scatter, self.cross = zeros.clone(), zeros.clone()
+        self.weight = torch.eye(features, dtype=torch.float64)
+        self.bias = torch.zeros(features, dtype=torch.float64)
+
+    def update(self, before: FeatureMoments, task: FeatureMoments) -> None:
+        """Carry what is kept to the merged model after a task, and add the task's images.
+
+        Args:
+            before: Of the base features of all tasks before, D features.
+            task: Of base and merged features side by side, of the task's images, 2 D features.
+        """
+        old, new = ClassGaussians.of(before), ClassGaussians.of(task)
+        size = len(self.weight)
+        if not new.counts.any():
+            return
+        weight, bias = self._correction(new)
+        # New tensors, none in place: what `gaussians` and `tensors` gave away stays as it was.
+        means = self.means + (old.means @ weight + bias) * old.seen[:, None]
+        moved = weight.T @ self.cross
+        scatter = self.scatter + weight.T @ old.scatter @ weight + moved + moved.T
+        cross = self.cross + old.scatter @ weight
+        # The statistics of both, by class (Chan, Golub & LeVeque 1979).
+        apart_b = new.means[:, :size] - old.means
+        apart_m = new.means[:, size:] - means
+        total = (old.counts + new.counts).clamp(min=1)
+        pairs = (old.counts * new.counts / total)[:, None]
+        self.scatter = scatter + new.scatter[size:, size:] + (pairs * apart_m).T @ apart_m
+        self.cross = cross + new.scatter[:size, size:] + (pairs * apart_b).T @ apart_m
+        self.means = means + apart_m * (new.counts / total)[:, None]
+        self.weight = self.weight + weight
+        self.bias = self.bias + bias
+
+    def gaussians(self, counts: Tensor) -> ClassGaussians:
+        """The distributions of m.
+
+        Args:
+            counts: Images of each class so far, int64 [C].
+
+        Returns:
+            The distributions.
+        """
+        return ClassGaussians(counts.double(), self.means, self.scatter)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state, by name."""
+        return {
+            "means": self.means,
+            "scatter": self.scatter,
+            "cross": self.cross,
+            "weight": self.weight,
+            "bias": self.bias,
+        }
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], ridge: float = RIDGE) -> CarriedStatistics:
+        """Make statistics of what `tensors` returned, as copies on the CPU."""
+        classes, features = tensors["means"].shape
+        made = cls(classes, features, ridge)
+        for name in made.tensors():
+            setattr(made, name, tensors[name].to(device="cpu", copy=True))
+        return made
+
+    def _correction(self, task: ClassGaussians) -> tuple[Tensor, Tensor]:
+        """W and c of the class's docstring."""
+        size = len(self.weight)
+        mean, second = task.second_moment()
+        covariance = second - mean[:, None] * mean
+        base, both = covariance[:size, :size], covariance[:size, size:]
+        # A single image says where features have moved to, but not how they vary.
+        strength = max(self.ridge * float(base.diagonal().mean()), 1e-12)
+        identity = torch.eye(size, dtype=torch.float64)
+        weight = torch.linalg.solve(base + strength * identity, both - base @ self.weight)
+        bias = mean[size:] - mean[:size] @ (self.weight + weight) - self.bias
+        return weight, bias

@@ -1,0 +1,219 @@
+"""Everything that class statistics keep of a stream, and how a task adds to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cl_merge.class_statistics.discriminant import Discriminant, left_out_scores
+from cl_merge.class_statistics.drift import RIDGE, CarriedStatistics
+from cl_merge.class_statistics.gaussians import ClassGaussians
+from cl_merge.class_statistics.moments import FeatureMoments
+from cl_merge.class_statistics.vote import Vote, choose_vote
+from cl_merge.errors import InputError, unknown_name
+from cl_merge.storage.files import load_tensors, save_tensors
+
+ENCODERS = ("both", "base", "merged")
+FORMAT = "cl_merge.class_statistics"
+
+Total = Callable[[Tensor], Tensor]
+"""Sums an int64 tensor over all processes."""
+
+
+class StreamStatistics:
+    """Class statistics of a stream's images under the base encoder and under the merged one.
+
+    Args:
+        classes: Number of classes, C.
+        features: Length of the features, D.
+        encoders: Whose features classify: ``"base"``, ``"merged"`` or ``"both"``.
+        ridge: See `CarriedStatistics`.
+
+    Attributes:
+        base: Moments of base features of all tasks.
+        carried: Statistics of merged features; None with ``encoders="base"``.
+        vote: How much text head and statistics count, as chosen after the last task.
+        tasks: Number of tasks in it.
+
+    Raises:
+        InputError: If the encoders are something else, or the ridge is not above 0.
+    """
+
+    def __init__(
+        self, classes: int, features: int, encoders: str = "both", ridge: float = RIDGE
+    ) -> None:
+        if encoders not in ENCODERS:
+            raise unknown_name("encoders", encoders, ENCODERS)
+        if not (ridge > 0 and ridge < float("inf")):
+            raise InputError(f"ridge={ridge}; expected a finite number above 0")
+        self.encoders = encoders
+        self.base = FeatureMoments(classes, features)
+        self.carried = None if encoders == "base" else CarriedStatistics(classes, features, ridge)
+        self.vote = Vote()
+        self.tasks = 0
+
+    @property
+    def classes(self) -> int:
+        """Number of classes, C."""
+        return len(self.base.counts)
+
+    @property
+    def features(self) -> int:
+        """Length of the features, D."""
+        return self.base.sums.shape[1]
+
+    def learn(
+        self,
+        base: Tensor,
+        merged: Tensor | None,
+        labels: Tensor,
+        text: Tensor | None = None,
+        *,
+        total: Total = lambda tensor: tensor,
+    ) -> None:
+        """Take up the images of a task; under several processes each has its own.
+
+        Args:
+            base: Their unit features under the base encoder, float [N, D].
+            merged: The same under the merged model of today; may be None with ``"base"``.
+            labels: Their classes, int64 [N].
+            text: The text head's logits for them, float [N, C]; None leaves the text head out of
+                the vote among classes seen.
+            total: Sums over processes.
+
+        Raises:
+            InputError: If features are not finite, those under the merged model are missing, or a
+                label lies outside the classes. The statistics are as they were.
+        """
+        self._check(labels)
+        task, both = (FeatureMoments(self.classes, n * self.features) for n in (1, 2))
+        task.update(base, labels)
+        if self.carried is not None:
+            if merged is None:
+                raise InputError(f"encoders='{self.encoders}' need the merged model's features")
+            both.update(torch.cat([base, merged], dim=1), labels)
+        before = FeatureMoments.of(self.base.tensors())
+        task.reduce(total)
+        self.base.add(task)
+        if self.carried is not None:
+            both.reduce(total)
+            self.carried.update(before, both)
+        self.vote = Vote(text=0.0)
+        if text is not None:
+            self.vote = self._choose(base, merged, labels, text, total)
+        self.tasks += 1
+
+    def gaussians(self) -> dict[str, ClassGaussians]:
+        """The distributions that classify, by encoder: ``"base"``, ``"merged"``."""
+        found = {}
+        if self.encoders != "merged":
+            found["base"] = ClassGaussians.of(self.base)
+        if self.carried is not None:
+            found["merged"] = self.carried.gaussians(self.base.counts)
+        return found
+
+    def discriminants(self) -> dict[str, Discriminant]:
+        """The discriminants of these distributions, by encoder."""
+        return {name: Discriminant.of(found) for name, found in self.gaussians().items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state as tensors by name."""
+        found = {f"base.{name}": tensor for name, tensor in self.base.tensors().items()}
+        if self.carried is not None:
+            found |= {f"carried.{name}": tensor for name, tensor in self.carried.tensors().items()}
+        found["vote"] = torch.tensor([self.vote.text, self.vote.statistics], dtype=torch.float64)
+        found["tasks"] = torch.tensor(self.tasks)
+        return found
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state_dict` returned; its tensors are copied.
+
+        Raises:
+            InputError: If it is of other classes, features or encoders.
+        """
+        for name, own in self.state_dict().items():
+            if name not in state:
+                raise InputError(f"no tensor '{name}' in the saved class statistics")
+            found = state[name]
+            if (found.shape, found.dtype) != (own.shape, own.dtype):
+                raise InputError(
+                    f"saved class statistics '{name}' are {list(found.shape)} of {found.dtype}; "
+                    f"expected {list(own.shape)} of {own.dtype}"
+                )
+        self.base = FeatureMoments.of(_part(state, "base."))
+        if self.carried is not None:
+            self.carried = CarriedStatistics.of(_part(state, "carried."), self.carried.ridge)
+        text, statistics = state["vote"].tolist()
+        self.vote = Vote(text, statistics)
+        self.tasks = int(state["tasks"])
+
+    def save(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+        """Write the statistics as safetensors, whole or not at all.
+
+        Args:
+            path: Where.
+            metadata: More to write into the header, under other names than its own: ``format``,
+                ``encoders``, ``ridge``.
+
+        Raises:
+            StorageError: If the file cannot be written.
+        """
+        ridge = self.carried.ridge if self.carried is not None else None
+        own = {"format": FORMAT, "encoders": self.encoders, "ridge": json.dumps(ridge)}
+        save_tensors(path, self.state_dict(), dict(metadata or {}) | own)
+
+    @classmethod
+    def load(cls, path: str | Path) -> StreamStatistics:
+        """Read what `save` has written.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The statistics.
+
+        Raises:
+            InputError: If there is no such file, or it holds something else.
+        """
+        tensors, metadata = load_tensors(path)
+        if metadata.get("format") != FORMAT:
+            raise InputError(
+                f"{path}: holds no class statistics; expected a file that save() wrote"
+            )
+        try:
+            ridge = json.loads(metadata["ridge"]) or RIDGE
+            classes, features = tensors["base.sums"].shape
+            made = cls(classes, features, metadata["encoders"], ridge)
+            made.load_state_dict(tensors)
+        except (KeyError, ValueError, TypeError) as error:
+            raise InputError(f"{path}: damaged class statistics ({error})") from error
+        return made
+
+    def _check(self, labels: Tensor) -> None:
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.classes:
+            raise InputError(
+                f"labels from {int(labels.min())} to {int(labels.max())}, but the statistics are "
+                f"of {self.classes} classes; expected 0 to {self.classes - 1}"
+            )
+
+    def _choose(
+        self, base: Tensor, merged: Tensor | None, labels: Tensor, text: Tensor, total: Total
+    ) -> Vote:
+        # An image that is the only one of its class cannot be left out.
+        kept = self.base.counts[labels] > 1
+        of = {"base": base, "merged": merged}
+        scores = [
+            left_out_scores(features[kept], labels[kept], gaussians)
+            for name, gaussians in self.gaussians().items()
+            if (features := of[name]) is not None
+        ]
+        mean = sum(scores[1:], start=scores[0]) / len(scores)
+        return choose_vote(text[kept], mean, labels[kept], total=total)
+
+
+def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

@@ -1,0 +1,291 @@
+"""Reading the configuration of a run: from words, files and recipes to checked values."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cl_merge.config.schema import (
+    EVALUATE,
+    HELD_OUT,
+    LOGGERS,
+    MergeConfig,
+    RunConfig,
+    described_keys,
+)
+from cl_merge.config.trainer import check_trainer
+from cl_merge.config.yaml_text import check_yaml
+from cl_merge.errors import InputError, listing, nearest, unknown_name
+from cl_merge.storage.files import is_no_file
+from cl_merge.storage.quantize import STORES
+from cl_merge.task_vectors.scales import Scales
+
+# Of Lightning's `seed_everything`, which seeds numpy too.
+_LARGEST_SEED = 2**32 - 1
+
+# A value that cannot be read is part of a message; this much of it will do.
+_LONGEST = 300
+
+
+def read_config(
+    arguments: Sequence[str],
+    recipe: Mapping[str, Any],
+    file: str | Path | None = None,
+    *,
+    origin: str = "the recipe of the data set",
+) -> RunConfig:
+    """Put a configuration together: defaults, then a recipe, then a file, then arguments.
+
+    Args:
+        arguments: ``key=value`` words, such as ``stream.tasks=10``.
+        recipe: What is underneath, such as what the data set sets by itself.
+        file: A YAML file.
+        origin: Where the recipe comes from, for messages.
+
+    Returns:
+        The configuration, checked.
+
+    Raises:
+        InputError: If a key or a value is wrong; names the nearest valid key.
+
+    Example:
+        >>> read_config(["stream.tasks=10", "seed=3"], {}).stream.tasks
+        10
+    """
+    layers = [(origin, OmegaConf.create(dict(recipe)))]
+    if file is not None:
+        layers.append((str(file), read_yaml(file)))
+    layers.append(("the command line", parse_arguments(arguments)))
+    config = OmegaConf.structured(RunConfig)
+    for source, layer in layers:
+        _check_keys(layer, source)
+        config = _merged(config, layer, source)
+    found: Any = OmegaConf.to_object(_resolved(config))
+    _check_sizes(asdict(found))
+    _check_values(found)
+    if found.stream.held_out is None:
+        found.stream.held_out = HELD_OUT if found.merge.scale == "auto" else 0.0
+    return found  # type: ignore[no-any-return]
+
+
+def logger_options(loggers: Any) -> dict[str, dict[str, Any]] | None:
+    """Read what ``loggers`` says.
+
+    Args:
+        loggers: A name, a list of names, a mapping from names to options of Lightning's loggers;
+            False for none.
+
+    Returns:
+        For each logger its options; None if nothing is said.
+
+    Raises:
+        InputError: If a name is unknown, or it is something else.
+
+    Example:
+        >>> logger_options(["csv", "wandb"])
+        {'csv': {}, 'wandb': {}}
+    """
+    if loggers is None:
+        return None
+    if isinstance(loggers, Mapping):
+        found = {str(name): options for name, options in loggers.items()}
+    elif isinstance(loggers, (list, tuple)):
+        found = {str(name): None for name in loggers}
+    elif isinstance(loggers, str) or loggers is False:
+        found = {loggers: None} if loggers else {}
+    else:
+        raise InputError(f"loggers={loggers}; expected a name, a list of names, or false")
+    for name, options in found.items():
+        if name not in LOGGERS:
+            raise unknown_name("logger", name, LOGGERS)
+        if options is not None and not isinstance(options, Mapping):
+            raise InputError(f"loggers.{name}={options}; expected options of the logger, by name")
+    return {name: dict(options or {}) for name, options in found.items()}
+
+
+def parse_arguments(arguments: Sequence[str]) -> DictConfig:
+    """Read ``key=value`` words.
+
+    Args:
+        arguments: The words.
+
+    Returns:
+        What they say, as a tree.
+
+    Raises:
+        InputError: If a word has no ``=`` or its value cannot be read.
+    """
+    for word in arguments:
+        key, equals, _ = word.partition("=")
+        if not equals or not key.strip("-"):
+            raise InputError(f"'{word}' is no setting; expected key=value, such as stream.tasks=5")
+        if key.startswith("-"):
+            raise InputError(f"'{word}': settings are written without dashes: {word.lstrip('-')}")
+    found = OmegaConf.create()
+    for word in arguments:
+        try:
+            found.merge_with_dotlist([_typed(word)])
+        # OmegaConf passes on the errors of the YAML reader below it, which have no common base.
+        except Exception as error:
+            hint = "put quotes around text with brackets, braces or commas"
+            raise InputError(f"cannot read '{word}' ({_first_line(error)}); {hint}") from error
+    return found
+
+
+def read_yaml(file: str | Path) -> DictConfig:
+    """Read a YAML file of settings.
+
+    Args:
+        file: Where it lies.
+
+    Returns:
+        What it says.
+
+    Raises:
+        InputError: If it is missing or is no YAML mapping.
+    """
+    if is_no_file(file):
+        raise InputError(f"config {file}: is no file; expected one of keys and values")
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+        check_yaml(text)
+        found = OmegaConf.load(io.StringIO(text))
+    except OSError as error:
+        # OmegaConf raises one, too, for what is neither keys and values nor a list.
+        reason = error.strerror or error
+        raise InputError(f"config {file}: cannot be read ({reason})") from error
+    # As above: the errors of the YAML reader.
+    except Exception as error:
+        raise InputError(f"config {file}: no valid YAML ({_first_line(error)})") from error
+    if not isinstance(found, DictConfig):
+        raise InputError(f"config {file}: expected keys and values, found a list")
+    return found
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Write a configuration as YAML.
+
+    Args:
+        config: The configuration.
+
+    Returns:
+        YAML that `read_yaml` reads back.
+    """
+    return str(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def _typed(word: str) -> str:
+    # YAML reads 1e-4 as text and 1.0e-4 as a number; people type the former.
+    key, _, value = word.partition("=")
+    if re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value):
+        value = repr(float(value))
+    return f"{key}={value}"
+
+
+def _check_keys(layer: DictConfig, origin: str) -> None:
+    known = described_keys()
+    # Not resolved: what a value refers to may be in another layer.
+    tree: Any = OmegaConf.to_container(layer, resolve=False)
+    for key, inner in tree.items():
+        # What is within a setting that is itself a mapping is not known here: the arguments of
+        # Lightning's Trainer, for one, are checked against the Trainer itself.
+        group = any(name.startswith(f"{key}.") for name in known)
+        nested = isinstance(inner, dict) and group
+        for name in [f"{key}.{k}" for k in inner] if nested else [key]:
+            if name not in known:
+                raise InputError(f"{origin}: unknown key '{name}'{nearest(name, known)}")
+
+
+def _merged(config: DictConfig, layer: DictConfig, origin: str) -> DictConfig:
+    try:
+        return OmegaConf.merge(config, layer)  # type: ignore[return-value]
+    except TypeError as error:
+        raise InputError(
+            f"{origin}: a list stands where keys and values are expected, or the other way round "
+            f"({_misplaced(config, layer)})"
+        ) from error
+    except OmegaConfBaseException as error:
+        where = f"{error.full_key}: " if error.full_key else ""
+        raise InputError(f"{origin}: {where}{_first_line(error)}") from error
+
+
+def _resolved(config: DictConfig) -> DictConfig:
+    """Put values in the place of references, and check them as if they had been written there."""
+    try:
+        # Without types first: a reference to a value of the wrong type is then named below.
+        tree = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
+        plain: Any = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+    # What is only known now: a value left out as ???, or a reference to a key that there is not.
+    except OmegaConfBaseException as error:
+        raise InputError(f"{error.full_key}: {_first_line(error)}") from error
+    layer: DictConfig = OmegaConf.create(plain)
+    return _merged(OmegaConf.structured(RunConfig), layer, "what a setting refers to")
+
+
+def _misplaced(config: DictConfig, layer: DictConfig) -> str:
+    """Name the keys that cannot be merged for being a list or a mapping."""
+    names = []
+    for key, value in OmegaConf.to_container(layer, resolve=False).items():  # type: ignore[union-attr]
+        try:
+            OmegaConf.merge(config, OmegaConf.create({key: value}))
+        except TypeError:
+            names.append(str(key))
+        except OmegaConfBaseException:  # wrong in another way
+            continue
+    return listing(names)
+
+
+def _check_sizes(value: Any, name: str = "") -> None:
+    """Make sure that whole numbers are such as torch can take and messages can show."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _check_sizes(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list):
+        for inner in value:
+            _check_sizes(inner, name)
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        raise InputError(f"{name}: a number of {value.bit_length()} bits; expected at most 63")
+
+
+def _check_values(config: RunConfig) -> None:
+    check_trainer(config.trainer)
+    _check_merge(config.merge)
+    logger_options(config.loggers)
+    if config.evaluate not in EVALUATE:
+        raise unknown_name("value of evaluate", config.evaluate, EVALUATE)
+    if not config.checkpoint_seconds >= 0:
+        raise InputError(f"checkpoint_seconds={config.checkpoint_seconds}; expected 0 or more")
+    if config.seed < 0:
+        raise InputError(f"seed={config.seed}; expected 0 or more")
+    if config.seed > _LARGEST_SEED:
+        raise InputError(f"seed={config.seed}; expected at most {_LARGEST_SEED}")
+
+
+def _check_merge(merge: MergeConfig) -> None:
+    if merge.scale != "auto":
+        try:
+            Scales.read(merge.scale, 1.0)
+        except InputError as error:
+            hint = "expected a finite number, finite numbers by pattern, or auto"
+            raise InputError(f"merge.scale={merge.scale}; {hint}") from error
+        if merge.groups:
+            raise InputError(f"merge.groups={merge.groups}; only for merge.scale=auto")
+    if merge.density is not None and not 0 < merge.density <= 1:
+        raise InputError(f"merge.density={merge.density}; expected more than 0, at most 1")
+    if merge.store not in STORES:
+        raise unknown_name("value of merge.store", merge.store, STORES)
+
+
+def _first_line(error: BaseException) -> str:
+    # The reader of YAML says first what it was doing, then what is wrong and where.
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    text = f"{problem}, line {mark.line + 1}" if problem and mark else str(error).strip()
+    line = text.splitlines()[0] if text else type(error).__name__
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 1]}…"

@@ -1,0 +1,257 @@
+"""Labelled images on their way from a table to a data loader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from cl_merge.data.sampling import Draw, generators_kept, seed_generators
+from cl_merge.data.tasks import Indices
+from cl_merge.errors import InputError, unknown_name
+
+if TYPE_CHECKING:
+    import datasets
+
+Transform: TypeAlias = Callable[[Image.Image], Tensor]
+
+# Decoded images are kept in memory up to this many bytes, unless the user says otherwise.
+CACHE_BYTES = 1 << 30
+
+
+class Sample(NamedTuple):
+    """One image or, collated, one batch.
+
+    Attributes:
+        image: The transformed image, float32 [3, H, W]; in a batch [B, 3, H, W].
+        label: The global label, int64; in a batch [B].
+        task: Index of the task that the image belongs to, int64; in a batch [B].
+    """
+
+    image: Tensor
+    label: int | Tensor
+    task: int | Tensor
+
+
+class ImageTable:
+    """One split of a data set: its images, labels and domains, none decoded before it is asked for.
+
+    Args:
+        rows: A split of a `datasets` data set.
+        image: The column with the images.
+        label: The column with the labels: `ClassLabel`, whole numbers, or strings.
+        domain: The column with the domains, if there is one: `ClassLabel` or strings.
+        where: What the split is called in messages.
+
+    Raises:
+        InputError: If a column is missing.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        image: str = "image",
+        label: str = "label",
+        domain: str | None = None,
+        *,
+        where: str = "train",
+    ) -> None:
+        for column in filter(None, (image, label, domain)):
+            if column not in rows.column_names:
+                raise unknown_name(f"column of the {where} split", column, rows.column_names)
+        self.where = where
+        self._rows = rows
+        self._image = image
+        self._label = label
+        self._domain = domain
+        self._decoded: dict[int, Image.Image] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def has_domains(self) -> bool:
+        """Whether a column of domains was named."""
+        return self._domain is not None
+
+    def values(self, column: str) -> list[str] | Indices:
+        """Read a column of labels or domains without decoding an image.
+
+        Args:
+            column: ``"label"`` or ``"domain"``.
+
+        Returns:
+            Strings, or int64 [N].
+        """
+        name = self._label if column == "label" else self._domain
+        found = self._rows.select_columns([name]).with_format("numpy")[name][:]
+        if np.issubdtype(np.asarray(found).dtype, np.integer):
+            return np.asarray(found, dtype=np.int64)
+        return [str(value) for value in found]
+
+    def names(self, column: str) -> list[str] | None:
+        """The names that a `ClassLabel` column carries, or None for any other column."""
+        feature = self._rows.features[self._label if column == "label" else self._domain]
+        return list(feature.names) if hasattr(feature, "names") else None
+
+    def image(self, row: int) -> Image.Image:
+        """Decode one image.
+
+        Args:
+            row: Which row of the split.
+
+        Returns:
+            The image in RGB.
+
+        Raises:
+            InputError: If the bytes are no image.
+        """
+        kept = self._decoded.get(row)
+        return self._decode(row) if kept is None else kept
+
+    def keep_decoded(self, rows: Indices) -> None:
+        """Decode images once and keep them, so that later epochs do not decode again.
+
+        Args:
+            rows: Which rows of the split.
+        """
+        for row in rows.tolist():
+            if row not in self._decoded:
+                self._decoded[row] = self._decode(row)
+
+    def decoded_bytes(self, count: int) -> int:
+        """Estimate what decoded images take, from the first few of the split.
+
+        Args:
+            count: How many images.
+
+        Returns:
+            Their size in bytes.
+        """
+        first = [self.image(row) for row in range(min(len(self), 8))]
+        return sum(3 * i.width * i.height for i in first) * count // max(len(first), 1)
+
+    def _decode(self, row: int) -> Image.Image:
+        try:
+            return as_rgb(self._rows[int(row)][self._image])
+        # Readers of image formats raise whatever damaged bytes lead them to.
+        except Exception as error:
+            raise InputError(
+                f"row {row} of the {self.where} split, column '{self._image}', is no readable "
+                f"image ({error}); remove the row or replace the file"
+            ) from error
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Turn an image of any mode into one of three channels of 8 bits.
+
+    Grey values of 16 bits are scaled; Pillow by itself cuts them off at 255, which is white.
+
+    Args:
+        image: The image.
+
+    Returns:
+        The image in RGB.
+
+    Example:
+        >>> grey = Image.fromarray(np.full((1, 1), 32896, dtype=np.uint16))
+        >>> as_rgb(grey).getpixel((0, 0))
+        (128, 128, 128)
+    """
+    # Of a PNG mode I is 16 bits, too, in some versions of Pillow.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        values = np.asarray(image).astype(np.uint32)
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    return image.convert("RGB")
+
+
+class ImageDataset(Dataset[Sample]):
+    """Some rows of an `ImageTable`, transformed, each with its label and task.
+
+    Indexed with a `Draw`, the transform draws from generators seeded for it, and leaves them as
+    they were; indexed with a number, it draws from them as they are.
+
+    Args:
+        table: Where the images come from.
+        rows: Which rows, int64 [N].
+        labels: Labels of all rows of the table, int64.
+        tasks: Task index of all rows of the table, int64.
+        transform: Turns an image into a float tensor [3, H, W].
+    """
+
+    def __init__(
+        self,
+        table: ImageTable,
+        rows: Indices,
+        labels: Indices,
+        tasks: Indices,
+        transform: Transform,
+    ) -> None:
+        self.rows = rows
+        self._table = table
+        self._labels = labels
+        self._tasks = tasks
+        self._transform = transform
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int | Draw) -> Sample:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int | Draw]) -> list[Sample]:
+        """Load the samples of a batch at once, as a data loader asks for them."""
+        drawn = any(isinstance(index, Draw) for index in indices)
+        # To keep the generators takes ten times as long as to seed them: once for a batch.
+        with generators_kept() if drawn else nullcontext():
+            return [self._load(index) for index in indices]
+
+    def _load(self, index: int | Draw) -> Sample:
+        if isinstance(index, Draw):
+            seed_generators(index.seed)
+            index = index.index
+        row = int(self.rows[index])
+        image = self._transform(self._table.image(row))
+        return Sample(image, int(self._labels[row]), int(self._tasks[row]))
+
+
+class TensorSamples(Dataset[Sample]):
+    """Samples whose transformed images lie in memory.
+
+    Args:
+        images: float32 [N, 3, H, W].
+        labels: int64 [N].
+        tasks: int64 [N].
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, tasks: Tensor) -> None:
+        self._samples = TensorDataset(images, labels, tasks)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(*self._samples[index])
+
+    @classmethod
+    def of(cls, dataset: ImageDataset, *, num_workers: int = 0) -> TensorSamples:
+        """Transform every image of a data set once.
+
+        Args:
+            dataset: A data set whose transform draws no random numbers.
+            num_workers: Processes that decode and transform.
+
+        Returns:
+            The same samples, in memory.
+        """
+        # Making an iterator draws a number; not from the global generator, which training uses.
+        own = torch.Generator()
+        loader = DataLoader(dataset, batch_size=64, num_workers=num_workers, generator=own)
+        images, labels, tasks = zip(*loader, strict=True)
+        return cls(torch.cat(images), torch.cat(labels), torch.cat(tasks))

@@ -1,0 +1,227 @@
+"""From the splits of a data set to two tables whose labels and domains are whole numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cl_merge.data.images import ImageTable
+from cl_merge.data.sources import without_bars
+from cl_merge.data.tasks import Indices
+from cl_merge.errors import InputError, listing, unknown_name
+
+if TYPE_CHECKING:
+    import datasets
+
+
+def two_splits(
+    splits: Mapping[str, datasets.Dataset],
+    train: str,
+    test: str,
+    test_fraction: float | None,
+    seed: int,
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Choose the images to train on and those to test on.
+
+    Args:
+        splits: The splits by name.
+        train: Name of the split to train on.
+        test: Name of the split to test on.
+        test_fraction: Share of the training split to test on instead.
+        seed: Which share.
+
+    Returns:
+        Training and test images.
+
+    Raises:
+        InputError: If a split is missing, or the share is not between 0 and 1 or leaves no image.
+    """
+    if train not in splits:
+        raise InputError(
+            f"the data set has no split '{train}'; it has {listing(splits)}: name the one to "
+            "train on with stream.train_split"
+        )
+    if test_fraction is not None:
+        if not 0 < test_fraction < 1:
+            raise InputError(f"stream.test_fraction={test_fraction}; expected more than 0, below 1")
+        try:
+            held_out = splits[train].train_test_split(test_fraction, seed=seed)
+        except ValueError as error:
+            raise InputError(
+                f"stream.test_fraction={test_fraction} of {len(splits[train])} images leaves "
+                "none to train on; give a smaller share"
+            ) from error
+        return held_out["train"], held_out["test"]
+    if test not in splits:
+        raise InputError(
+            f"the data set has no split '{test}'; it has {listing(splits)}: name the one to test "
+            "on with stream.test_split, or hold images out with stream.test_fraction=0.2"
+        )
+    return splits[train], splits[test]
+
+
+def table_of(
+    rows: datasets.Dataset, image: str, label: str, domain: str | None = None, *, where: str
+) -> ImageTable:
+    """Make the table of a split, after a look whether its columns are there.
+
+    Args:
+        rows: The split.
+        image: The column with the images.
+        label: The column with the labels.
+        domain: The column with the domains, if there is one.
+        where: What the split is called in messages.
+
+    Returns:
+        The table.
+
+    Raises:
+        InputError: If a column is missing; says which setting names it.
+    """
+    for setting, column in (("image", image), ("label", label), ("domain", domain)):
+        if column is not None and column not in rows.column_names:
+            error = unknown_name(f"column of the {where} split", column, rows.column_names)
+            raise InputError(f"{error}; name the one with the {setting}s: stream.{setting}=...")
+    return ImageTable(rows, image, label, domain, where=where)
+
+
+def labels_of(train: ImageTable, test: ImageTable) -> tuple[Indices, Indices, list[str]]:
+    """Read the labels of both splits.
+
+    Args:
+        train: The training images.
+        test: The test images.
+
+    Returns:
+        Global labels of both, int64 [N] and [M], and the names that go with them: those of a
+        `ClassLabel`; of strings, the sorted strings; of numbers, the numbers.
+
+    Raises:
+        InputError: If the test images have a label that the training images do not.
+    """
+    names = train.names("label")
+    if names is None:
+        found = train.values("label")
+        numbers = isinstance(found, np.ndarray)
+        names = [str(value) for value in (range(int(max(found)) + 1) if numbers else set(found))]
+        names = names if numbers else sorted(names)
+    return _indices(train, "label", names), _indices(test, "label", names), names
+
+
+def domains_of(
+    train: ImageTable, test: ImageTable, scenario: str
+) -> tuple[Indices, Indices, list[str]]:
+    """Read the domains of both splits.
+
+    Args:
+        train: The training images.
+        test: The test images.
+        scenario: What they are wanted for, for the message where there are none.
+
+    Returns:
+        Domain indices of both, int64 [N] and [M], and the names that go with them.
+
+    Raises:
+        InputError: If no column of domains was named, or the test images have a domain that the
+            training images do not.
+    """
+    if not train.has_domains:
+        raise InputError(
+            f"stream.scenario={scenario} needs the column of the domains: stream.domain=..."
+        )
+    names = train.names("domain") or sorted({str(value) for value in train.values("domain")})
+    return _indices(train, "domain", names), _indices(test, "domain", names), names
+
+
+def with_domains(rows: datasets.Dataset, image: str, pattern: str) -> datasets.Dataset:
+    """Add a column of domains that are read off the names of the images' files.
+
+    Args:
+        rows: A split.
+        image: The column with the images.
+        pattern: A regular expression that matches the beginning of a file's name, without its
+            folder; its first group is the domain, as in ``([a-z]+)_[0-9]+`` for ``art_12.jpg``.
+
+    Returns:
+        The split with a column ``domain``. No image is read.
+
+    Raises:
+        InputError: If the pattern has no group, or an image has no file name that matches.
+    """
+    import datasets
+
+    expression = _compiled(pattern)
+    if image not in rows.column_names:
+        raise unknown_name("column of images", image, rows.column_names)
+    files = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+    domains: list[str] = []
+    for batch in files.with_format("arrow").iter(1000):
+        for path in batch[image].combine_chunks().field("path").to_pylist():
+            found = expression.match(re.split(r"[/\\]", path or "")[-1])
+            if found is None:
+                raise InputError(
+                    f"row {len(domains)}, column '{image}', has "
+                    f"{f'the file name {path}' if path else 'no file name'}, which says no domain: "
+                    f"stream.domain_pattern={pattern} does not match; use a copy that keeps the "
+                    "names of its files, or name a column of domains with stream.domain"
+                )
+            domains.append(found[1])
+    with without_bars():
+        return rows.add_column("domain", domains)
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        found = re.compile(pattern)
+    except re.error as error:
+        raise InputError(
+            f"stream.domain_pattern={pattern}: no regular expression ({error})"
+        ) from error
+    if found.groups < 1:
+        raise InputError(
+            f"stream.domain_pattern={pattern} has no group; put the part that is the domain in "
+            "parentheses, as in ([a-z]+)_[0-9]+"
+        )
+    return found
+
+
+def _indices(table: ImageTable, column: str, names: list[str]) -> Indices:
+    """Read labels or domains as indices into `names`, and check that each has a name."""
+    values, own_names = table.values(column), table.names(column)
+    if isinstance(values, np.ndarray):
+        check_range(values, len(own_names or names), f"the {table.where} split", column)
+        if own_names in (None, names):
+            return values
+        # Two splits may number the same names differently; the names decide.
+        values = [own_names[value] for value in values]
+    position = {name: index for index, name in enumerate(names)}
+    unknown = sorted(set(values) - set(position))
+    if unknown:
+        raise InputError(
+            f"the {table.where} split has {column}s that are not in the training split: "
+            f"{listing(unknown)}"
+        )
+    return np.asarray([position[value] for value in values], dtype=np.int64)
+
+
+def check_range(values: Indices, number: int, where: str, what: str = "label") -> None:
+    """Make sure that labels, or domains, are those of a head or a list of names.
+
+    Args:
+        values: The labels, whole numbers [N].
+        number: How many classes there are.
+        where: How the error calls what holds them, as in ``"the train split"``.
+        what: How it calls one of them.
+
+    Raises:
+        InputError: If one is below 0 or not below the number; names them.
+    """
+    wrong = sorted({int(v) for v in np.unique(values) if not 0 <= v < number})
+    if wrong:
+        raise InputError(
+            f"{where} has {what}s outside the head: {listing(map(str, wrong))}; expected "
+            f"0 to {number - 1}"
+        )

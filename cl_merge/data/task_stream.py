@@ -1,0 +1,478 @@
+"""The task stream: a LightningDataModule that shows one task at a time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
+from torchvision.transforms.functional import to_tensor
+from typing_extensions import override
+
+from cl_merge.data.images import (
+    CACHE_BYTES,
+    ImageDataset,
+    Sample,
+    TensorSamples,
+    Transform,
+)
+from cl_merge.data.sampling import StreamLoader, StreamSampler
+from cl_merge.data.sources import read_images
+from cl_merge.data.tables import domains_of, labels_of, table_of, two_splits, with_domains
+from cl_merge.data.tasks import (
+    SCENARIOS,
+    Indices,
+    Order,
+    Task,
+    hold_out,
+    limit_per_class,
+    split_by_class,
+    split_by_data,
+    split_by_domain,
+    split_by_source,
+    whole_number,
+)
+from cl_merge.errors import InputError, listing, unknown_name
+from cl_merge.seeds import derive_seed
+
+if TYPE_CHECKING:
+    import datasets
+
+
+class TaskStream(L.LightningDataModule):
+    """Split a labelled image data set into tasks and show them one after another.
+
+    The training loader holds the images of the current task only, the test loader those of every
+    task. Labels stay global: they are the classes of the whole data set whatever the task. Batches
+    are `Sample` tuples ``(image, label, task)``.
+
+    The order of the training images and what their augmentation draws depend on seed, task, epoch
+    and image only: not on the number of workers or processes, nor on whether a run was resumed.
+
+    Args:
+        data: A folder, parquet file or hub id (see `read_images`), or the splits themselves as a
+            mapping to `datasets.Dataset`.
+        tasks: Number of tasks. Where each domain or data set is a task, the data decides, and this
+            must be None or their number.
+        scenario: ``"class"`` (tasks of disjoint classes), ``"domain"`` (a task per domain, with all
+            classes), ``"source"`` (a task per data set of several joined ones, with the classes of
+            that data set) or ``"data"`` (random parts of the images).
+        order: Order of the classes, the domains or the data sets: ``"natural"``, a seed, or a list
+            of indices or names. An order is a list, never a hidden draw: `Task.class_names` says
+            which it was.
+        image: The column with the images.
+        label: The column with the labels.
+        domain: The column with the domains, or with the names of the data sets that were joined;
+            needed in the domain and source scenarios only.
+        domain_pattern: A regular expression that reads the domain off the name of an image's file
+            where no column has it, see `with_domains`.
+        train_split: Name of the split to train on.
+        test_split: Name of the split to test on.
+        test_fraction: Share of the training split to hold out as test images where the data set has
+            no test split, drawn from `split_seed`.
+        split_seed: Which share; None for `seed`.
+        revision: Which commit of a hub data set.
+        images_per_class: Train on at most so many images of each class, drawn from `seed`.
+        held_out: Share of each task's training images not to train on, drawn from `seed` for each
+            class and task, at least one where there are two: what `held_out_dataloader` shows.
+        train_transform: Turns a PIL image into a float tensor [3, H, W] for training.
+        test_transform: The same for testing; draws no random numbers.
+        batch_size: Images per batch and process.
+        num_workers: Processes that load images.
+        cache: Keep decoded training images and transformed test images in memory: True, False, or
+            ``"auto"`` for sets that take less than a gibibyte.
+        sampler: Makes the sampler of a training loader from its data set; if None, `StreamSampler`,
+            which shuffles. With any other, augmentation draws from the global generators.
+        seed: For everything drawn here: shuffling, augmentation, held-out images,
+            data-incremental parts.
+
+    Attributes:
+        tasks: All tasks, in order.
+        class_names: The names of all classes; the index is the global label.
+
+    Raises:
+        InputError: If a column or split is missing, labels lie outside the head, there are more
+            tasks than classes, a task has no training or test image, or another argument cannot
+            be.
+
+    Example::
+
+        clip = load_clip("glyph")
+        stream = TaskStream("/photos", tasks=10, train_transform=clip.train_transform,
+                            test_transform=clip.test_transform)
+        for task in stream.tasks:
+            stream.select(task.index)
+            L.Trainer(max_epochs=3).fit(model, datamodule=stream)
+    """
+
+    def __init__(
+        self,
+        data: str | Path | Mapping[str, datasets.Dataset],
+        *,
+        tasks: int | None = None,
+        scenario: str = "class",
+        order: Order = "natural",
+        image: str = "image",
+        label: str = "label",
+        domain: str | None = None,
+        domain_pattern: str | None = None,
+        train_split: str = "train",
+        test_split: str = "test",
+        test_fraction: float | None = None,
+        split_seed: int | None = None,
+        revision: str | None = None,
+        images_per_class: int | None = None,
+        held_out: float = 0.0,
+        train_transform: Transform = to_tensor,
+        test_transform: Transform = to_tensor,
+        batch_size: int = 128,
+        num_workers: int = 0,
+        cache: bool | Literal["auto"] = "auto",
+        sampler: Callable[[ImageDataset], Sampler[int]] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if scenario not in SCENARIOS:
+            raise unknown_name("scenario", scenario, SCENARIOS)
+        check_loading(batch_size, num_workers, cache)
+        if not isinstance(data, (str, Path, Mapping)):
+            raise InputError(
+                f"data is of type {type(data).__name__}; expected a folder, a parquet file, a hub "
+                "id, or data sets by split, as in {'train': ..., 'test': ...}"
+            )
+        splits = data if isinstance(data, Mapping) else read_images(data, revision=revision)
+        if domain is None and domain_pattern is not None:
+            used = {train_split, test_split} & set(splits)
+            read = {name: with_domains(splits[name], image, domain_pattern) for name in used}
+            splits, domain = dict(splits) | read, "domain"
+        chosen = seed if split_seed is None else split_seed
+        train, test = two_splits(splits, train_split, test_split, test_fraction, chosen)
+        self._train = table_of(train, image, label, domain, where=train_split)
+        self._test = table_of(test, image, label, domain, where=test_split)
+        self._train_labels, self._test_labels, self.class_names = labels_of(self._train, self._test)
+        self._transforms = {"train": train_transform, "test": test_transform}
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self._cache = cache
+        self._sampler = sampler
+        self._seed = seed
+        self.tasks = self._split(scenario, tasks, order)
+        if images_per_class is not None:
+            self.tasks = _limited(self.tasks, self._train_labels, images_per_class, seed)
+        if held_out != 0:
+            self.tasks = _held_out(self.tasks, self._train_labels, held_out, seed)
+        self._current = 0
+        self._original: list[Task] | None = None
+        self._test_samples: ImageDataset | TensorSamples | None = None
+        # By task; a joint stream has its own.
+        self._held_out: dict[int, ImageDataset | TensorSamples] = {}
+
+    @property
+    def images_read(self) -> dict[str, int]:
+        """How many images the splits ``train`` and ``test`` have, whatever the tasks use."""
+        return {"train": len(self._train), "test": len(self._test)}
+
+    @property
+    def task(self) -> Task:
+        """The task that the training loader shows."""
+        return self.tasks[self._current]
+
+    @property
+    def test_tasks(self) -> list[Task]:
+        """The tasks that test images count for: `tasks`, or in a joint stream those joined."""
+        return self.tasks if self._original is None else self._original
+
+    @property
+    def row(self) -> int:
+        """The row of the accuracy matrix that is filled after the current task.
+
+        That is the task's index; after joint training, which has seen all tasks, the last row.
+        """
+        return self._current + len(self.test_tasks) - len(self.tasks)
+
+    def joint(self) -> TaskStream:
+        """Join all tasks into one, for training that sees everything at once.
+
+        Test images still count for the task that they came from, so that the accuracy matrix has
+        as many columns as ever, and its last row alone.
+
+        Returns:
+            A stream with the single task ``"joint"``, which shares the images with this one.
+
+        Example::
+
+            fit_stream(model, stream.joint(), trainer={"max_epochs": 3})
+        """
+        classes = tuple(dict.fromkeys(label for task in self.tasks for label in task.classes))
+        joined = copy.copy(self)
+        joined._original = list(self.test_tasks)
+        joined._current = 0
+        joined._held_out = {}
+        joined.tasks = [
+            Task(
+                index=0,
+                name="joint",
+                classes=classes,
+                class_names=tuple(self.class_names[label] for label in classes),
+                train=np.unique(np.concatenate([task.train for task in self.tasks])),
+                test=np.unique(np.concatenate([task.test for task in self.tasks])),
+                held_out=np.unique(np.concatenate([task.held_out for task in self.tasks])),
+            )
+        ]
+        return joined
+
+    def select(self, index: int) -> Task:
+        """Point at a task.
+
+        Args:
+            index: Position in the stream, from 0.
+
+        Returns:
+            The task.
+
+        Raises:
+            InputError: If there is no such task.
+        """
+        if not 0 <= index < len(self.tasks):
+            raise InputError(f"no task {index}: the stream has tasks 0 to {len(self.tasks) - 1}")
+        self._current = index
+        return self.task
+
+    @override
+    def train_dataloader(self) -> DataLoader[Sample]:
+        """Load the images of the current task, shuffled anew in every epoch.
+
+        Lightning tells the sampler the epoch; in a loop of one's own, say
+        ``loader.sampler.set_epoch(epoch)``.
+        """
+        self._keep_decoded()
+        dataset = ImageDataset(
+            self._train,
+            self.task.train,
+            self._train_labels,
+            np.full(len(self._train), self.task.index),
+            self._transforms["train"],
+        )
+        # For the seeds of workers; of the task's own, so that what came before it changes nothing.
+        generator = torch.Generator().manual_seed(
+            derive_seed("workers", self._seed, self.task.index)
+        )
+        return StreamLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=self._sampler(dataset) if self._sampler else self._shuffled(dataset),
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=generator,
+        )
+
+    @override
+    def test_dataloader(self) -> DataLoader[Sample]:
+        """Load the test images of every task, each exactly once over all processes."""
+        if self._test_samples is None:
+            self._test_samples = self._prepare_test()
+        return self._test_loader(self._test_samples)
+
+    def held_out_dataloader(self) -> DataLoader[Sample]:
+        """Load the held-out training images of all tasks up to the current one, as if for a test.
+
+        They were never trained on, and are no test images: what is chosen on them, such as the
+        scale of a merge, leaves the test untouched.
+
+        Returns:
+            A loader that shows each image exactly once over all processes, in a fixed order.
+
+        Raises:
+            InputError: If no image is held out.
+        """
+        seen = self.tasks[: self._current + 1]
+        if not any(len(task.held_out) for task in seen):
+            raise InputError(
+                "no training image is held out: set stream.held_out, the share of each task's "
+                "training images, to more than 0, such as 0.1"
+            )
+        for task in seen:
+            if task.index not in self._held_out:
+                self._held_out[task.index] = self._prepare_held_out(task)
+        return self._own_loader(ConcatDataset([self._held_out[t.index] for t in seen]))
+
+    def task_dataloader(self) -> DataLoader[Sample]:
+        """Load the current task's training images as if for a test, for what is measured on them.
+
+        Returns:
+            A loader that shows each image exactly once over all processes, in a fixed order, with
+            the transform of the tests.
+        """
+        self._keep_decoded()
+        return self._own_loader(self._as_test(self.task.train, self.task.index))
+
+    @override
+    def predict_dataloader(self) -> DataLoader[Sample]:
+        """Load the same images as the test loader."""
+        return self.test_dataloader()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Which task is current."""
+        return {"task": self._current}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Point at the task of a checkpoint."""
+        self.select(state_dict["task"])
+
+    def _split(self, scenario: str, tasks: int | None, order: Order) -> list[Task]:
+        if tasks is not None and (whole_number(tasks) or 0) < 1:
+            raise InputError(f"stream.tasks={tasks}; expected a whole number from 1")
+        if scenario in ("domain", "source"):
+            return self._split_by_column(scenario, tasks, order)
+        if scenario == "class":
+            return split_by_class(
+                self._train_labels,
+                self._test_labels,
+                self.class_names,
+                tasks=tasks or 5,
+                order=order,
+            )
+        return split_by_data(
+            len(self._train), len(self._test), self.class_names, tasks=tasks or 5, seed=self._seed
+        )
+
+    def _split_by_column(self, scenario: str, tasks: int | None, order: Order) -> list[Task]:
+        train, test, names = domains_of(self._train, self._test, scenario)
+        if tasks not in (None, len(names)):
+            what = "domains" if scenario == "domain" else "sources"
+            raise InputError(
+                f"stream.tasks={tasks}, but the data set has {len(names)} {what} "
+                f"({listing(names)}), and each is a task; leave stream.tasks out"
+            )
+        if scenario == "domain":
+            return split_by_domain(train, test, self.class_names, names, order=order)
+        return split_by_source(
+            (train, test),
+            (self._train_labels, self._test_labels),
+            self.class_names,
+            names,
+            order=order,
+        )
+
+    def _shuffled(self, dataset: ImageDataset) -> StreamSampler:
+        rank, world = self._place()
+        return StreamSampler(
+            dataset, seed=self._seed, task=self.task.index, num_replicas=world, rank=rank
+        )
+
+    def _keep_decoded(self) -> None:
+        """Decode the current task's training images once, if those of all tasks fit in memory."""
+        images = sum(len(task.train) for task in self.tasks)
+        if self._use_cache(lambda: self._train.decoded_bytes(images)):
+            self._train.keep_decoded(self.task.train)
+
+    def _own_loader(self, samples: Dataset[Sample]) -> DataLoader[Sample]:
+        """Load what this process's share is, of fewer images than processes too."""
+        rank, world = self._place()
+        share = range(rank, len(samples), world)  # type: ignore[arg-type]
+        return self._evaluation_loader(samples, share if world > 1 else None)
+
+    def _test_loader(self, samples: Dataset[Sample]) -> DataLoader[Sample]:
+        """Load what `Trainer` tests on; it would pad the shards with repeated images."""
+        rank, world = self._place()
+        if world == 1:
+            return self._evaluation_loader(samples, None)
+        return self._evaluation_loader(
+            samples,
+            UnrepeatedDistributedSampler(samples, num_replicas=world, rank=rank, shuffle=False),
+        )
+
+    def _evaluation_loader(
+        self, samples: Dataset[Sample], sampler: Iterable[Any] | None
+    ) -> DataLoader[Sample]:
+        parts = samples.datasets if isinstance(samples, ConcatDataset) else [samples]
+        in_memory = all(isinstance(part, TensorSamples) for part in parts)
+        return DataLoader(
+            samples,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=0 if in_memory else self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            # A generator of its own: to make an iterator draws a number, and that must not come
+            # from the global generator, or an evaluation would change the training after it.
+            generator=torch.Generator().manual_seed(self._seed),
+        )
+
+    def _place(self) -> tuple[int, int]:
+        """This process's rank, and how many there are."""
+        trainer = self.trainer
+        return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+
+    def _prepare_held_out(self, task: Task) -> ImageDataset | TensorSamples:
+        dataset = self._as_test(task.held_out, task.index)
+        # The limit is for the images of all tasks, which are in memory together at the end.
+        images = sum(len(other.held_out) for other in self.tasks)
+        if len(dataset) and self._use_cache(lambda: dataset[0].image.nbytes * images):
+            return TensorSamples.of(dataset, num_workers=self.num_workers)
+        return dataset
+
+    def _as_test(self, rows: Indices, task: int) -> ImageDataset:
+        tasks = np.full(len(self._train), task)
+        transform = self._transforms["test"]
+        return ImageDataset(self._train, rows, self._train_labels, tasks, transform)
+
+    def _prepare_test(self) -> ImageDataset | TensorSamples:
+        task_of_row = np.full(len(self._test), -1)
+        for task in self.test_tasks:
+            task_of_row[task.test] = task.index
+        rows = np.flatnonzero(task_of_row >= 0)
+        dataset = ImageDataset(
+            self._test, rows, self._test_labels, task_of_row, self._transforms["test"]
+        )
+        if len(rows) and self._use_cache(lambda: dataset[0].image.nbytes * len(rows)):
+            return TensorSamples.of(dataset, num_workers=self.num_workers)
+        return dataset
+
+    def _use_cache(self, needed: Callable[[], int]) -> bool:
+        return needed() <= CACHE_BYTES if self._cache == "auto" else self._cache
+
+
+def check_loading(batch_size: int, num_workers: int, cache: Any) -> None:
+    """Check how images are loaded, which would otherwise show when the first loader is made.
+
+    Args:
+        batch_size: Images per batch and process.
+        num_workers: Processes that load images.
+        cache: Whether images are kept in memory.
+
+    Raises:
+        InputError: If one of them cannot be.
+    """
+    if batch_size < 1:
+        raise InputError(f"stream.batch_size={batch_size}; expected 1 or more")
+    if num_workers < 0:
+        raise InputError(f"stream.num_workers={num_workers}; expected 0 or more")
+    if not (isinstance(cache, bool) or cache == "auto"):
+        raise InputError(f"stream.cache={cache}; expected true, false or auto")
+
+
+def _limited(tasks: list[Task], labels: Indices, limit: int, seed: int) -> list[Task]:
+    if limit < 1:
+        raise InputError(f"stream.images_per_class={limit}; expected 1 or more")
+    kept = limit_per_class(labels, limit, seed)
+    return [replace(task, train=np.intersect1d(task.train, kept)) for task in tasks]
+
+
+def _held_out(tasks: list[Task], labels: Indices, share: float, seed: int) -> list[Task]:
+    number = isinstance(share, (int, float)) and not isinstance(share, bool)
+    if not (number and 0 <= share < 1):
+        raise InputError(f"stream.held_out={share}; expected 0 or more, below 1")
+    split = []
+    for task in tasks:
+        chosen = hold_out(labels[task.train], share, derive_seed("held out", seed, task.index))
+        split.append(replace(task, train=task.train[~chosen], held_out=task.train[chosen]))
+    return split

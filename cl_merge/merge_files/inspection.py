@@ -1,0 +1,354 @@
+"""What is in checkpoints and task vectors, and how they differ; read twice, in little memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cl_merge.errors import InputError
+from cl_merge.kernels.finite import is_finite
+from cl_merge.kernels.parallel import in_threads
+from cl_merge.merge_files.byte_count import ByteCount, Progress
+from cl_merge.merge_files.hashing import BLOCK
+from cl_merge.merge_files.plan import check_base, dtype_name, floating
+from cl_merge.mergers.chunks import Reader, chunk_size, cut, stretches
+from cl_merge.mergers.threshold import trim_threshold
+from cl_merge.storage import Weights, open_weights
+from cl_merge.task_vectors.task_vector import subtract
+
+_CPU = torch.device("cpu")
+
+
+@dataclass
+class FileReport:
+    """What one file holds.
+
+    Attributes:
+        path: The file or folder.
+        kind: Of which kind it is.
+        tensors: Number of tensors.
+        parameters: Number of floating-point values.
+        dtypes: Names of the dtypes.
+        missing: Tensors of the reference, the base or else the first file, that it lacks.
+        extra: Tensors that the reference lacks.
+        shapes: Tensors whose shape or dtype differs from the reference's, and how.
+        uneven: Tensors that either this file or the first one changes, but not the other.
+        not_finite: Tensors that hold NaN or infinity; such values count as zeros in the figures.
+        norm: Euclidean norm of the task vector; of the weights without a base.
+        relative: That norm, divided by the norm of the base's same tensors.
+        zeros: Share of the task vector's values that are zero.
+        largest: Largest magnitude.
+        layers: Norm of the task vector by tensor.
+    """
+
+    path: Path
+    kind: str
+    tensors: int
+    parameters: int
+    dtypes: list[str]
+    missing: list[str] = field(default_factory=list)
+    extra: list[str] = field(default_factory=list)
+    shapes: list[str] = field(default_factory=list)
+    uneven: list[str] = field(default_factory=list)
+    not_finite: list[str] = field(default_factory=list)
+    norm: float = math.nan
+    relative: float = math.nan
+    zeros: float = math.nan
+    largest: float = math.nan
+    layers: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def fine(self) -> bool:
+        """Whether nothing keeps this file from being merged with the others."""
+        return not (self.missing or self.extra or self.shapes or self.uneven or self.not_finite)
+
+
+@dataclass
+class Inspection:
+    """What several files hold, and how they compare.
+
+    Attributes:
+        files: A report on each.
+        base: The base, where there is one.
+        base_not_finite: Its tensors that hold NaN or infinity, of those that are compared.
+        are_changes: Whether the figures are of task vectors; else they are of weights.
+        compared: Number of tensors that all files have alike, over which the figures run.
+        cosines: Cosine of the angle between each two task vectors, ``[T][T]``.
+        conflicts: Share of positions that tasks move in both directions, of those that any moves.
+        top_conflicts: The same over the largest values of each task, as TIES trims them.
+        density: Share of values that count as the largest.
+    """
+
+    files: list[FileReport]
+    base: Path | None
+    base_not_finite: list[str]
+    are_changes: bool
+    compared: int
+    cosines: list[list[float]]
+    conflicts: float
+    top_conflicts: float
+    density: float
+
+    @property
+    def fine(self) -> bool:
+        """Whether the files could be merged: the same tensors everywhere, and all finite."""
+        return not self.base_not_finite and all(file.fine for file in self.files)
+
+
+def inspect_checkpoints(
+    tasks: Sequence[str | Path],
+    base: str | Path | None = None,
+    *,
+    density: float = 0.2,
+    progress: Progress | None = None,
+) -> Inspection:
+    """Look into checkpoints and task vectors before merging them.
+
+    What does not match is reported, not refused; figures are over what all files have alike.
+
+    Args:
+        tasks: Fine-tuned weights or task vectors, of any kind that `merge_checkpoints` reads.
+        base: The weights before fine-tuning; without it, weights are looked at as they are.
+        density: Share of each task vector that counts as its largest values.
+        progress: Given the number of bytes to be read; returns what is told of bytes that were.
+
+    Returns:
+        What was found.
+
+    Raises:
+        InputError: If there is no file, one is missing or damaged, the base is a task vector, or
+            the density is outside (0, 1].
+    """
+    if not tasks:
+        raise InputError("nothing to inspect; give at least one checkpoint or task vector")
+    if not 0 < density <= 1:
+        raise InputError(f"the density must be above 0 and at most 1, not {density}")
+    with ExitStack() as stack:
+        opened = [stack.enter_context(open_weights(path)) for path in tasks]
+        before = stack.enter_context(open_weights(base)) if base is not None else None
+        if before is not None:
+            check_base(before)
+        return _Look(opened, before, density, progress).run()
+
+
+class _Look:
+    """One inspection under way."""
+
+    def __init__(
+        self,
+        tasks: list[Weights],
+        base: Weights | None,
+        density: float,
+        progress: Progress | None,
+    ) -> None:
+        self._tasks = tasks
+        self._base = base
+        self._density = density
+        self._reports = [_compared(task, base or tasks[0], tasks[0], base) for task in tasks]
+        self._shapes = self._common()
+        self._broken: list[set[str]] = [set() for _ in tasks]
+        self._broken_base: set[str] = set()
+        # Each task for its threshold and for the figures, the base for the figures.
+        read = [*tasks, *tasks, *([base] if base is not None else [])]
+        self._count = ByteCount(progress, sum(self._size(weights) for weights in read))
+
+    def run(self) -> Inspection:
+        """Read everything twice: for the thresholds, and for the figures."""
+        thresholds = [self._threshold(task) for task in range(len(self._tasks))]
+        blocks = list(cut(self._shapes, "element", BLOCK))
+        figures = in_threads(lambda block: self._figures(*block, thresholds), blocks)
+        total = _Figures(len(self._tasks))
+        for found in figures:
+            total.add(found)
+        for task, report in enumerate(self._reports):
+            total.into(report, task, sum(shape.numel() for shape in self._shapes.values()))
+            report.not_finite = [n for n in self._shapes if n in self._broken[task]]
+        norms = total.gram.diagonal().sqrt()
+        cosines = total.gram / (norms[:, None] * norms[None, :])
+        return Inspection(
+            self._reports,
+            self._base.path if self._base is not None else None,
+            [name for name in self._shapes if name in self._broken_base],
+            self._base is not None or all(task.is_task_vector for task in self._tasks),
+            len(self._shapes),
+            cosines.tolist(),
+            _share(total.conflicts, total.moved),
+            _share(total.top_conflicts, total.top_moved),
+            self._density,
+        )
+
+    def _common(self) -> dict[str, torch.Size]:
+        """What all files have alike, in the order of the first."""
+        weights = [*self._tasks, *([self._base] if self._base is not None else [])]
+        names = set.intersection(*(set(each.names) for each in weights))
+        return {
+            name: self._tasks[0].shape(name)
+            for name in self._tasks[0].names
+            if name in names
+            and len({each.shape(name) for each in weights}) == 1
+            and all(each.dtype(name).is_floating_point for each in weights)
+            and len({e.dtype(name) for e in weights if not e.is_task_vector}) < 2
+        }
+
+    def _size(self, weights: Weights) -> int:
+        return sum(
+            shape.numel() * weights.dtype(name).itemsize for name, shape in self._shapes.items()
+        )
+
+    def _vector(self, task: int, name: str, part: slice) -> Tensor:
+        """Read a stretch of a task vector, float32 [n], with zeros for NaN and infinity."""
+        weights = self._tasks[task]
+        raw = weights.read(name, part.start, part.stop)
+        self._count.took(raw)
+        if weights.is_task_vector or self._base is None:
+            vector = raw.to(torch.float32)
+            fine = is_finite(vector)
+        else:
+            base = self._base.read(name, part.start, part.stop)
+            vector = torch.empty(raw.numel(), dtype=torch.float32)
+            fine = subtract(raw, base, vector)
+            if not fine and not bool(base.float().isfinite().all()):
+                self._broken_base.add(name)
+                fine = bool(raw.float().isfinite().all())
+                vector.nan_to_num_(0.0, 0.0, 0.0)
+        if not fine:
+            self._broken[task].add(name)
+            vector = vector.nan_to_num(0.0, 0.0, 0.0)
+        return vector
+
+    def _threshold(self, task: int) -> float:
+        reader = Reader(self._shapes, lambda name, part: self._vector(task, name, part), _CPU)
+        return trim_threshold(reader, self._density)
+
+    def _figures(self, name: str, block: slice, thresholds: list[float]) -> _Figures:
+        found = _Figures(len(self._tasks))
+        # The tasks' chunks together shall stay in a core's cache.
+        size = max(chunk_size(_CPU) // (2 * len(self._tasks)), 1 << 12)
+        for part in stretches(self._shapes[name], "element", size, block):
+            vectors = torch.stack(
+                [self._vector(task, name, part) for task in range(len(self._tasks))]
+            )
+            found.take(name, vectors, thresholds)
+            if self._base is not None:
+                base = self._base.read(name, part.start, part.stop)
+                self._count.took(base)
+                if not is_finite(base.float()):
+                    self._broken_base.add(name)
+                found.base_squares += _squares(base)
+        return found
+
+
+class _Figures:
+    """Sums over values, which add up over stretches."""
+
+    def __init__(self, tasks: int) -> None:
+        self.gram = torch.zeros(tasks, tasks, dtype=torch.float64)
+        self.squares: dict[str, Tensor] = {}
+        self.base_squares = 0.0
+        self.zeros = torch.zeros(tasks, dtype=torch.int64)
+        self.largest = torch.zeros(tasks)
+        self.moved = self.conflicts = self.top_moved = self.top_conflicts = 0
+
+    def take(self, name: str, vectors: Tensor, thresholds: list[float]) -> None:
+        """Take up a stretch of all task vectors, float32 [T, n], n > 0; they are changed."""
+        wide = vectors.to(torch.float64)
+        gram = wide @ wide.T
+        self.gram += gram
+        self.squares[name] = self.squares.get(name, 0) + gram.diagonal()
+        self.zeros += vectors.shape[1] - vectors.count_nonzero(dim=1)
+        moved, conflicts = _both_signs(vectors)
+        self.moved, self.conflicts = self.moved + moved, self.conflicts + conflicts
+        magnitudes = vectors.abs()
+        self.largest = torch.maximum(self.largest, magnitudes.amax(dim=1))
+        vectors.masked_fill_(magnitudes < torch.tensor(thresholds)[:, None], 0)
+        moved, conflicts = _both_signs(vectors)
+        self.top_moved, self.top_conflicts = self.top_moved + moved, self.top_conflicts + conflicts
+
+    def add(self, other: _Figures) -> None:
+        """Add the sums of another stretch."""
+        self.gram += other.gram
+        for tensor, squares in other.squares.items():
+            self.squares[tensor] = self.squares.get(tensor, 0) + squares
+        self.base_squares += other.base_squares
+        self.zeros += other.zeros
+        self.largest = torch.maximum(self.largest, other.largest)
+        self.moved, self.conflicts = self.moved + other.moved, self.conflicts + other.conflicts
+        self.top_moved += other.top_moved
+        self.top_conflicts += other.top_conflicts
+
+    def into(self, report: FileReport, task: int, size: int) -> None:
+        """Write one task's figures into its report."""
+        if size == 0:
+            return
+        report.norm = float(self.gram[task, task].sqrt())
+        if self.base_squares:
+            report.relative = report.norm / math.sqrt(self.base_squares)
+        report.zeros = _share(int(self.zeros[task]), size)
+        report.largest = float(self.largest[task])
+        report.layers = {name: float(sums[task].sqrt()) for name, sums in self.squares.items()}
+
+
+def _both_signs(vectors: Tensor) -> tuple[int, int]:
+    """Count the positions that any task moves, and those that tasks move in both directions."""
+    positive, negative = vectors.amax(dim=0) > 0, vectors.amin(dim=0) < 0
+    return (
+        int((positive | negative).count_nonzero()),
+        int((positive & negative).count_nonzero()),
+    )
+
+
+def _squares(values: Tensor) -> float:
+    """Sum of the squares of all finite values."""
+    total = float(values.to(torch.float64).square_().sum())
+    if math.isfinite(total):
+        return total
+    return float(values.to(torch.float64).nan_to_num_(0.0, 0.0, 0.0).square_().sum())
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else math.nan
+
+
+def _compared(
+    task: Weights, reference: Weights, first: Weights, base: Weights | None
+) -> FileReport:
+    """Compare names, shapes and dtypes with the base's, or with the first file's."""
+    ours, theirs = set(reference.names), set(task.names)
+    changed, of_first = set(floating(task)), set(floating(first))
+    # A task vector holds what trained, which may be a part of the base.
+    lacks = [name for name in reference.names if name not in theirs]
+    missing = [] if task.is_task_vector and base is not None else lacks
+    extra = [name for name in task.names if name not in ours]
+    return FileReport(
+        path=task.path,
+        kind=task.kind,
+        tensors=len(task.names),
+        parameters=sum(task.shape(name).numel() for name in floating(task)),
+        dtypes=sorted({dtype_name(task, name) for name in task.names}),
+        missing=missing,
+        extra=extra,
+        shapes=[
+            difference
+            for name in task.names
+            if name in ours and (difference := _unlike(task, reference, name))
+        ],
+        uneven=sorted((changed ^ of_first) - set(missing) - set(extra)) if base else [],
+    )
+
+
+def _unlike(task: Weights, reference: Weights, name: str) -> str:
+    """Say how a tensor differs in shape or dtype; nothing if it does not."""
+    if task.shape(name) != reference.shape(name):
+        return f"{name} {tuple(task.shape(name))} instead of {tuple(reference.shape(name))}"
+    mine, other = task.dtype(name), reference.dtype(name)
+    either = task.is_task_vector or reference.is_task_vector
+    # Task vectors are of any floating-point dtype.
+    if mine == other or (either and mine.is_floating_point and other.is_floating_point):
+        return ""
+    return f"{name} {dtype_name(task, name)} instead of {dtype_name(reference, name)}"

@@ -1,0 +1,1 @@
+"""Models: the CLIP classifier, its zero-shot head, and where pre-trained weights come from."""

@@ -1,0 +1,326 @@
+"""Pre-trained CLIP-style models by name: any of open_clip's, the embedded one, and `lite`."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from cl_merge.errors import InputError, nearest, unknown_name
+
+log = logging.getLogger(__name__)
+
+_FOLDER = "local-dir:"
+_HUB = "hf-hub:"
+_CONFIG = "open_clip_config.json"
+_WEIGHTS = ("safetensors", "bin", "pth")
+_OWN_MODELS = ("glyph", "lite")
+
+Tokenizer = Callable[[list[str]], Tensor]
+
+
+@dataclass
+class Clip:
+    """A pre-trained model and what goes with it.
+
+    Attributes:
+        name: What was asked for, such as ``"ViT-B-16:openai"``.
+        model: An open_clip ``CLIP`` or ``CustomTextCLIP`` with its weights, in evaluation mode. Its
+            image tower, ``model.visual``, maps images ``[B, 3, image_size, image_size]`` to
+            features ``[B, D]`` and stands on its own: drop the rest once the head is made.
+        tokenizer: Maps ``N`` texts to token numbers ``[N, L]`` for ``model.encode_text``.
+        train_transform: Maps a PIL image to a float32 tensor, with open_clip's random crop.
+        test_transform: The same without randomness.
+        image_size: Height and width of the input, in pixels.
+    """
+
+    name: str
+    model: nn.Module
+    tokenizer: Tokenizer
+    train_transform: Callable[[Any], Any]
+    test_transform: Callable[[Any], Any]
+    image_size: int
+
+
+def load_clip(model: str = "glyph", *, image_size: int | None = None) -> Clip:
+    """Load a pre-trained CLIP-style model with its tokenizer and transforms.
+
+    Weights are read safely: safetensors, or ``torch.load`` with ``weights_only=True``. Weights that
+    are not found are an error, never a random model.
+
+    Weights trained with QuickGELU, such as all of OpenAI's, get it whether or not the name of the
+    architecture says so. For a tag, open_clip knows. A file does not tell: it gets QuickGELU if its
+    name contains ``openai``; otherwise name the architecture with its activation, as in
+    ``ViT-B-16-quickgelu:/folder/weights.safetensors``. The choice is logged at level INFO.
+
+    Args:
+        model: One of
+
+            - ``"glyph"``: the small model of characters that comes with this package;
+            - ``"lite"``: EfficientNet-Lite0 and MiniLM-L6, see :mod:`cl_merge.models.lite`;
+            - ``"ARCHITECTURE:TAG"``: weights that open_clip downloads, such as
+              ``"ViT-B-16:openai"``;
+            - ``"ARCHITECTURE:FILE"``: weights in a local file (``.safetensors``, ``.pt``, or
+              ``.ckpt`` with a ``state_dict``), such as ``"ViT-B-16:/folder/weights.safetensors"``;
+            - ``"local-dir:FOLDER"``: a folder with ``open_clip_config.json`` and the weights;
+            - ``"hf-hub:OWNER/NAME"``: the same on the Hugging Face hub.
+        image_size: Height and width of the input; without it, those of the pre-training. Position
+            embeddings of open_clip's own towers are interpolated.
+
+    Returns:
+        The model in evaluation mode, on the CPU, in float32.
+
+    Raises:
+        InputError: If the architecture, the tag, the file or the folder does not exist; if weights
+            are missing, unreadable, of another architecture or cannot be downloaded; or if the
+            image size is not possible.
+
+    Example:
+        >>> clip = load_clip("ViT-B-16:openai")  # doctest: +SKIP
+        >>> features = clip.model.visual(clip.test_transform(image)[None])  # doctest: +SKIP
+
+    Reference:
+        Radford et al., Learning Transferable Visual Models From Natural Language Supervision,
+        ICML 2021; Ilharco et al., OpenCLIP, 2021.
+    """
+    if image_size is not None and image_size < 1:
+        raise InputError(f"image_size must be at least 1 pixel, not {image_size}")
+    if model == "lite":
+        from cl_merge.models.lite import build_lite
+
+        return _with_transforms(model, *build_lite(image_size))
+    return _with_transforms(model, *_create(model, resolve(model), image_size))
+
+
+class Source(NamedTuple):
+    """Where open_clip finds a model.
+
+    Attributes:
+        config: open_clip's name of the architecture, or ``local-dir:`` or ``hf-hub:`` and where.
+        weights: A tag or a file; None if the config's folder has them.
+        quick_gelu: Whether to force QuickGELU; if not, the config decides.
+    """
+
+    config: str
+    weights: str | None = None
+    quick_gelu: bool = False
+
+
+def resolve(model: str) -> Source:
+    """Find out what a name given to :func:`load_clip` stands for; reads and downloads no weights.
+
+    Args:
+        model: Any name that :func:`load_clip` takes, but ``"lite"``.
+
+    Returns:
+        What to ask of open_clip.
+
+    Raises:
+        InputError: If nothing has that name. The message has the nearest name that exists.
+
+    Example:
+        >>> resolve("ViT-B-16:openai")
+        Source(config='ViT-B-16', weights='openai', quick_gelu=True)
+    """
+    if model == "glyph":
+        return _folder_source(Path(str(files("cl_merge.models.glyph"))))
+    if model.startswith(_FOLDER):
+        return _folder_source(Path(model.removeprefix(_FOLDER)).expanduser())
+    if model.startswith(_HUB):
+        return Source(model)
+    name, _, weights = model.partition(":")
+    architecture = _checked_architecture(name)
+    if not weights:
+        raise InputError(
+            f"model '{model}' names no weights; give a tag, as in '{_example(architecture)}', or a "
+            f"file, as in '{architecture}:/folder/weights.safetensors'"
+        )
+    return _tag_source(architecture, weights) or _file_source(architecture, weights)
+
+
+def _folder_source(folder: Path) -> Source:
+    """Check that a folder holds a config and weights, so that neither is missed silently."""
+    if not folder.is_dir():
+        raise InputError(f"model folder '{folder}' does not exist")
+    if not (folder / _CONFIG).is_file():
+        raise InputError(f"model folder '{folder}' has no {_CONFIG}")
+    if not _weights_in(folder):
+        raise InputError(
+            f"model folder '{folder}' has no weights; expected open_clip_model.safetensors"
+        )
+    return Source(f"{_FOLDER}{folder}")
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    """List the files that open_clip would take for weights."""
+    return sorted(file for ending in _WEIGHTS for file in folder.glob(f"*.{ending}"))
+
+
+def _checked_architecture(name: str) -> str:
+    """Return open_clip's spelling of an architecture, also of OpenAI's ``ViT-B/16``."""
+    import open_clip
+
+    architecture = name.replace("/", "-")
+    known = open_clip.list_models()
+    if architecture in known:
+        return architecture
+    # Not `unknown_name`: it would list some 150 architectures.
+    hint = nearest(architecture, [*_OWN_MODELS, *known])
+    raise InputError(
+        f"unknown model '{name}'{hint} Known: {', '.join(_OWN_MODELS)}, {_FOLDER}FOLDER, "
+        "ARCHITECTURE:TAG and ARCHITECTURE:FILE with an architecture of open_clip.list_models()"
+    )
+
+
+def _example(architecture: str) -> str:
+    """Name an architecture with one of its tags."""
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    return f"{architecture}:{tags[0] if tags else 'TAG'}"
+
+
+def _tag_source(architecture: str, tag: str) -> Source | None:
+    """Return the source of weights with that tag, None if the architecture has no such tag."""
+    import open_clip
+
+    if not open_clip.is_pretrained_cfg(architecture, tag):
+        return None
+    # open_clip knows which weights were trained with QuickGELU, but if the architecture has plain
+    # GELU, it only warns: 'ViT-B-16' with 'openai' would lose much of its accuracy.
+    trained_with = open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu", False)
+    return Source(architecture, tag, trained_with)
+
+
+def _file_source(architecture: str, path: str) -> Source:
+    """Return the source of weights in a file."""
+    import open_clip
+
+    file = Path(path).expanduser()
+    if file.is_dir():
+        raise InputError(f"'{file}' is a folder; load a folder as '{_FOLDER}{file}'")
+    if file.is_file():
+        return Source(architecture, str(file), quick_gelu="openai" in file.name.lower())
+    if file.suffix or file.parent != Path():
+        raise InputError(f"weights file '{file}' of {architecture} does not exist")
+    raise unknown_name(
+        f"tag of {architecture}", path, open_clip.list_pretrained_tags_by_model(architecture)
+    )
+
+
+def _create(name: str, source: Source, image_size: int | None) -> tuple[nn.Module, Tokenizer]:
+    """Let open_clip make the model and read its weights."""
+    import open_clip
+
+    _register_tower(source)
+    for file in _weights_files(name, source):
+        _check_readable(file)
+    size = "" if image_size is None else f" at image_size {image_size}"
+    with _explained(f"cannot make model '{name}' from its weights{size}"):
+        model = open_clip.create_model(
+            source.config,
+            source.weights,
+            force_quick_gelu=source.quick_gelu,
+            force_image_size=image_size,
+            require_pretrained=True,
+            weights_only=True,
+        )
+    with _explained(f"cannot load the tokenizer of model '{name}'"):
+        tokenizer = open_clip.get_tokenizer(source.config)
+    quick = source.quick_gelu or open_clip.get_model_config(source.config).get("quick_gelu", False)
+    log.info("loaded %s with %s", name, "QuickGELU" if quick else "GELU")
+    return model.eval(), tokenizer
+
+
+def _register_tower(source: Source) -> None:
+    """Make timm know the image tower of a config that names one of this package's own."""
+    import open_clip
+    import timm
+
+    if source.config.startswith(_HUB):
+        return
+    with _explained(f"cannot read the config of '{source.config}'"):
+        tower = open_clip.get_model_config(source.config)["vision_cfg"].get("timm_model_name")
+    if tower and not timm.is_model(tower):
+        importlib.import_module("cl_merge.models.towers")
+
+
+def _weights_files(name: str, source: Source) -> list[Path]:
+    """List the files that hold the weights of a source, after downloading those of a tag."""
+    import open_clip
+
+    if source.config.startswith(_FOLDER):
+        return _weights_in(Path(source.config.removeprefix(_FOLDER)))
+    if source.weights is None:
+        return []
+    if not open_clip.is_pretrained_cfg(source.config, source.weights):
+        return [Path(source.weights)]
+    try:
+        config = open_clip.get_pretrained_cfg(source.config, source.weights)
+        return [Path(open_clip.download_pretrained(config))]
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"cannot download the weights of '{name}': {_one_line(error)} Without a connection, "
+            f"fetch the file elsewhere and load it as '{source.config}:/folder/FILE'"
+        ) from error
+
+
+def _check_readable(file: Path) -> None:
+    """Read what describes the tensors of a file, so that the error for a broken one names it."""
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt"):
+                pass
+        elif file.suffix not in (".npz", ".npy"):  # those of big_vision: open_clip reads them alone
+            with warnings.catch_warnings(action="ignore"):  # what torch warns of, it then refuses
+                torch.load(file, map_location="meta", weights_only=True)
+    except Exception as error:
+        # torch's own message is not passed on: it advises to load code along with the weights.
+        raise InputError(
+            f"weights file '{file}' is corrupt or no checkpoint; expected .safetensors, or tensors "
+            "saved by torch.save (pickled code and TorchScript are not loaded, for safety)"
+        ) from error
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turn any error of a library into one line that says what failed.
+
+    open_clip, timm, transformers and torch raise a dozen types of exceptions for wrong files, so
+    this catches them all; the original stays as the cause.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"{what}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    """Return the message of an error without line breaks, cut where lists of tensors go on."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]} ..."
+
+
+def _with_transforms(name: str, model: nn.Module, tokenizer: Tokenizer) -> Clip:
+    """Add the transforms that open_clip makes of the preprocessing stored in the image tower."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    config = PreprocessCfg(**cast(Any, model.visual).preprocess_cfg)
+    return Clip(
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        train_transform=image_transform_v2(config, is_train=True),
+        test_transform=image_transform_v2(config, is_train=False),
+        image_size=config.size if isinstance(config.size, int) else config.size[0],
+    )

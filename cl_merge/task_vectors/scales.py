@@ -1,0 +1,142 @@
+"""The scale: one factor of the merged task vector, or one for each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor
+
+from cl_merge.errors import InputError, nearest
+from cl_merge.task_vectors.task_vector import check_scale, moved
+
+_REST = "*"
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Factors of the merged task vector, by parameter name.
+
+    Attributes:
+        factors: Patterns with their factors, in the order in which they are tried; the last one,
+            ``"*"``, fits every name.
+
+    Example:
+        >>> scales = Scales.read({"visual.*attn*": 0.3}, default=0.5)
+        >>> scales.of("visual.attn.weight"), scales.of("visual.proj")
+        (0.3, 0.5)
+        >>> str(scales)
+        '0.3-0.5'
+    """
+
+    factors: tuple[tuple[str, float], ...]
+
+    @classmethod
+    def read(cls, value: Any, default: float) -> Scales:
+        """Read a scale as it was given.
+
+        Args:
+            value: None, a number, or a mapping from patterns on parameter names (``*``, ``?``,
+                ``[abc]``) to numbers, of which the first that fits counts.
+            default: For None, and for the names that no pattern fits.
+
+        Returns:
+            The scales.
+
+        Raises:
+            InputError: If something is not a finite number.
+        """
+        if isinstance(value, Scales):
+            return value
+        if value is None:
+            value = default
+        if not isinstance(value, Mapping):
+            return cls(((_REST, check_scale(value)),))
+        found = {str(pattern): _checked(pattern, number) for pattern, number in value.items()}
+        rest = found.pop(_REST, default)
+        return cls((*found.items(), (_REST, rest)))
+
+    def of(self, name: str) -> float:
+        """The factor of a parameter.
+
+        Args:
+            name: Its name.
+
+        Returns:
+            That of the first pattern that fits.
+        """
+        return next(number for pattern, number in self.factors if fnmatchcase(name, pattern))
+
+    def check(self, names: Iterable[str]) -> None:
+        """Make sure that every pattern fits something.
+
+        Args:
+            names: Of all parameters that are merged.
+
+        Raises:
+            InputError: If a pattern fits none; names it and the nearest name.
+        """
+        names = list(names)
+        for pattern, _ in self.factors[:-1]:
+            check_fits("scale", pattern, names)
+
+    def plain(self) -> float | dict[str, float]:
+        """What JSON and YAML can hold: a number, or a mapping that `read` reads again."""
+        return self.factors[0][1] if len(self.factors) == 1 else dict(self.factors)
+
+    def __str__(self) -> str:
+        """A number for tables, or the range of the numbers."""
+        numbers = sorted({number for _, number in self.factors})
+        return "-".join(f"{number:g}" for number in dict.fromkeys((numbers[0], numbers[-1])))
+
+
+def scaled(
+    base: Mapping[str, Tensor], changes: Iterable[tuple[str, Tensor]], scales: Scales
+) -> Iterator[tuple[str, Tensor]]:
+    """Add the merged task vector to the base, a parameter at a time.
+
+    Args:
+        base: The weights before any training, floating point.
+        changes: The merged task vector as pairs of name and values, for some or all of the base.
+        scales: Its factors.
+
+    Yields:
+        Name and weights: base + scale * change, and then, as they are, those that do not change.
+
+    Example:
+        >>> import torch
+        >>> base = {"a": torch.tensor([1.0]), "b": torch.tensor([2.0])}
+        >>> list(scaled(base, [("b", torch.tensor([4.0]))], Scales.read(0.5, default=1.0)))
+        [('b', tensor([4.])), ('a', tensor([1.]))]
+    """
+    rest = dict(base)
+    for name, change in changes:
+        yield name, moved(rest.pop(name), change, scales.of(name))
+    yield from rest.items()
+
+
+def check_fits(what: str, pattern: str, names: list[str]) -> None:
+    """Make sure that a pattern fits a name.
+
+    Args:
+        what: What the pattern is for, for the message.
+        pattern: As of `fnmatch`, upper and lower case distinguished.
+        names: The names.
+
+    Raises:
+        InputError: If it fits none; names the nearest name.
+    """
+    if not any(fnmatchcase(name, pattern) for name in names):
+        raise InputError(
+            f"{what}: the pattern '{pattern}' fits no parameter{nearest(pattern, names)} Patterns "
+            "fit whole names, as in 'visual.*'"
+        )
+
+
+def _checked(pattern: object, number: Any) -> float:
+    try:
+        return check_scale(number)
+    except InputError as error:
+        raise InputError(f"'{pattern}': {error}") from None

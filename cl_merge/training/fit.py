@@ -1,0 +1,249 @@
+"""A whole stream: one fit per task, an evaluation after each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from typing_extensions import override
+
+from cl_merge.data.task_stream import TaskStream
+from cl_merge.data.tasks import Task
+from cl_merge.seeds import derive_seed
+from cl_merge.training.cost import Cost, measured
+from cl_merge.training.journal import only_process
+from cl_merge.training.metrics import AccuracyMatrix
+from cl_merge.training.resume import (
+    KeepCheckpoints,
+    Meter,
+    StreamFolder,
+    describe,
+    get_row,
+    put_row,
+)
+
+
+@dataclass
+class TaskEnd:
+    """What is at hand when a task has been trained and evaluated.
+
+    Attributes:
+        task: The task.
+        trainer: The task's trainer; use it for more evaluations of the same model.
+        model: The model, with the weights that training left.
+        cost: What the training took.
+        metrics: What the evaluation logged.
+    """
+
+    task: Task
+    trainer: L.Trainer
+    model: L.LightningModule
+    cost: Cost
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class StreamResult:
+    """What a stream left.
+
+    Attributes:
+        accuracy: The accuracy matrix, if the module counts into one, as `CLIPClassifier` does.
+        tasks: For each task what its evaluation logged.
+        costs: For each task what its training took.
+    """
+
+    accuracy: AccuracyMatrix | None = None
+    tasks: list[dict[str, float]] = field(default_factory=list)
+    costs: list[Cost] = field(default_factory=list)
+
+
+def fit_stream(
+    model: L.LightningModule,
+    stream: TaskStream,
+    *,
+    callbacks: Sequence[Callback] = (),
+    trainer: Mapping[str, Any] | Callable[[Task], L.Trainer] | None = None,
+    evaluate: bool = True,
+    seed: int | None = None,
+    on_task_end: Callable[[TaskEnd], None] | None = None,
+    directory: str | Path | None = None,
+    checkpoint_seconds: float = 60.0,
+) -> StreamResult:
+    """Train a model on every task of a stream, one after another.
+
+    Every task gets a new `Trainer`: optimizers, schedules and step counts start afresh. Callbacks
+    that live through the stream, such as `MergeCallback`, go into `callbacks`; those that must be
+    new for every task, such as `ModelCheckpoint`, `EarlyStopping` or a `CSVLogger`, are built by a
+    function given as `trainer`.
+
+    With a `directory`, a stream that died at any instant goes on when it is called again in the
+    same way, with the model as it was before the first task: finished tasks are skipped, a task in
+    progress goes on at the end of an epoch; its last epoch is repeated, for callbacks that work at
+    a task's end need a real one. A task with a schedule that waits for a plateau starts anew. With
+    a seed, and on a CPU, weights, merged weights and metrics are those of a stream that was not
+    interrupted, bit for bit.
+
+    Under DDP every process is given the same `directory`; the first one writes to it.
+
+    Args:
+        model: What learns.
+        stream: The tasks.
+        callbacks: Callbacks that see every task, in this order, after the trainer's own.
+        trainer: Arguments of each `Trainer`, or a function of the task that makes one.
+        evaluate: Test on all tasks after each task.
+        seed: Seeds every epoch from (seed, task, epoch), every evaluation and every `on_task_end`
+            likewise, so that their random numbers do not depend on what ran before. None leaves the
+            generators alone.
+        on_task_end: Called after each task's evaluation. If it did not return, it is called again
+            when the stream goes on; the evaluation is not repeated.
+        directory: Where to keep what is needed to go on: the journal ``journal.jsonl`` and the
+            state ``state.ckpt``. None keeps nothing.
+        checkpoint_seconds: The least time between two checkpoints within a task, which are written
+            at the ends of its epochs but the last; 0 writes one after each.
+
+    Returns:
+        Accuracy matrix, logged metrics and costs, those of earlier processes among them.
+
+    Raises:
+        InputError: If the directory was made for another stream or model, is in use by another
+            process, or its files do not fit together; if hyper-parameters or states of callbacks
+            are not tensors and plain values.
+        StorageError: If the directory cannot be written; nothing that was in it is lost.
+
+    Example::
+
+        merge = MergeCallback("magmax")
+        result = fit_stream(model, stream, callbacks=[merge], trainer={"max_epochs": 3}, seed=0,
+                            directory="stream")
+        print(result.accuracy.figures()["accuracy"])
+    """
+    result = StreamResult()
+    with ExitStack() as held:
+        folder = None
+        if directory is not None:
+            held.enter_context(only_process(directory))
+            folder = StreamFolder(directory)
+            folder.check(describe(stream, seed, evaluate))
+            folder.restore(model, callbacks)
+        for task in stream.tasks:
+            stream.select(task.index)
+            done = folder.finished(task.index) if folder else None
+            if done is not None:
+                put_row(model, stream, done["row"])
+                metrics, cost = done["metrics"], Cost(**done["cost"])
+            else:
+                seed_task(seed, task.index, 0)
+                runner = _trainer(trainer, task, seed, callbacks)
+                cost = _train(runner, model, stream, callbacks, folder, checkpoint_seconds)
+                end = TaskEnd(task, runner, model, cost)
+                if evaluate:
+                    seed_task(seed, task.index, "evaluation")
+                    end.metrics = _evaluate(runner, model, stream, folder)
+                if on_task_end is not None:
+                    seed_task(seed, task.index, "end")
+                    on_task_end(end)
+                metrics = end.metrics
+                if folder is not None:
+                    row = get_row(model, stream) if evaluate else None
+                    folder.finish(task.index, metrics, cost, row)
+            result.tasks.append(metrics)
+            result.costs.append(cost)
+    found = getattr(model, "accuracy", None)
+    result.accuracy = found if isinstance(found, AccuracyMatrix) else None
+    return result
+
+
+def seed_task(seed: int | None, task: int, part: int | str) -> None:
+    """Seed Python, NumPy and torch for one part of a task of a stream.
+
+    Args:
+        seed: Seed of the run; None leaves the generators alone.
+        task: Index of the task.
+        part: Index of the epoch, or what else it is.
+    """
+    if seed is None:
+        return
+    # Lightning accepts 32-bit seeds.
+    L.seed_everything(derive_seed("epoch", seed, task, part) % 2**32, workers=True, verbose=False)
+
+
+class _Seeding(Callback):
+    """Seed every epoch by what it is, so that one that is repeated draws the same numbers."""
+
+    def __init__(self, seed: int | None, task: int) -> None:
+        self._seed = seed
+        self._task = task
+
+    @override
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        seed_task(self._seed, self._task, trainer.current_epoch)
+
+
+def _train(
+    runner: L.Trainer,
+    model: L.LightningModule,
+    stream: TaskStream,
+    callbacks: Sequence[Callback],
+    folder: StreamFolder | None,
+    checkpoint_seconds: float,
+) -> Cost:
+    """Train the current task: all of it, what a checkpoint within it left, or nothing."""
+    if folder is None:
+        with measured() as cost:
+            runner.fit(model, datamodule=stream)
+        return cost
+    task = stream.task.index
+    trained = folder.cost(task, trained=True)
+    if trained is not None:
+        return trained
+    before = folder.cost(task, trained=False)
+    checkpoint = folder.state_file if before is not None else None
+    with Meter(before or Cost()) as meter:
+        # Not among the trainer's arguments: it is no business of its `enable_checkpointing`.
+        keep = KeepCheckpoints(folder, task, checkpoint_seconds, meter)
+        runner.callbacks.append(keep)  # type: ignore[attr-defined]
+        runner.fit(model, datamodule=stream, ckpt_path=checkpoint, weights_only=True)
+    folder.save_trained(task, meter.cost, model, callbacks)
+    return meter.cost
+
+
+def _evaluate(
+    runner: L.Trainer, model: L.LightningModule, stream: TaskStream, folder: StreamFolder | None
+) -> dict[str, float]:
+    """Test after the current task, or recall what a test found before."""
+    task = stream.task.index
+    known = folder.evaluated(task) if folder else None
+    if known is not None:
+        put_row(model, stream, known["row"])
+        return dict(known["metrics"])
+    logged = runner.test(model, datamodule=stream, verbose=False)
+    metrics = {name: float(value) for name, value in logged[0].items()}
+    if folder is not None:
+        folder.note_evaluation(task, metrics, get_row(model, stream))
+    return metrics
+
+
+def _trainer(
+    given: Mapping[str, Any] | Callable[[Task], L.Trainer] | None,
+    task: Task,
+    seed: int | None,
+    callbacks: Sequence[Callback],
+) -> L.Trainer:
+    seeding = _Seeding(seed, task.index)
+    if callable(given):
+        # Lightning sets this attribute without declaring it.
+        made: Any = given(task)
+        # As Lightning orders them: checkpoints last, so that they hold what the others did.
+        checkpoints = [c for c in made.callbacks if isinstance(c, Checkpoint)]
+        others = [c for c in made.callbacks if not isinstance(c, Checkpoint)]
+        made.callbacks = [seeding, *others, *callbacks, *checkpoints]
+        return made  # type: ignore[no-any-return]
+    arguments = dict(given or {})
+    own = arguments.get("callbacks") or []
+    own = [own] if isinstance(own, Callback) else own
+    return L.Trainer(**arguments | {"callbacks": [seeding, *own, *callbacks]})

@@ -1,0 +1,178 @@
+"""A journal of what is done, so that work that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import BaseFileLock, FileLock, Timeout
+from lightning.pytorch.utilities import rank_zero_only
+
+from cl_merge.errors import InputError
+from cl_merge.storage.files import is_no_file, storage_errors
+
+# Folders held, with the process and the thread that hold them; a fork holds none.
+_held: set[tuple[Path, int, int]] = set()
+
+
+class Journal:
+    """A file of JSON lines that only grows; a line is there whole or not at all.
+
+    Every process reads it, the first one writes it. What the last line lost in a crash is left out
+    when it is read, and cut off before the next line is written. Numbers come back as the same
+    bits: Python writes the shortest text that gives them, and NaN and infinity as ``NaN`` and
+    ``Infinity``, which strict readers of JSON refuse.
+
+    Args:
+        path: The file; made with the first record.
+
+    Attributes:
+        path: The file.
+        records: All records, in order.
+
+    Raises:
+        InputError: If a line other than the last is no record, or the file cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "journal.jsonl"
+        >>> Journal(path).append({"task": 0})
+        >>> Journal(path).records
+        [{'task': 0}]
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.records: list[dict[str, Any]]
+        self.records, self._length = _read(self.path)
+
+    def find(self, **fields: Any) -> dict[str, Any] | None:
+        """Look a record up.
+
+        Args:
+            **fields: What it holds, among other things.
+
+        Returns:
+            The last such record; None if there is none.
+        """
+        for record in self.records[::-1]:
+            if all(key in record and record[key] == value for key, value in fields.items()):
+                return record
+        return None
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a record; it has reached the disk when this returns.
+
+        Args:
+            record: Plain values: text, numbers (NaN and infinity too), lists, dictionaries.
+
+        Raises:
+            StorageError: If it cannot be written; then it is not among `records` either.
+        """
+        line = json.dumps(record) + "\n"
+        self._write(line.encode())
+        # What later reads give, not what was passed: tuples are lists, keys are text.
+        self.records.append(json.loads(line))
+
+    @rank_zero_only
+    def _write(self, line: bytes) -> None:
+        with storage_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                if file.tell() > self._length:
+                    file.truncate(self._length)
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+            self._length += len(line)
+
+
+def is_first_process() -> bool:
+    """Whether this is the process of a run that writes and prints."""
+    return not getattr(rank_zero_only, "rank", 0)
+
+
+@contextmanager
+def only_process(folder: str | Path) -> Iterator[None]:
+    """Hold a folder against other processes; the ranks of one run count as one.
+
+    The lock goes with the process, however it ends. Who holds a folder may hold it once more.
+
+    Args:
+        folder: The folder; made if missing.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        InputError: If another process holds it, or the file system has no locks.
+        StorageError: If it cannot be written to.
+
+    Example::
+
+        with only_process("stream"):
+            journal = Journal("stream/journal.jsonl")
+    """
+    key = (Path(folder).resolve(), os.getpid(), threading.get_ident())
+    if not is_first_process() or key in _held:
+        yield
+        return
+    lock = _acquired(Path(folder))
+    _held.add(key)
+    try:
+        yield
+    finally:
+        _held.discard(key)
+        lock.release()
+
+
+def _acquired(folder: Path) -> BaseFileLock:
+    lock = FileLock(folder / ".lock")
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise InputError(
+                f"{folder} is in use by another process; wait for it, or name another folder"
+            ) from None
+        except NotImplementedError as error:  # older versions of filelock know no other lock
+            raise InputError(
+                f"{folder} is on a file system without locks; name a folder elsewhere, or: "
+                "pip install -U filelock"
+            ) from error
+    return lock
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The records of a file, and how many of its bytes they take."""
+    if not path.exists():
+        return [], 0
+    if is_no_file(path):
+        raise InputError(f"{path} is no file; take it away, or name another folder")
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from error
+    records, length = [], 0
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line) if line.endswith(b"\n") else None
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+            length += len(line)
+        elif number == len(lines):
+            break
+        else:
+            raise InputError(
+                f"{path}, line {number}, is no record of a journal; restore the file, or start "
+                "again in a new folder"
+            )
+    return records, length

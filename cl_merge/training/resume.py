@@ -1,0 +1,386 @@
+"""What a stream keeps on disk, so that a run that was killed goes on as if it had not been."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
+from typing_extensions import override
+
+from cl_merge.data.task_stream import TaskStream
+from cl_merge.errors import InputError, listing
+from cl_merge.storage.files import check_state, load_state, remove_leftovers, save_state
+from cl_merge.training.cost import Cost, measured
+from cl_merge.training.journal import Journal, is_first_process
+from cl_merge.training.metrics import AccuracyMatrix
+
+# A row of the accuracy matrix, [3, T], as lists.
+Row = list[list[int]]
+
+# Where our entry stands in a checkpoint of Lightning's.
+_ENTRY = "cl_merge"
+
+
+class StreamFolder:
+    """The folder of a stream: a journal of what is done, and the state to go on from.
+
+    The state is one file that is replaced in one step: within a task a checkpoint of Lightning's,
+    after its training the weights and the states of the callbacks. Whatever instant a process dies
+    at, the journal and that file fit together.
+
+    Processes that are launched for a run read what the first one found: all that is written before
+    they communicate says the same to them.
+
+    Args:
+        path: The folder; made if missing.
+
+    Attributes:
+        path: The folder.
+        journal: What the stream is, and for each task what its evaluation found and that it is
+            finished.
+
+    Raises:
+        InputError: If the journal or the state cannot be read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._clean()
+        self.journal = Journal(self.path / "journal.jsonl")
+        self._state = {}
+        if self.state_file.exists():
+            # Tensors are mapped and read later: a bad disk shows now, or as wrong weights.
+            check_state(self.state_file)
+            self._state = load_state(self.state_file)
+
+    @property
+    def state_file(self) -> Path:
+        """Where the state lies."""
+        return self.path / "state.ckpt"
+
+    def check(self, description: dict[str, Any]) -> None:
+        """Keep what the stream is, or check that it is what the folder was made for.
+
+        Args:
+            description: What must be the same for the folder to be of use, as plain values.
+
+        Raises:
+            InputError: If something differs, or the state does not fit the journal.
+        """
+        records = self.journal.records
+        if not records and not self._state:
+            self.journal.append({"stream": description})
+            return
+        before = records[0].get("stream") if records else None
+        if not isinstance(before, dict):
+            raise InputError(
+                f"{self.path}: journal.jsonl is missing, or that of something else; restore it, or "
+                "start again in a new folder"
+            )
+        for key in [*before, *description]:
+            if before.get(key) != description.get(key):
+                raise InputError(
+                    f"{self.path} was made for another stream: {key} was "
+                    f"{_short(before.get(key))} and is {_short(description.get(key))}; name a new "
+                    "folder"
+                )
+        self._check_state(sum(record.get("done") == "task" for record in records))
+
+    def _check_state(self, finished: int) -> None:
+        """Check that the state is that of the last task that is finished, or of the next."""
+        again = "; restore it, or start again in a new folder"
+        if not self._state:
+            if finished:
+                raise InputError(
+                    f"{self.path}: the journal tells of {finished} finished tasks, but state.ckpt "
+                    f"is missing{again}"
+                )
+            return
+        entry = self._state.get(_ENTRY)
+        if not isinstance(entry, dict):
+            raise InputError(f"{self.state_file} is a checkpoint of something else{again}")
+        reached = entry["task"] + entry["trained"]
+        if not (finished <= reached and entry["task"] <= finished):
+            age = "older" if reached < finished else "newer"
+            raise InputError(
+                f"{self.path}: the journal tells of {finished} finished tasks, but state.ckpt is "
+                f"{age}, of task {entry['task']}{again}"
+            )
+
+    def restore(self, model: L.LightningModule, callbacks: Sequence[Callback]) -> None:
+        """Bring a model and callbacks to where the last task that was trained left them.
+
+        Within a task it is Lightning that restores them, from the same file.
+
+        Args:
+            model: The model.
+            callbacks: Its callbacks.
+
+        Raises:
+            InputError: If the model is another.
+        """
+        entry = self._state.get(_ENTRY)
+        if entry is not None and entry["trained"]:
+            try:
+                model.load_state_dict(self._state["state_dict"])
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())
+                raise InputError(f"{self.state_file} is of another model: {reason}") from error
+            for callback in callbacks:
+                if callback.state_key in self._state["callbacks"]:
+                    callback.load_state_dict(self._state["callbacks"][callback.state_key])
+        # The rest is mapped from a file that is about to be replaced.
+        self._state = {_ENTRY: entry} if entry is not None else {}
+
+    def finished(self, task: int) -> dict[str, Any] | None:
+        """What is known of a finished task.
+
+        Args:
+            task: Its index.
+
+        Returns:
+            Its ``metrics``, ``cost`` and ``row``; None if it is not finished.
+        """
+        return self.journal.find(done="task", task=task)
+
+    def evaluated(self, task: int) -> dict[str, Any] | None:
+        """What the evaluation after a task found.
+
+        Args:
+            task: Its index.
+
+        Returns:
+            Its ``metrics`` and ``row``; None if it has not been evaluated.
+        """
+        return self.journal.find(done="evaluation", task=task)
+
+    def cost(self, task: int, *, trained: bool) -> Cost | None:
+        """What a task has taken so far.
+
+        Args:
+            task: Its index.
+            trained: Ask for a task whose training has ended, or for one in the middle of it.
+
+        Returns:
+            The cost; None if the state is not that of such a task.
+        """
+        entry = self._state.get(_ENTRY)
+        if entry is None or (entry["task"], entry["trained"]) != (task, trained):
+            return None
+        return Cost(**entry["cost"])
+
+    def save_trained(
+        self, task: int, cost: Cost, model: L.LightningModule, callbacks: Sequence[Callback]
+    ) -> None:
+        """Keep what the training of a task left.
+
+        Args:
+            task: Index of the task.
+            cost: What it took.
+            model: The model.
+            callbacks: Its callbacks.
+
+        Raises:
+            StorageError: If it cannot be written.
+        """
+        states = {callback.state_key: callback.state_dict() for callback in callbacks}
+        state = {
+            _ENTRY: {"task": task, "trained": True, "cost": asdict(cost)},
+            "state_dict": model.state_dict(),
+            "callbacks": {key: state for key, state in states.items() if state},
+        }
+        if is_first_process():
+            save_state(self.state_file, state)
+        self._state = {_ENTRY: state[_ENTRY]}
+
+    def note_evaluation(self, task: int, metrics: dict[str, float], row: Row | None) -> None:
+        """Note what the evaluation after a task found.
+
+        Args:
+            task: Its index.
+            metrics: What was logged.
+            row: Its row of the accuracy matrix; None if there is none.
+        """
+        self.journal.append({"done": "evaluation", "task": task, "metrics": metrics, "row": row})
+
+    def finish(self, task: int, metrics: dict[str, float], cost: Cost, row: Row | None) -> None:
+        """Note that nothing is left to do for a task.
+
+        Args:
+            task: Its index.
+            metrics: What its evaluation logged.
+            cost: What its training took.
+            row: Its row of the accuracy matrix; None if there is none.
+        """
+        record = {"task": task, "metrics": metrics, "cost": asdict(cost), "row": row}
+        self.journal.append({"done": "task"} | record)
+
+    @rank_zero_only
+    def _clean(self) -> None:
+        remove_leftovers(self.path)
+
+
+class KeepCheckpoints(Checkpoint):
+    """Write a checkpoint at the end of an epoch, if the last one is long enough ago.
+
+    The last epoch gets none on purpose: what works at a task's end, such as merging, needs a real
+    end of training, so that a task killed there repeats its last epoch. Nor does any epoch where a
+    schedule waits for a plateau, because Lightning tells it the epoch's metric only later, and does
+    not make up for it when it goes on: such a task starts anew.
+
+    Args:
+        folder: Where to write.
+        task: Index of the task.
+        seconds: The least time between two checkpoints.
+        meter: Knows what the task has taken.
+    """
+
+    def __init__(self, folder: StreamFolder, task: int, seconds: float, meter: Meter) -> None:
+        super().__init__()
+        self._folder = folder
+        self._task = task
+        self._seconds = seconds
+        self._meter = meter
+        self._last = time.monotonic()
+
+    @override
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        due = time.monotonic() - self._last >= self._seconds
+        due = due and not _ends(trainer) and not _awaits_metric(trainer)
+        # The clocks of the processes differ, but writing is something they do together.
+        if trainer.strategy.broadcast(due):
+            self._write(trainer)
+            self._last = time.monotonic()
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        cost = asdict(self._meter.lap())
+        checkpoint[_ENTRY] = {"task": self._task, "trained": False, "cost": cost}
+
+    def _write(self, trainer: L.Trainer) -> None:
+        # What is repeated is logged again, what is not must be there.
+        for logger in trainer.loggers:
+            logger.save()
+        others = trainer.strategy.checkpoint_io
+        trainer.strategy.checkpoint_io = _WholeFiles()
+        try:
+            trainer.save_checkpoint(self._folder.state_file)
+        finally:
+            trainer.strategy.checkpoint_io = others
+
+
+class Meter:
+    """Measure work that was stopped and goes on, lap by lap, for what it took is wanted within.
+
+    Args:
+        before: What it took before.
+
+    Attributes:
+        cost: What it took up to the last lap: times added, the highest of the peaks.
+    """
+
+    def __init__(self, before: Cost) -> None:
+        self.cost = before
+        self._stack = ExitStack()
+
+    def lap(self) -> Cost:
+        """End a lap and begin another; what all took so far."""
+        self._end()
+        self._begin()
+        return self.cost
+
+    def __enter__(self) -> Self:
+        self._begin()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._end()
+
+    def _begin(self) -> None:
+        self._lap = self._stack.enter_context(measured())
+
+    def _end(self) -> None:
+        self._stack.close()
+        self.cost = self._lap.after(self.cost)
+
+
+class _WholeFiles(TorchCheckpointIO):
+    """Write as we do: Lightning goes through memory and a file elsewhere, which a kill leaves."""
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        save_state(path, checkpoint)
+
+
+def _ends(trainer: L.Trainer) -> bool:
+    """Whether the epoch that is ending is the last one."""
+    epochs = trainer.max_epochs
+    return (
+        trainer.should_stop
+        or (epochs not in (None, -1) and trainer.current_epoch + 1 >= (epochs or 0))
+        or (trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps)
+    )
+
+
+def _awaits_metric(trainer: L.Trainer) -> bool:
+    """Whether a schedule is still to be told the metric of the epoch that is ending."""
+    return any(schedule.reduce_on_plateau for schedule in trainer.lr_scheduler_configs)
+
+
+def describe(stream: TaskStream, seed: int | None, evaluate: bool) -> dict[str, Any]:
+    """What a stream is, as far as going on depends on it, as plain values."""
+    number = len(stream.tasks)
+    found: dict[str, Any] = {"seed": seed, "evaluate": evaluate, "number of tasks": number}
+    for task in stream.tasks:
+        found |= {
+            f"name of task {task.index}": task.name,
+            f"classes of task {task.index}": list(task.class_names),
+            f"number of training images of task {task.index}": len(task.train),
+            f"number of test images of task {task.index}": len(task.test),
+        }
+    return found
+
+
+def get_row(model: L.LightningModule, stream: TaskStream) -> Row | None:
+    """The row of the current task in a module's accuracy matrix; None if it has none."""
+    matrix = getattr(model, "accuracy", None)
+    if not isinstance(matrix, AccuracyMatrix) or stream.row not in matrix.rows:
+        return None
+    found: Row = matrix.rows[stream.row].tolist()
+    return found
+
+
+def put_row(model: L.LightningModule, stream: TaskStream, row: Row | None) -> None:
+    """Put the row of the current task into a module's accuracy matrix, made if missing."""
+    if row is None:
+        return
+    matrix = getattr(model, "accuracy", None)
+    if not isinstance(matrix, AccuracyMatrix):
+        classes = [task.classes for task in stream.test_tasks]
+        matrix = AccuracyMatrix(classes, len(stream.class_names))
+        model.accuracy = matrix
+    matrix.rows[stream.row] = torch.tensor(row)
+
+
+def _short(value: object) -> str:
+    text = listing(value, 8) if isinstance(value, list) else str(value)
+    return text if len(text) <= 120 else text[:117] + "..."

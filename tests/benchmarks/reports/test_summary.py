@@ -1,0 +1,117 @@
+"""What a suite has found, read back from its runs."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from cl_merge.benchmarks.methods.method import METHODS, find_method
+from cl_merge.benchmarks.reports.summary import METRICS, paper_accuracy, summarize
+from cl_merge.benchmarks.suites.definition import Setting, find_suite, narrowed
+from cl_merge.benchmarks.suites.plan import BEGUN, DONE, FAILED, NEW, jobs_of, make_plan
+
+PAPER = Path(__file__).parents[4] / "shared" / "paper" / "results.json"
+
+
+def test_figures_are_means_and_sample_deviations_over_seeds(two_seeds, write_results, tmp_path):
+    suite, jobs = two_seeds
+    write_results(jobs["sequential", 0], {"magmax": 50.0, "zero-shot": 30.0})
+    write_results(jobs["sequential", 1], {"magmax": 53.0, "zero-shot": 30.0})
+    summary = summarize(suite, tmp_path)
+    figure = summary.entries["digits-5", "magmax"].figures["accuracy"]
+    assert figure.values == {0: 50.0, 1: 53.0}
+    assert figure.mean == 51.5
+    assert figure.spread == pytest.approx(3 / math.sqrt(2))
+    assert summary.entries["digits-5", "zero-shot"].figures["accuracy"].spread == 0.0
+
+
+def test_best_and_second_best_are_of_those_that_merge(two_seeds, write_results, tmp_path):
+    suite, jobs = two_seeds
+    write_results(
+        jobs["sequential", 0], {"zero-shot": 90.0, "magmax": 50.0, "average-sequential": 60.0}
+    )
+    write_results(jobs["independent", 0], {"ties": 70.0})
+    write_results(jobs["joint", 0], {"joint": 95.0})
+    entries = summarize(suite, tmp_path).entries
+    ranks = {method: entry.rank for (_, method), entry in entries.items()}
+    assert ranks == {
+        "zero-shot": None,
+        "joint": None,
+        "magmax": None,
+        "average-sequential": 2,
+        "ties": 1,
+    }
+
+
+def test_each_cell_says_how_far_it_is_and_why_it_failed(two_seeds, write_results, tmp_path):
+    suite, jobs = two_seeds
+    write_results(jobs["sequential", 0], {"magmax": 50.0, "zero-shot": 30.0})
+    failed = tmp_path / jobs["independent", 0].place
+    failed.mkdir(parents=True)
+    (failed / "failed.json").write_text(json.dumps({"reason": "no space left"}))
+    begun = tmp_path / jobs["joint", 0].place
+    begun.mkdir(parents=True)
+    (begun / "journal.jsonl").touch()
+    cells = {(c.cell.method, c.cell.seed): c for c in summarize(suite, tmp_path).cells}
+    assert cells["magmax", 0].state == DONE
+    assert cells["average-sequential", 0].state == BEGUN  # not in the results of its run
+    assert (cells["ties", 0].state, cells["ties", 0].reason) == (FAILED, "no space left")
+    assert cells["joint", 0].state == BEGUN
+    assert cells["ties", 1].state == NEW
+
+
+def test_joint_training_tells_other_numbers_of_tasks_only_what_does_not_depend_on_them(
+    write_results, tmp_path
+):
+    suite = narrowed(find_suite("table1"), data=["cars"], methods=["joint"])
+    (job,) = jobs_of(make_plan(suite))
+    write_results(job, {"joint": 88.0}, tasks=5)
+    entries = summarize(suite, tmp_path).entries
+    assert "forgetting" in entries["cars-5", "joint"].figures
+    assert set(entries["cars-20", "joint"].figures) == {"accuracy", "seconds", "peak_memory"}
+
+
+def test_stored_bytes_are_those_of_the_task_vectors(two_seeds, write_results, tmp_path):
+    suite, jobs = two_seeds
+    place = write_results(jobs["sequential", 0], {"magmax": 50.0, "zero-shot": 30.0})
+    vectors = place / "task_vectors" / "sequential"
+    vectors.mkdir(parents=True)
+    (vectors / "task0.safetensors").write_bytes(b"0" * 1000)
+    (vectors / "task1.safetensors").write_bytes(b"0" * 234)
+    entries = summarize(suite, tmp_path).entries
+    assert entries["digits-5", "magmax"].figures["stored_bytes"].mean == 1234
+    assert "stored_bytes" not in entries["digits-5", "zero-shot"].figures
+
+
+def test_every_metric_is_explained():
+    assert all(METRICS.values())
+
+
+@pytest.mark.skipif(not PAPER.exists(), reason="needs the paper's tables in ../shared/paper")
+def test_the_papers_figures_are_the_papers():
+    published = json.loads(PAPER.read_text())
+    rows = {method.paper: method for method in METHODS.values() if method.paper}
+    seen = 0
+    for table in ("table1", "table2"):
+        suite = find_suite(table)
+        for name, by_data in published[table].items():
+            for data, by_tasks in by_data.items():
+                for tasks, value in by_tasks.items() if isinstance(by_tasks, dict) else ():
+                    setting = Setting(data, int(tasks))
+                    assert paper_accuracy(suite, setting, rows[name]) == value
+                    seen += 1
+    for name, by_data in published["reference"].items():
+        for data, value in by_data.items():
+            if data != "average":
+                setting = Setting(data, 10)
+                assert paper_accuracy(find_suite("table1"), setting, rows[name]) == value
+                seen += 1
+    assert seen == 9 * 14 + 2 * 4
+
+
+def test_the_paper_has_no_figure_for_other_data_or_other_suites():
+    magmax = find_method("magmax")
+    assert paper_accuracy(find_suite("table1"), Setting("digits", 5), magmax) is None
+    assert paper_accuracy(find_suite("offline"), Setting("cifar100", 5), magmax) is None
+    assert paper_accuracy(find_suite("table1"), Setting("cars", 50), magmax) is None

@@ -1,0 +1,116 @@
+"""What lifts the text head alone: each way against its definition, and the command on a run."""
+
+import json
+
+import pytest
+import torch
+
+from cl_merge import TaskVector, cli, merge
+from cl_merge.benchmarks.runs.evaluator import Replay
+from cl_merge.benchmarks.studies import text_head_only as text_head
+from cl_merge.benchmarks.studies.text_head_only import MERGING, PLAIN, measure, train
+from cl_merge.errors import InputError
+
+NAMES = ["stem.weight", "blocks.0.weight", "blocks.1.weight", "proj"]
+
+
+@pytest.fixture
+def vectors():
+    generator = torch.Generator().manual_seed(0)
+    return [
+        TaskVector({name: torch.randn(5, generator=generator) for name in NAMES}) for _ in range(4)
+    ]
+
+
+def magmax(vectors):
+    return merge(vectors, method="magmax")
+
+
+def test_sign_consistency_weighs_by_the_share_of_one_sign(vectors):
+    found, plain = MERGING["sign consistency"](vectors), magmax(vectors)
+    for name in NAMES:
+        for i in range(5):
+            values = [float(vector[name][i]) for vector in vectors]
+            share = abs(sum(values)) / sum(abs(value) for value in values)
+            assert float(found[name][i]) == pytest.approx(
+                0.5 * float(plain[name][i]) * share, rel=1e-4
+            )
+
+
+def test_scales_fall_by_a_factor_from_each_layer_to_the_one_before(vectors):
+    found = MERGING["scale falls towards early layers"](vectors)
+    for depth, name in enumerate(NAMES):
+        expected = 0.5 * 0.8 ** (3 - depth) * magmax(vectors)[name]
+        torch.testing.assert_close(found[name], expected)
+
+
+def test_the_mean_over_time_is_that_of_the_models_after_each_task(vectors):
+    found = MERGING["mean of merged models over time"](vectors)
+    models = [magmax(vectors[: task + 1]) for task in range(4)]
+    for name in NAMES:
+        expected = 0.5 * torch.stack([model[name] for model in models]).mean(dim=0)
+        torch.testing.assert_close(found[name], expected)
+
+
+@pytest.mark.parametrize("way", ["magmax", "ema", "opcm"])
+def test_a_method_counts_with_its_published_scale(way):
+    generator = torch.Generator().manual_seed(1)
+    vectors = [TaskVector({"weight": torch.randn(3, 4, generator=generator)}) for _ in range(3)]
+    scale = {"magmax": 0.5, "ema": 1.0, "opcm": text_head.get_merger("opcm").published_scale}[way]
+    expected = merge(vectors, method=way)["weight"] * scale
+    torch.testing.assert_close(MERGING[way](vectors)["weight"], expected)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits-2") / "seed0" / "sequential"
+    settings = ["data=digits", "stream.tasks=2", "stream.images_per_class=6", "evaluate=last"]
+    settings += ["trainer.max_epochs=1", "trainer.accelerator=cpu", "compare=false"]
+    assert cli.main(["run", *settings, f"out={folder}"]) == 0
+    return folder
+
+
+def test_trained_anew_without_any_change_it_is_the_same_model(run):
+    replay = Replay.of(run)
+    stored = list(text_head.task_vectors(run / "task_vectors" / "sequential"))
+    again, after_another = train(replay), (train(replay, start="merged"), train(replay))[1]
+    for name, value in merge(stored, method="magmax").items():
+        assert torch.equal(again.merged()[name], value)
+        assert torch.equal(after_another.merged()[name], value)
+
+
+def test_the_loss_over_seen_classes_changes_only_what_follows_the_first_task(run):
+    replay = Replay.of(run)
+    for task, count in ((0, 5), (1, 10)):
+        replay.stream.select(task)
+        seen = text_head.seen_classes(replay.stream)
+        assert len(seen) == count
+        assert seen[-5:] == list(replay.stream.task.classes)
+    plain, seen = train(Replay.of(run)), train(Replay.of(run), seen=True)
+    assert any(not torch.equal(plain.merged()[n], v) for n, v in seen.merged().items())
+
+
+def test_the_command_shows_each_way_with_its_difference_and_goes_on(run, tmp_path, capsys):
+    file = tmp_path / "kept.json"
+    words = [str(run), "--only", "opcm", "start=merged", "--keep", str(file)]
+    text_head.main(words)
+    printed = capsys.readouterr().out
+    known = json.loads(file.read_text())[str(run)]
+    assert list(known) == [PLAIN, "opcm", "start=merged"]
+    assert f"{known['opcm']:.1f}" in printed
+    assert f"{known['opcm'] - known[PLAIN]:+.1f}" in printed
+    file.write_text(json.dumps({str(run): known | {"opcm": 12.34}}))
+    text_head.main(words)
+    assert "12.3" in capsys.readouterr().out
+
+
+def test_a_run_that_other_images_or_threads_were_used_for_is_found_out(run, tmp_path):
+    results = json.loads((run / "results.json").read_text())
+    results["methods"][PLAIN]["accuracy"] += 0.5
+    (run / "results.json").rename(run / "kept")
+    try:
+        (run / "results.json").write_text(json.dumps(results))
+        with pytest.raises(InputError, match="MagMax of its task vectors has .* results.json says"):
+            list(measure(run, [PLAIN]))
+    finally:
+        (run / "kept").replace(run / "results.json")

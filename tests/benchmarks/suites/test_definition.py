@@ -1,0 +1,133 @@
+"""Suites: what they are read from, and what of them is chosen."""
+
+import re
+
+import pytest
+
+from cl_merge.benchmarks.suites.definition import (
+    Setting,
+    find_suite,
+    joined,
+    narrowed,
+    suites,
+    to_yaml,
+)
+from cl_merge.errors import InputError
+
+
+@pytest.mark.parametrize("name", suites())
+def test_every_suite_is_valid_and_survives_writing(name, tmp_path):
+    suite = find_suite(name)
+    assert suite.about
+    assert suite.settings
+    assert suite.methods
+    assert suite.seeds
+    (tmp_path / "suite.yaml").write_text(to_yaml(suite))
+    again = find_suite(str(tmp_path / "suite.yaml"))
+    assert again == suite
+    assert [s.joint_tasks for s in again.settings] == [s.joint_tasks for s in suite.settings]
+
+
+def test_the_first_table_is_the_papers():
+    suite = find_suite("table1")
+    assert len(suite.settings) == 14  # Cars and CUB-200 have no fifty tasks
+    assert len(suite.methods) == 10
+    assert suite.seeds == (5,)  # the one of the published runs
+    assert suite.published
+
+
+def test_a_part_of_a_suite_is_chosen():
+    part = narrowed(
+        find_suite("table1"),
+        data=["cifar100"],
+        tasks=[10],
+        methods=["magmax", "ties"],
+        seeds="3",
+        run=["trainer.max_epochs=1"],
+    )
+    assert [setting.name for setting in part.settings] == ["cifar100-10"]
+    assert part.shown == ("magmax", "ties")
+    assert part.seeds == (5, 6, 7)
+    assert part.run == {"trainer": {"max_epochs": 1}}
+
+
+def test_a_number_of_seeds_counts_from_the_first_and_a_list_is_taken_as_it_is():
+    suite = find_suite("offline")
+    assert narrowed(suite, seeds="2").seeds == (0, 1)
+    assert narrowed(suite, seeds="7,3").seeds == (7, 3)
+    assert narrowed(suite, seeds="4,").seeds == (4,)
+
+
+def test_other_data_and_methods_can_be_added():
+    part = narrowed(
+        find_suite("offline"), data=["/photos/birds"], tasks=[4], methods=["opcm", "magmax"]
+    )
+    assert [(s.data, s.tasks, s.name) for s in part.settings] == [("/photos/birds", 4, "birds-4")]
+    assert part.methods[-1] == "opcm"
+    assert part.shown == ("opcm", "magmax")
+
+
+def test_the_numbers_of_tasks_that_a_data_set_lacks_leave_the_others():
+    part = narrowed(find_suite("table1"), tasks=[50])
+    assert [setting.name for setting in part.settings] == ["cifar100-50", "imagenet-r-50"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"data": ["cifar10"]}, "unknown data set 'cifar10'; did you mean 'cifar100'?"),
+        ({"methods": ["magmx"]}, "unknown method 'magmx'; did you mean 'magmax'?"),
+        ({"data": ["cars"], "tasks": [50]}, "--tasks 50: suite 'table1' has 'cars' in 5, 10, 20"),
+        ({"tasks": [7]}, "nothing is left of suite 'table1', which has cifar100-5"),
+        ({"seeds": "many"}, "seeds 'many'; expected how many"),
+        ({"seeds": "0"}, "seeds '0'; expected how many"),
+        ({"seeds": "-1,2"}, "seeds '-1,2'; expected how many"),
+        ({"run": ["seed=3"]}, "'seed=3': a suite decides seed for each of its runs"),
+        ({"run": ["stream.tasks=3"]}, "'stream.tasks=3': a suite decides stream.tasks"),
+    ],
+)
+def test_what_cannot_be_chosen_is_said(choice, message):
+    with pytest.raises(InputError, match=f"^{re.escape(message)}"):
+        narrowed(find_suite("table1"), **choice)
+
+
+def test_a_data_set_whose_domains_are_its_tasks_has_no_number_of_them_to_choose():
+    message = "^--tasks 5: suite 'offline' has 'pacs' in the tasks that its recipe makes$"
+    with pytest.raises(InputError, match=message):
+        narrowed(find_suite("offline"), data=["digits", "pacs"], tasks=[5])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("settings: []\nmethods: [magmax]", "'settings' must be a list with at least one entry"),
+        ("settings: [{data: digits}]", "'methods' must be a list with at least one entry"),
+        ("setting: [{data: digits}]", "unknown key 'setting'; did you mean 'settings'?"),
+        ("settings: [{date: digits}]\nmethods: [magmax]", "each setting needs data: NAME"),
+        ("settings: [{data: digit}]\nmethods: [magmax]", "did you mean 'digits'?"),
+        ("settings: [{data: digits, task: 5}]\nmethods: [magmax]", "did you mean 'tasks'?"),
+        ("settings: [{data: digits, tasks: five}]\nmethods: [magmax]", "tasks of 'digits' must be"),
+        ("settings: [{data: digits}]\nmethods: [tie]", "did you mean 'ties'?"),
+        ("settings: [{data: digits}]\nmethods: [ties]\npaper: table3", "did you mean 'table"),
+    ],
+)
+def test_a_wrong_file_is_answered_with_what_is_wrong(text, message, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError, match=re.escape(message)):
+        find_suite(str(file))
+
+
+def test_an_unknown_suite_is_answered_with_the_nearest():
+    with pytest.raises(InputError, match="unknown suite 'tabel1'; did you mean 'table1'"):
+        find_suite("tabel1")
+
+
+def test_what_two_commands_asked_for_is_put_together():
+    suite = find_suite("offline")
+    one = narrowed(suite, data=["digits"], methods=["ties"], seeds="1")
+    two = narrowed(suite, data=["pacs"], methods=["magmax"], seeds="2")
+    both = joined(one, two)
+    assert both.settings == (Setting("digits", 5), Setting("pacs"))
+    assert both.shown == ("magmax", "ties")  # in the order of the table
+    assert both.seeds == (0, 1)

@@ -1,0 +1,126 @@
+"""The plan of a suite: which runs fill its cells."""
+
+import re
+
+import pytest
+from results_files import write_results_file
+
+from cl_merge.benchmarks.methods.method import find_method
+from cl_merge.benchmarks.suites.definition import find_suite, narrowed
+from cl_merge.benchmarks.suites.plan import (
+    BEGUN,
+    DONE,
+    FAILED,
+    NEW,
+    job_config,
+    jobs_of,
+    make_plan,
+    on_devices,
+    state_of,
+)
+from cl_merge.errors import InputError
+
+
+def plan(suite="offline", **choice):
+    return make_plan(narrowed(find_suite(suite), **choice))
+
+
+def test_methods_that_share_a_training_share_a_run():
+    cells = plan(data=["digits"])
+    trainings = {cell.job.training for cell in cells}
+    assert trainings == {"sequential", "independent", "lwf", "ewc", "joint"}
+    assert len(jobs_of(cells)) == len(trainings)
+    for cell in cells:
+        method = find_method(cell.method)
+        assert method.training in (None, cell.job.training)
+        assert method.training is None or cell.method in cell.job.methods
+
+
+def test_every_cell_has_a_job_that_evaluates_it():
+    cells = plan("table1", seeds="2")
+    assert len(cells) == 14 * 10 * 2
+    assert len({(c.setting, c.method, c.seed) for c in cells}) == len(cells)
+
+
+def test_joint_training_serves_every_number_of_tasks_whichever_is_asked_for():
+    places = {c.job.place for c in plan("table1", data=["cars"], methods=["joint"])}
+    assert places == {"cars/seed5/joint"}
+    (all_tasks,) = jobs_of(plan("table1", data=["cars"], methods=["joint"]))
+    (twenty,) = jobs_of(plan("table1", data=["cars"], tasks=[20], methods=["joint"]))
+    assert all_tasks.config == twenty.config
+
+
+def test_zero_shot_needs_no_run_of_its_own():
+    jobs = jobs_of(plan(data=["digits"], methods=["zero-shot", "ties"]))
+    assert [job.training for job in jobs] == ["independent"]
+    assert len(jobs_of(plan(data=["digits"], methods=["zero-shot"]))) == 1
+
+
+def test_a_method_that_estimates_what_matters_has_a_run_of_its_own():
+    jobs = jobs_of(plan(data=["digits"], methods=["fisher", "ties"]))
+    assert [(job.place, job.methods[0]) for job in jobs] == [
+        ("digits-5/seed0/independent-fisher", "fisher"),
+        ("digits-5/seed0/independent", "max-abs"),
+    ]
+    assert "fisher" not in jobs[1].methods
+
+
+def test_published_options_reach_the_methods_and_only_them():
+    (job,) = jobs_of(plan("table1", data=["cars"], tasks=[10], methods=["ties"]))
+    config = job_config(job)
+    assert config.method != "ties"
+    assert config.merge.beside == {"ties": {"density": 0.3472}}
+    (alone,) = jobs_of(plan("offline", data=["digits"], methods=["ties"]))
+    assert job_config(alone).merge.beside == {}
+
+
+def test_the_seed_of_a_run_is_that_of_its_cell_and_reaches_the_recipe():
+    (job,) = jobs_of(plan(data=["caltech101"], tasks=[10], methods=["magmax"], seeds="3,"))
+    config = job_config(job)
+    assert (config.seed, config.stream.order, config.stream.tasks) == (3, 3, 10)
+
+
+@pytest.mark.parametrize("suite", ["offline", "table1", "table2", "domains", "eight"])
+def test_every_run_of_every_suite_has_a_valid_configuration(suite):
+    for job in jobs_of(plan(suite)):
+        assert job_config(job).data == job.setting.data
+
+
+def test_several_devices_share_the_batch_of_one():
+    (job,) = jobs_of(plan("table1", data=["cars"], tasks=[10], methods=["magmax"]))
+    config = job_config(on_devices(job, 8))
+    assert config.stream.batch_size == 16  # 128 in all, as published
+    assert config.trainer["devices"] == 8
+    assert config.trainer["strategy"] == "ddp"
+    with pytest.raises(InputError, match="^--ddp 3: cars-10/seed5/sequential trains on batches of"):
+        on_devices(job, 3)
+
+
+def test_the_folder_tells_how_far_a_job_is(tmp_path):
+    (job,) = jobs_of(plan(data=["digits"], methods=["joint"]))
+    place = tmp_path / job.place
+    assert state_of(job, tmp_path) == NEW
+    place.mkdir(parents=True)
+    (place / "journal.jsonl").touch()
+    assert state_of(job, tmp_path) == BEGUN
+    (place / "failed.json").write_text("{}")
+    assert state_of(job, tmp_path) == FAILED
+    write_results_file(place, {"methods": {"joint": {}}})
+    assert state_of(job, tmp_path) == DONE
+
+
+def test_results_without_a_method_that_is_asked_for_are_not_the_end(tmp_path):
+    (job,) = jobs_of(plan(data=["digits"], methods=["opcm"]))
+    place = tmp_path / job.place
+    place.mkdir(parents=True)
+    (place / "journal.jsonl").touch()
+    others = {name: {} for name in job.methods if name != "opcm"}
+    write_results_file(place, {"methods": others})
+    assert state_of(job, tmp_path) == BEGUN
+
+
+def test_a_wrong_setting_names_the_run():
+    (job,) = jobs_of(plan(data=["digits"], methods=["joint"], run=["optimizer.lrr=1"]))
+    message = "digits/seed0/joint: unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?"
+    with pytest.raises(InputError, match=re.escape(message)):
+        job_config(job)

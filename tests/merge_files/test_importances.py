@@ -1,0 +1,111 @@
+"""Methods that weigh elements are given a file of importances with each task."""
+
+import json
+
+import pytest
+import torch
+from file_cases import listed, read, same_bits, tuned, write
+from safetensors import safe_open
+
+from cl_merge.errors import InputError
+from cl_merge.merge_files import merge_checkpoints
+from cl_merge.mergers import Merger
+from cl_merge.task_vectors.task_vector import TaskVector
+
+
+class Weighted(Merger):
+    """The mean, weighted by importance."""
+
+    name = "weighted"
+    published_scale = 0.5
+    accumulators = {"total": torch.float32, "weight": torch.float32}  # noqa: RUF012
+    weighted = True
+
+    def fold(self, kept, chunk, place):
+        kept["total"].addcmul_(chunk, place.importance)
+        kept["weight"].add_(place.importance)
+
+    def finish(self, kept, out, end):
+        torch.div(kept["total"], kept["weight"].clamp(min=1e-9), out=out)
+
+
+def importance_of(base, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.rand(tensor.shape, generator=generator)
+        for name, tensor in base.items()
+        if tensor.is_floating_point()
+    }
+
+
+@pytest.mark.parametrize("store", ["safetensors", "shards", "transposed pt"])
+@pytest.mark.parametrize("tasks_store", ["safetensors", "task vector"])
+def test_they_weigh_as_in_memory(tmp_path, base, tasks, out, store, tasks_store):
+    base_file = write(tmp_path, "base", base, "safetensors")
+    files = [write(tmp_path, f"t{i}", task, tasks_store, base) for i, task in enumerate(tasks)]
+    importances = [importance_of(base, seed) for seed in range(3)]
+    beside = [write(tmp_path, f"f{i}", each, store) for i, each in enumerate(importances)]
+    merge_checkpoints(
+        base_file, files, out / "m.safetensors", method=Weighted(), importances=beside
+    )
+    merger = Weighted()
+    for task, importance in zip(tasks, importances, strict=True):
+        merger.update(TaskVector.between(base, task), importance)
+    assert same_bits(read(out / "m.safetensors"), merger.merged().apply_to(base, 0.5))
+
+
+def test_they_are_in_the_provenance(files, base, out, tmp_path):
+    base_file, tasks = files
+    beside = [write(tmp_path, f"f{i}", importance_of(base, i), "pt") for i in range(3)]
+    merge_checkpoints(
+        base_file, tasks, out / "m.safetensors", method=Weighted(), importances=beside
+    )
+    with safe_open(out / "m.safetensors", framework="pt") as file:
+        inputs = json.loads(file.metadata()["cl_merge.inputs"])
+    assert [entry["role"] for entry in inputs] == ["base", *["task"] * 3, *["importance"] * 3]
+    assert inputs[-1]["file"] == "f2.pt"
+    assert len({entry["xxh3_128"] for entry in inputs}) == 7
+
+
+CHANGES = {
+    "lacks tensors that are merged: bias": lambda f: {n: t for n, t in f.items() if n != "bias"},
+    "has other shapes than the base": lambda f: f | {"bias": torch.ones(3)},
+    "the importance of 'bias' is negative, NaN or infinite": lambda f: f | {"bias": -f["bias"]},
+    "the importance of 'half' is negative, NaN or infinite": lambda f: f | {"half": f["half"] / 0},
+}
+
+
+@pytest.mark.parametrize("message", CHANGES)
+def test_wrong_ones_are_named(files, base, out, tmp_path, message):
+    base_file, tasks = files
+    wrong = write(tmp_path, "wrong", CHANGES[message](importance_of(base, 0)), "pt")
+    with pytest.raises(InputError) as caught:
+        merge_checkpoints(
+            base_file, tasks[:1], out / "m.safetensors", method=Weighted(), importances=[wrong]
+        )
+    assert message in str(caught.value)
+    assert str(wrong) in str(caught.value)
+    assert listed(out) == []
+
+
+def test_one_for_each_task(files, base, out):
+    base_file, tasks = files
+    with pytest.raises(InputError) as caught:
+        merge_checkpoints(
+            base_file, tasks, out / "m.safetensors", method=Weighted(), importances=tasks[:1]
+        )
+    assert str(caught.value) == (
+        "'weighted' needs the importance of each element: 3 files, one for each task, but 1 were "
+        "given"
+    )
+
+
+def test_tuned_weights_are_not_changed_by_a_rule_of_weights(files, base, tasks, out):
+    """Values handed to a rule lie in the mapped file, or in memory that is used again."""
+    base_file, task_files = files
+    before = [path.read_bytes() for path in task_files]
+    beside = [write(out / "f", str(i), importance_of(tuned(base, i), i), "pt") for i in range(3)]
+    merge_checkpoints(
+        base_file, task_files, out / "m.safetensors", method=Weighted(), importances=beside
+    )
+    assert [path.read_bytes() for path in task_files] == before
