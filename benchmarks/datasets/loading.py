@@ -20,7 +20,7 @@ from cl_merge.benchmarks.datasets.catalog import (
 )
 from cl_merge.benchmarks.datasets.epochs import task_epochs
 from cl_merge.benchmarks.datasets.prompts import read_class_names, read_prompts
-from cl_merge.config.reading import read_config
+from cl_merge.config.reading import read_config, settings_named
 from cl_merge.config.schema import RunConfig, StreamConfig
 from cl_merge.data.concat import Member, join
 from cl_merge.data.sources import cached_commit, hub_commit
@@ -96,12 +96,14 @@ def load_parts(config: RunConfig) -> tuple[TaskStream, CLIPClassifier]:
         "test_transform": clip.test_transform,
         "seed": config.seed,
     }
-    stream = TaskStream(loaded.splits, **options | dict(loaded.columns))
+    with settings_named("stream"):
+        stream = TaskStream(loaded.splits, **options | dict(loaded.columns))
     task_epochs(config, len(stream.tasks))  # checked before the head is made, which takes longer
     check_facts(config, stream)
     head = make_head(clip, loaded, stream)
     visual: nn.Module = clip.model.visual  # type: ignore[assignment]
-    return stream, CLIPClassifier(visual, head, **asdict(config.optimizer))
+    with settings_named("optimizer"):
+        return stream, CLIPClassifier(visual, head, **asdict(config.optimizer))
 
 
 def load_data(config: RunConfig) -> Loaded:
@@ -202,7 +204,8 @@ def _load_joined(config: RunConfig, entry: DataEntry) -> Loaded:
         members.append(_member(member.name, splits, own.stream))
         settings.append(own)
         commits[member.name] = commit
-    joined, names = join(members)
+    with settings_named("stream"):
+        joined, names = join(members)
     given = config.class_names
     if given is not None:
         given = read_class_names(given, [name for own_names in names for name in own_names])

@@ -26,6 +26,7 @@ from cl_merge.benchmarks.runs.run_folder import RunFolder
 from cl_merge.callbacks import EWC, LwF, MergeCallback
 from cl_merge.callbacks.auto_scale import AutoScale
 from cl_merge.callbacks.regularizer import Regularizer
+from cl_merge.config.reading import settings_named
 from cl_merge.config.schema import HELD_OUT, RunConfig
 from cl_merge.data.task_stream import TaskStream, check_loading
 from cl_merge.errors import InputError, unknown_name
@@ -271,7 +272,8 @@ def make_merger(config: RunConfig, method: Method) -> tuple[Merger, Any]:
 def _try_settings(config: RunConfig, method: Method) -> None:
     """Make once what the run will make for every task, so that wrong settings show at once."""
     check_loggers(config)
-    check_loading(config.stream.batch_size, config.stream.num_workers, config.stream.cache)
+    with settings_named("stream"):
+        check_loading(config.stream.batch_size, config.stream.num_workers, config.stream.cache)
     _try_beside(config, methods_beside(config.method, config.compare))
     try:
         L.Trainer(**config.trainer | {"logger": False, "enable_checkpointing": False})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,33 @@ def logger_options(loggers: Any) -> dict[str, dict[str, Any]] | None:
         if options is not None and not isinstance(options, Mapping):
             raise InputError(f"loggers.{name}={options}; expected options of the logger, by name")
     return {name: dict(options or {}) for name, options in found.items()}
+
+
+@contextmanager
+def settings_named(group: str) -> Iterator[None]:
+    """Let the errors of a block name settings where the library names its arguments.
+
+    Args:
+        group: A group of settings, such as ``"optimizer"``.
+
+    Raises:
+        InputError: The block's own; ``lr=-1`` reads ``optimizer.lr=-1``.
+
+    Example:
+        >>> with settings_named("optimizer"):
+        ...     raise InputError("lr=-1; expected a finite number above 0")
+        Traceback (most recent call last):
+        ...
+        cl_merge.errors.InputError: optimizer.lr=-1; expected a finite number above 0
+    """
+    arguments = "|".join(
+        key.removeprefix(f"{group}.") for key in described_keys() if key.startswith(f"{group}.")
+    )
+    try:
+        yield
+    except InputError as error:
+        error.args = (re.sub(rf"(?<![\w.])(?=({arguments})=)", f"{group}.", str(error)),)
+        raise
 
 
 def parse_arguments(arguments: Sequence[str]) -> DictConfig:

@@ -42,23 +42,23 @@ def two_splits(
     if train not in splits:
         raise InputError(
             f"the data set has no split '{train}'; it has {listing(splits)}: name the one to "
-            "train on with stream.train_split"
+            "train on with train_split=..."
         )
     if test_fraction is not None:
         if not 0 < test_fraction < 1:
-            raise InputError(f"stream.test_fraction={test_fraction}; expected more than 0, below 1")
+            raise InputError(f"test_fraction={test_fraction}; expected more than 0, below 1")
         try:
             held_out = splits[train].train_test_split(test_fraction, seed=seed)
         except ValueError as error:
             raise InputError(
-                f"stream.test_fraction={test_fraction} of {len(splits[train])} images leaves "
+                f"test_fraction={test_fraction} of {len(splits[train])} images leaves "
                 "none to train on; give a smaller share"
             ) from error
         return held_out["train"], held_out["test"]
     if test not in splits:
         raise InputError(
             f"the data set has no split '{test}'; it has {listing(splits)}: name the one to test "
-            "on with stream.test_split, or hold images out with stream.test_fraction=0.2"
+            "on with test_split=..., or hold images out with test_fraction=0.2"
         )
     return splits[train], splits[test]
 
@@ -79,12 +79,12 @@ def table_of(
         The table.
 
     Raises:
-        InputError: If a column is missing; says which setting names it.
+        InputError: If a column is missing; says which argument names it.
     """
     for setting, column in (("image", image), ("label", label), ("domain", domain)):
         if column is not None and column not in rows.column_names:
             error = unknown_name(f"column of the {where} split", column, rows.column_names)
-            raise InputError(f"{error}; name the one with the {setting}s: stream.{setting}=...")
+            raise InputError(f"{error}; name the one with the {setting}s: {setting}=...")
     return ImageTable(rows, image, label, domain, where=where)
 
 
@@ -130,7 +130,7 @@ def domains_of(
     """
     if not train.has_domains:
         raise InputError(
-            f"stream.scenario={scenario} needs the column of the domains: stream.domain=..."
+            f"scenario={scenario} needs the column of the domains: domain=..."
         )
     names = train.names("domain") or sorted({str(value) for value in train.values("domain")})
     return _indices(train, "domain", names), _indices(test, "domain", names), names
@@ -165,8 +165,8 @@ def with_domains(rows: datasets.Dataset, image: str, pattern: str) -> datasets.D
                 raise InputError(
                     f"row {len(domains)}, column '{image}', has "
                     f"{f'the file name {path}' if path else 'no file name'}, which says no domain: "
-                    f"stream.domain_pattern={pattern} does not match; use a copy that keeps the "
-                    "names of its files, or name a column of domains with stream.domain"
+                    f"domain_pattern={pattern} does not match; use a copy that keeps the "
+                    "names of its files, or name a column of domains with domain=..."
                 )
             domains.append(found[1])
     with without_bars():
@@ -178,11 +178,11 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         found = re.compile(pattern)
     except re.error as error:
         raise InputError(
-            f"stream.domain_pattern={pattern}: no regular expression ({error})"
+            f"domain_pattern={pattern}: no regular expression ({error})"
         ) from error
     if found.groups < 1:
         raise InputError(
-            f"stream.domain_pattern={pattern} has no group; put the part that is the domain in "
+            f"domain_pattern={pattern} has no group; put the part that is the domain in "
             "parentheses, as in ([a-z]+)_[0-9]+"
         )
     return found

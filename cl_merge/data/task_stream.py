@@ -295,8 +295,8 @@ class TaskStream(L.LightningDataModule):
         seen = self.tasks[: self._current + 1]
         if not any(len(task.held_out) for task in seen):
             raise InputError(
-                "no training image is held out: set stream.held_out, the share of each task's "
-                "training images, to more than 0, such as 0.1"
+                "no training image is held out: give a share of each task's training images, such "
+                "as held_out=0.1"
             )
         for task in seen:
             if task.index not in self._held_out:
@@ -330,7 +330,7 @@ class TaskStream(L.LightningDataModule):
 
     def _split(self, scenario: str, tasks: int | None, order: Order) -> list[Task]:
         if tasks is not None and (whole_number(tasks) or 0) < 1:
-            raise InputError(f"stream.tasks={tasks}; expected a whole number from 1")
+            raise InputError(f"tasks={tasks}; expected a whole number from 1")
         if scenario in ("domain", "source"):
             return self._split_by_column(scenario, tasks, order)
         if scenario == "class":
@@ -350,8 +350,8 @@ class TaskStream(L.LightningDataModule):
         if tasks not in (None, len(names)):
             what = "domains" if scenario == "domain" else "sources"
             raise InputError(
-                f"stream.tasks={tasks}, but the data set has {len(names)} {what} "
-                f"({listing(names)}), and each is a task; leave stream.tasks out"
+                f"tasks={tasks}, but the data set has {len(names)} {what} "
+                f"({listing(names)}), and each is a task; leave it out"
             )
         if scenario == "domain":
             return split_by_domain(train, test, self.class_names, names, order=order)
@@ -453,16 +453,16 @@ def check_loading(batch_size: int, num_workers: int, cache: Any) -> None:
         InputError: If one of them cannot be.
     """
     if batch_size < 1:
-        raise InputError(f"stream.batch_size={batch_size}; expected 1 or more")
+        raise InputError(f"batch_size={batch_size}; expected 1 or more")
     if num_workers < 0:
-        raise InputError(f"stream.num_workers={num_workers}; expected 0 or more")
+        raise InputError(f"num_workers={num_workers}; expected 0 or more")
     if not (isinstance(cache, bool) or cache == "auto"):
-        raise InputError(f"stream.cache={cache}; expected true, false or auto")
+        raise InputError(f"cache={cache}; expected true, false or auto")
 
 
 def _limited(tasks: list[Task], labels: Indices, limit: int, seed: int) -> list[Task]:
     if limit < 1:
-        raise InputError(f"stream.images_per_class={limit}; expected 1 or more")
+        raise InputError(f"images_per_class={limit}; expected 1 or more")
     kept = limit_per_class(labels, limit, seed)
     return [replace(task, train=np.intersect1d(task.train, kept)) for task in tasks]
 
@@ -470,7 +470,7 @@ def _limited(tasks: list[Task], labels: Indices, limit: int, seed: int) -> list[
 def _held_out(tasks: list[Task], labels: Indices, share: float, seed: int) -> list[Task]:
     number = isinstance(share, (int, float)) and not isinstance(share, bool)
     if not (number and 0 <= share < 1):
-        raise InputError(f"stream.held_out={share}; expected 0 or more, below 1")
+        raise InputError(f"held_out={share}; expected 0 or more, below 1")
     split = []
     for task in tasks:
         chosen = hold_out(labels[task.train], share, derive_seed("held out", seed, task.index))

@@ -56,7 +56,7 @@ class Task:
         if len(self.test) == 0:
             raise InputError(
                 f"task {self.index} ({self.name}) has no test image to tell how good a model is "
-                "at it; use fewer tasks, or hold more images out with stream.test_fraction"
+                "at it; use fewer tasks, or hold more images out with test_fraction=..."
             )
 
 
@@ -148,7 +148,7 @@ def split_by_class(
     """
     if tasks > len(class_names):
         raise InputError(
-            f"stream.tasks={tasks} is more than the {len(class_names)} classes of the data set; "
+            f"tasks={tasks} is more than the {len(class_names)} classes of the data set; "
             "every task needs a class of its own"
         )
     ordered = resolve_order(order, class_names, "class")
@@ -236,8 +236,8 @@ def split_by_source(
     shared = [class_names[c] for c, count in counts.items() if count > 1]
     if shared:
         raise InputError(
-            f"these classes are in several data sets: {listing(shared)}; stream.scenario=source "
-            "needs classes of its own for each, stream.scenario=domain has all classes in all"
+            f"these classes are in several data sets: {listing(shared)}; scenario=source "
+            "needs classes of its own for each, scenario=domain has all classes in all"
         )
     return [
         _task(

@@ -100,15 +100,15 @@ class CLIPClassifier(L.LightningModule):
         if schedule not in SCHEDULES:
             raise unknown_name("schedule", schedule, SCHEDULES)
         if not (math.isfinite(lr) and lr > 0):
-            raise InputError(f"optimizer.lr={lr}; expected a finite number above 0")
+            raise InputError(f"lr={lr}; expected a finite number above 0")
         if not (math.isfinite(weight_decay) and weight_decay >= 0):
-            raise InputError(f"optimizer.weight_decay={weight_decay}; expected 0 or more, finite")
+            raise InputError(f"weight_decay={weight_decay}; expected 0 or more, finite")
         if not 0 <= label_smoothing <= 1:
-            raise InputError(f"optimizer.label_smoothing={label_smoothing}; expected from 0 to 1")
+            raise InputError(f"label_smoothing={label_smoothing}; expected from 0 to 1")
         if warmup_steps < 0:
-            raise InputError(f"optimizer.warmup_steps={warmup_steps}; expected 0 or more")
+            raise InputError(f"warmup_steps={warmup_steps}; expected 0 or more")
         if not 0 < layer_decay <= 1:
-            raise InputError(f"optimizer.layer_decay={layer_decay}; expected above 0, at most 1")
+            raise InputError(f"layer_decay={layer_decay}; expected above 0, at most 1")
         self.save_hyperparameters(ignore=["visual", "head"])
         # Convolutions are up to twice as fast in this layout; transformers do not mind.
         self.visual = visual.to(memory_format=torch.channels_last)
@@ -324,7 +324,7 @@ class CLIPClassifier(L.LightningModule):
             self._told = True
             log.info(
                 "a task takes %d steps and its warm-up %d: the learning rate ends at %.0f %% of "
-                "its peak, see optimizer.warmup_steps",
+                "its peak, see warmup_steps",
                 steps,
                 warmup,
                 100 * steps / warmup,

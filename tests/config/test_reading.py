@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from cl_merge.config.reading import read_config, read_yaml, to_yaml
+from cl_merge.config.reading import read_config, read_yaml, settings_named, to_yaml
 from cl_merge.config.schema import described_keys
 from cl_merge.errors import InputError
 
@@ -158,3 +158,19 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "typo.yaml").write_text("stream: {taks: 3}\n")
     with pytest.raises(InputError, match="typo.yaml: unknown key 'stream.taks'; did you mean"):
         read_config([], {}, tmp_path / "typo.yaml")
+
+
+@pytest.mark.parametrize(
+    ("group", "message", "expected"),
+    [
+        ("optimizer", "lr=-1; expected more", "optimizer.lr=-1; expected more"),
+        ("stream", "no split 'x': give test_split=...", "no split 'x': give stream.test_split=..."),
+        # What is no argument, and what has its group already, stays.
+        ("stream", "more tasks than label", "more tasks than label"),
+        ("stream", "stream.tasks=3, mytasks=3", "stream.tasks=3, mytasks=3"),
+        ("stream", "lr=-1", "lr=-1"),
+    ],
+)
+def test_errors_of_the_library_name_settings_on_the_command_line(group, message, expected):
+    with pytest.raises(InputError, match=f"^{re.escape(expected)}$"), settings_named(group):
+        raise InputError(message)

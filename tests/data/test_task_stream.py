@@ -158,7 +158,7 @@ def test_sources_become_tasks_with_classes_of_their_own():
     rows = table([0, 1, 2, 3], domains=["x", "x", "y", "y"])
     stream = TaskStream({"train": rows, "test": rows}, scenario="source", domain="domain")
     assert [(task.name, task.classes) for task in stream.tasks] == [("x", (0, 1)), ("y", (2, 3))]
-    with pytest.raises(InputError, match=r"^stream.tasks=3, but the data set has 2 sources \(x, y"):
+    with pytest.raises(InputError, match=r"^tasks=3, but the data set has 2 sources \(x, y"):
         TaskStream({"train": rows, "test": rows}, scenario="source", domain="domain", tasks=3)
 
 
@@ -246,7 +246,7 @@ def test_processes_share_the_images_of_a_task_also_if_there_are_fewer(splits, wo
 def test_with_nothing_held_out_there_is_nothing_to_show(splits):
     stream = TaskStream(splits, tasks=2)
     assert [len(task.held_out) for task in stream.tasks] == [0, 0]
-    with pytest.raises(InputError, match=r"^no training image is held out: set stream.held_out"):
+    with pytest.raises(InputError, match=r"^no training image is held out: give .* held_out=0.1$"):
         stream.held_out_dataloader()
 
 
@@ -377,35 +377,35 @@ def test_real_photographs(shared):
     [
         (
             {"tasks": 9},
-            "stream.tasks=9 is more than the 4 classes of the data set; every task needs a class of its own",
+            "tasks=9 is more than the 4 classes of the data set; every task needs a class of its own",
         ),
-        ({"tasks": 0}, "stream.tasks=0; expected a whole number from 1"),
+        ({"tasks": 0}, "tasks=0; expected a whole number from 1"),
         (
             {"scenario": "clas"},
             "unknown scenario 'clas'; did you mean 'class'? Known: class, domain, data, source",
         ),
         (
             {"label": "lable"},
-            "unknown column of the train split 'lable'; did you mean 'label'? Known: image, label; name the one with the labels: stream.label=...",
+            "unknown column of the train split 'lable'; did you mean 'label'? Known: image, label; name the one with the labels: label=...",
         ),
         (
             {"scenario": "domain"},
-            "stream.scenario=domain needs the column of the domains: stream.domain=...",
+            "scenario=domain needs the column of the domains: domain=...",
         ),
         (
             {"scenario": "source"},
-            "stream.scenario=source needs the column of the domains: stream.domain=...",
+            "scenario=source needs the column of the domains: domain=...",
         ),
         (
             {"train_split": "training"},
-            "the data set has no split 'training'; it has train, test: name the one to train on with stream.train_split",
+            "the data set has no split 'training'; it has train, test: name the one to train on with train_split=...",
         ),
         (
             {"test_split": "val"},
-            "the data set has no split 'val'; it has train, test: name the one to test on with stream.test_split, or hold images out with stream.test_fraction=0.2",
+            "the data set has no split 'val'; it has train, test: name the one to test on with test_split=..., or hold images out with test_fraction=0.2",
         ),
-        ({"test_fraction": 1.5}, "stream.test_fraction=1.5; expected more than 0, below 1"),
-        ({"images_per_class": 0}, "stream.images_per_class=0; expected 1 or more"),
+        ({"test_fraction": 1.5}, "test_fraction=1.5; expected more than 0, below 1"),
+        ({"images_per_class": 0}, "images_per_class=0; expected 1 or more"),
     ],
 )
 def test_wrong_options_are_named(splits, options, message):

@@ -84,7 +84,7 @@ def test_a_wrong_order_is_named(order, message):
 
 def test_more_tasks_than_classes_is_an_error():
     message = (
-        "stream.tasks=6 is more than the 5 classes of the data set; every task needs a class of "
+        "tasks=6 is more than the 5 classes of the data set; every task needs a class of "
         "its own"
     )
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
@@ -103,7 +103,7 @@ def test_a_task_without_training_images_is_an_error():
 def test_a_task_without_test_images_is_an_error():
     message = (
         "task 2 (cat) has no test image to tell how good a model is at it; use fewer tasks, or hold "
-        "more images out with stream.test_fraction"
+        "more images out with test_fraction=..."
     )
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         split_by_class(LABELS, LABELS[LABELS != 2], NAMES, tasks=5)

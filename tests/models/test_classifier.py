@@ -164,9 +164,9 @@ def test_weights_carry_the_names_of_open_clip():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": float("inf")}, "optimizer.lr=inf; expected a finite number above 0"),
-        ({"lr": 0.0}, "optimizer.lr=0.0; expected a finite number above 0"),
-        ({"warmup_steps": -1}, "optimizer.warmup_steps=-1; expected 0 or more"),
+        ({"lr": float("inf")}, "lr=inf; expected a finite number above 0"),
+        ({"lr": 0.0}, "lr=0.0; expected a finite number above 0"),
+        ({"warmup_steps": -1}, "warmup_steps=-1; expected 0 or more"),
         (
             {"schedule": "cosinus"},
             "unknown schedule 'cosinus'; did you mean 'cosine'? Known: cosine, constant",
@@ -231,6 +231,6 @@ def test_without_a_decay_there_is_one_group_in_the_order_of_the_module():
 
 @pytest.mark.parametrize("decay", [0.0, -0.5, 1.5, float("nan"), float("inf")])
 def test_a_decay_is_above_0_and_at_most_1(decay):
-    message = f"optimizer.layer_decay={decay}; expected above 0, at most 1"
+    message = f"layer_decay={decay}; expected above 0, at most 1"
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         classifier(layer_decay=decay)

@@ -208,7 +208,7 @@ def saved(data):
         (
             splits([0, 1, 2], [0, 1, 2]),
             4,
-            "stream.tasks=4 is more than the 3 classes of the data set; every task needs a class "
+            "tasks=4 is more than the 3 classes of the data set; every task needs a class "
             "of its own",
         ),
         (
@@ -221,7 +221,7 @@ def saved(data):
             splits([0, 1, 2], [0, 1]),
             3,
             "task 2 (cat) has no test image to tell how good a model is at it; use fewer tasks, or "
-            "hold more images out with stream.test_fraction",
+            "hold more images out with test_fraction=...",
         ),
         (
             splits([0, -7, 2], [0, 1, 2], names=None),
@@ -236,6 +236,8 @@ def test_streams_that_cannot_be(data, tasks, message, here, capsys):
     capsys.readouterr()
     words = ["run", f"data={folder}", f"stream.tasks={tasks}", "trainer.accelerator=cpu"]
     assert cli.main([*words, "out=run"]) == 2
+    # The same with the names of settings.
+    message = message.replace("tasks=", "stream.tasks=").replace("test_fr", "stream.test_fr")
     assert capsys.readouterr().err == f"cl-merge: {message}\n"
     assert not (here / "run").exists()
 
