@@ -129,9 +129,7 @@ def domains_of(
             training images do not.
     """
     if not train.has_domains:
-        raise InputError(
-            f"scenario={scenario} needs the column of the domains: domain=..."
-        )
+        raise InputError(f"scenario={scenario} needs the column of the domains: domain=...")
     names = train.names("domain") or sorted({str(value) for value in train.values("domain")})
     return _indices(train, "domain", names), _indices(test, "domain", names), names
 
@@ -177,9 +175,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     try:
         found = re.compile(pattern)
     except re.error as error:
-        raise InputError(
-            f"domain_pattern={pattern}: no regular expression ({error})"
-        ) from error
+        raise InputError(f"domain_pattern={pattern}: no regular expression ({error})") from error
     if found.groups < 1:
         raise InputError(
             f"domain_pattern={pattern} has no group; put the part that is the domain in "

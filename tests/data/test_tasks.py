@@ -84,8 +84,7 @@ def test_a_wrong_order_is_named(order, message):
 
 def test_more_tasks_than_classes_is_an_error():
     message = (
-        "tasks=6 is more than the 5 classes of the data set; every task needs a class of "
-        "its own"
+        "tasks=6 is more than the 5 classes of the data set; every task needs a class of its own"
     )
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         split_by_class(LABELS, LABELS, NAMES, tasks=6)
