@@ -16,7 +16,7 @@ from cl_merge.benchmarks.datasets.catalog import find_data
 from cl_merge.benchmarks.formatting import counted, rounded
 from cl_merge.benchmarks.methods.method import grouped_methods
 from cl_merge.benchmarks.reports.figures.style import new_canvas
-from cl_merge.benchmarks.runs.results_file import finished_results
+from cl_merge.benchmarks.runs.results import finished_results
 from cl_merge.storage.files import atomic_write
 
 if TYPE_CHECKING:

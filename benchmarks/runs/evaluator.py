@@ -26,7 +26,7 @@ from cl_merge.training.metrics import AccuracyMatrix
 
 
 @dataclass(frozen=True)
-class Replay:
+class RunEvaluator:
     """The model and the test images of a finished run, to evaluate other weights on.
 
     Attributes:
@@ -44,7 +44,7 @@ class Replay:
     tell: Callable[[int], None] = lambda _: None
 
     @classmethod
-    def of(cls, folder: str | Path, tell: Callable[[int], None] = lambda _: None) -> Replay:
+    def of(cls, folder: str | Path, tell: Callable[[int], None] = lambda _: None) -> RunEvaluator:
         """Load what a run was made with.
 
         Args:

@@ -1,79 +1,55 @@
-"""Results as JSON: written so that every reader understands them, read with an error that helps."""
+"""JSON as it is written and read: checked against a type, with an error that names the entry."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from cl_merge.errors import InputError
 from cl_merge.storage.files import is_no_file
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Read a file that holds an object.
+def read_json(path: Path, kind: Any = dict[str, Any]) -> dict[str, Any] | None:
+    """Read a file that holds an object, as plain values.
 
     Args:
         path: The file.
+        kind: What it must be: a type that msgspec knows, such as a `msgspec.Struct`.
 
     Returns:
         The object; None if there is no such file.
 
     Raises:
-        InputError: If it cannot be read, or is damaged.
+        InputError: If it cannot be read, or is damaged; names the entry.
     """
     if is_no_file(path):
         raise InputError(f"'{path}' is no file; take it away")
     try:
-        return parse_json(path.read_bytes(), path)
+        content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise InputError(f"'{path}' cannot be read ({error.strerror})") from error
+    return parse_json(content, path, kind)
 
 
-def parse_json(content: bytes, path: Path) -> dict[str, Any]:
-    """Make an object of what a file holds.
-
-    Args:
-        content: What it holds.
-        path: Its place, for the error.
-
-    Returns:
-        The object.
-
-    Raises:
-        InputError: If it is damaged.
-    """
+def parse_json(content: bytes, path: Path, kind: Any = dict[str, Any]) -> dict[str, Any]:
+    """Make an object of what a file holds; as `read_json`."""
     try:
-        found = json.loads(content.decode())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"'{path}' is damaged ({error}); restore it, or delete it") from error
-    if not isinstance(found, dict):
-        raise InputError(f"'{path}' is damaged (no object); restore it, or delete it")
+        found: dict[str, Any] = msgspec.json.decode(content)
+        msgspec.convert(found, kind)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise InputError(f"'{path}' is damaged: {error}; restore it, or delete it") from error
     return found
 
 
 def plain(value: Any) -> Any:
-    """Turn a value into what JSON gives back.
-
-    Args:
-        value: Mappings, sequences, texts and numbers.
-
-    Returns:
-        The same with null for numbers that are not finite: JSON has no NaN, and every reader
-        understands null.
+    """Turn a value into what JSON gives back; numbers that are not finite become None.
 
     Example:
         >>> plain({1: (0.5, float("nan"))})
         {'1': [0.5, None]}
     """
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return msgspec.json.decode(msgspec.json.encode(value))

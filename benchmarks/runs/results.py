@@ -1,91 +1,189 @@
-"""What a finished run found, as the content of ``results.json``."""
+"""What a finished run found: the one schema that writes and reads ``results.json``."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
+from msgspec import Meta, Struct, convert
 
-from cl_merge.benchmarks.methods.method import Method
-from cl_merge.benchmarks.runs.json_files import plain
-from cl_merge.benchmarks.runs.run import Run
-from cl_merge.training.metrics import AccuracyMatrix
+from cl_merge.benchmarks.runs.json_files import parse_json, plain, read_json
+from cl_merge.errors import InputError
+
+if TYPE_CHECKING:
+    from cl_merge.benchmarks.methods.method import Method
+    from cl_merge.benchmarks.runs.run import Run
+    from cl_merge.training.cost import Cost
+    from cl_merge.training.metrics import AccuracyMatrix
 
 PACKAGES = ("cl-merge", "torch", "lightning", "open_clip_torch", "torchmetrics", "datasets", "timm")
 
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Amount = Annotated[float, Meta(ge=0, le=1e300)]
+Number = Annotated[float, Meta(ge=-1e300, le=1e300)]
+Percent = Annotated[float, Meta(ge=0, le=100)]
+Scale = Number | Annotated[dict[str, Number], Meta(min_length=1)] | None
+Matrix = Annotated[list[Annotated[list[Percent | None], Meta(min_length=1)]], Meta(min_length=1)]
+
+
+class TaskResults(Struct):
+    """A task of the run."""
+
+    name: str
+    classes: Annotated[list[Count], Meta(min_length=1)]  # labels
+    class_names: Annotated[list[str], Meta(min_length=1)]
+    train_images: Count
+    test_images: Count
+    held_out_images: Count = 0
+
+    def __post_init__(self) -> None:
+        if len(self.classes) != len(self.class_names):
+            raise ValueError(f"{len(self.classes)} classes, {len(self.class_names)} class_names")
+
+
+class MethodResults(Struct, omit_defaults=True):
+    """What was found for a method, in per cent."""
+
+    accuracy: Percent
+    metrics: dict[str, Number | None]
+    matrix: Matrix  # a row for each evaluation, a column for each task
+    matrix_task_aware: Matrix
+    seen: Annotated[list[Percent | None], Meta(min_length=1)]  # null where it was not evaluated
+    training: str | None
+    merger: str | None
+    scale: Scale  # after the last task
+    statistics: str | None = None
+    chosen_scales: Annotated[list[Scale], Meta(min_length=1)] | None = None  # one for each task
+
+
+class CostResults(Struct):
+    """What something took."""
+
+    seconds: Amount
+    peak_memory: Count
+    peak_device_memory: Count
+
+
+class Results(Struct, omit_defaults=True):
+    """The content of ``results.json``."""
+
+    method: str
+    seed: Count
+    data: str
+    model: str
+    scenario: str
+    tasks: Annotated[list[TaskResults], Meta(min_length=1)]
+    methods: dict[str, MethodResults]
+    training: dict[str, Annotated[list[CostResults], Meta(min_length=1)]]
+    total: CostResults
+    finished: str | None = None
+    versions: dict[str, str] = {}
+    machine: dict[str, Any] = {}
+
+    def __post_init__(self) -> None:
+        for name in (self.method, "zero-shot"):
+            if name not in self.methods:
+                raise ValueError(f"methods.{name} is missing")
+        tasks = len(self.tasks)
+        for name, method in self.methods.items():
+            for key in ("matrix", "matrix_task_aware"):
+                rows: Sequence[Sequence[object]] = getattr(method, key)
+                if len(rows) > tasks or any(len(row) != tasks for row in rows):
+                    raise ValueError(f"methods.{name}.{key} is not of {tasks} tasks")
+            if len(method.seen) != tasks:
+                raise ValueError(f"methods.{name}.seen is not of {tasks} tasks")
+
+
+def read_results(folder: Path) -> dict[str, Any] | None:
+    """Read what a finished run found, as plain values; None if no run has finished there.
+
+    Raises:
+        InputError: If the file cannot be read or is damaged; names the entry.
+    """
+    return read_json(folder / "results.json", Results)
+
+
+def finished_results(folder: Path) -> dict[str, Any]:
+    """Read what a run found; as `read_results`, but an error if it has not finished."""
+    results = read_results(folder)
+    if results is None:
+        raise InputError(f"'{folder}' holds no finished run: it has no results.json")
+    return results
+
+
+def parse_results(content: bytes, file: Path) -> dict[str, Any]:
+    """Make the results of a run of what their file holds; raises as `read_results`."""
+    return parse_json(content, file, Results)
+
 
 def results(run: Run) -> dict[str, Any]:
-    """Put together what a run found.
+    """Put together what a run found whose stream is done, as it is read from ``results.json``."""
+    import torch
 
-    Args:
-        run: A run whose stream is done.
-
-    Returns:
-        The content of ``results.json``, as it is read from there.
-    """
-    content: dict[str, Any] = plain(_found(run))
-    return content
-
-
-def _found(run: Run) -> dict[str, Any]:
     zero_shot = run.matrices["zero-shot"]
     # Of a run that had finished and was given more methods.
     former = run.folder.results().get("methods", {})
-    return {
-        "method": run.own.name,
-        "seed": run.config.seed,
-        "data": run.config.data,
-        "model": run.config.model,
-        "scenario": run.config.stream.scenario,
-        "tasks": [
-            {
-                "name": task.name,
-                "classes": list(task.classes),
-                "class_names": list(task.class_names),
-                "train_images": len(task.train),
-                "held_out_images": len(task.held_out),
-                "test_images": len(task.test),
-            }
+    found = Results(
+        method=run.own.name,
+        seed=run.config.seed,
+        data=run.config.data,
+        model=run.config.model,
+        scenario=run.config.stream.scenario,
+        tasks=[
+            TaskResults(
+                name=task.name,
+                classes=list(task.classes),
+                class_names=list(task.class_names),
+                train_images=len(task.train),
+                held_out_images=len(task.held_out),
+                test_images=len(task.test),
+            )
             for task in run.stream.tasks
         ],
-        "methods": {
-            method.name: former.get(method.name) or _method_results(run, method, zero_shot)
+        methods={
+            method.name: convert(former[method.name], MethodResults)
+            if method.name in former
+            else _method_results(run, method, zero_shot)
             for method in run.methods
         },
-        "training": {name: [asdict(cost) for cost in found] for name, found in run.costs.items()},
-        "total": asdict(run.cost),
-        "finished": datetime.now(UTC).isoformat(timespec="minutes"),
-        "versions": {"python": platform.python_version()}
+        training={name: [_cost(cost) for cost in costs] for name, costs in run.costs.items()},
+        total=_cost(run.cost),
+        finished=datetime.now(UTC).isoformat(timespec="minutes"),
+        versions={"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in PACKAGES},
-        "machine": {
+        machine={
             "platform": platform.platform(),
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         },
-    }
+    )
+    return plain(found)  # type: ignore[no-any-return]
 
 
-def _method_results(run: Run, method: Method, zero_shot: AccuracyMatrix) -> dict[str, Any]:
+def _method_results(run: Run, method: Method, zero_shot: AccuracyMatrix) -> MethodResults:
     matrix = run.matrices[method.name]
-    figures, seen = matrix.figures(zero_shot), matrix.seen()
+    metrics, seen = matrix.metrics(zero_shot), matrix.seen()
     scales = run.scales.get(method.name)
-    found = {
-        "accuracy": figures["accuracy"],
-        "metrics": figures,
-        "matrix": matrix.accuracy().tolist(),
-        "matrix_task_aware": matrix.accuracy(aware=True).tolist(),
+    chosen = run.chosen.get(method.plain.name)
+    return MethodResults(
+        accuracy=metrics["accuracy"],
+        metrics=dict(metrics),
+        matrix=matrix.accuracy().tolist(),
+        matrix_task_aware=matrix.accuracy(aware=True).tolist(),
         # Joint training, and with evaluate=last every other, is evaluated after all tasks only.
-        "seen": [None] * (len(run.stream.tasks) - len(seen)) + seen,
-        "training": method.training,
-        "merger": method.merger,
-        "scale": scales.plain() if scales else None,
-    }
-    if method.statistics is not None:
-        found["statistics"] = method.statistics
-    if method.plain.name in run.chosen:
-        found["chosen_scales"] = [scales.plain() for scales in run.chosen[method.plain.name]]
-    return found
+        seen=[None] * (len(run.stream.tasks) - len(seen)) + seen,
+        training=method.training,
+        merger=method.merger,
+        scale=scales.plain() if scales else None,
+        statistics=method.statistics,
+        chosen_scales=[scales.plain() for scales in chosen] if chosen else None,
+    )
+
+
+def _cost(cost: Cost) -> CostResults:
+    return CostResults(**asdict(cost))

@@ -11,15 +11,16 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 from lightning.pytorch.utilities import rank_zero_only
+from msgspec import Meta, Struct
 from torch import Tensor
 
-from cl_merge.benchmarks.runs.json_checks import AMOUNT, COUNT, SCALE, TEXT, entries, first, list_of
 from cl_merge.benchmarks.runs.json_files import plain
-from cl_merge.benchmarks.runs.results_file import read_results
+from cl_merge.benchmarks.runs.results import Amount, Count, Scale, read_results
 from cl_merge.benchmarks.runs.settings import check_same_run
 from cl_merge.config.reading import to_yaml
 from cl_merge.config.schema import RunConfig
@@ -30,15 +31,29 @@ from cl_merge.training.journal import Journal, is_first_process, only_process
 
 log = logging.getLogger(__name__)
 
-_SESSION = {"session": COUNT, "seconds": AMOUNT}
-# Checks of the records of a journal, by a key that only they have.
-_RECORDS = {
-    "method": entries(
-        {"method": TEXT, "task": COUNT, "counts": list_of(list_of(COUNT))} | _SESSION
-    ),
-    "chose": entries({"chose": TEXT, "task": COUNT, "scale": SCALE} | _SESSION),
-    "": entries(_SESSION),
-}
+
+class _Session(Struct):
+    """A record of the journal: when it was written; the first of each session says no more."""
+
+    session: Count
+    seconds: Amount
+
+
+class _Row(_Session):
+    """A row of the accuracy matrix of a method."""
+
+    method: str
+    task: Count
+    counts: Annotated[list[list[Count]], Meta(min_length=3, max_length=3)]
+
+
+class _ChosenScale(_Session):
+    """The scale that a method has chosen after a task."""
+
+    chose: str
+    task: Count
+    scale: Scale
+
 
 # Processes that Lightning launches for a run inherit the folder that the first one chose.
 _CHOSEN = "CL_MERGE_RUN_FOLDER"
@@ -207,20 +222,18 @@ class RunFolder:
         """Make sure of the types of what is read later."""
         tasks: set[int] = set()
         for number, record in enumerate(self._journal.records, start=1):
-            kind = next((key for key in _RECORDS if key in record), "")
-            wrong = first(_RECORDS[kind](record))
-            if wrong is None and kind == "method":
-                counts = record["counts"]
-                tasks |= {len(row) for row in counts}
-                if len(counts) != 3:
-                    wrong = "counts is not of 3 rows"
-                elif len(tasks) > 1:
-                    wrong = "counts is of another number of tasks"
-            if wrong is not None:
+            kind = _Row if "method" in record else _ChosenScale if "chose" in record else _Session
+            try:
+                checked = msgspec.convert(record, kind)
+                if isinstance(checked, _Row):
+                    tasks |= {len(counts) for counts in checked.counts}
+                if len(tasks) > 1:
+                    raise msgspec.ValidationError("counts is of another number of tasks")
+            except msgspec.ValidationError as error:
                 raise InputError(
-                    f"{self._journal.path}, line {number}: {wrong}; restore the file, or start "
+                    f"{self._journal.path}, line {number}: {error}; restore the file, or start "
                     "again in a new folder"
-                )
+                ) from error
 
     def _note(self, record: dict[str, Any]) -> None:
         seconds = round(time.monotonic() - self._began, 3)

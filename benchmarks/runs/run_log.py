@@ -114,7 +114,7 @@ class RunLog:
         begin, step = f"eval/{_word(method)}", self._step_of(method, row)
         if not self.on or step <= self._last.get(f"{begin}/accuracy", -1):
             return
-        found = _figures(self._run, method, row)
+        found = _metrics(self._run, method, row)
         self.add(step, {f"{begin}/{name}": value for name, value in found.items()})
         self.write()
 
@@ -263,7 +263,7 @@ def _word(method: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", method)
 
 
-def _figures(run: Run, method: str, row: int) -> dict[str, float]:
+def _metrics(run: Run, method: str, row: int) -> dict[str, float]:
     """What a method's matrix says after a task: as of a stream that ends there, and by task."""
     counts = run.matrices[method].rows[row]
     # The pre-trained model has seen no task; it is what all of them are compared with.
@@ -272,7 +272,7 @@ def _figures(run: Run, method: str, row: int) -> dict[str, float]:
     if counts[2, :seen].sum():
         before = _part(run, "zero-shot", [0], seen)
         rows = [at for at in sorted(run.matrices[method].rows) if at <= row]
-        found = _part(run, method, rows, seen).figures(before)
+        found = _part(run, method, rows, seen).metrics(before)
     width = max(len(str(len(run.stream.tasks) - 1)), 2)
     for task, (correct, aware, total) in enumerate(counts.T.tolist()):
         if total:

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from cl_merge.benchmarks.datasets.catalog import find_data, is_data_file
 from cl_merge.benchmarks.methods.method import find_method, methods_beside, whole_path
-from cl_merge.benchmarks.runs.results_file import read_results
+from cl_merge.benchmarks.runs.results import read_results
 from cl_merge.config.reading import parse_arguments, read_config, read_yaml
 from cl_merge.config.schema import RunConfig
 from cl_merge.errors import InputError

@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from cl_merge.benchmarks.runs.results_file import read_results
+from cl_merge.benchmarks.runs.results import read_results
 from cl_merge.benchmarks.runs.run_folder import RunFolder
 from cl_merge.callbacks import ClassStatistics
 from cl_merge.class_statistics import StreamStatistics

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cl_merge.benchmarks.runs.evaluator import Replay
+from cl_merge.benchmarks.runs.evaluator import RunEvaluator
 from cl_merge.benchmarks.studies.store_accuracy import mean_and_spread, task_vectors
 from cl_merge.class_statistics import (
     ClassGaussians,
@@ -68,7 +68,7 @@ def read_run(folder: Path) -> Streamed:
     Returns:
         The features.
     """
-    replay = Replay.of(folder)
+    replay = RunEvaluator.of(folder)
     model, stream, base = replay.model.eval(), replay.stream, replay.base
     live, merger = trained_parameters(model), get_merger("magmax")
 

@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
-from cl_merge.benchmarks.runs.evaluator import Replay
+from cl_merge.benchmarks.runs.evaluator import RunEvaluator
 from cl_merge.errors import InputError
 from cl_merge.mergers import get_merger
 from cl_merge.storage.quantize import STORES, stored
@@ -32,7 +32,7 @@ def measure(folder: Path, training: str, method: str) -> dict[str, float]:
     Returns:
         Accuracy on all test images in per cent, by store.
     """
-    replay = Replay.of(folder)
+    replay = RunEvaluator.of(folder)
     found = {}
     for store in STORES:
         merger = get_merger(method)

@@ -29,8 +29,8 @@ from typing_extensions import override
 
 from cl_merge.benchmarks.datasets.epochs import task_epochs
 from cl_merge.benchmarks.formatting import rounded
-from cl_merge.benchmarks.runs.evaluator import Replay
-from cl_merge.benchmarks.runs.results_file import finished_results
+from cl_merge.benchmarks.runs.evaluator import RunEvaluator
+from cl_merge.benchmarks.runs.results import finished_results
 from cl_merge.benchmarks.studies.store_accuracy import task_vectors
 from cl_merge.callbacks import MergeCallback
 from cl_merge.data.task_stream import TaskStream
@@ -144,7 +144,7 @@ def measure(folder: Path, ways: Sequence[str]) -> Iterator[tuple[str, float]]:
     """
     if not ways:
         return
-    replay = Replay.of(folder)
+    replay = RunEvaluator.of(folder)
     vectors: Vectors = list(task_vectors(folder / "task_vectors" / "sequential"))
     for name in ways:
         if name in MERGING:
@@ -158,7 +158,7 @@ def measure(folder: Path, ways: Sequence[str]) -> Iterator[tuple[str, float]]:
 
 
 def train(
-    replay: Replay, *, start: str = "sequential", seen: bool = False, layer_decay: float = 1.0
+    replay: RunEvaluator, *, start: str = "sequential", seen: bool = False, layer_decay: float = 1.0
 ) -> MergeCallback:
     """Train a run's stream anew, with the run's settings but for what is given.
 

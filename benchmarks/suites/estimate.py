@@ -15,7 +15,7 @@ import torch
 from cl_merge.benchmarks.datasets.catalog import find_data
 from cl_merge.benchmarks.datasets.epochs import task_epochs
 from cl_merge.benchmarks.methods.method import LEARNING_COST, TRAININGS, find_method
-from cl_merge.benchmarks.runs.results_file import read_results
+from cl_merge.benchmarks.runs.results import read_results
 from cl_merge.benchmarks.suites.plan import Job, job_config
 from cl_merge.config.schema import RunConfig
 

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cl_merge.benchmarks.formatting import duration, rounded
-from cl_merge.benchmarks.runs.results_file import finished_results
+from cl_merge.benchmarks.runs.results import finished_results
 from cl_merge.benchmarks.suites.definition import Suite
 from cl_merge.benchmarks.suites.execution import LOG, Ended
 from cl_merge.benchmarks.suites.plan import DONE, FAILED, Job, state_of

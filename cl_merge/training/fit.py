@@ -120,7 +120,7 @@ def fit_stream(
         merge = MergeCallback("magmax")
         result = fit_stream(model, stream, callbacks=[merge], trainer={"max_epochs": 3}, seed=0,
                             directory="stream")
-        print(result.accuracy.figures()["accuracy"])
+        print(result.accuracy.metrics()["accuracy"])
     """
     result = StreamResult()
     with ExitStack() as held:

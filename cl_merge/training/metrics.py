@@ -218,8 +218,8 @@ class AccuracyMatrix(Metric):
         """Accuracy on everything seen, after each finished task, in per cent."""
         return seen_accuracies(self.correct(), self.total, sorted(self.rows))
 
-    def figures(self, zero_shot: AccuracyMatrix | None = None) -> dict[str, float]:
-        """Read the standard figures off the matrix.
+    def metrics(self, zero_shot: AccuracyMatrix | None = None) -> dict[str, float]:
+        """Read the standard metrics off the matrix.
 
         Args:
             zero_shot: The matrix of the pre-trained model, for the forward transfer.

@@ -20,7 +20,7 @@ def test_a_stream_ends_with_the_whole_accuracy_matrix():
     assert result.accuracy.accuracy().shape == (3, 3)
     assert result.accuracy.total.tolist() == [10, 10, 10]
     logged = result.tasks[-1]["test/accuracy"]
-    assert result.accuracy.figures()["accuracy"] == pytest.approx(logged)
+    assert result.accuracy.metrics()["accuracy"] == pytest.approx(logged)
     assert [set(metrics) for metrics in result.tasks] == [
         {"test/accuracy", "test/task_aware_accuracy", "test/seen_accuracy"}
     ] * 3
@@ -100,4 +100,4 @@ def test_without_evaluation_there_is_no_matrix():
 def test_every_start_runs_through(start):
     callback = MergeCallback("magmax", start=start)
     result = fit_stream(classifier(), stream(), callbacks=[callback], trainer=TRAINER, seed=0)
-    assert result.accuracy.figures()["task_aware_accuracy"] > 45
+    assert result.accuracy.metrics()["task_aware_accuracy"] > 45

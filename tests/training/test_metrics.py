@@ -113,7 +113,7 @@ def test_figures_carry_every_name(batch):
     for row in range(3):
         matrix.update(logits, labels, tasks)
         matrix.finish_row(row)
-    figures = matrix.figures(zero_shot=matrix)
+    figures = matrix.metrics(zero_shot=matrix)
     assert figures["accuracy"] == pytest.approx(100 * (logits.argmax(1) == labels).double().mean())
     assert figures["forward_transfer"] == figures["backward_transfer"] == figures["forgetting"] == 0
     assert set(figures) == {
@@ -131,7 +131,7 @@ def test_a_single_row_after_all_tasks_has_no_figures_over_time():
     matrix = AccuracyMatrix([[0], [1]], num_classes=2)
     matrix.update(torch.eye(2), torch.tensor([0, 0]), torch.tensor([0, 1]))
     matrix.finish_row(1)
-    figures = matrix.figures()
+    figures = matrix.metrics()
     assert figures["accuracy"] == figures["average_accuracy"] == 50.0
     assert matrix.seen() == [50.0]
     assert math.isnan(figures["forgetting"])

@@ -13,9 +13,9 @@ from cl_merge.benchmarks.reports.figures.trainings import PLAIN
 if TYPE_CHECKING:
     import matplotlib.figure
 
-    from cl_merge.benchmarks.runs.evaluator import Replay
+    from cl_merge.benchmarks.runs.evaluator import RunEvaluator
 
-    Measure = Callable[[SuiteRun, Callable[[], Replay]], "Found"]
+    Measure = Callable[[SuiteRun, Callable[[], RunEvaluator]], "Found"]
 
 T = TypeVar("T")
 

@@ -34,7 +34,7 @@ from cl_merge.errors import InputError
 
 if TYPE_CHECKING:
     from cl_merge.benchmarks.reports.figures.figure import Measure
-    from cl_merge.benchmarks.runs.evaluator import Replay
+    from cl_merge.benchmarks.runs.evaluator import RunEvaluator
 
 log = logging.getLogger(__name__)
 
@@ -177,14 +177,14 @@ class _ReplayOnce:
 
     def __init__(self, tell: Callable[[int], None]) -> None:
         self._tell = tell
-        self._replay: Replay | None = None
+        self._replay: RunEvaluator | None = None
 
-    def of(self, run: SuiteRun) -> Replay:
+    def of(self, run: SuiteRun) -> RunEvaluator:
         # What was measured before can be drawn without the parts that train and evaluate.
-        from cl_merge.benchmarks.runs.evaluator import Replay
+        from cl_merge.benchmarks.runs.evaluator import RunEvaluator
 
         if self._replay is None:
-            self._replay = Replay.of(run.folder, self._tell)
+            self._replay = RunEvaluator.of(run.folder, self._tell)
         self._replay.check_same(run.results)
         return self._replay
 

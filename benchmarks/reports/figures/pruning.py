@@ -20,7 +20,7 @@ from cl_merge.benchmarks.reports.figures.trainings import PLAIN, TITLES
 from cl_merge.task_vectors.task_vector import TaskVector
 
 if TYPE_CHECKING:
-    from cl_merge.benchmarks.runs.evaluator import Replay
+    from cl_merge.benchmarks.runs.evaluator import RunEvaluator
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 """Of the parameters; all of them come on top."""
@@ -32,7 +32,7 @@ _LOOKS = {
 }
 
 
-def measure_pruning(run: SuiteRun, get_replay: Callable[[], Replay]) -> Found:
+def measure_pruning(run: SuiteRun, get_replay: Callable[[], RunEvaluator]) -> Found:
     """Prune the task vector of each task, and evaluate on the task's test images.
 
     Args:
@@ -124,7 +124,7 @@ PRUNING = Kind(
 _Lines = dict[str, tuple[dict[str, Line], float]]
 
 
-def _accuracy(replay: Replay, vector: TaskVector, task: int) -> float:
+def _accuracy(replay: RunEvaluator, vector: TaskVector, task: int) -> float:
     _, aware, total = replay.counts(vector.items(), 1.0, task)[:, task].tolist()
     return 100.0 * aware / total if total else float("nan")
 

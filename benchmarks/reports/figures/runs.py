@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_merge.benchmarks.methods.method import METHODS, TRAININGS
-from cl_merge.benchmarks.runs.results_file import parse_results
+from cl_merge.benchmarks.runs.results import parse_results
 from cl_merge.errors import InputError, unknown_name
 from cl_merge.task_vectors.task_vector import TaskVector
 

@@ -22,7 +22,7 @@ from cl_merge.config.reading import read_config
 from cl_merge.mergers import Merger
 
 if TYPE_CHECKING:
-    from cl_merge.benchmarks.runs.evaluator import Replay
+    from cl_merge.benchmarks.runs.evaluator import RunEvaluator
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ _PANELS = {"independent": "independent training"}
 _OTHER = "sequential training"
 
 
-def measure_scale(run: SuiteRun, get_replay: Callable[[], Replay]) -> Found:
+def measure_scale(run: SuiteRun, get_replay: Callable[[], RunEvaluator]) -> Found:
     """Merge a run's task vectors with each of its methods, and evaluate several scales.
 
     Args:

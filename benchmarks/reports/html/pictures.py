@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_merge.benchmarks.reports.figures.figure import Figure, Table
-from cl_merge.benchmarks.runs.results_file import finished_results
+from cl_merge.benchmarks.runs.results import finished_results
 
 
 def pictures_of_run(folder: str | Path, setting: str) -> list[Figure]:

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from cl_merge.benchmarks.reports.summary import Found, Summary
-from cl_merge.benchmarks.runs.results_file import read_results
+from cl_merge.benchmarks.runs.results import read_results
 from cl_merge.benchmarks.suites.execution import LOG
 from cl_merge.benchmarks.suites.plan import DONE
 

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from cl_merge.benchmarks.methods.method import find_method
 from cl_merge.benchmarks.reports.summary import Summary, summarize
-from cl_merge.benchmarks.runs.results_file import finished_results
+from cl_merge.benchmarks.runs.results import finished_results
 from cl_merge.benchmarks.suites.definition import Setting, Suite
 from cl_merge.benchmarks.suites.plan import Cell, Job
 from cl_merge.config.reading import read_yaml

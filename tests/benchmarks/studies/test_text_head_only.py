@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cl_merge import TaskVector, cli, merge
-from cl_merge.benchmarks.runs.evaluator import Replay
+from cl_merge.benchmarks.runs.evaluator import RunEvaluator
 from cl_merge.benchmarks.studies import text_head_only as text_head
 from cl_merge.benchmarks.studies.text_head_only import MERGING, PLAIN, measure, train
 from cl_merge.errors import InputError
@@ -71,7 +71,7 @@ def run(tmp_path_factory):
 
 
 def test_trained_anew_without_any_change_it_is_the_same_model(run):
-    replay = Replay.of(run)
+    replay = RunEvaluator.of(run)
     stored = list(text_head.task_vectors(run / "task_vectors" / "sequential"))
     again, after_another = train(replay), (train(replay, start="merged"), train(replay))[1]
     for name, value in merge(stored, method="magmax").items():
@@ -80,13 +80,13 @@ def test_trained_anew_without_any_change_it_is_the_same_model(run):
 
 
 def test_the_loss_over_seen_classes_changes_only_what_follows_the_first_task(run):
-    replay = Replay.of(run)
+    replay = RunEvaluator.of(run)
     for task, count in ((0, 5), (1, 10)):
         replay.stream.select(task)
         seen = text_head.seen_classes(replay.stream)
         assert len(seen) == count
         assert seen[-5:] == list(replay.stream.task.classes)
-    plain, seen = train(Replay.of(run)), train(Replay.of(run), seen=True)
+    plain, seen = train(RunEvaluator.of(run)), train(RunEvaluator.of(run), seen=True)
     assert any(not torch.equal(plain.merged()[n], v) for n, v in seen.merged().items())
 
 

@@ -13,7 +13,7 @@ from cl_merge.analysis import keep
 from cl_merge.benchmarks.reports.figures import KINDS, figures_of
 from cl_merge.benchmarks.reports.figures.pruning import SHARES
 from cl_merge.benchmarks.reports.figures.runs import find_settings
-from cl_merge.benchmarks.runs.evaluator import Replay
+from cl_merge.benchmarks.runs.evaluator import RunEvaluator
 from cl_merge.errors import InputError
 from cl_merge.mergers import merge
 
@@ -87,7 +87,7 @@ def test_whole_task_vectors_are_as_good_as_the_run_found_them(trained, drawn, tr
 def replayed(trained):
     (setting,) = find_settings(trained)
     run = setting.runs[0]
-    return run, Replay.of(run.folder)
+    return run, RunEvaluator.of(run.folder)
 
 
 def test_merging_and_evaluating_again_gives_what_the_run_found(replayed):
@@ -124,7 +124,7 @@ def test_what_was_measured_is_not_measured_again_and_draws_the_same_bytes(
     def never(*_):
         raise AssertionError("the model was loaded again")
 
-    monkeypatch.setattr(Replay, "of", never)
+    monkeypatch.setattr(RunEvaluator, "of", never)
     assert figures_of(trained) == figures
     assert contents(trained) == before
 
