@@ -168,7 +168,7 @@ def test_every_setting_that_a_page_names_exists():
     named = {
         (page, key)
         for page, text in PAGES.items()
-        for key in re.findall(r"\{confval\}`([\w.]+)`", text)
+        for key in re.findall(r"\[`([\w.]+)`\]\([./\w]*settings\.md\)", text)
         + re.findall(rf"(?<![\w.])((?:{'|'.join(groups)})\.\w+)[\w.]*=", text)
     }
     assert len(named) > 20
@@ -247,6 +247,16 @@ def test_every_public_name_is_in_the_reference():
     wanted = {f"cl_merge.{name}" for name in cl_merge.__all__}
     wanted |= {f"cl_merge.callbacks.{name}" for name in callbacks.__all__}
     assert wanted <= documented
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_work_on_the_pages_of_the_repository(page):
+    text = re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL)
+    links = re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", text)
+    assert not [target for label, target in links if not label.strip()]
+    files = [target.partition("#")[0] for _, target in links if "://" not in target]
+    assert not [file for file in files if file and not (DOCS / page).parent.joinpath(file).exists()]
+    assert not re.findall(r"\{(?:py:\w+|confval|ref|doc)\}`", text)
 
 
 def test_every_page_is_in_a_table_of_contents():

@@ -7,8 +7,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
+from modules import FILES, module_name
 
 # From the ground up: a room may import the rooms before it.
 ROOMS = [
@@ -38,12 +37,6 @@ ROOMS = [
 ]
 
 
-def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    parts = parts if parts[0] == "cl_merge" else ("cl_merge", *parts)
-    return ".".join(parts)
-
-
 def room(module: str) -> str:
     parts = module.split(".")[1:]
     return ".".join(parts[: 2 if parts[0] == "benchmarks" else 1])
@@ -59,13 +52,6 @@ def imports(path: Path) -> list[str]:
             found.append(node.module)
             found += [f"{node.module}.{alias.name}" for alias in node.names]
     return found
-
-
-FILES = [
-    path
-    for folder in ("cl_merge", "callbacks", "benchmarks")
-    for path in sorted((ROOT / folder).rglob("*.py"))
-]
 
 
 MODULES = {module_name(path).removesuffix(".__init__"): path for path in FILES}
@@ -93,6 +79,11 @@ def test_no_file_imports_itself_through_others():
     uses = {name: used(path, set(MODULES)) for name, path in MODULES.items()}
     assert sum(map(len, uses.values())) > len(MODULES)
     list(TopologicalSorter(uses).static_order())  # raises CycleError, which names the circle
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_files_are_short(path):
+    assert len(path.read_text().splitlines()) <= 400
 
 
 def test_merging_needs_no_lightning():

@@ -4,94 +4,65 @@ import re
 import shlex
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
-from cl_merge import TaskVector
+from cl_merge import TaskVector, cli
 from cl_merge.benchmarks.runs.settings import read_settings
-from cl_merge.callbacks import EWC, LwF, MergeCallback
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-
-
-def block(language: str, holding: str) -> str:
-    blocks = re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
-    return next(text for text in blocks if holding in text)
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
 
 
-class Anybody(L.LightningModule):
-    """A module that knows nothing of this library."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = self.net = nn.Linear(4, 3)
-
-    def forward(self, images):
-        return self.net(images)
-
-    def training_step(self, batch, batch_idx):
-        images, labels = batch
-        return nn.functional.cross_entropy(self(images), labels)
-
-    def test_step(self, batch, batch_idx):
-        self.log("norm", self.layer.weight.norm())
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def loader(seed: int) -> DataLoader:
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(16, 4, generator=generator)
-    return DataLoader(TensorDataset(images, torch.arange(16) % 3), batch_size=8)
+def test_it_is_short():
+    assert len(README.splitlines()) <= 220
 
 
-def test_the_regularizers_example_trains(tmp_path, monkeypatch):
+def test_what_it_links_to_is_there():
+    links = re.findall(r'\]\(([^)#]+)(?:#[^)]*)?\)|(?:src|srcset)="([^"]+)"', README)
+    files = [one or other for one, other in links if "://" not in one]
+    assert len(files) > 20
+    assert not [file for file in files if not (ROOT / file).exists()]
+
+
+def test_the_plug_in_example_can_be_pasted_and_the_regularizers_behind_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = {"L": L, "LwF": LwF, "EWC": EWC, "MergeCallback": MergeCallback}
-    names |= {"module": Anybody(), "tasks": [loader(0), loader(1)]}
-    exec(block("python", "LwF(target"), names)
-    assert [callback.tasks for callback in names["callbacks"]] == [2, 2, 2]
-
-
-def test_the_plug_in_example_trains_tests_and_keeps_the_merged_weights(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    module = Anybody()
-    names = {
-        "L": L,
-        "MergeCallback": MergeCallback,
-        "module": module,
-        "tasks": [loader(0), loader(1)],
-        "test_loader": loader(2),
-    }
-    base = {name: p.detach().clone() for name, p in module.named_parameters()}
-    exec(block("python", "MergeCallback("), names)
-    assert names["merge"].tasks == 2
-    expected = names["merge"].merged().apply_to(base, scale=0.5)
+    plug_in, regularizers = blocks("python")[:2]
+    names = {}
+    torch.manual_seed(0)
+    exec(plug_in, names)
+    merge, module = names["merge"], names["module"]
+    assert merge.tasks == 3
+    expected = {name: merge.base[name] + 0.5 * tensor for name, tensor in merge.merged().items()}
     assert all(torch.equal(p, expected[name]) for name, p in module.named_parameters())
+    exec(regularizers, names)
+    assert [callback.tasks for callback in names["callbacks"]] == [3, 3, 3]
 
 
 def test_the_example_on_weights_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    base = {"weight": torch.zeros(10)}
     names = {
-        "base_state": base,
+        "base_state": {"weight": torch.zeros(10)},
         "tuned_state": {"weight": torch.arange(10.0)},
         "other": TaskVector({"weight": -torch.ones(10)}),
     }
-    exec(block("python", "TaskVector.between"), names)
+    exec(blocks("python")[2], names)
     assert names["state"]["weight"].shape == (10,)
     assert TaskVector.load("task0.safetensors") == names["vector"]
 
 
 @pytest.mark.parametrize(
-    "line", [line for line in block("sh", "data=/photos").splitlines() if "--help" not in line]
+    "line",
+    [line for block in blocks("sh") for line in block.splitlines() if line[:8] == "cl-merge"],
 )
 def test_the_commands_are_valid(line):
-    read_settings(shlex.split(line)[2:])
+    parsed = cli._parse(shlex.split(line)[1:])
+    if parsed.command == "run":
+        read_settings(parsed.settings)
 
 
 def test_the_two_commands_stand_on_lines_of_their_own():
