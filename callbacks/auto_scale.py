@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from cl_merge.callbacks.batches import LOGITS, inputs_and_targets, placed
+from cl_merge.callbacks.batches import LOGITS, inputs_and_targets, sum_over_processes, to_module
 from cl_merge.errors import InputError
 from cl_merge.task_vectors.module_weights import (
     evaluating,
@@ -20,7 +20,7 @@ from cl_merge.task_vectors.module_weights import (
     swapped,
     trained_parameters,
 )
-from cl_merge.task_vectors.scale_search import Found, block_groups, read_groups, search_scale
+from cl_merge.task_vectors.scale_search import block_groups, read_groups, search_scale
 from cl_merge.task_vectors.scales import Scales, check_fits, scaled
 
 log = logging.getLogger(__name__)
@@ -67,10 +67,7 @@ class AutoScale:
         object.__setattr__(self, "groups", read_groups(self.groups))
 
     def check(self, names: Iterable[str]) -> None:
-        """Make sure that every group has a parameter.
-
-        Args:
-            names: Of all parameters that are merged.
+        """Make sure that every group has one of the parameters that are merged.
 
         Raises:
             InputError: If a pattern fits none.
@@ -87,7 +84,7 @@ class AutoScale:
         base: Mapping[str, Tensor],
         changes: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
-    ) -> Found:
+    ) -> Scales:
         """Find the scale, leaving the module as it is.
 
         Args:
@@ -99,7 +96,7 @@ class AutoScale:
             buffers: What buffers hold in an evaluation, those that differ from the module's.
 
         Returns:
-            What was found.
+            The scale.
 
         Raises:
             InputError: If there is no held-out image, or the logits cannot be found.
@@ -115,16 +112,16 @@ class AutoScale:
 
         groups = block_groups(changes) if self.groups == "block" else self.groups
         with swapped(live, {}), swapped(live_buffers, buffers), evaluating(module):
-            found = search_scale(count, groups=groups)
+            best = search_scale(count, groups=groups)
         if trainer.is_global_zero:
             log.info(
                 "scale %s gets %.1f %% of %d held-out images right, the best of %d that were tried",
-                found.scales,
-                100 * found.correct / total,
+                best.scales,
+                100 * best.correct / total,
                 total,
-                found.evaluated,
+                best.evaluated,
             )
-        return found
+        return best.scales
 
     @torch.no_grad()
     def _count(
@@ -134,10 +131,10 @@ class AutoScale:
         counts = torch.zeros(2, dtype=torch.int64, device=module.device)
         with trainer.precision_plugin.forward_context():
             for batch in batches:
-                logits, targets = self._classify(module, placed(trainer, module, batch))
+                logits, targets = self._classify(module, to_module(trainer, module, batch))
                 counts[0] += (logits.argmax(dim=1) == targets).sum()
                 counts[1] += len(targets)
-        correct, total = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        correct, total = sum_over_processes(trainer, module)(counts).tolist()
         if not total:
             raise InputError("there is no held-out image to choose the scale on")
         return correct, total
@@ -152,20 +149,8 @@ class AutoScale:
 
 
 def held_out_batches(trainer: L.Trainer, own: Loader | None) -> Iterable[Any]:
-    """Find the held-out images of the tasks so far.
-
-    Args:
-        trainer: The trainer of the task.
-        own: What the user gave; None asks the trainer's data module.
-
-    Returns:
-        Batches, which can be iterated over repeatedly.
-
-    Raises:
-        InputError: If there is neither.
-    """
-    if own is None:
-        own = getattr(getattr(trainer, "datamodule", None), "held_out_dataloader", None)
+    """The held-out images of the tasks so far, of the user's loader or else the data module's."""
+    own = own or getattr(getattr(trainer, "datamodule", None), "held_out_dataloader", None)
     if own is None:
         raise InputError(
             "scale='auto' needs images that are not trained on: give MergeCallback(held_out=...), "

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from cl_merge.errors import InputError
@@ -18,33 +19,16 @@ LOGITS = (
 
 
 def training_batches(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[Any]:
-    """The batches of one more epoch over the task's training data, on the module's device.
-
-    Args:
-        trainer: The task's trainer.
-        pl_module: The module.
-
-    Yields:
-        Each batch as a training step gets it.
-    """
+    """The batches of one more epoch over the training data, each as a training step gets it."""
     loaders = CombinedLoader(trainer.train_dataloader, "max_size_cycle")
     number = trainer.num_training_batches
-    whole = int(number) if number != float("inf") else None
-    for batch, _, _ in itertools.islice(loaders, whole):
-        yield placed(trainer, pl_module, batch)
+    limit = int(number) if number != float("inf") else None
+    for batch, _, _ in itertools.islice(loaders, limit):
+        yield to_module(trainer, pl_module, batch)
 
 
-def placed(trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> Any:
-    """Bring a batch to the module's device and to the precision of its inputs.
-
-    Args:
-        trainer: The trainer.
-        pl_module: The module.
-        batch: As a loader gives it.
-
-    Returns:
-        The batch as a step of the module gets it.
-    """
+def to_module(trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> Any:
+    """Bring a batch to the module's device and to the precision of its inputs."""
     converted = trainer.precision_plugin.convert_input(batch)
     return trainer.strategy.batch_to_device(converted, pl_module.device, dataloader_idx=0)
 
@@ -52,12 +36,7 @@ def placed(trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> Any:
 def own_samples(trainer: L.Trainer, limit: int | None = None) -> int | None:
     """How many samples are this process's own: samplers repeat some, so that all have as many.
 
-    Args:
-        trainer: The task's trainer.
-        limit: The most to take over all processes.
-
-    Returns:
-        The number; None for all that the loader has.
+    The limit is the most to take over all processes; None means all that the loader has.
     """
     shares = [] if limit is None else [-(-limit // trainer.world_size)]
     loader = trainer.train_dataloader
@@ -69,19 +48,21 @@ def own_samples(trainer: L.Trainer, limit: int | None = None) -> int | None:
     return min(shares, default=None)
 
 
+def sum_over_processes(trainer: L.Trainer, module: L.LightningModule) -> Callable[[Tensor], Tensor]:
+    """Make what sums a tensor over all processes, wherever it is, and leaves the sum there."""
+
+    def total(tensor: Tensor) -> Tensor:
+        # Processes communicate where the module is.
+        summed = trainer.strategy.reduce(tensor.to(module.device), reduce_op="sum")
+        return summed.to(tensor.device)
+
+    return total
+
+
 def inputs_and_targets(batch: Any, *, asking: str, give: str) -> tuple[Any, Any]:
     """Take a batch for a sequence of inputs, targets and what else there may be.
 
-    Args:
-        batch: As a step of the module gets it.
-        asking: Who asks, for the error.
-        give: What to give instead where a batch is something else, for the error.
-
-    Returns:
-        Inputs and targets.
-
-    Raises:
-        InputError: If the batch is something else.
+    Where it is something else, the error says who was asking, and what to give instead.
     """
     try:
         return batch[0], batch[1]
@@ -90,3 +71,12 @@ def inputs_and_targets(batch: Any, *, asking: str, give: str) -> tuple[Any, Any]
             f"{asking} cannot tell inputs from targets in a batch of type {type(batch).__name__}; "
             f"give {give}"
         ) from error
+
+
+def task_logits(module: Any, batch: Any, *, asking: str, give: str) -> tuple[Tensor, Tensor]:
+    """Logits [B, K] and targets [B] of a training batch, from the module itself if it has them."""
+    own: Callable[[Any], tuple[Tensor, Tensor]] | None = getattr(module, "task_logits", None)
+    if own is not None:
+        return own(batch)
+    images, targets = inputs_and_targets(batch, asking=asking, give=give)
+    return module(images), targets

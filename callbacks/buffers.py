@@ -17,17 +17,10 @@ BUFFERS = ("trained", "base", "average")
 
 
 class EvaluationBuffers:
-    """Keeps what the choice of buffers needs: those before any training, and their mean over tasks.
+    """Keeps the buffers before any training and, if chosen, their mean over tasks.
 
-    Args:
-        choice: ``"trained"``, ``"base"`` or ``"average"``; None means ``"trained"``, with a warning
-            that names the buffers that moved.
-
-    Attributes:
-        base: The buffers before any training, by name.
-
-    Raises:
-        InputError: If the choice is none of these.
+    The choice is one of ``"trained"``, ``"base"`` and ``"average"``; None means ``"trained"``, with
+    a warning that names the buffers that moved.
     """
 
     def __init__(self, choice: str | None) -> None:
@@ -38,59 +31,39 @@ class EvaluationBuffers:
         self._average = Average()
 
     def keep_base(self, module: nn.Module, device: torch.device | None) -> None:
-        """Keep the buffers as they are before any training.
-
-        Args:
-            module: The module.
-            device: Where; None leaves them where they are.
-        """
+        """Keep the buffers as they are before any training; no device leaves them in theirs."""
         self.base = copies(floating_buffers(module), device)
 
     def fold(self, module: nn.Module) -> None:
-        """Take up what a task left.
-
-        Args:
-            module: The module.
-        """
-        live = floating_buffers(module)
-        changed = [
-            name
-            for name, before in self.base.items()
-            if not torch.equal(live[name].to(before.device), before)
-        ]
-        if self._choice is None and changed:
+        """Take up what a task left."""
+        buffers = floating_buffers(module)
+        live = {name: buffers[name].to(before.device) for name, before in self.base.items()}
+        moved = [name for name, before in self.base.items() if not torch.equal(live[name], before)]
+        if self._choice is None and moved:
             rank_zero_warn(
-                f"{len(changed)} floating-point buffers moved during training and are not merged: "
-                f"{listing(changed)}. Evaluation uses those of the last task; choose with "
+                f"{len(moved)} floating-point buffers moved during training and are not merged: "
+                f"{listing(moved)}. Evaluation uses those of the last task; choose with "
                 "MergeCallback(buffers='trained' | 'base' | 'average'), or freeze them"
             )
             self._choice = "trained"
         if self._choice == "average":
-            self._average.update({name: live[name].to(b.device) for name, b in self.base.items()})
+            self._average.update(live)
 
     def values(self) -> dict[str, Tensor]:
         """What to put into the module for an evaluation; empty to leave its buffers as they are."""
         if self._choice == "base":
             return self.base
-        if self._choice == "average":
-            return dict(self._average.items())
-        return {}
+        return dict(self._average.items()) if self._choice == "average" else {}
 
     def to(self, device: torch.device) -> None:
-        """Move what is kept to a device."""
-        self.base = copies(self.base, device)
-        self._average.load_state_dict(self._average.state_dict(), device)
+        """Move everything to a device."""
+        self.load_state_dict(self.state_dict(), device)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that is needed to go on, as tensors and plain values."""
         return {"base_buffers": self.base, "buffer_average": self._average.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None) -> None:
-        """Go on from a state.
-
-        Args:
-            state: What `state_dict` returned; its tensors are copied.
-            device: Where they go; None leaves them where they are.
-        """
+        """Go on from copies of a state's tensors; no device leaves them in theirs."""
         self.base = copies(state["base_buffers"], device)
         self._average.load_state_dict(state["buffer_average"], device)

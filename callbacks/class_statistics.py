@@ -12,27 +12,21 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from typing_extensions import override
 
-from cl_merge.callbacks.evaluation import EvaluationCallback
-from cl_merge.callbacks.features import (
-    Features,
-    check_own_features,
-    own_features,
-    read_features,
-    sum_over_processes,
-)
+from cl_merge.callbacks.batches import sum_over_processes
+from cl_merge.callbacks.features import Features, check_own_features, own_features, read_features
 from cl_merge.callbacks.merge import MergeCallback
-from cl_merge.callbacks.task import attached, stands_behind
-from cl_merge.callbacks.text_head import (
-    needed_text_head,
+from cl_merge.callbacks.task import EvaluationCallback, attached, runs_after
+from cl_merge.callbacks.voting import (
+    TWO_ENCODERS,
+    Classifier,
+    check_text_head,
     number_of_classes,
     text_head,
     text_logits,
 )
-from cl_merge.callbacks.voting import TWO_ENCODERS, Classifier
-from cl_merge.class_statistics import StreamStatistics, aligned_projection
+from cl_merge.class_statistics import StreamStatistics, fused_projection
 from cl_merge.class_statistics.drift import RIDGE
 from cl_merge.errors import InputError, unknown_name
-from cl_merge.models.classifier import CLIPClassifier
 from cl_merge.task_vectors.module_weights import (
     check_same_parameters,
     copies,
@@ -59,15 +53,15 @@ class ClassStatistics(EvaluationCallback):
 
     After each task one pass over its images reads their features under the base weights, whose
     statistics stay true for ever, and under the merged ones, whose statistics
-    `cl_merge.class_statistics.CarriedStatistics` carries along as the merged model moves. How much
-    statistics and text head count is chosen on these images too, each left out of the statistics
-    that judge it. Sums are exact: under DDP, in any order, they are the same bits. Nothing is drawn
-    from the global random generators of the CPU, so that training is the same with and without it.
+    `cl_merge.class_statistics.DriftCompensation` moves on as the merged model drifts. How much
+    statistics and text head count is chosen on these images too, leave-one-out. Sums are exact:
+    under DDP, in any order, they are the same bits. Nothing is drawn from the global random
+    generators of the CPU, so that training is the same with and without it.
 
-    Works beside `MergeCallback`, behind which it must stand, or alone, where the merged weights are
+    Works beside `MergeCallback`, after which it must run, or alone, where the merged weights are
     those that training left. Use one instance for the whole stream. In a `CLIPClassifier` the vote
-    takes the head's place in every evaluation outside a fit; any other module may call `classify`
-    in its ``test_step``.
+    replaces the head in every evaluation outside a fit; any other module may call `classify` in its
+    ``test_step``.
 
     Args:
         kind: ``"both"``: the text head and statistics of base and merged features, two encoders.
@@ -85,7 +79,7 @@ class ClassStatistics(EvaluationCallback):
             the trainer's data module for its ``task_dataloader()``, and takes one more epoch over
             the training data where it has none.
         classes: Number of classes, for modules whose ``head`` does not tell.
-        ridge: See `CarriedStatistics`.
+        ridge: See `DriftCompensation`.
 
     Attributes:
         tasks: Number of tasks learned so far.
@@ -97,7 +91,7 @@ class ClassStatistics(EvaluationCallback):
     Raises:
         InputError: If an option is wrong, the module has no features or they are not finite, the
             number of classes is not known, the parameters that train are not those of the first
-            task, a `MergeCallback` stands behind, or something else has taken the head's place.
+            task, a `MergeCallback` runs after this one, or something else replaces the head.
         RuntimeError: Under a strategy that shards parameters or spawns processes.
 
     Example::
@@ -130,17 +124,16 @@ class ClassStatistics(EvaluationCallback):
             raise InputError(f"classes={classes}; expected 1 or more")
         self.kind = kind
         self.base: dict[str, Tensor] = {}
+        self.base_buffers: dict[str, Tensor] = {}
         self.statistics: StreamStatistics | None = None
-        self._encoders = "merged" if kind == "aligned" else kind
-        StreamStatistics(1, 1, self._encoders, ridge)
         self._text = text
         self._features = features or own_features
         self._images = images
         self._classes = classes
         self._ridge = ridge
-        self.base_buffers: dict[str, Tensor] = {}
+        self._new_statistics(1, 1)  # checks the ridge
         # Whether the base is a MergeCallback's, which has it in its own state.
-        self._borrowed = False
+        self._shares_base = False
         self._evaluating = False
         self._classifier: Classifier | None = None  # of the evaluation, once it was asked for
 
@@ -174,15 +167,22 @@ class ClassStatistics(EvaluationCallback):
         """
         self._check(module)
         base = {n: t.to(module.device) for n, t in (self.base | self.base_buffers).items()}
+        own = getattr(getattr(trainer, "datamodule", None), "task_dataloader", None)
+        images = self._images or own
         # Not the generators of devices, for which each process would have to use all of them.
         with isolate_rng(include_cuda=False), merged or nullcontext(), evaluating(module):
-            read = read_features(trainer, module, self._features, base, self._batches(trainer))
-        text = text_logits(module, read.live)
-        statistics = self._for_features(module, read.live.shape[1])
+            batches = images() if images is not None else None
+            read = read_features(trainer, module, self._features, base, batches)
+        length, text = read.merged.shape[1], text_logits(module, read.merged)
+        statistics = self.statistics
+        if statistics is None:
+            statistics = self._new_statistics(number_of_classes(module, self._classes), length)
+        if statistics.features != length:
+            raise InputError(
+                f"image features have length {length}, those of earlier tasks {statistics.features}"
+            )
         total = sum_over_processes(trainer, module)
-        statistics.learn(
-            read.base, read.live, read.labels, text if self._text else None, total=total
-        )
+        statistics.learn(*read, text if self._text else None, total=total)
         self.statistics, self._classifier = statistics, None
 
     def classify(
@@ -205,10 +205,10 @@ class ClassStatistics(EvaluationCallback):
             InputError: If no task has been learned yet.
         """
         features = self._features(module, batch)[0]
-        found = self._classifier or self.classifier(module, features.device)
+        classifier = self._classifier or self.classifier(module, features.device)
         if self._evaluating:
-            self._classifier = found
-        return found(module, batch, features, classes)
+            self._classifier = classifier
+        return classifier(module, batch, features, classes)
 
     def classifier(self, module: nn.Module, device: torch.device | None = None) -> Classifier:
         """Make what classifies features of a module that holds the merged weights.
@@ -224,10 +224,10 @@ class ClassStatistics(EvaluationCallback):
             InputError: If no task has been learned yet, or the base weights are in the checkpoint
                 of a `MergeCallback` that is not there.
         """
-        return self._made(module, device, self._features)
+        return self._make_classifier(module, device, self._features)
 
     def install(self, module: nn.Module) -> None:
-        """Multiply aligned statistics into the module's image projection, to stay.
+        """Multiply statistics of kind ``"aligned"`` into the module's image projection, to stay.
 
         Once, after the last task, and then without this callback: it would do so a second time.
 
@@ -246,10 +246,10 @@ class ClassStatistics(EvaluationCallback):
         visual: Any = getattr(module, "visual", None)
         if visual is None:
             raise InputError(f"{type(module).__name__} has no image encoder 'visual' to install in")
-        needed_text_head(module)
-        alignment = self.classifier(module).alignment
-        assert alignment is not None  # noqa: S101 - of this kind and with a text head it is there
-        name, value = aligned_projection(visual, alignment)
+        check_text_head(module)
+        fused = self.classifier(module).fused_map
+        assert fused is not None  # noqa: S101 - of this kind and with a text head it is there
+        name, value = fused_projection(visual, fused)
         install(dict(visual.named_parameters()), {name: value})
 
     # Hooks, in the order in which they fire.
@@ -258,19 +258,19 @@ class ClassStatistics(EvaluationCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         merge = _merge_callback(trainer)
-        if merge is not None and stands_behind(trainer, merge, self):
+        if merge is not None and runs_after(trainer, merge, self):
             raise InputError(
-                "ClassStatistics stands before MergeCallback, whose merged weights it reads; put "
+                "ClassStatistics runs before MergeCallback, whose merged weights it reads; put "
                 "it behind: callbacks=[merge, statistics]"
             )
 
     @override
     def begin_task(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *, goes_on: bool
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *, resumed: bool
     ) -> None:
         self._check(pl_module)
         live = trained_parameters(pl_module)
-        self._borrow(trainer)
+        self._share_base(trainer)
         self._check_base()
         if not self.base:
             self.base, self.base_buffers = copies(live), copies(floating_buffers(pl_module))
@@ -284,34 +284,35 @@ class ClassStatistics(EvaluationCallback):
 
     @override
     def begin_evaluation(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._borrow(trainer)
-        if isinstance(pl_module, CLIPClassifier):
-            if pl_module.classify is not None:
+        self._share_base(trainer)
+        module: Any = pl_module
+        if _lets_others_classify(module):
+            if module.classify is not None:
                 raise InputError(
-                    "something else classifies in the place of the module's head: a second "
+                    "something else classifies instead of the module's head: a second "
                     "ClassStatistics of this trainer, or a function of your own; expected "
-                    f"{type(pl_module).__name__}.classify to be None"
+                    f"{type(module).__name__}.classify to be None"
                 )
-            device = pl_module.device
-            pl_module.classify = self._made(pl_module, device, own_features).of_images
+            classifier = self._make_classifier(module, module.device, own_features)
+            module.classify = classifier.of_images
         self._evaluating = True
 
     @override
     def end_evaluation(self, pl_module: L.LightningModule) -> None:
-        if self._evaluating and isinstance(pl_module, CLIPClassifier):
-            pl_module.classify = None
+        if self._evaluating and _lets_others_classify(pl_module):
+            vars(pl_module)["classify"] = None
         self._evaluating, self._classifier = False, None
 
     @override
     def task_state(self) -> dict[str, Any]:
-        found = self.statistics
+        statistics = self.statistics
         return {
             "kind": self.kind,
-            "shape": [found.classes, found.features] if found else None,
-            "statistics": found.state_dict() if found else {},
-            "borrowed": self._borrowed,
-            "base": {} if self._borrowed else self.base,
-            "base_buffers": {} if self._borrowed else self.base_buffers,
+            "shape": [statistics.classes, statistics.features] if statistics else None,
+            "statistics": statistics.state_dict() if statistics else {},
+            "borrowed": self._shares_base,
+            "base": {} if self._shares_base else self.base,
+            "base_buffers": {} if self._shares_base else self.base_buffers,
         }
 
     @override
@@ -321,25 +322,28 @@ class ClassStatistics(EvaluationCallback):
                 f"the saved class statistics are of kind '{state['kind']}', not '{self.kind}'; "
                 "make ClassStatistics with the saved kind"
             )
-        self._borrowed = state["borrowed"]
+        self._shares_base = state["borrowed"]
         self.base, self.base_buffers = copies(state["base"]), copies(state["base_buffers"])
         self.statistics, self._classifier = None, None
         if state["shape"] is not None:
-            classes, features = state["shape"]
-            self.statistics = StreamStatistics(classes, features, self._encoders, self._ridge)
+            self.statistics = self._new_statistics(*state["shape"])
             self.statistics.load_state_dict(state["statistics"])
 
-    def _borrow(self, trainer: L.Trainer) -> None:
+    def _new_statistics(self, classes: int, features: int) -> StreamStatistics:
+        encoders = "merged" if self.kind == "aligned" else self.kind
+        return StreamStatistics(classes, features, encoders, self._ridge)
+
+    def _share_base(self, trainer: L.Trainer) -> None:
         """Use the base of the MergeCallback, if there is one, which has moved it to the module."""
         merge = _merge_callback(trainer)
         if merge is None:
-            self._borrowed = self._borrowed and not self.base  # if it is here, it is kept
-        elif merge.base and (self._borrowed or not self.tasks):  # else it began after these
-            self._borrowed = True
+            self._shares_base = self._shares_base and not self.base  # if it is here, it is kept
+        elif merge.base and (self._shares_base or not self.tasks):  # else it began after these
+            self._shares_base = True
             self.base, self.base_buffers = merge.base, merge.base_buffers
 
     def _check_base(self) -> None:
-        if self._borrowed and not self.base:
+        if self._shares_base and not self.base:
             raise InputError(
                 "these class statistics were kept beside a MergeCallback, whose state has the base "
                 "weights; put that one in front of them again: callbacks=[merge, statistics]"
@@ -350,7 +354,7 @@ class ClassStatistics(EvaluationCallback):
         if self._features is own_features:
             check_own_features(module)
         if self.kind == "aligned":
-            needed_text_head(module)
+            check_text_head(module)
         classes = number_of_classes(module, self._classes)
         if self.statistics is not None and self.statistics.classes != classes:
             raise InputError(
@@ -358,7 +362,7 @@ class ClassStatistics(EvaluationCallback):
                 f"{type(module).__name__} has {classes}; use a new ClassStatistics"
             )
 
-    def _made(
+    def _make_classifier(
         self, module: nn.Module, device: torch.device | None, features: Features
     ) -> Classifier:
         if self.statistics is None:
@@ -371,33 +375,20 @@ class ClassStatistics(EvaluationCallback):
             head = text_head(module)
             return Classifier(self.kind, self.statistics, head, features, base, device)
 
-    def _batches(self, trainer: L.Trainer) -> Iterable[Any] | None:
-        if self._images is not None:
-            return self._images()
-        own = getattr(getattr(trainer, "datamodule", None), "task_dataloader", None)
-        return own() if own is not None else None
 
-    def _for_features(self, module: nn.Module, length: int) -> StreamStatistics:
-        """The statistics so far, or new ones, if they are of features of some length."""
-        found = self.statistics
-        if found is None:
-            classes = number_of_classes(module, self._classes)
-            return StreamStatistics(classes, length, self._encoders, self._ridge)
-        if found.features != length:
-            raise InputError(
-                f"image features have length {length}, those of earlier tasks {found.features}"
-            )
-        return found
+def _lets_others_classify(module: nn.Module) -> bool:
+    """Whether a module asks its attribute `classify` instead of its head, as `CLIPClassifier`."""
+    return "classify" in vars(module) and text_head(module) is not None
 
 
 def _merge_callback(trainer: L.Trainer) -> MergeCallback | None:
-    found = attached(trainer, MergeCallback)
-    if len(found) > 1:
+    every = attached(trainer, MergeCallback)
+    if len(every) > 1:
         raise InputError(
             "ClassStatistics reads the merged weights of one MergeCallback, but this Trainer has "
-            f"{len(found)}; keep the one whose weights shall classify"
+            f"{len(every)}; keep the one whose weights shall classify"
         )
-    return found[0] if found else None
+    return every[0] if every else None
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -12,15 +12,19 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from cl_merge.callbacks.batches import LOGITS, inputs_and_targets, own_samples, training_batches
-from cl_merge.callbacks.fisher import published_fisher, sample_fisher, zeros_for
-from cl_merge.callbacks.regularizer import Regularizer, gradient_scale
+from cl_merge.callbacks.batches import LOGITS, sum_over_processes, task_logits, training_batches
+from cl_merge.callbacks.fisher import (
+    Classify,
+    fisher_precision,
+    published_fisher,
+    task_fisher,
+    zeros_for,
+)
+from cl_merge.callbacks.regularizer import Regularizer
 from cl_merge.errors import InputError, unknown_name
-from cl_merge.seeds import derive_seed
 from cl_merge.task_vectors.module_weights import (
     check_same_parameters,
     copies,
-    evaluating,
     install,
     trained_parameters,
 )
@@ -46,10 +50,10 @@ class EWC(Regularizer):
     logged as ``ewc/penalty``; the module's own loss does not contain it.
 
     Args:
-        fisher: Which estimate: ``"published"`` is that of the MagMax runs (predicted labels,
-            gradients of batches that add up over batches), ``"empirical"`` the textbook's mean of
-            squared gradients of single samples with their true labels, ``"sampled"`` the same with
-            labels drawn from the model. See `cl_merge.callbacks.fisher`.
+        fisher: Which estimate: ``"empirical"`` is the textbook's mean of squared gradients of
+            single samples with their true labels, ``"sampled"`` the same with labels drawn from the
+            model, ``"published"`` that of the MagMax runs (predicted labels, gradients of batches
+            that add up over batches). See `cl_merge.callbacks.fisher`.
         weight: Factor of the penalty; None takes the default of the estimate: 1e6 for
             ``"published"``, 1e4 for the others.
         decay: Share of the former F in the running average.
@@ -75,7 +79,7 @@ class EWC(Regularizer):
 
     Example::
 
-        callbacks = [EWC("empirical"), MergeCallback("magmax")]
+        callbacks = [EWC(), MergeCallback("magmax")]
         for loader in tasks:
             L.Trainer(max_epochs=3, callbacks=[*callbacks]).fit(module, loader)
 
@@ -86,7 +90,7 @@ class EWC(Regularizer):
 
     def __init__(
         self,
-        fisher: str = "published",
+        fisher: str = "empirical",
         *,
         weight: float | None = None,
         decay: float = 0.5,
@@ -118,10 +122,10 @@ class EWC(Regularizer):
 
     @override
     def begin_task(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *, goes_on: bool
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *, resumed: bool
     ) -> None:
         check_same_parameters(self.anchor, trained_parameters(pl_module), "EWC")
-        self._move(pl_module.device)
+        self._move_state_to(pl_module.device)
         self._micro_batches = 0
 
     @override
@@ -151,7 +155,7 @@ class EWC(Regularizer):
         # shorter one of an epoch counts less: the penalty in the loss would, too.
         share = self._micro_batches / trainer.accumulate_grad_batches
         self._micro_batches = 0
-        self._scale = gradient_scale(trainer, optimizer)
+        self._scale = _gradient_scale(trainer, optimizer)
         if not self.fisher or not share:
             return
         factor = self.weight * share * self._scale
@@ -170,7 +174,7 @@ class EWC(Regularizer):
     def remember(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fold the Fisher of the task at hand into the running average, and move the anchor."""
         # A fit with nothing left to train has taken its module off the device by now.
-        self._move(pl_module.device)
+        self._move_state_to(pl_module.device)
         live = trained_parameters(pl_module)
         estimate = self._estimate(trainer, pl_module)
         if self.fisher:
@@ -187,7 +191,7 @@ class EWC(Regularizer):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_fit_end(trainer, pl_module)
         # Lightning takes the module off its device too.
-        self._move(torch.device("cpu"))
+        self._move_state_to(torch.device("cpu"))
 
     @override
     def task_state(self) -> dict[str, Any]:
@@ -210,57 +214,44 @@ class EWC(Regularizer):
         self.anchor = copies(state["anchor"])
 
     def _estimate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
-        live = trained_parameters(pl_module)
+        classify = partial(self._classify, pl_module)
+        if self.kind == "published":
+            return self._published_estimate(trainer, pl_module, classify)
+        seed = (self.seed, self._tasks) if self.kind == "sampled" else None
+        return task_fisher(trainer, pl_module, classify, samples=self.samples, seed=seed)
 
-        def classify(batch: Any) -> tuple[Tensor, Tensor]:
-            return self._classify(pl_module, batch)
-
-        def total(tensor: Tensor) -> Tensor:
-            return trainer.strategy.reduce(tensor, reduce_op="sum")
-
-        batches = training_batches(trainer, pl_module)
-        with torch.enable_grad(), _wide_range(trainer, pl_module.device):
-            if self.kind == "published":
-                buffers = copies(dict(pl_module.named_buffers()))
-                estimate = published_fisher(
-                    live,
-                    batches,
-                    classify,
-                    self._last_gradients(trainer, pl_module),
-                    total=total,
-                    processes=trainer.world_size,
-                )
-                # Batch norms in training mode have seen another epoch that is none. What did not
-                # move may be a metric's, made in inference mode, and must not be touched.
-                live_buffers = dict(pl_module.named_buffers())
-                moved = {n for n, b in buffers.items() if not torch.equal(live_buffers[n], b)}
-                install(live_buffers, {name: buffers[name] for name in moved})
-                return estimate
-            generator = None
-            if self.kind == "sampled":
-                key = derive_seed("ewc", self.seed, self._tasks, trainer.global_rank)
-                generator = torch.Generator().manual_seed(key % 2**63)
-            with evaluating(pl_module):
-                return sample_fisher(
-                    live,
-                    batches,
-                    classify,
-                    generator=generator,
-                    total=total,
-                    limit=own_samples(trainer, self.samples),
-                )
+    def _published_estimate(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, classify: Classify
+    ) -> dict[str, Tensor]:
+        buffers = copies(dict(pl_module.named_buffers()))
+        with torch.enable_grad(), fisher_precision(trainer, pl_module.device):
+            estimate = published_fisher(
+                trained_parameters(pl_module),
+                training_batches(trainer, pl_module),
+                classify,
+                self._last_gradients(trainer, pl_module),
+                total=sum_over_processes(trainer, pl_module),
+                processes=trainer.world_size,
+            )
+        # Batch norms in training mode have seen another epoch that is none. What did not move may
+        # be a metric's, made in inference mode, and must not be touched.
+        live = dict(pl_module.named_buffers())
+        moved = {name for name, before in buffers.items() if not torch.equal(live[name], before)}
+        install(live, {name: buffers[name] for name in moved})
+        return estimate
 
     def _last_gradients(
         self, trainer: L.Trainer, pl_module: L.LightningModule
     ) -> dict[str, Tensor]:
         """What the last step of the training left in ``.grad``."""
-        gradients = zeros_for(trained_parameters(pl_module))
-        if self._goes_on and trainer.global_step == self._first_step:
+        if self._resumed and trainer.global_step == self._first_step:
             rank_zero_warn(
                 "EWC: this checkpoint is of the task's last step, whose gradient it does not hold; "
                 "the published estimate starts from zero instead"
             )
-        for name, parameter in trained_parameters(pl_module).items():
+        live = trained_parameters(pl_module)
+        gradients = zeros_for(live)
+        for name, parameter in live.items():
             if parameter.grad is not None:
                 gradients[name].add_(parameter.grad, alpha=1.0 / self._scale)
         return gradients
@@ -268,22 +259,22 @@ class EWC(Regularizer):
     def _classify(self, module: L.LightningModule, batch: Any) -> tuple[Tensor, Tensor]:
         if self._logits is not None:
             return self._logits(module, batch)
-        own: Callable[[Any], tuple[Tensor, Tensor]] | None = getattr(module, "task_logits", None)
-        if own is not None:
-            return own(batch)
-        images, targets = inputs_and_targets(batch, asking="EWC", give=f"EWC(logits=...), {LOGITS}")
-        return module(images), targets
+        return task_logits(module, batch, asking="EWC", give=f"EWC(logits=...), {LOGITS}")
 
-    def _move(self, device: torch.device) -> None:
+    def _move_state_to(self, device: torch.device) -> None:
         self.fisher = {name: tensor.to(device) for name, tensor in self.fisher.items()}
         self.anchor = {name: tensor.to(device) for name, tensor in self.anchor.items()}
 
 
-def _wide_range(trainer: L.Trainer, device: torch.device) -> AbstractContextManager[Any]:
-    """The precision of the training, but for float16: squares of gradients need the range."""
-    if trainer.precision == "16-mixed":
-        return torch.autocast(device.type, enabled=False)
-    return trainer.precision_plugin.forward_context()
+def _gradient_scale(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> float:
+    """By what the gradients are multiplied when ``on_before_optimizer_step`` fires.
+
+    Lightning unscales before that hook, except for optimizers that do it themselves, fused ones.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return 1.0
+    return float(scaler.get_scale())
 
 
 def _check_fresh_workers(trainer: L.Trainer) -> None:

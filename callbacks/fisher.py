@@ -1,14 +1,27 @@
-"""Estimates of the diagonal of the Fisher information, as functions of batches and gradients."""
+"""Estimates of the diagonal of the Fisher information, of batches and of a task that ended."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
+import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
+
+from cl_merge.callbacks.batches import (
+    own_samples,
+    sum_over_processes,
+    task_logits,
+    training_batches,
+)
+from cl_merge.seeds import derive_seed
+from cl_merge.task_vectors.module_weights import evaluating, trained_parameters
 
 Classify = Callable[[Any], tuple[Tensor, Tensor]]
 """Makes logits [B, K] and true targets [B] of a batch, with a graph."""
@@ -98,7 +111,7 @@ def sample_fisher(
     """
     fisher = zeros_for(parameters)
     count = 0
-    for sample in _singles(batches, limit):
+    for sample in itertools.islice(_singles(batches), limit):
         logits, targets = classify(sample)
         if generator is not None:
             chances = logits.detach().float().softmax(dim=1).cpu()
@@ -110,6 +123,50 @@ def sample_fisher(
     device = next(iter(fisher.values())).device
     samples = float(total(torch.tensor(float(count), device=device)))
     return {name: total(summed).div_(max(samples, 1.0)) for name, summed in fisher.items()}
+
+
+def task_fisher(
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    classify: Classify,
+    *,
+    samples: int | None,
+    seed: tuple[int, int] | None,
+) -> dict[str, Tensor]:
+    """The `sample_fisher` of a task in its fit, of so many samples, with labels from a seed."""
+    generator = None
+    if seed is not None:
+        key = derive_seed("ewc", *seed, trainer.global_rank)
+        generator = torch.Generator().manual_seed(key % 2**63)
+    with torch.enable_grad(), fisher_precision(trainer, module.device), evaluating(module):
+        return sample_fisher(
+            trained_parameters(module),
+            training_batches(trainer, module),
+            classify,
+            generator=generator,
+            total=sum_over_processes(trainer, module),
+            limit=own_samples(trainer, samples),
+        )
+
+
+def task_importance(
+    trainer: L.Trainer, module: L.LightningModule, samples: int | None, task: int
+) -> dict[str, Tensor]:
+    """How much each element of what a task trained matters: its Fisher, with labels drawn.
+
+    Reference:
+        Matena & Raffel, Merging Models with Fisher-Weighted Averaging, NeurIPS 2022, section 3.
+    """
+    give = "the module a method task_logits(batch) that returns logits and targets"
+    classify = partial(task_logits, module, asking="MergeCallback", give=give)
+    return task_fisher(trainer, module, classify, samples=samples, seed=(task, 0))
+
+
+def fisher_precision(trainer: L.Trainer, device: torch.device) -> AbstractContextManager[Any]:
+    """The precision of the training, but for float16: squares of gradients need the range."""
+    if trainer.precision == "16-mixed":
+        return torch.autocast(device.type, enabled=False)
+    return trainer.precision_plugin.forward_context()
 
 
 def zeros_for(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -124,20 +181,16 @@ def _gradients(
     loss: Tensor, parameters: Mapping[str, nn.Parameter]
 ) -> Iterator[tuple[str, Tensor]]:
     # Not `backward`: that would add to `.grad` and, under DDP, wait for the other processes.
-    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    for (name, parameter), gradient in zip(parameters.items(), found, strict=True):
-        gradient = torch.zeros_like(parameter) if gradient is None else gradient
+    tensors = list(parameters.values())
+    gradients = torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
+    for name, gradient in zip(parameters, gradients, strict=True):
         yield name, gradient.to(torch.promote_types(gradient.dtype, torch.float32))
 
 
-def _singles(batches: Iterable[Any], limit: int | None) -> Iterator[Any]:
+def _singles(batches: Iterable[Any]) -> Iterator[Any]:
     """Cut batches, of whatever structure, into batches of one sample."""
-    taken = 0
     for batch in batches:
         for index in range(batch_size(batch)):
-            if taken == limit:
-                return
-            taken += 1
             yield apply_to_collection(batch, Tensor, _row, index)
 
 

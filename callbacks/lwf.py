@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -14,9 +15,10 @@ from torch.func import functional_call
 from typing_extensions import override
 
 from cl_merge.callbacks.regularizer import Regularizer, extend_training_step
-from cl_merge.data.task_stream import TaskStream
+from cl_merge.callbacks.voting import text_head
+from cl_merge.data.tasks import Task
 from cl_merge.errors import InputError, listing, unknown_name
-from cl_merge.models.classifier import CLIPClassifier
+from cl_merge.models.zero_shot import ZeroShotHead
 from cl_merge.task_vectors.module_weights import (
     check_same_parameters,
     copies,
@@ -119,9 +121,7 @@ class LwF(Regularizer):
         self.target = target
         self._readout = readout
         self._teacher: dict[str, Tensor] = {}
-        self._module: L.LightningModule | None = None
         self._classes: list[int] | None = None
-        self._pairs: list[tuple[Any, Any]] = []
         self._take_away: Callable[[], None] | None = None
 
     @property
@@ -133,7 +133,7 @@ class LwF(Regularizer):
 
     @override
     def begin_task(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *, goes_on: bool
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *, resumed: bool
     ) -> None:
         target = self._find_target(pl_module)
         if getattr(pl_module, "_compiler_ctx", None) is not None:
@@ -149,38 +149,7 @@ class LwF(Regularizer):
         check_same_parameters(self._teacher, _changing(target), "LwF")
         self._teacher = {name: t.to(pl_module.device) for name, t in self._teacher.items()}
         self._classes = _distilled_classes(trainer, first=self.tasks == 0)
-        self._module = pl_module
-        self._take_away = extend_training_step(pl_module, self)
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Run the teacher on whatever the target is called with inside the block."""
-        assert self._module is not None  # noqa: S101 - set before a step can be watched
-        self._pairs.clear()
-        hook = self._find_target(self._module).register_forward_hook(self._ask, with_kwargs=True)
-        try:
-            yield
-        finally:
-            hook.remove()
-
-    def loss_term(self) -> Tensor:
-        """The weighted distillation loss of the step just watched, a scalar."""
-        assert self._module is not None  # noqa: S101 - set before a step can be watched
-        if not self._pairs:
-            raise InputError(
-                f"LwF: '{self.target}' was not called in training_step of "
-                f"{type(self._module).__name__}; name the submodule that makes the outputs"
-            )
-        losses = []
-        # Probabilities near zero need float32, whatever the precision of the module.
-        with torch.autocast(self._module.device.type, enabled=False):
-            for student, teacher in self._pairs:
-                new, old = self._logits(student), self._logits(teacher)
-                losses.append(distillation(new, old, self.temperature))
-        self._pairs.clear()
-        term = self.weight * torch.stack(losses).sum()
-        self._module.log("lwf/loss", term.detach())
-        return term
+        self._take_away = extend_training_step(pl_module, partial(self._distilling, pl_module))
 
     @override
     def remember(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -213,20 +182,48 @@ class LwF(Regularizer):
         self._tasks = state["tasks"]
         self._teacher = copies(state["teacher"])
 
-    def _ask(self, target: nn.Module, inputs: tuple[Any, ...], named: Any, output: Any) -> None:
-        """Forward hook: what the target says now, what it said after the previous task."""
-        # The teacher borrows the target's code, so this hook fires for its output too.
-        if not torch.is_grad_enabled():
-            return
-        with torch.no_grad(), evaluating(target):
-            self._pairs.append((output, functional_call(target, self._teacher, inputs, named)))
+    @contextmanager
+    def _distilling(self, module: L.LightningModule) -> Iterator[Callable[[], Tensor]]:
+        """Run the teacher on whatever the target is called with; gives what makes the term."""
+        pairs: list[tuple[Any, Any]] = []
 
-    def _logits(self, output: Any) -> Tensor:
+        def ask(target: nn.Module, inputs: tuple[Any, ...], named: Any, output: Any) -> None:
+            # The teacher borrows the target's code, so this hook fires for its output too.
+            if not torch.is_grad_enabled():
+                return
+            with torch.no_grad(), evaluating(target):
+                pairs.append((output, functional_call(target, self._teacher, inputs, named)))
+
+        hook = self._find_target(module).register_forward_hook(ask, with_kwargs=True)
+        try:
+            yield lambda: self._term(module, pairs)
+        finally:
+            hook.remove()
+
+    def _term(self, module: L.LightningModule, pairs: list[tuple[Any, Any]]) -> Tensor:
+        """The weighted distillation loss of what student and teacher put out, a scalar."""
+        if not pairs:
+            raise InputError(
+                f"LwF: '{self.target}' was not called in training_step of "
+                f"{type(module).__name__}; name the submodule that makes the outputs"
+            )
+        # Probabilities near zero need float32, whatever the precision of the module.
+        with torch.autocast(module.device.type, enabled=False):
+            losses = [
+                distillation(self._logits(module, new), self._logits(module, old), self.temperature)
+                for new, old in pairs
+            ]
+        term = self.weight * torch.stack(losses).sum()
+        module.log("lwf/loss", term.detach())
+        return term
+
+    def _logits(self, module: L.LightningModule, output: Any) -> Tensor:
         """What is distilled of an output of the target, in float32 or better."""
         if self._readout is not None:
             return self._readout(output, self._classes)
-        if isinstance(self._module, CLIPClassifier):
-            rows: Tensor = self._module.head(output, self._classes)
+        clip = _image_encoder_and_head(module)
+        if clip is not None and self._find_target(module) is clip[0]:
+            rows: Tensor = clip[1](output, self._classes)
             return rows
         logits = getattr(output, "logits", output)
         if not (isinstance(logits, Tensor) and logits.ndim == 2):
@@ -238,10 +235,10 @@ class LwF(Regularizer):
         return logits if self._classes is None else logits[:, self._classes]
 
     def _find_target(self, module: L.LightningModule) -> nn.Module:
-        if self.target is None and isinstance(module, CLIPClassifier):
-            return module.visual
-        children = [name for name, _ in module.named_children()]
+        if self.target is None and (clip := _image_encoder_and_head(module)):
+            return clip[0]
         if not self.target:
+            children = [name for name, _ in module.named_children()]
             raise InputError(
                 f"LwF needs the name of the submodule of {type(module).__name__} whose output is "
                 f"distilled: LwF(target=...), one of {listing(children, limit=8)} or a part of one"
@@ -257,7 +254,13 @@ class LwF(Regularizer):
     def _release(self) -> None:
         if self._take_away is not None:
             self._take_away()
-        self._take_away = self._module = None
+        self._take_away = None
+
+
+def _image_encoder_and_head(module: nn.Module) -> tuple[nn.Module, ZeroShotHead] | None:
+    """Both, of a module that has them where `CLIPClassifier` does."""
+    visual, head = getattr(module, "visual", None), text_head(module)
+    return (visual, head) if isinstance(visual, nn.Module) and head is not None else None
 
 
 def _changing(target: nn.Module) -> dict[str, Tensor]:
@@ -267,10 +270,11 @@ def _changing(target: nn.Module) -> dict[str, Tensor]:
 
 def _distilled_classes(trainer: L.Trainer, *, first: bool) -> list[int] | None:
     """Labels of the classes of all earlier tasks, each once; those of the task itself if first."""
-    data = getattr(trainer, "datamodule", None)
-    if not isinstance(data, TaskStream):
+    data: Any = getattr(trainer, "datamodule", None)
+    task = getattr(data, "task", None)
+    if not isinstance(task, Task):  # such as a `TaskStream` has
         return None
-    tasks = [data.task] if first else data.tasks[: data.task.index]
+    tasks = [task] if first else data.tasks[: task.index]
     return list(dict.fromkeys(label for task in tasks for label in task.classes)) or None
 
 

@@ -16,10 +16,9 @@ from typing_extensions import override
 
 from cl_merge.callbacks.auto_scale import AutoScale, Loader, held_out_batches
 from cl_merge.callbacks.buffers import EvaluationBuffers
-from cl_merge.callbacks.evaluation import EvaluationCallback
-from cl_merge.callbacks.importance import task_importance
-from cl_merge.callbacks.task import attached
-from cl_merge.errors import InputError, task_name, unknown_name
+from cl_merge.callbacks.fisher import task_importance
+from cl_merge.callbacks.task import EvaluationCallback, attached
+from cl_merge.errors import InputError, listing, task_name, unknown_name
 from cl_merge.mergers import Merger, get_merger
 from cl_merge.mergers.stack import StackMerger
 from cl_merge.storage.files import save_tensors
@@ -83,7 +82,7 @@ class MergeCallback(EvaluationCallback):
             diagonal Fisher, which is the importance, from at most so many samples of a task, one
             backward pass each; None uses all. As in `EWC` logits are the module's ``task_logits``
             if it has them, and labels are drawn from its predictions.
-        **options: Options of the method, such as ``density`` for TIES.
+        **options: Options of the method, such as ``density`` for TIES; a `Merger` has its own.
 
     Attributes:
         tasks: Number of tasks folded so far.
@@ -130,7 +129,7 @@ class MergeCallback(EvaluationCallback):
         super().__init__()
         if start not in STARTS:
             raise unknown_name("start", start, STARTS)
-        self.merger = method if isinstance(method, Merger) else get_merger(method, **options)
+        self.merger = _merger(method, options)
         self.start = start
         scale = AutoScale() if scale == "auto" else scale
         self._auto = scale if isinstance(scale, AutoScale) else None
@@ -217,11 +216,22 @@ class MergeCallback(EvaluationCallback):
         Raises:
             InputError: If no task has been folded yet, or the module has not these parameters.
         """
-        if self.tasks == 0:
-            raise InputError("nothing to install: no task has been trained and merged yet")
         live = self._live(module)
         install(live, scaled(self.base, self.merger.items(), self.scales))
         install(live, self._buffers.values())
+
+    def move_state_to(self, device: torch.device) -> None:
+        """Move the base, the merger and the buffers, unless a device was asked for.
+
+        What comes from a checkpoint is on the CPU: it is loaded before the module is in its place.
+        """
+        if self._device is not None or next(iter(self.base.values())).device == device:
+            return
+        # An evaluation runs in inference mode, whose tensors are of no use to the next training.
+        with torch.inference_mode(False):
+            self.base = copies(self.base, device)
+            self._buffers.to(device)
+            self.merger.load_state_dict(self.merger.state_dict(), device)
 
     # Hooks, in the order in which they fire.
 
@@ -232,49 +242,55 @@ class MergeCallback(EvaluationCallback):
 
     @override
     def begin_task(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *, goes_on: bool
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *, resumed: bool
     ) -> None:
         live = trained_parameters(pl_module)
         if not self.base:
             self.base = copies(live, self._device)
             self._buffers.keep_base(pl_module, self._device)
         check_same_parameters(self.base, live, "MergeCallback")
-        self._settle(pl_module)
+        self.move_state_to(pl_module.device)
         self.check_names(self.base)
         if self._auto is not None:
             held_out_batches(trainer, self._held_out)  # if there are none, it shows before the work
         # Weights from a checkpoint within a task are where that task stood, and stay.
-        if self.tasks and not goes_on:
-            self._set_start(pl_module)
+        if self.tasks and not resumed and self.start == "independent":
+            install(live, self.base)
+            install(floating_buffers(pl_module), self._buffers.base)
+        elif self.tasks and not resumed and self.start == "merged":
+            self.install(pl_module)
 
     @override
     def end_task(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        task = self.tasks
         try:
             vector = self.task_vector(pl_module)
         except InputError as error:
-            raise InputError(f"{task_name(self.tasks)}: {error}") from error
+            raise InputError(f"{task_name(task)}: {error}") from error
         importance = None
         if self.merger.weighted:
-            samples = self._importance_samples
-            importance = task_importance(
-                trainer, pl_module, vector, samples=samples, task=self.tasks
-            )
+            fisher = task_importance(trainer, pl_module, self._importance_samples, task)
+            importance = {name: fisher[name].to(tensor.device) for name, tensor in vector.items()}
         self.merger.update(vector, importance)
-        self._tell_memory(vector)
+        if task == 0:
+            self._tell_memory(vector)
         self._buffers.fold(pl_module)
         if self._directory is not None and trainer.is_global_zero:
-            task = self.tasks - 1
             vector.save(self._directory / f"task{task}.safetensors", store=self._store)
             if importance is not None:
                 save_tensors(self._directory / f"importance{task}.safetensors", importance, {})
         if self._auto is not None:
-            self._choose_scale(self._auto, trainer, pl_module)
+            batches, changes = held_out_batches(trainer, self._held_out), dict(self.merger.items())
+            self.scales = self._auto.choose(
+                trainer, pl_module, batches, self.base, changes, self._buffers.values()
+            )
+            self.chosen.append(self.scales)
 
     @override
     def begin_evaluation(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         _check_average(trainer)
-        self._settle(pl_module)
         self._trained = copies(self._live(pl_module))
+        self.move_state_to(pl_module.device)
         self.install(pl_module)
 
     @override
@@ -303,59 +319,48 @@ class MergeCallback(EvaluationCallback):
 
     def _live(self, module: nn.Module) -> dict[str, Tensor]:
         """What an evaluation changes: the parameters of the first task, and the buffers."""
+        if self.tasks == 0:
+            raise InputError("nothing to install: no task has been trained and merged yet")
+        if not self.base:
+            raise InputError(
+                f"the Merger that MergeCallback was given has folded {self.tasks} task vectors, "
+                "but the weights that they start from are not known before a fit; give a fresh "
+                "Merger, or set MergeCallback.base, the weights before any training by name"
+            )
         module = getattr(module, "_orig_mod", module)  # what `torch.compile` wraps
         live = dict(module.named_parameters())
         live = {name: live[name] for name in self.base if name in live}
         check_same_layout(live, self.base, "the module", "that of the first task")
         return live | floating_buffers(module)
 
-    def _settle(self, module: nn.Module) -> None:
-        """Move what is kept to the module, which only now is where it works.
-
-        What comes from a checkpoint is on the CPU: it is loaded before the module is placed.
-        """
-        device = next(module.parameters()).device
-        if self._device is not None or next(iter(self.base.values())).device == device:
-            return
-        # An evaluation runs in inference mode, whose tensors are of no use to the next training.
-        with torch.inference_mode(False):
-            self.base = copies(self.base, device)
-            self._buffers.to(device)
-            self.merger.load_state_dict(self.merger.state_dict(), device)
-
-    def _choose_scale(self, auto: AutoScale, trainer: L.Trainer, module: L.LightningModule) -> None:
-        batches = held_out_batches(trainer, self._held_out)
-        changes, buffers = dict(self.merger.items()), self._buffers.values()
-        found = auto.choose(trainer, module, batches, self.base, changes, buffers)
-        self.scales = found.scales
-        self.chosen.append(found.scales)
-
     def _tell_memory(self, vector: TaskVector) -> None:
-        if isinstance(self.merger, StackMerger) and self.tasks == 1:
+        if isinstance(self.merger, StackMerger):
             size, where = 4 * vector.numel() / 2**20, next(iter(vector.values())).device
             message = "method '%s' keeps every task vector in memory: %.1f MiB per task on %s"
             log.info(message, self.merger.name, size, where)
 
-    def _set_start(self, module: nn.Module) -> None:
-        if self.start == "independent":
-            install(trained_parameters(module), self.base)
-            install(floating_buffers(module), self._buffers.base)
-        elif self.start == "merged":
-            self.install(module)
+
+def _merger(method: str | Merger, options: Mapping[str, Any]) -> Merger:
+    if not isinstance(method, Merger):
+        return get_merger(method, **options)
+    if options:
+        raise InputError(
+            f"option {listing(options)} beside a ready Merger '{method.name}', which has its own; "
+            f"give options where it is made, or its name: MergeCallback('{method.name}', ...)"
+        )
+    return method
 
 
 def _check_alone(trainer: L.Trainer, stage: str) -> None:
     """Several may merge what one training changes, but only one can put its weights in."""
     every = attached(trainer, MergeCallback)
-    if len(every) < 2:
-        return
-    if stage != TrainerFn.FITTING:
+    starts = [callback.start for callback in every]
+    if len(every) > 1 and stage != TrainerFn.FITTING:
         raise InputError(
             f"this Trainer has {len(every)} MergeCallbacks, but an evaluation can see the weights "
             "of one only; evaluate them one after another: L.Trainer(callbacks=[one])"
         )
-    starts = [callback.start for callback in every]
-    if len(set(starts)) > 1 or "merged" in starts:
+    if len(every) > 1 and (len(set(starts)) > 1 or "merged" in starts):
         raise InputError(
             f"this Trainer has {len(every)} MergeCallbacks, with start {', '.join(starts)}; "
             "expected all sequential, or all independent"

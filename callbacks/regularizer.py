@@ -1,4 +1,4 @@
-"""What the regularizers share: adding a term to the loss, or to the gradient, of any module."""
+"""What the regularizers share: adding a term to the loss of any module."""
 
 from __future__ import annotations
 
@@ -7,25 +7,17 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import lightning as L
-import torch
 from torch import Tensor
 from typing_extensions import override
 
 from cl_merge.callbacks.task import TaskCallback
 from cl_merge.errors import InputError
 
-
-class LossTerm(Protocol):
-    """Something to add to the loss of a training step."""
-
-    def watching(self) -> AbstractContextManager[None]:
-        """Watch a training step that runs inside the block."""
-
-    def loss_term(self) -> Tensor:
-        """What to add to the loss of the step just watched, a scalar."""
+LossTerm: TypeAlias = Callable[[], AbstractContextManager[Callable[[], Tensor]]]
+"""Watches a training step inside a context, whose value then makes the term, a scalar."""
 
 
 class Regularizer(TaskCallback):
@@ -92,7 +84,8 @@ def extend_training_step(module: L.LightningModule, term: LossTerm) -> Callable[
 
     Args:
         module: The module; this instance is extended, its class stays as it is.
-        term: What to add.
+        term: Makes a context manager that is entered before every step; what it gives is called
+            after the step and returns what to add, a scalar.
 
     Returns:
         A function that takes the term away again.
@@ -104,26 +97,12 @@ def extend_training_step(module: L.LightningModule, term: LossTerm) -> Callable[
     return functools.partial(step.take_away, term)
 
 
-def gradient_scale(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> float:
-    """By what the gradients are multiplied when ``on_before_optimizer_step`` fires.
-
-    Lightning unscales before that hook, except for optimizers that do it themselves, fused ones.
-
-    Args:
-        trainer: The trainer.
-        optimizer: The optimizer about to step.
-
-    Returns:
-        The factor, 1 without a scaler.
-    """
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
-        return 1.0
-    return float(scaler.get_scale())
-
-
 class _ExtendedStep:
-    """Stands in the place of a module's ``training_step`` while there are terms to add."""
+    """Replaces a module's ``training_step`` while there are terms to add.
+
+    Callbacks end in the order in which they began, so that wrappers around wrappers would be taken
+    off from the inside.
+    """
 
     def __init__(self, module: L.LightningModule) -> None:
         self.terms: list[LossTerm] = []
@@ -134,13 +113,12 @@ class _ExtendedStep:
         vars(module)["training_step"] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with ExitStack() as watched:
-            for term in self.terms:
-                watched.enter_context(term.watching())
+        with ExitStack() as watching:
+            terms = [watching.enter_context(term()) for term in self.terms]
             output = self._original(*args, **kwargs)
         if output is None:  # Lightning skips the batch
             return None
-        added = [term.loss_term() for term in self.terms]
+        added = [term() for term in terms]
         if isinstance(output, dict):
             return output | {"loss": sum(added, output["loss"])}
         return sum(added, output)

@@ -1,4 +1,4 @@
-"""What the callbacks of this package share: every fit is a task."""
+"""What the callbacks share: every fit is a task, an evaluation outside a fit sees the result."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import lightning as L
-from lightning.pytorch.callbacks import (
-    Callback,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
@@ -24,7 +20,7 @@ log = logging.getLogger(__name__)
 
 _Kind = TypeVar("_Kind", bound=Callback)
 
-_NOTHING = (
+_NOTHING_TRAINED = (
     "nothing was trained in this fit: it does not count as a task. Use a new Trainer for each "
     "task: one that has been through a fit has reached its last epoch"
 )
@@ -36,12 +32,12 @@ _AVERAGES = (StochasticWeightAveraging, WeightAveraging)
 class TaskCallback(Callback, ABC):
     """A callback that lives through a stream, with something to do when a task begins and ends.
 
-    Each ``trainer.fit`` is a task, unless it trains nothing. A fit that goes on from a checkpoint
-    is the rest of the task that the checkpoint was written in, also if nothing is left to train.
+    Each ``trainer.fit`` is a task, unless it trains nothing. A fit that resumes a checkpoint is the
+    rest of the task that the checkpoint was written in, also if nothing is left to train.
 
     Raises:
-        InputError: If a callback that averages weights stands behind, or has been through another
-            task.
+        InputError: If a callback that averages weights runs after this one, or has been through
+            another task.
         RuntimeError: Under a strategy that shards parameters or spawns processes.
     """
 
@@ -52,7 +48,7 @@ class TaskCallback(Callback, ABC):
         self._first_step = 0
         self._in_task = False
         self._restored = False
-        self._goes_on = False
+        self._resumed = False
 
     @property
     @abstractmethod
@@ -61,14 +57,14 @@ class TaskCallback(Callback, ABC):
 
     @abstractmethod
     def begin_task(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *, goes_on: bool
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *, resumed: bool
     ) -> None:
         """Prepare for a task; the module is on its device, nothing has been trained yet.
 
         Args:
             trainer: The task's trainer.
             pl_module: The module.
-            goes_on: Whether the fit goes on from a checkpoint within the task.
+            resumed: Whether the fit resumes a checkpoint within the task.
         """
 
     @abstractmethod
@@ -105,14 +101,21 @@ class TaskCallback(Callback, ABC):
                 "ends; use strategy='ddp' and start the script from the command line"
             )
         if stage == TrainerFn.FITTING:
-            self._check_order(trainer)
+            for other in attached(trainer, *_AVERAGES):
+                if runs_after(trainer, other, self):
+                    average = type(other).__name__
+                    raise InputError(
+                        f"{average} runs after {name}, which would miss the averaged weights that "
+                        "it puts in when training ends; put it in front: "
+                        f"callbacks=[{average}(...), {name}(...)]"
+                    )
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._goes_on, self._restored = self._restored, False
-        if not self._goes_on:
-            self._check_averages(trainer)
-        self.begin_task(trainer, pl_module, goes_on=self._goes_on)
+        self._resumed, self._restored = self._restored, False
+        if not self._resumed:
+            self._refuse_used_averages(trainer)
+        self.begin_task(trainer, pl_module, resumed=self._resumed)
         self._in_task = True
 
     @override
@@ -121,26 +124,28 @@ class TaskCallback(Callback, ABC):
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.global_step > self._first_step or self._goes_on:
-            self.end_task(trainer, pl_module)
-        else:
-            log.warning(_NOTHING)
         self._averages_used = attached(trainer, *_AVERAGES)
-        self._in_task = False
+        self._end(trainer, pl_module, trained=trainer.global_step > self._first_step)
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Where nothing is left to train, training never "ends": after a checkpoint of the last
         # step, or with a trainer that has reached its last epoch before.
-        if self._in_task and self._goes_on:
-            self.end_task(trainer, pl_module)
-        elif self._in_task:
-            log.warning(_NOTHING)
-        self._in_task = False
+        if self._in_task:
+            self._end(trainer, pl_module, trained=False)
 
     @override
     def state_dict(self) -> dict[str, Any]:
         return self.task_state() | {"in_task": self._in_task}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._stage not in ("", TrainerFn.FITTING) and self.tasks:
+            # `test(ckpt_path=...)` restores callbacks too, as they were when the checkpoint was
+            # written, within a task: that would undo what the end of that task did.
+            return
+        self.load_task_state(state_dict)
+        self._restored = self._stage == TrainerFn.FITTING and state_dict["in_task"]
 
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -152,26 +157,14 @@ class TaskCallback(Callback, ABC):
     ) -> None:
         self._stage = ""
 
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._stage not in ("", TrainerFn.FITTING) and self.tasks:
-            # `test(ckpt_path=...)` restores callbacks too, as they were when the checkpoint was
-            # written, within a task: that would undo what the end of that task did.
-            return
-        self.load_task_state(state_dict)
-        self._restored = self._stage == TrainerFn.FITTING and state_dict["in_task"]
+    def _end(self, trainer: L.Trainer, module: L.LightningModule, *, trained: bool) -> None:
+        if trained or self._resumed:
+            self.end_task(trainer, module)
+        else:
+            log.warning(_NOTHING_TRAINED)
+        self._in_task = False
 
-    def _check_order(self, trainer: L.Trainer) -> None:
-        for other in attached(trainer, *_AVERAGES):
-            if stands_behind(trainer, other, self):
-                name, average = type(self).__name__, type(other).__name__
-                raise InputError(
-                    f"{average} stands behind {name}, which would miss the averaged weights that "
-                    f"it puts in when training ends; put it in front: callbacks=[{average}(...), "
-                    f"{name}(...)]"
-                )
-
-    def _check_averages(self, trainer: L.Trainer) -> None:
+    def _refuse_used_averages(self, trainer: L.Trainer) -> None:
         for other in attached(trainer, *_AVERAGES):
             # It remembers the step of its last update, averages nothing up to it, and ends the
             # task with the weights that it began with.
@@ -183,35 +176,67 @@ class TaskCallback(Callback, ABC):
                 )
 
 
+class EvaluationCallback(TaskCallback):
+    """A callback that changes what ``trainer.test``, ``validate`` and ``predict`` see.
+
+    Once a task has ended, and never in the validation within a fit. What it changed is undone when
+    the evaluation ends or raises.
+
+    Raises:
+        RuntimeError: Under a strategy that shards parameters or spawns processes.
+    """
+
+    @abstractmethod
+    def begin_evaluation(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Prepare the module for an evaluation.
+
+        Args:
+            trainer: Its trainer.
+            pl_module: The module, on the device of the evaluation.
+        """
+
+    @abstractmethod
+    def end_evaluation(self, pl_module: L.LightningModule) -> None:
+        """Leave the module as it was before; also called where no evaluation has begun.
+
+        Args:
+            pl_module: The module.
+        """
+
+    # Hooks, in the order in which they fire.
+
+    @override
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.tasks and trainer.state.fn != TrainerFn.FITTING:
+            self.begin_evaluation(trainer, pl_module)
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.end_evaluation(pl_module)
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
+
+    @override
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self.end_evaluation(pl_module)
+
+
 def attached(trainer: L.Trainer, *kinds: type[_Kind]) -> list[_Kind]:
-    """Find callbacks of a trainer.
-
-    Args:
-        trainer: The trainer.
-        kinds: Their classes.
-
-    Returns:
-        Those that are of one of the classes, in the trainer's order.
-    """
-    return [found for found in _callbacks(trainer) if isinstance(found, kinds)]
+    """The callbacks of a trainer that are of one of the classes, in its order."""
+    return [callback for callback in _callbacks(trainer) if isinstance(callback, kinds)]
 
 
-def stands_behind(trainer: L.Trainer, one: Callback, other: Callback) -> bool:
-    """Tell whether hooks of one callback of a trainer fire after those of another.
-
-    Args:
-        trainer: The trainer.
-        one: One of its callbacks.
-        other: Another.
-
-    Returns:
-        Whether `one` stands behind `other`.
-    """
+def runs_after(trainer: L.Trainer, one: Callback, other: Callback) -> bool:
+    """Whether hooks of one callback of a trainer fire after those of the other."""
     callbacks = _callbacks(trainer)
     return callbacks.index(one) > callbacks.index(other)
 
 
 def _callbacks(trainer: L.Trainer) -> list[Callback]:
     # Lightning's connector sets it, which type checkers do not see.
-    found: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return found
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks

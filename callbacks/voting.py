@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 
-from cl_merge.callbacks.features import Features, WithWeights
-from cl_merge.class_statistics import EnsembleHead, StatisticsHead, StreamStatistics, align
+from cl_merge.callbacks.features import Features, features_under
+from cl_merge.class_statistics import EnsembleHead, StatisticsHead, StreamStatistics, fused_map
+from cl_merge.errors import InputError
 from cl_merge.models.zero_shot import ZeroShotHead
 
 TWO_ENCODERS = ("both", "base")
+
+# Bounds the memory of the logits where the module is.
+_ROWS_AT_ONCE = 8192
 
 
 class Classifier:
@@ -27,7 +32,7 @@ class Classifier:
         device: Where it works; None is the CPU.
 
     Attributes:
-        alignment: The map of the features, float64 [D, D], of kind ``"aligned"``.
+        fused_map: The map of the features, float64 [D, D], of kind ``"aligned"``.
     """
 
     def __init__(
@@ -40,21 +45,21 @@ class Classifier:
         device: torch.device | None,
     ) -> None:
         device = device or torch.device("cpu")
-        self.alignment: Tensor | None = None
+        self.fused_map: Tensor | None = None
         self._features = features
-        # Copied only if it is elsewhere; from then on every batch finds it in its place.
+        # Copied only if it is elsewhere; from then on it is there for every batch.
         self._base = {n: t.to(device) for n, t in base.items()} if kind in TWO_ENCODERS else {}
         self._text = head
         self._heads = {
-            name: StatisticsHead(found).to(device)
-            for name, found in statistics.discriminants().items()
+            encoder: StatisticsHead(discriminant).to(device)
+            for encoder, discriminant in statistics.discriminants().items()
         }
-        if head is not None:
+        if head is not None and kind == "aligned":
+            merged = statistics.gaussians()["merged"]
+            self.fused_map = fused_map(merged, head.weight, statistics.vote)
+            self._map = self.fused_map.to(device=device, dtype=torch.float32)
+        elif head is not None:
             self._ensemble = EnsembleHead(head, list(self._heads.values()), statistics.vote)
-            if kind == "aligned":
-                merged = statistics.gaussians()["merged"]
-                self.alignment = align(merged, head.weight, statistics.vote)
-                self._map = self.alignment.to(device=device, dtype=torch.float32)
 
     def __call__(
         self,
@@ -74,22 +79,19 @@ class Classifier:
         Returns:
             Log-probabilities, or logits of kind ``"aligned"``, float32 [B, K].
         """
-        if self._text is not None and self.alignment is not None:
+        result: Tensor
+        if self._text is not None and self.fused_map is not None:
             with torch.autocast(features.device.type, enabled=False):
                 moved = features.float() @ self._map.T
-            logits: Tensor = self._text(moved, classes)
-            return logits
-        others = {"merged": features}
-        if "base" in self._heads:
-            # Without base weights of its own the module holds them.
-            before = WithWeights(module, self._features, self._base)
-            others["base"] = before.read(batch) if self._base else features
-        given = [others[name] for name in self._heads]
+            result = self._text(moved, classes)
+            return result
+        of = {"merged": features, "base": features}  # without base weights the module holds them
+        if "base" in self._heads and self._base:
+            of["base"] = features_under(self._base, module, self._features, batch)
         if self._text is not None:
-            voted: Tensor = self._ensemble(features, given, classes)
-            return voted
-        pairs = zip(self._heads.values(), given, strict=True)
-        scores = [head(found, classes) for head, found in pairs]
+            result = self._ensemble(features, [of[encoder] for encoder in self._heads], classes)
+            return result
+        scores = [head(of[encoder], classes) for encoder, head in self._heads.items()]
         return torch.stack(scores).mean(dim=0).log_softmax(dim=1)
 
     def of_images(
@@ -99,16 +101,54 @@ class Classifier:
         features: Tensor,
         classes: Tensor | Sequence[int] | None = None,
     ) -> Tensor:
-        """Classify images, as `CLIPClassifier.classify` is asked to.
-
-        Args:
-            module: The module, which holds the merged weights.
-            images: Transformed images, float [B, 3, H, W].
-            features: Their features under the merged weights, [B, D].
-            classes: Labels of the K classes to choose among; None for all.
-
-        Returns:
-            As of a batch.
-        """
+        """Classify images, float [B, 3, H, W], as `CLIPClassifier.classify` is asked to."""
         # The labels, of which a batch would be made too, play no part.
         return self(module, (images, None), features, classes)
+
+
+def text_head(module: nn.Module) -> ZeroShotHead | None:
+    """A module's attribute ``head``, if that is a text head."""
+    head = getattr(module, "head", None)
+    return head if isinstance(head, ZeroShotHead) else None
+
+
+def check_text_head(module: nn.Module) -> None:
+    """Raise `InputError` if a module has no text head, for the kind that cannot do without."""
+    if text_head(module) is None:
+        raise InputError(
+            "statistics of kind 'aligned' change the features that a text head classifies, but "
+            f"{type(module).__name__} has no text head 'head'; use another kind"
+        )
+
+
+def number_of_classes(module: nn.Module, given: int | None) -> int:
+    """How many classes a module knows, by its text head or else by what its user gave."""
+    head = text_head(module)
+    known = given if head is None else len(head.class_names)
+    if known is None:
+        raise InputError(
+            f"{type(module).__name__} has no text head 'head' that tells how many classes there "
+            "are; give ClassStatistics(classes=...)"
+        )
+    if given not in (None, known):
+        raise InputError(
+            f"classes={given}, but the text head of {type(module).__name__} has {known}; leave "
+            "classes out"
+        )
+    return known
+
+
+@torch.no_grad()
+def text_logits(module: L.LightningModule, features: Tensor) -> Tensor | None:
+    """Logits [N, C] of features [N, D] on the CPU by a module's text head; None without one."""
+    head = text_head(module)
+    if head is None:
+        return None
+    if head.weight.shape[1] != features.shape[1]:
+        raise InputError(
+            f"image features have length {features.shape[1]}, but the text head of "
+            f"{type(module).__name__} takes {head.weight.shape[1]}; give "
+            "ClassStatistics(features=...) those that the head takes"
+        )
+    parts = torch.split(features, _ROWS_AT_ONCE)
+    return torch.cat([head(part.to(module.device)).cpu() for part in parts])

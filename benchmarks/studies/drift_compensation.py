@@ -26,7 +26,7 @@ from cl_merge.class_statistics import (
     Discriminant,
     FeatureMoments,
     StreamStatistics,
-    align,
+    fused_map,
     unit,
 )
 from cl_merge.mergers import get_merger
@@ -145,7 +145,7 @@ def one_map_of_all(run: Streamed) -> ClassGaussians:
 
 
 def carried(run: Streamed) -> ClassGaussians:
-    """What `CarriedStatistics` does: one map from the base, corrected by each task."""
+    """What `DriftCompensation` does: one map from the base, corrected by each task."""
     return _learned(run, "merged").gaussians()["merged"]
 
 
@@ -184,7 +184,7 @@ def measure(folder: Path) -> dict[str, float]:
         voted = learned.vote.combine(text.double(), torch.stack(scores).mean(dim=0))
         found[f"text + {name}"] = _accuracy(voted, labels)
         if name == "carried":
-            turned = align(learned.gaussians()["merged"], run.head, learned.vote)
+            turned = fused_map(learned.gaussians()["merged"], run.head, learned.vote)
             found["aligned"] = _accuracy(unit(final.double() @ turned.T) @ run.head.T, labels)
     found["random features of base"] = _random_features(run)
     return found

@@ -1,16 +1,15 @@
-"""The linear discriminant of class statistics."""
+"""The linear discriminant of class statistics, and the scores of their own images."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from cl_merge.class_statistics.gaussians import ClassGaussians
-
-# Bounds the memory beside the result: 1024 rows of scores of 1000 classes take 8 MB.
-_ROWS_AT_ONCE = 1024
+from cl_merge.class_statistics.moments import ClassGaussians
 
 
 @dataclass(frozen=True)
@@ -33,33 +32,67 @@ class Discriminant:
 
     @classmethod
     def of(cls, gaussians: ClassGaussians) -> Discriminant:
-        """Find the discriminant: log densities up to what all classes share.
-
-        Args:
-            gaussians: The statistics.
-
-        Returns:
-            The discriminant, with all classes equally likely beforehand.
-        """
+        """Find the discriminant: log densities up to what all classes share, all equally likely."""
         covariance, shrinkage = gaussians.covariance()
         weight = torch.linalg.solve(covariance, gaussians.means.T).T
         bias = -0.5 * (weight * gaussians.means).sum(dim=1)
         return cls(weight, bias.masked_fill(~gaussians.seen, -torch.inf), shrinkage)
 
     def scores(self, vectors: Tensor) -> Tensor:
-        """Score vectors.
-
-        Args:
-            vectors: Float [B, D].
-
-        Returns:
-            Float64 [B, C].
-        """
+        """Score vectors, float [B, D]; the scores are float64 [B, C]."""
         return vectors.double() @ self.weight.T + self.bias
 
 
-def left_out_scores(vectors: Tensor, labels: Tensor, gaussians: ClassGaussians) -> Tensor:
-    """Score vectors by statistics from which each itself is left out, without computing them anew.
+class StatisticsHead(nn.Module):
+    """Classify image features by a linear discriminant. Nothing in it trains.
+
+    Args:
+        discriminant: Over C classes and D features.
+
+    Example:
+        >>> weight, bias = torch.eye(2).double(), torch.tensor([0.0, -torch.inf]).double()
+        >>> head = StatisticsHead(Discriminant(weight, bias, shrinkage=0.0))
+        >>> head(torch.tensor([[3.0, 4.0]]))
+        tensor([[0.6000,   -inf]])
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, discriminant: Discriminant) -> None:
+        super().__init__()
+        self.register_buffer("weight", discriminant.weight.float())
+        self.register_buffer("bias", discriminant.bias.float())
+
+    def forward(self, features: Tensor, classes: Tensor | Sequence[int] | None = None) -> Tensor:
+        """Score image features against all classes or some of them.
+
+        Args:
+            features: ``[B, D]`` image features of any floating-point type, not normalised.
+            classes: Which ``K`` classes, in the order wanted; all without it.
+
+        Returns:
+            ``[B, K]`` (or ``[B, C]``) scores, float32; minus infinity for classes not seen.
+        """
+        weight, bias = self.weight, self.bias
+        if classes is not None:
+            rows = torch.as_tensor(classes, dtype=torch.long, device=weight.device)
+            weight, bias = weight[rows], bias[rows]
+        # As in the text head: half precision would round the scores too coarsely.
+        with torch.autocast(features.device.type, enabled=False):
+            return F.linear(F.normalize(features.float(), dim=-1), weight.float(), bias.float())
+
+    def extra_repr(self) -> str:
+        """Show the number of classes and features when the module is printed."""
+        classes, features = self.weight.shape
+        seen = int((self.bias > -torch.inf).sum())
+        return f"classes={classes}, seen={seen}, features={features}"
+
+
+def leave_one_out_scores(
+    vectors: Tensor, labels: Tensor, gaussians: ClassGaussians, *, rows_at_once: int = 1024
+) -> Tensor:
+    """Score each vector by the statistics of all others, without computing them anew.
 
     To leave out v of class c with n vectors takes the mean to m - (v - m) / (n - 1) and the scatter
     down by n / (n - 1) (v - m)(v - m)^T, a change of rank one. Degrees of freedom, shrinkage and
@@ -69,6 +102,8 @@ def left_out_scores(vectors: Tensor, labels: Tensor, gaussians: ClassGaussians) 
         vectors: Vectors that are in the statistics, of classes with two or more, float [B, D].
         labels: Their classes, int64 [B].
         gaussians: The statistics.
+        rows_at_once: Bounds the memory beside the result: 1024 rows of scores of 1000 classes take
+            8 MB.
 
     Returns:
         Scores up to a constant for each vector, float64 [B, C].
@@ -80,15 +115,15 @@ def left_out_scores(vectors: Tensor, labels: Tensor, gaussians: ClassGaussians) 
     inverse = torch.linalg.inv(covariance)
     weight = (1.0 - shrinkage) / gaussians.freedom
     towards = gaussians.means @ inverse
-    found = torch.empty(len(vectors), len(gaussians.means), dtype=torch.float64)
-    for start in range(0, len(vectors), _ROWS_AT_ONCE):
-        part = slice(start, start + _ROWS_AT_ONCE)
+    scores = torch.empty(len(vectors), len(gaussians.means), dtype=torch.float64)
+    for start in range(0, len(vectors), rows_at_once):
+        part = slice(start, start + rows_at_once)
         rows, classes = vectors[part].double(), labels[part, None]
-        found[part] = -0.5 * _left_out_distances(rows, classes, gaussians, inverse, towards, weight)
-    return found.masked_fill_(~gaussians.seen, -torch.inf)
+        scores[part] = -0.5 * _distances(rows, classes, gaussians, inverse, towards, weight)
+    return scores.masked_fill_(~gaussians.seen, -torch.inf)
 
 
-def _left_out_distances(
+def _distances(
     vectors: Tensor,
     labels: Tensor,
     gaussians: ClassGaussians,
@@ -96,7 +131,10 @@ def _left_out_distances(
     towards: Tensor,
     weight: float,
 ) -> Tensor:
-    """Squared Mahalanobis distances [B, C]; labels [B, 1], a scatter's weight in the covariance."""
+    """Squared Mahalanobis distances [B, C] to the statistics of all other vectors.
+
+    Labels are [B, 1]; the weight is that of a scatter in the covariance.
+    """
     means, count = gaussians.means, gaussians.counts[labels]
     ratio = count / (count - 1.0)
     residual = vectors - means[labels[:, 0]]

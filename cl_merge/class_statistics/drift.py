@@ -1,22 +1,21 @@
-"""Class statistics under an encoder that changes, without the images of earlier tasks."""
+"""Drift compensation: class statistics of an encoder that changes, without earlier images."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from cl_merge.class_statistics.gaussians import ClassGaussians
-from cl_merge.class_statistics.moments import FeatureMoments
+from cl_merge.class_statistics.moments import ClassGaussians, FeatureMoments, TensorState
 
 RIDGE = 2.0
 
 
-class CarriedStatistics:
+class DriftCompensation(TensorState):
     r"""Statistics of features m under the merged model of today, for images that are gone.
 
     The base encoder never changes, so statistics of its features b stay true. What is missing of
-    an old image is how m has moved since. A linear map from b to m is kept; each task corrects it
-    by a ridge regression on its own images, towards what it was before:
+    an old image is how m has moved since. A linear drift map from b to m is kept; each task
+    corrects it by a ridge regression on its own images, towards what it was before:
 
     .. math:: W = (C_{bb} + r I)^{-1} (C_{bm} - C_{bb} G), \quad G \leftarrow G + W
 
@@ -52,7 +51,7 @@ class CarriedStatistics:
         self.bias = torch.zeros(features, dtype=torch.float64)
 
     def update(self, before: FeatureMoments, task: FeatureMoments) -> None:
-        """Carry what is kept to the merged model after a task, and add the task's images.
+        """Move the statistics to the merged model after a task, and add the task's images.
 
         Args:
             before: Of the base features of all tasks before, D features.
@@ -80,34 +79,8 @@ class CarriedStatistics:
         self.bias = self.bias + bias
 
     def gaussians(self, counts: Tensor) -> ClassGaussians:
-        """The distributions of m.
-
-        Args:
-            counts: Images of each class so far, int64 [C].
-
-        Returns:
-            The distributions.
-        """
+        """The distributions of m, given the images of each class so far, int64 [C]."""
         return ClassGaussians(counts.double(), self.means, self.scatter)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The state, by name."""
-        return {
-            "means": self.means,
-            "scatter": self.scatter,
-            "cross": self.cross,
-            "weight": self.weight,
-            "bias": self.bias,
-        }
-
-    @classmethod
-    def of(cls, tensors: dict[str, Tensor], ridge: float = RIDGE) -> CarriedStatistics:
-        """Make statistics of what `tensors` returned, as copies on the CPU."""
-        classes, features = tensors["means"].shape
-        made = cls(classes, features, ridge)
-        for name in made.tensors():
-            setattr(made, name, tensors[name].to(device="cpu", copy=True))
-        return made
 
     def _correction(self, task: ClassGaussians) -> tuple[Tensor, Tensor]:
         """W and c of the class's docstring."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_merge.class_statistics.discriminant import Discriminant
-from cl_merge.class_statistics.gaussians import ClassGaussians
+from cl_merge.class_statistics.moments import ClassGaussians
 from cl_merge.class_statistics.vote import Vote
 from cl_merge.errors import InputError
 
@@ -17,7 +17,7 @@ _RIDGE = 1e-5
 _SMALL_RIDGE = 1e-4
 
 
-def align(gaussians: ClassGaussians, head: Tensor, vote: Vote) -> Tensor:
+def fused_map(gaussians: ClassGaussians, head: Tensor, vote: Vote) -> Tensor:
     r"""Find the linear map of image features that makes the text head vote with the statistics.
 
     The text head scores unit features m by H m. The discriminant scores them by W m + b, and as
@@ -28,7 +28,7 @@ def align(gaussians: ClassGaussians, head: Tensor, vote: Vote) -> Tensor:
 
     The text head divides by the length of P m, which is the same for all classes of an image: it
     predicts what a vote of both predicts. P is one more linear layer at the end of the encoder, or
-    is multiplied into the last one (`aligned_projection`): the model is as large and as fast as it
+    is multiplied into the last one (`fused_projection`): the model is as large and as fast as it
     was, and keeps its form. Classes not seen get the text head's logits times t, and of A what the
     average seen class gets.
 
@@ -42,33 +42,34 @@ def align(gaussians: ClassGaussians, head: Tensor, vote: Vote) -> Tensor:
         ``features @ P.T``.
     """
     head = head.detach().cpu().double()
-    found = Discriminant.of(gaussians)
+    discriminant = Discriminant.of(gaussians)
     seen = gaussians.seen[:, None]
     mean, second = gaussians.second_moment()
     identity = torch.eye(len(second), dtype=torch.float64)
     constant = torch.linalg.solve(
         second + _SMALL_RIDGE * second.trace() / len(second) * identity, mean
     )
-    target = found.weight + found.bias.masked_fill(~seen[:, 0], 0.0)[:, None] * constant
+    bias = discriminant.bias.masked_fill(~seen[:, 0], 0.0)[:, None]
+    target = discriminant.weight + bias * constant
     target = (target - target[seen[:, 0]].mean(dim=0)) * seen
     rows = head - head[seen[:, 0]].mean(dim=0)
     strength = _RIDGE * float((rows * rows).sum()) / len(second)
     statistics = torch.linalg.solve(rows.T @ rows + strength * identity, rows.T @ target)
-    whole = vote.text * identity + vote.statistics * statistics
-    length = float((whole @ second @ whole.T).trace() / second.trace())
+    mixed = vote.text * identity + vote.statistics * statistics
+    length = float((mixed @ second @ mixed.T).trace() / second.trace())
     if length <= 0.0:  # the statistics alone decide, of a single class: nothing to tell apart
         return identity
-    alignment: Tensor = whole / math.sqrt(length)
-    return alignment
+    scaled: Tensor = mixed / math.sqrt(length)
+    return scaled
 
 
-def aligned_projection(visual: nn.Module, alignment: Tensor) -> tuple[str, Tensor]:
-    """Multiply an alignment into the last linear layer of an image encoder.
+def fused_projection(visual: nn.Module, fused: Tensor) -> tuple[str, Tensor]:
+    """Multiply a map of the features into the last linear layer of an image encoder.
 
     Args:
         visual: An image encoder of open_clip that ends with a linear projection without a bias:
             a parameter ``proj`` [width, D], or a layer ``head.proj`` with a weight [D, width].
-        alignment: P of `align`, float64 [D, D].
+        fused: P of `fused_map`, float64 [D, D].
 
     Returns:
         The name of the projection's parameter in the encoder, and its new value.
@@ -77,14 +78,11 @@ def aligned_projection(visual: nn.Module, alignment: Tensor) -> tuple[str, Tenso
         InputError: If the encoder ends otherwise.
     """
     parameters = dict(visual.named_parameters())
-    for name, inner in (("proj", 0), ("head.proj.weight", 1)):
-        found = parameters.get(name)
-        bias = parameters.get("head.proj.bias") if inner else None
-        if found is None or found.ndim != 2 or bias is not None:
-            continue
-        old = found.detach().double().cpu()
-        new = alignment @ old if inner else old @ alignment.T
-        return name, new.to(found.dtype)
+    proj, layer = parameters.get("proj"), parameters.get("head.proj.weight")
+    if proj is not None and proj.ndim == 2:
+        return "proj", (proj.detach().double().cpu() @ fused.T).to(proj.dtype)
+    if layer is not None and layer.ndim == 2 and "head.proj.bias" not in parameters:
+        return "head.proj.weight", (fused @ layer.detach().double().cpu()).to(layer.dtype)
     raise InputError(
         f"{type(visual).__name__} does not end with a linear projection without bias ('proj' or "
         "'head.proj.weight'), which the statistics could be multiplied into; use them beside the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,10 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cl_merge.class_statistics.discriminant import Discriminant, left_out_scores
-from cl_merge.class_statistics.drift import RIDGE, CarriedStatistics
-from cl_merge.class_statistics.gaussians import ClassGaussians
-from cl_merge.class_statistics.moments import FeatureMoments
+from cl_merge.class_statistics.discriminant import Discriminant, leave_one_out_scores
+from cl_merge.class_statistics.drift import RIDGE, DriftCompensation
+from cl_merge.class_statistics.moments import ClassGaussians, FeatureMoments
 from cl_merge.class_statistics.vote import Vote, choose_vote
 from cl_merge.errors import InputError, unknown_name
 from cl_merge.storage.files import load_tensors, save_tensors
@@ -31,11 +31,12 @@ class StreamStatistics:
         classes: Number of classes, C.
         features: Length of the features, D.
         encoders: Whose features classify: ``"base"``, ``"merged"`` or ``"both"``.
-        ridge: See `CarriedStatistics`.
+        ridge: See `DriftCompensation`.
 
     Attributes:
         base: Moments of base features of all tasks.
-        carried: Statistics of merged features; None with ``encoders="base"``.
+        drift: Statistics of merged features, moved on as the merged model drifts; None with
+            ``encoders="base"``.
         vote: How much text head and statistics count, as chosen after the last task.
         tasks: Number of tasks in it.
 
@@ -52,7 +53,7 @@ class StreamStatistics:
             raise InputError(f"ridge={ridge}; expected a finite number above 0")
         self.encoders = encoders
         self.base = FeatureMoments(classes, features)
-        self.carried = None if encoders == "base" else CarriedStatistics(classes, features, ridge)
+        self.drift = None if encoders == "base" else DriftCompensation(classes, features, ridge)
         self.vote = Vote()
         self.tasks = 0
 
@@ -89,45 +90,49 @@ class StreamStatistics:
             InputError: If features are not finite, those under the merged model are missing, or a
                 label lies outside the classes. The statistics are as they were.
         """
-        self._check(labels)
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.classes:
+            raise InputError(
+                f"labels from {int(labels.min())} to {int(labels.max())}, but the statistics are "
+                f"of {self.classes} classes; expected 0 to {self.classes - 1}"
+            )
         task, both = (FeatureMoments(self.classes, n * self.features) for n in (1, 2))
         task.update(base, labels)
-        if self.carried is not None:
+        if self.drift is not None:
             if merged is None:
                 raise InputError(f"encoders='{self.encoders}' need the merged model's features")
             both.update(torch.cat([base, merged], dim=1), labels)
-        before = FeatureMoments.of(self.base.tensors())
+        before = copy.deepcopy(self.base)
         task.reduce(total)
         self.base.add(task)
-        if self.carried is not None:
+        if self.drift is not None:
             both.reduce(total)
-            self.carried.update(before, both)
+            self.drift.update(before, both)
         self.vote = Vote(text=0.0)
         if text is not None:
-            self.vote = self._choose(base, merged, labels, text, total)
+            self.vote = self._choose({"base": base, "merged": merged}, labels, text, total)
         self.tasks += 1
 
     def gaussians(self) -> dict[str, ClassGaussians]:
         """The distributions that classify, by encoder: ``"base"``, ``"merged"``."""
-        found = {}
+        gaussians = {}
         if self.encoders != "merged":
-            found["base"] = ClassGaussians.of(self.base)
-        if self.carried is not None:
-            found["merged"] = self.carried.gaussians(self.base.counts)
-        return found
+            gaussians["base"] = ClassGaussians.of(self.base)
+        if self.drift is not None:
+            gaussians["merged"] = self.drift.gaussians(self.base.counts)
+        return gaussians
 
     def discriminants(self) -> dict[str, Discriminant]:
         """The discriminants of these distributions, by encoder."""
-        return {name: Discriminant.of(found) for name, found in self.gaussians().items()}
+        return {encoder: Discriminant.of(of) for encoder, of in self.gaussians().items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state as tensors by name."""
-        found = {f"base.{name}": tensor for name, tensor in self.base.tensors().items()}
-        if self.carried is not None:
-            found |= {f"carried.{name}": tensor for name, tensor in self.carried.tensors().items()}
-        found["vote"] = torch.tensor([self.vote.text, self.vote.statistics], dtype=torch.float64)
-        found["tasks"] = torch.tensor(self.tasks)
-        return found
+        state = {f"base.{name}": tensor for name, tensor in self.base.tensors().items()}
+        if self.drift is not None:  # named as in the first files of this format
+            state |= {f"carried.{name}": tensor for name, tensor in self.drift.tensors().items()}
+        state["vote"] = torch.tensor([self.vote.text, self.vote.statistics], dtype=torch.float64)
+        state["tasks"] = torch.tensor(self.tasks)
+        return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state_dict` returned; its tensors are copied.
@@ -138,17 +143,17 @@ class StreamStatistics:
         for name, own in self.state_dict().items():
             if name not in state:
                 raise InputError(f"no tensor '{name}' in the saved class statistics")
-            found = state[name]
-            if (found.shape, found.dtype) != (own.shape, own.dtype):
+            saved = state[name]
+            if (saved.shape, saved.dtype) != (own.shape, own.dtype):
                 raise InputError(
-                    f"saved class statistics '{name}' are {list(found.shape)} of {found.dtype}; "
+                    f"saved class statistics '{name}' are {list(saved.shape)} of {saved.dtype}; "
                     f"expected {list(own.shape)} of {own.dtype}"
                 )
-        self.base = FeatureMoments.of(_part(state, "base."))
-        if self.carried is not None:
-            self.carried = CarriedStatistics.of(_part(state, "carried."), self.carried.ridge)
-        text, statistics = state["vote"].tolist()
-        self.vote = Vote(text, statistics)
+        parts = {name.partition(".")[2]: tensor for name, tensor in state.items()}
+        self.base.load_tensors(parts)
+        if self.drift is not None:
+            self.drift.load_tensors(parts)
+        self.vote = Vote(*state["vote"].tolist())
         self.tasks = int(state["tasks"])
 
     def save(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -162,7 +167,7 @@ class StreamStatistics:
         Raises:
             StorageError: If the file cannot be written.
         """
-        ridge = self.carried.ridge if self.carried is not None else None
+        ridge = self.drift.ridge if self.drift is not None else None
         own = {"format": FORMAT, "encoders": self.encoders, "ridge": json.dumps(ridge)}
         save_tensors(path, self.state_dict(), dict(metadata or {}) | own)
 
@@ -193,27 +198,15 @@ class StreamStatistics:
             raise InputError(f"{path}: damaged class statistics ({error})") from error
         return made
 
-    def _check(self, labels: Tensor) -> None:
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.classes:
-            raise InputError(
-                f"labels from {int(labels.min())} to {int(labels.max())}, but the statistics are "
-                f"of {self.classes} classes; expected 0 to {self.classes - 1}"
-            )
-
     def _choose(
-        self, base: Tensor, merged: Tensor | None, labels: Tensor, text: Tensor, total: Total
+        self, features: Mapping[str, Tensor | None], labels: Tensor, text: Tensor, total: Total
     ) -> Vote:
-        # An image that is the only one of its class cannot be left out.
-        kept = self.base.counts[labels] > 1
-        of = {"base": base, "merged": merged}
+        """Choose leave-one-out, for which an image may not be the only one of its class."""
+        usable = self.base.counts[labels] > 1
         scores = [
-            left_out_scores(features[kept], labels[kept], gaussians)
-            for name, gaussians in self.gaussians().items()
-            if (features := of[name]) is not None
+            leave_one_out_scores(of[usable], labels[usable], gaussians)
+            for encoder, gaussians in self.gaussians().items()
+            if (of := features[encoder]) is not None
         ]
         mean = sum(scores[1:], start=scores[0]) / len(scores)
-        return choose_vote(text[kept], mean, labels[kept], total=total)
-
-
-def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        return choose_vote(text[usable], mean, labels[usable], total=total)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from cl_merge.class_statistics.discriminant import StatisticsHead
+from cl_merge.errors import InputError
+from cl_merge.models.zero_shot import ZeroShotHead
 
 # A point each half octave; beyond these ends one of the two decides alone.
 _WEIGHTS = tuple(2.0 ** (exponent / 2) for exponent in range(-10, 9))
 _TEMPERATURES = tuple(2.0 ** (exponent / 2) for exponent in range(-10, 7))
 # Losses are summed as whole multiples of this, so that any order gives the same bits.
 _STEP = 2.0**-24
-# Few enough for the processor's cache.
-_ELEMENTS_AT_ONCE = 2**16
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,62 @@ class Vote:
         return torch.where(seen, share + within, prior)
 
 
+class EnsembleHead(nn.Module):
+    """The text head and one or several statistics heads, which vote.
+
+    Args:
+        text: The text head over C classes.
+        statistics: Heads over the same classes, each for the features of one encoder; their scores
+            are averaged.
+        vote: How much they count.
+
+    Raises:
+        InputError: If the heads differ in their number of classes, or there are no statistics.
+    """
+
+    def __init__(
+        self, text: ZeroShotHead, statistics: Sequence[StatisticsHead], vote: Vote
+    ) -> None:
+        super().__init__()
+        sizes = {len(head.weight) for head in statistics}
+        if sizes != {len(text.weight)}:
+            raise InputError(
+                f"statistics of {sorted(sizes)} classes beside a text head of {len(text.weight)}; "
+                "expected as many"
+            )
+        self.text = text
+        self.statistics = nn.ModuleList(statistics)
+        self.vote = vote
+
+    def forward(
+        self,
+        features: Tensor,
+        others: Sequence[Tensor],
+        classes: Tensor | Sequence[int] | None = None,
+    ) -> Tensor:
+        """Classify.
+
+        Args:
+            features: ``[B, D]`` image features for the text head.
+            others: For each statistics head the features of its encoder, ``[B, D]``.
+            classes: Which ``K`` classes, in the order wanted; all without it.
+
+        Returns:
+            Log-probabilities, float32 ``[B, K]``.
+        """
+        text = self.text(features, classes)
+        pairs = zip(self.statistics, others, strict=True)
+        scores = torch.stack([head(given, classes) for head, given in pairs]).mean(dim=0)
+        return self.vote.combine(text, scores)
+
+
 def choose_vote(
     text: Tensor,
     scores: Tensor,
     labels: Tensor,
     *,
     total: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    elements_at_once: int = 2**16,
 ) -> Vote:
     """Choose both factors by the cross entropy on images, over the classes seen.
 
@@ -84,17 +136,18 @@ def choose_vote(
 
     Args:
         text: Logits of the text head, float [B, C].
-        scores: Of the statistics without the image itself (`left_out_scores`), float [B, C], minus
-            infinity for classes not seen.
+        scores: Of the statistics without the image itself (`leave_one_out_scores`), float [B, C],
+            minus infinity for classes not seen.
         labels: Classes of the images, int64 [B].
         total: Sums an int64 tensor over all processes.
+        elements_at_once: Few enough for the processor's cache.
 
     Returns:
         The vote; the default one if there is no image.
     """
     losses = torch.zeros(len(_WEIGHTS), len(_TEMPERATURES), dtype=torch.int64)
     seen = (scores > -torch.inf).any(dim=0)
-    rows = max(1, _ELEMENTS_AT_ONCE // max(1, int(seen.sum())))
+    rows = max(1, elements_at_once // max(1, int(seen.sum())))
     for start in range(0, len(scores), rows):
         part = slice(start, start + rows)
         losses += _losses(text[part].double(), scores[part].double(), labels[part, None], seen)
@@ -109,7 +162,7 @@ def _losses(text: Tensor, scores: Tensor, labels: Tensor, seen: Tensor) -> Tenso
     """Sums of cross entropies by weight and temperature, in steps; labels are [B, 1]."""
     own_text, own_scores = text.gather(1, labels), scores.gather(1, labels)
     text, scores = text[:, seen], scores[:, seen]
-    found = torch.zeros(len(_WEIGHTS), len(_TEMPERATURES), dtype=torch.int64)
+    losses = torch.zeros(len(_WEIGHTS), len(_TEMPERATURES), dtype=torch.int64)
     for row, weight in enumerate(_WEIGHTS):
         mixed = text + weight * scores
         highest = mixed.amax(dim=1, keepdim=True)
@@ -122,6 +175,6 @@ def _losses(text: Tensor, scores: Tensor, labels: Tensor, seen: Tensor) -> Tenso
             for column in range(first, len(_TEMPERATURES), 2):
                 # More is as wrong as can be, and would not fit the whole numbers.
                 loss = (powers.sum(dim=1).log() - _TEMPERATURES[column] * below).clamp(max=2.0**10)
-                found[row, column] = (loss / _STEP).round().long().sum()
+                losses[row, column] = (loss / _STEP).round().long().sum()
                 powers.square_()
-    return found
+    return losses

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from plain import Plain, fit, loader, same, trainer, weights
 from safetensors.torch import load_file
 
-from cl_merge import TaskVector, merge
+from cl_merge import TaskVector, get_merger, merge
 from cl_merge.callbacks import MergeCallback
 from cl_merge.callbacks.auto_scale import AutoScale
 from cl_merge.errors import InputError, listing
@@ -142,6 +142,18 @@ def test_before_any_task_evaluation_sees_the_weights_as_they_are():
         InputError, match="^nothing to install: no task has been trained and merged"
     ):
         callback.install(module)
+
+
+def test_a_merger_that_was_used_before_is_not_evaluated_before_a_fit():
+    merger = get_merger("magmax")
+    merger.update({name: torch.ones_like(p) for name, p in weights(Plain()).items()})
+    module, callback = Plain(), MergeCallback(merger)
+    before = weights(module)
+    message = "^the Merger that MergeCallback was given has folded 1 task vectors, but the weights"
+    for use in (callback.install, lambda m: trainer(callback).test(m, loader(0), verbose=False)):
+        with pytest.raises(InputError, match=message):
+            use(module)
+    assert same(weights(module), before)
 
 
 def test_state_survives_a_checkpoint_and_weights_only_loading(tmp_path):
@@ -315,6 +327,11 @@ def test_other_parameters_than_in_the_first_task_are_named():
         ({"scale": float("nan")}, "the scale must be a finite number, not nan"),
         ({"method": "ties", "density": 0}, "density must be a number above 0 and at most 1, not 0"),
         ({"densty": 1}, "unknown option of method 'magmax' 'densty'. Known: none"),
+        (
+            {"method": get_merger("ties"), "density": 0.3},
+            "option density beside a ready Merger 'ties', which has its own; give options where it "
+            "is made, or its name: MergeCallback('ties', ...)",
+        ),
     ],
 )
 def test_wrong_options_are_named_at_once(options, message):
@@ -535,7 +552,7 @@ def test_what_came_from_a_checkpoint_follows_the_module_unless_a_device_is_named
     fresh = MergeCallback("ties", buffers="average", device=device)
     fresh.load_state_dict(callback.state_dict())
     assert devices_of(fresh.state_dict()) == {"cpu"}
-    fresh._settle(Plain(batch_norm=True).to("meta"))
+    fresh.move_state_to(torch.device("meta"))
     assert devices_of(fresh.state_dict()) == {expected}
 
 

@@ -195,7 +195,7 @@ def test_alone_it_keeps_its_own_base_and_counts_on_the_trained_weights():
 
 
 def test_a_callback_in_front_of_the_merge_callback_is_refused():
-    with pytest.raises(InputError, match="ClassStatistics stands before MergeCallback"):
+    with pytest.raises(InputError, match="ClassStatistics runs before MergeCallback"):
         learn(classifier(), [ClassStatistics(), MergeCallback("magmax")], tasks=1)
 
 

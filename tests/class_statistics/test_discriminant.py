@@ -5,8 +5,12 @@ import pytest
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from cl_merge.class_statistics import ClassGaussians, Discriminant, FeatureMoments, left_out_scores
-from cl_merge.class_statistics import discriminant as module
+from cl_merge.class_statistics import (
+    ClassGaussians,
+    Discriminant,
+    FeatureMoments,
+    leave_one_out_scores,
+)
 
 
 def draw(images=60, classes=4, features=6, seed=0):
@@ -82,26 +86,26 @@ def really_left_out(vectors, labels, classes, row):
 
 
 @pytest.mark.parametrize(("images", "features"), [(60, 6), (8, 6), (24, 40)])
-def test_left_out_scores_are_those_of_really_leaving_out(images, features):
+def test_leave_one_out_scores_are_those_of_really_leaving_out(images, features):
     vectors, labels = draw(images, 4, features)
-    found = left_out_scores(vectors, labels, gaussians_of(vectors, labels, 4)).numpy()
+    found = leave_one_out_scores(vectors, labels, gaussians_of(vectors, labels, 4)).numpy()
     for row in range(images):
         expected = really_left_out(vectors, labels, 4, row)
         np.testing.assert_allclose(found[row], expected, rtol=1e-8, atol=1e-8)
 
 
-def test_rows_are_scored_alike_in_pieces(monkeypatch):
+def test_rows_are_scored_alike_in_pieces():
     vectors, labels = draw()
     gaussians = gaussians_of(vectors, labels, 4)
-    whole = left_out_scores(vectors, labels, gaussians)
-    monkeypatch.setattr(module, "_ROWS_AT_ONCE", 7)
-    torch.testing.assert_close(left_out_scores(vectors, labels, gaussians), whole)
-    assert left_out_scores(vectors[:0], labels[:0], gaussians).shape == (0, 4)
+    whole = leave_one_out_scores(vectors, labels, gaussians)
+    found = leave_one_out_scores(vectors, labels, gaussians, rows_at_once=7)
+    torch.testing.assert_close(found, whole)
+    assert leave_one_out_scores(vectors[:0], labels[:0], gaussians).shape == (0, 4)
 
 
 def test_a_class_not_seen_is_left_out_everywhere():
     vectors, labels = draw()
-    found = left_out_scores(vectors, labels, gaussians_of(vectors, labels, 5))
+    found = leave_one_out_scores(vectors, labels, gaussians_of(vectors, labels, 5))
     assert (found[:, 4] == -torch.inf).all()
     assert found[:, :4].isfinite().all()
 
@@ -115,7 +119,7 @@ def test_a_vector_that_alone_spans_a_direction_stays_finite():
     labels = torch.arange(4000) % 2
     gaussians = gaussians_of(vectors, labels, 2)
     assert gaussians.covariance()[1] < 0.01
-    found = left_out_scores(vectors[:10], labels[:10], gaussians)
+    found = leave_one_out_scores(vectors[:10], labels[:10], gaussians)
     assert found.isfinite().all()
     # To the statistics of all others it is as unlikely as can be.
     assert found[0].max() < found[1:].min()
@@ -124,5 +128,12 @@ def test_a_vector_that_alone_spans_a_direction_stays_finite():
 def test_without_variance_leaving_out_moves_the_mean_only():
     vectors = torch.eye(3, dtype=torch.float64)[[0, 0, 1, 1]]
     labels = torch.tensor([0, 0, 1, 1])
-    found = left_out_scores(vectors, labels, gaussians_of(vectors, labels, 2))
+    found = leave_one_out_scores(vectors, labels, gaussians_of(vectors, labels, 2))
     assert found.tolist() == [[0.0, -1.0], [0.0, -1.0], [-1.0, 0.0], [-1.0, 0.0]]
+
+
+def test_one_image_a_class_is_classified_by_the_nearest_mean():
+    vectors = torch.eye(2, dtype=torch.float64)
+    discriminant = Discriminant.of(gaussians_of(vectors, torch.tensor([0, 1]), 2))
+    assert discriminant.shrinkage == 1.0
+    assert discriminant.scores(vectors).argmax(dim=1).tolist() == [0, 1]

@@ -66,7 +66,7 @@ def test_without_variance_within_classes_the_covariance_is_the_identity(copies):
 
 
 def test_a_scatter_of_rounding_errors_is_no_variance():
-    """As carried statistics have it: their scatter is a float that went through sums."""
+    """As drift compensation has it: its scatter is a float that went through sums."""
     noise = 1e-17 * torch.eye(3, dtype=torch.float64)
     found = ClassGaussians(torch.tensor([4.0]), torch.ones(1, 3).double(), noise)
     assert torch.equal(found.covariance()[0], torch.eye(3, dtype=torch.float64))

@@ -1,12 +1,13 @@
 """Moments against naive sums, and that they are exact."""
 
+import copy
 import math
 
 import pytest
 import torch
 
 from cl_merge.class_statistics import FeatureMoments, unit
-from cl_merge.class_statistics.moments import _MOST_ROWS, _ROWS_AT_ONCE
+from cl_merge.class_statistics.moments import MOST_ROWS, ROWS_AT_ONCE
 from cl_merge.errors import InputError
 
 
@@ -56,7 +57,7 @@ def test_processes_reduce_to_the_same_bits():
 
 
 def test_batches_longer_than_what_is_multiplied_at_once_lose_nothing():
-    vectors, labels = draw(2 * _ROWS_AT_ONCE + 5, features=3)
+    vectors, labels = draw(2 * ROWS_AT_ONCE + 5, features=3)
     whole = (vectors * 2**20).round().long()
     found = moments_of(vectors, labels)
     assert torch.equal(found.products, whole.T @ whole)  # int64 throughout
@@ -79,19 +80,19 @@ def test_moments_are_the_naive_sums_to_the_rounding_step():
 
 def test_the_longest_sums_fit_the_numbers_they_are_kept_in():
     """All images the same, along one axis: nothing gives greater products."""
-    axis = torch.ones(_ROWS_AT_ONCE, 1)
-    found = moments_of(axis, torch.zeros(_ROWS_AT_ONCE, dtype=torch.int64), 1)
-    assert found.products.item() == _ROWS_AT_ONCE * 2**40 == 2**53
+    axis = torch.ones(ROWS_AT_ONCE, 1)
+    found = moments_of(axis, torch.zeros(ROWS_AT_ONCE, dtype=torch.int64), 1)
+    assert found.products.item() == ROWS_AT_ONCE * 2**40 == 2**53
     # From here on by adding up, to as many images as there may be.
-    while 2 * int(found.counts) <= _MOST_ROWS:
-        found.add(FeatureMoments.of(found.tensors()))
-    rest = _MOST_ROWS - int(found.counts)
-    for _ in range(rest // _ROWS_AT_ONCE):
-        found.update(axis, torch.zeros(_ROWS_AT_ONCE, dtype=torch.int64))
-    last = rest % _ROWS_AT_ONCE
+    while 2 * int(found.counts) <= MOST_ROWS:
+        found.add(copy.deepcopy(found))
+    rest = MOST_ROWS - int(found.counts)
+    for _ in range(rest // ROWS_AT_ONCE):
+        found.update(axis, torch.zeros(ROWS_AT_ONCE, dtype=torch.int64))
+    last = rest % ROWS_AT_ONCE
     found.update(axis[:last], torch.zeros(last, dtype=torch.int64))
-    assert found.counts.item() == _MOST_ROWS
-    assert found.products.item() == _MOST_ROWS * 2**40 < 2**63 <= (_MOST_ROWS + 1) * 2**40
+    assert found.counts.item() == MOST_ROWS
+    assert found.products.item() == MOST_ROWS * 2**40 < 2**63 <= (MOST_ROWS + 1) * 2**40
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,7 @@ def test_a_length_of_one_may_be_off_by_the_rounding_of_float32():
 
 def almost_full(more=0):
     found = FeatureMoments(1, 1)
-    found.counts[0] = _MOST_ROWS + more
+    found.counts[0] = MOST_ROWS + more
     return found
 
 
@@ -132,7 +133,7 @@ def test_more_images_than_int64_holds_are_refused_however_they_come():
     with pytest.raises(InputError, match="more than 8388607 images"):
         almost_full().add(one)
     with pytest.raises(InputError, match="more than 8388607 images"):
-        one.reduce(lambda tensor: _MOST_ROWS * tensor + tensor)
+        one.reduce(lambda tensor: MOST_ROWS * tensor + tensor)
     almost_full(-1).add(moments_of(torch.ones(1, 1), torch.tensor([0]), 1))
 
 
@@ -146,7 +147,8 @@ def test_moments_of_another_shape_are_not_added(shape):
 def test_moments_go_to_tensors_and_back_as_copies():
     vectors, labels = draw(20)
     made = moments_of(vectors, labels)
-    found = FeatureMoments.of(made.tensors())
+    found = FeatureMoments(5, 7)
+    found.load_tensors(made.tensors())
     assert_same_bits(found, made)
     made.update(vectors, labels)
     assert_same_bits(found, moments_of(vectors, labels))

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from scipy.special import log_softmax, softmax
 
 from cl_merge.class_statistics import Vote, choose_vote
-from cl_merge.class_statistics import vote as module
 
 VOTES = [Vote(), Vote(0.0, 0.7), Vote(0.3, 1.6), Vote(2.0, 0.0)]
 
@@ -104,11 +103,10 @@ def test_the_choice_is_that_of_a_search_one_by_one(trust, unseen):
     assert choose_vote(text, scores, labels) == searched(text, scores, labels.tolist())
 
 
-def test_the_choice_is_the_same_in_pieces(monkeypatch):
+def test_the_choice_is_the_same_in_pieces():
     text, scores, labels = draw_choice(150)
     whole = choose_vote(text, scores, labels)
-    monkeypatch.setattr(module, "_ELEMENTS_AT_ONCE", 33)
-    assert choose_vote(text, scores, labels) == whole
+    assert choose_vote(text, scores, labels, elements_at_once=33) == whole
 
 
 @pytest.mark.parametrize("ends", [(0, 75, 150), (0, 149, 150), (0, 150, 150)], ids=str)

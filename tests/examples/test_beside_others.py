@@ -99,7 +99,7 @@ def test_the_best_checkpoint_is_tested_with_the_merged_weights(tmp_path):
 def test_in_front_of_an_average_of_weights_it_refuses_to_train(name, make, tmp_path):
     module = Plain()
     loop = trainer(make(), *AVERAGES[name](tmp_path))
-    with pytest.raises(InputError, match=f"^{name} stands behind .* put it in front"):
+    with pytest.raises(InputError, match=f"^{name} runs after .* put it in front"):
         loop.fit(module, loader(0))
     assert same(weights(module), weights(Plain()))
 

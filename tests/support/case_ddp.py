@@ -54,7 +54,7 @@ def train(folder: Path, devices: int) -> None:
         "before": model.accuracy.rows[0].tolist(),
         "plain": run("plain"),
         "lwf": run("lwf", LwF(3.0)),
-        "published": run("published", EWC(weight=100.0)),
+        "published": run("published", EWC("published", weight=100.0)),
         "empirical": run("empirical", EWC("empirical", weight=30.0)),
         "both": run("both", LwF(), EWC("empirical", weight=30.0)),
         "voting": run("voting", behind=[ClassStatistics()]),

@@ -1,10 +1,10 @@
-"""Carried statistics against a reference that keeps every vector and moves each one."""
+"""Drift compensation against a reference that keeps every vector and moves each one."""
 
 import numpy as np
 import pytest
 import torch
 
-from cl_merge.class_statistics import CarriedStatistics, FeatureMoments
+from cl_merge.class_statistics import DriftCompensation, FeatureMoments
 
 CLASSES, FEATURES = 6, 5
 
@@ -29,13 +29,13 @@ def moments_of(vectors, labels):
     return made
 
 
-def carry(tasks, ridge):
+def compensate(tasks, ridge):
     """What is under test, and the moments of base features that go with it."""
-    carried, before = CarriedStatistics(CLASSES, FEATURES, ridge), FeatureMoments(CLASSES, FEATURES)
+    drift, before = DriftCompensation(CLASSES, FEATURES, ridge), FeatureMoments(CLASSES, FEATURES)
     for base, merged, labels in tasks:
-        carried.update(before, moments_of(torch.cat([base, merged], dim=1), labels))
+        drift.update(before, moments_of(torch.cat([base, merged], dim=1), labels))
         before.add(moments_of(base, labels))
-    return carried, before
+    return drift, before
 
 
 def naive(tasks, ridge):
@@ -78,9 +78,9 @@ STREAMS = {
 @pytest.mark.parametrize("stream", STREAMS.values(), ids=STREAMS)
 def test_every_old_vector_moves_with_the_map(stream, ridge):
     tasks = [draw_task(seed, classes) for seed, classes in enumerate(stream)]
-    carried, before = carry(tasks, ridge)
+    drift, before = compensate(tasks, ridge)
     base, merged, labels, weight, bias = naive(tasks, ridge)
-    found = carried.gaussians(before.counts)
+    found = drift.gaussians(before.counts)
     for label in range(CLASSES):
         own = merged[labels == label]
         assert found.counts[label] == len(own)
@@ -88,13 +88,13 @@ def test_every_old_vector_moves_with_the_map(stream, ridge):
         np.testing.assert_allclose(found.means[label].numpy(), expected, rtol=0, atol=1e-10)
     scatter, cross = around_means(merged, merged, labels), around_means(base, merged, labels)
     np.testing.assert_allclose(found.scatter.numpy(), scatter, rtol=0, atol=1e-9)
-    np.testing.assert_allclose(carried.cross.numpy(), cross, rtol=0, atol=1e-9)
-    np.testing.assert_allclose(carried.weight.numpy(), weight, rtol=0, atol=1e-10)
-    np.testing.assert_allclose(carried.bias.numpy(), bias, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(drift.cross.numpy(), cross, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(drift.weight.numpy(), weight, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(drift.bias.numpy(), bias, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("stream", STREAMS.values(), ids=STREAMS)
-def test_what_moves_linearly_is_carried_truly(stream):
+def test_what_moves_linearly_is_followed_truly(stream):
     """The merged model is another linear map of base features after every task."""
     tasks = []
     for seed, classes in enumerate(stream):
@@ -103,10 +103,10 @@ def test_what_moves_linearly_is_carried_truly(stream):
         generator = torch.Generator().manual_seed(10 + seed)
         map_ = on_grid(0.2 * torch.randn(FEATURES, FEATURES, generator=generator).double(), 2**10)
         tasks.append((base, base @ map_, labels))
-    carried, before = carry(tasks, ridge=1e-9)
+    drift, before = compensate(tasks, ridge=1e-9)
     base, labels = (torch.cat([task[part] for task in tasks]) for part in (0, 2))
     true = (base @ map_).numpy()  # all images under the last model
-    found = carried.gaussians(before.counts)
+    found = drift.gaussians(before.counts)
     for label in sorted({label for classes in stream for label in classes}):
         expected = true[labels.numpy() == label].mean(axis=0)
         np.testing.assert_allclose(found.means[label].numpy(), expected, rtol=0, atol=1e-6)
@@ -117,7 +117,7 @@ def test_what_moves_linearly_is_carried_truly(stream):
 def test_memory_does_not_depend_on_the_number_of_tasks():
     tasks = [draw_task(seed, [seed % CLASSES]) for seed in range(9)]
     sizes = {
-        tuple(tensor.shape for tensor in carry(tasks[:count], 2.0)[0].tensors().values())
+        tuple(tensor.shape for tensor in compensate(tasks[:count], 2.0)[0].tensors().values())
         for count in (0, 1, 9)
     }
     assert len(sizes) == 1
@@ -125,40 +125,41 @@ def test_memory_does_not_depend_on_the_number_of_tasks():
 
 def test_statistics_go_to_tensors_and_back_as_copies_and_go_on_alike():
     tasks = [draw_task(seed, [0, 1]) for seed in range(3)]
-    carried, before = carry(tasks[:2], 2.0)
-    found = CarriedStatistics.of(carried.tensors(), ridge=2.0)
+    drift, before = compensate(tasks[:2], 2.0)
+    found = DriftCompensation(CLASSES, FEATURES, 2.0)
+    found.load_tensors(drift.tensors())
     base, merged, labels = tasks[2]
     found.update(before, moments_of(torch.cat([base, merged], dim=1), labels))
-    whole = carry(tasks, 2.0)[0]
+    whole = compensate(tasks, 2.0)[0]
     for name, tensor in found.tensors().items():
         assert torch.equal(tensor, whole.tensors()[name]), name
-        assert not torch.equal(tensor, carried.tensors()[name]), name
+        assert not torch.equal(tensor, drift.tensors()[name]), name
 
 
 def test_distributions_given_away_stay_as_they_were():
     first, second = draw_task(0, [0, 1]), draw_task(1, [0, 2])
-    carried, before = carry([first], 2.0)
-    given = carried.gaussians(before.counts)
+    drift, before = compensate([first], 2.0)
+    given = drift.gaussians(before.counts)
     means, scatter = given.means.clone(), given.scatter.clone()
-    carried.update(before, moments_of(torch.cat(second[:2], dim=1), second[2]))
+    drift.update(before, moments_of(torch.cat(second[:2], dim=1), second[2]))
     assert torch.equal(given.means, means)
     assert torch.equal(given.scatter, scatter)
 
 
 def test_an_empty_task_changes_nothing():
-    carried, before = carry([draw_task(0, [0, 1])], 2.0)
-    tensors = {name: tensor.clone() for name, tensor in carried.tensors().items()}
-    carried.update(before, FeatureMoments(CLASSES, 2 * FEATURES))
-    for name, tensor in carried.tensors().items():
+    drift, before = compensate([draw_task(0, [0, 1])], 2.0)
+    tensors = {name: tensor.clone() for name, tensor in drift.tensors().items()}
+    drift.update(before, FeatureMoments(CLASSES, 2 * FEATURES))
+    for name, tensor in drift.tensors().items():
         assert torch.equal(tensor, tensors[name]), name
 
 
 def test_a_single_image_moves_old_classes_but_does_not_turn_them():
-    carried, before = carry([draw_task(0, [0, 1])], 2.0)
-    old = carried.gaussians(before.counts)
+    drift, before = compensate([draw_task(0, [0, 1])], 2.0)
+    old = drift.gaussians(before.counts)
     base, merged, _ = draw_task(1, [2], images=1)
-    predicted = base @ carried.weight + carried.bias
-    carried.update(before, moments_of(torch.cat([base, merged], dim=1), torch.tensor([2])))
-    torch.testing.assert_close(carried.means[:2], old.means[:2] + (merged - predicted))
-    torch.testing.assert_close(carried.means[2:3], merged)
-    torch.testing.assert_close(carried.scatter, old.scatter)
+    predicted = base @ drift.weight + drift.bias
+    drift.update(before, moments_of(torch.cat([base, merged], dim=1), torch.tensor([2])))
+    torch.testing.assert_close(drift.means[:2], old.means[:2] + (merged - predicted))
+    torch.testing.assert_close(drift.means[2:3], merged)
+    torch.testing.assert_close(drift.scatter, old.scatter)

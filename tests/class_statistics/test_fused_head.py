@@ -1,4 +1,4 @@
-"""Aligned features: the text head alone predicts what a vote of head and statistics predicts."""
+"""Fused features: the text head alone predicts what a vote of head and statistics predicts."""
 
 import numpy as np
 import pytest
@@ -10,8 +10,8 @@ from cl_merge.class_statistics import (
     Discriminant,
     FeatureMoments,
     Vote,
-    align,
-    aligned_projection,
+    fused_map,
+    fused_projection,
     unit,
 )
 from cl_merge.errors import InputError
@@ -37,10 +37,10 @@ def centred(scores):
 
 @pytest.mark.parametrize("vote", [Vote(), Vote(0.1, 0.2), Vote(1.0, 0.05), Vote(0.0, 1.0)], ids=str)
 @pytest.mark.parametrize("seed", range(3))
-def test_the_text_head_on_aligned_features_predicts_what_the_vote_predicts(vote, seed):
+def test_the_text_head_on_fused_features_predicts_what_the_vote_predicts(vote, seed):
     vectors, gaussians, head = case(seed=seed)
-    alignment = align(gaussians, head, vote)
-    found = F.normalize(vectors @ alignment.T, dim=1) @ head.T
+    fused = fused_map(gaussians, head, vote)
+    found = F.normalize(vectors @ fused.T, dim=1) @ head.T
     scores = Discriminant.of(gaussians).scores(vectors)
     voted = vote.combine(vectors @ head.T, scores)
     agree = (found.argmax(dim=1) == voted.argmax(dim=1)).double().mean()
@@ -50,7 +50,7 @@ def test_the_text_head_on_aligned_features_predicts_what_the_vote_predicts(vote,
         assert (alone == voted.argmax(dim=1)).double().mean() < agree, "the case shows nothing"
 
 
-def test_logits_of_aligned_features_are_the_votes_up_to_what_classes_share():
+def test_logits_of_fused_features_are_the_votes_up_to_what_classes_share():
     vectors, gaussians, head = case()
     vote = Vote(0.4, 0.7)
     found = Discriminant.of(gaussians)
@@ -61,29 +61,29 @@ def test_logits_of_aligned_features_are_the_votes_up_to_what_classes_share():
     assert np.abs(one - 1).max() < 0.2
     statistics = vectors @ found.weight.T + torch.from_numpy(one)[:, None] * found.bias
     expected = centred(0.4 * vectors @ head.T + 0.7 * statistics)
-    logits = centred(vectors @ align(gaussians, head, vote).T @ head.T)
+    logits = centred(vectors @ fused_map(gaussians, head, vote).T @ head.T)
     # Up to the factor that keeps lengths.
     factor = (logits * expected).sum() / (expected * expected).sum()
     assert factor > 0
     torch.testing.assert_close(logits, factor * expected, rtol=0, atol=1e-3 * float(logits.max()))
 
 
-def test_aligned_features_keep_their_length_on_average():
+def test_fused_features_keep_their_length_on_average():
     vectors, gaussians, head = case()
-    aligned = vectors @ align(gaussians, head, Vote(0.4, 0.7)).T
-    assert float((aligned**2).sum(dim=1).mean()) == pytest.approx(1.0, rel=1e-4)
+    fused = vectors @ fused_map(gaussians, head, Vote(0.4, 0.7)).T
+    assert float((fused**2).sum(dim=1).mean()) == pytest.approx(1.0, rel=1e-4)
 
 
 def test_without_a_say_of_the_statistics_nothing_changes():
     _, gaussians, head = case()
-    alignment = align(gaussians, head, Vote(2.0, 0.0))
-    torch.testing.assert_close(alignment, torch.eye(24, dtype=torch.float64))
+    fused = fused_map(gaussians, head, Vote(2.0, 0.0))
+    torch.testing.assert_close(fused, torch.eye(24, dtype=torch.float64))
 
 
 def test_classes_not_seen_get_what_the_average_class_gets():
     vectors, gaussians, head = case(unseen=[1, 4])
-    aligned = vectors @ align(gaussians, head, Vote(0.4, 0.7)).T
-    text, logits = vectors @ head.T, aligned @ head.T
+    fused = vectors @ fused_map(gaussians, head, Vote(0.4, 0.7)).T
+    text, logits = vectors @ head.T, fused @ head.T
     factor = float(
         torch.linalg.lstsq(
             centred(text[:, [1, 4]])[:, :1], centred(logits[:, [1, 4]])[:, :1]
@@ -99,15 +99,15 @@ def test_classes_not_seen_get_what_the_average_class_gets():
 @pytest.mark.parametrize("text", [0.0, 1.0])
 def test_a_single_class_seen_leaves_features_as_they_are(text):
     _, gaussians, head = case(unseen=[0, 1, 3, 4])
-    alignment = align(gaussians, head, Vote(text, 1.0))
-    torch.testing.assert_close(alignment, torch.eye(24, dtype=torch.float64))
+    fused = fused_map(gaussians, head, Vote(text, 1.0))
+    torch.testing.assert_close(fused, torch.eye(24, dtype=torch.float64))
 
 
 def test_more_classes_than_features_and_a_degenerate_head_give_numbers():
     _, gaussians, head = case(classes=40, features=24)
-    assert align(gaussians, head, Vote()).isfinite().all()
+    assert fused_map(gaussians, head, Vote()).isfinite().all()
     head[1] = head[0]
-    assert align(gaussians, head, Vote()).isfinite().all()
+    assert fused_map(gaussians, head, Vote()).isfinite().all()
 
 
 class WithParameter(torch.nn.Module):
@@ -138,22 +138,22 @@ class WithLayer(torch.nn.Module):
 
 @pytest.mark.parametrize("encoder", [WithParameter, WithLayer])
 @torch.no_grad()
-def test_an_encoder_with_the_new_projection_makes_aligned_features(encoder):
+def test_an_encoder_with_the_new_projection_makes_fused_features(encoder):
     torch.manual_seed(0)
     visual, images = encoder(), torch.randn(7, 6)
-    alignment = torch.randn(3, 3, dtype=torch.float64)
+    fused = torch.randn(3, 3, dtype=torch.float64)
     before = visual(images)
-    name, value = aligned_projection(visual, alignment)
+    name, value = fused_projection(visual, fused)
     torch.testing.assert_close(visual(images), before)  # not yet
     parameter = visual.get_parameter(name)
     assert (value.shape, value.dtype) == (parameter.shape, parameter.dtype)
     parameter.copy_(value)
-    torch.testing.assert_close(visual(images), before @ alignment.T.float())
+    torch.testing.assert_close(visual(images), before @ fused.T.float())
 
 
 def test_a_projection_keeps_its_type():
     visual = WithParameter().bfloat16()
-    assert aligned_projection(visual, torch.eye(3).double())[1].dtype == torch.bfloat16
+    assert fused_projection(visual, torch.eye(3).double())[1].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -162,4 +162,4 @@ def test_a_projection_keeps_its_type():
 def test_another_end_of_an_encoder_is_refused(encoder):
     message = f"{type(encoder).__name__} does not end with a linear projection without bias"
     with pytest.raises(InputError, match=message):
-        aligned_projection(encoder, torch.eye(3).double())
+        fused_projection(encoder, torch.eye(3).double())

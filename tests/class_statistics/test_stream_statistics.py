@@ -9,14 +9,14 @@ import torch
 
 from cl_merge.class_statistics import (
     ENCODERS,
-    CarriedStatistics,
     ClassGaussians,
     Discriminant,
+    DriftCompensation,
     FeatureMoments,
     StreamStatistics,
     Vote,
     choose_vote,
-    left_out_scores,
+    leave_one_out_scores,
     unit,
 )
 from cl_merge.errors import InputError
@@ -60,20 +60,20 @@ def moments_of(vectors, labels):
 
 
 @pytest.mark.parametrize("encoders", ENCODERS)
-def test_learning_is_moments_and_carried_statistics_and_a_vote(encoders):
-    base, carried = FeatureMoments(CLASSES, FEATURES), CarriedStatistics(CLASSES, FEATURES, 0.5)
+def test_learning_is_moments_and_drift_compensation_and_a_vote(encoders):
+    base, drift = FeatureMoments(CLASSES, FEATURES), DriftCompensation(CLASSES, FEATURES, 0.5)
     found = StreamStatistics(CLASSES, FEATURES, encoders, ridge=0.5)
     for task in range(3):
         vectors, merged, labels, text = draw_task(task)
         both = moments_of(torch.cat([vectors, merged], dim=1), labels)
-        carried.update(base, both)
+        drift.update(base, both)
         base.update(vectors, labels)
         pairs = {
             "base": (vectors, ClassGaussians.of(base)),
-            "merged": (merged, carried.gaussians(base.counts)),
+            "merged": (merged, drift.gaussians(base.counts)),
         }
         names = ["base", "merged"] if encoders == "both" else [encoders]
-        scores = [left_out_scores(pairs[n][0], labels, pairs[n][1]) for n in names]
+        scores = [leave_one_out_scores(pairs[n][0], labels, pairs[n][1]) for n in names]
         expected = choose_vote(text, sum(scores) / len(scores), labels)
 
         found.learn(vectors, None if encoders == "base" else merged, labels, text)
@@ -106,7 +106,7 @@ def test_an_only_image_of_its_class_does_not_take_part_in_the_choice():
     found.learn(torch.cat([base, base[:1]]), None, strange, torch.cat([text, wrong]))
     assert found.base.counts[5] == 1
     gaussians = found.gaussians()["base"]
-    assert found.vote == choose_vote(text, left_out_scores(base, labels, gaussians), labels)
+    assert found.vote == choose_vote(text, leave_one_out_scores(base, labels, gaussians), labels)
     alone = StreamStatistics(CLASSES, FEATURES)
     alone.learn(base[:2], merged[:2], torch.tensor([0, 1]), text[:2])
     assert alone.vote == Vote()
