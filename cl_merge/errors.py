@@ -22,15 +22,7 @@ class StorageError(OSError):
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> InputError:
-    """Make the error for a name that is not in a list of known names.
-
-    Args:
-        kind: What the name stands for, for example ``"method"``.
-        name: The name that was given.
-        known: The names that would be right.
-
-    Returns:
-        An error that names the nearest valid name and lists the known ones.
+    """Make the error for a name that is none of the known ones.
 
     Example:
         >>> print(unknown_name("method", "tie", ["magmax", "ties"]))
@@ -45,12 +37,6 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> InputError:
 def task_name(index: int) -> str:
     """Name a task by its index, which counts from 0, and its place, which the terminal shows.
 
-    Args:
-        index: Position in the stream, from 0.
-
-    Returns:
-        Words for a message.
-
     Example:
         >>> task_name(1)
         'task 1 (the 2nd)'
@@ -62,14 +48,7 @@ def task_name(index: int) -> str:
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
-    """End the sentence that calls a name unknown with the nearest known one.
-
-    Args:
-        name: The name that was given.
-        known: The names that would be right.
-
-    Returns:
-        The question whether that was meant; a full stop where nothing is near.
+    """End the sentence that calls a name unknown with the nearest known one, if one is near.
 
     Example:
         >>> "unknown key 'sead'" + nearest("sead", ["seed", "data"])
@@ -80,14 +59,7 @@ def nearest(name: object, known: Iterable[str]) -> str:
 
 
 def listing(names: Iterable[str], limit: int = 4) -> str:
-    """Write names in a row, cut where the row gets long.
-
-    Args:
-        names: What to list.
-        limit: How many are written out.
-
-    Returns:
-        The row; ``"none"`` for no names.
+    """Write names in a row, as many as `limit` in full; ``"none"`` for no names.
 
     Example:
         >>> listing(["a", "b", "c"], limit=2)

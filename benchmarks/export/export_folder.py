@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cl_merge.errors import InputError
-from cl_merge.storage.files import flush_to_disk, storage_errors, whole_folder
+from cl_merge.storage.files import atomic_folder, storage_errors
 from cl_merge.storage.output import check_output
 
 
@@ -34,8 +34,5 @@ def export_folder(output: str | Path, source: Path) -> Iterator[Path]:
     place = Path(os.path.realpath(path))
     with storage_errors(path):
         place.parent.mkdir(parents=True, exist_ok=True)
-        with whole_folder(place) as temporary:
+        with atomic_folder(place) as temporary:
             yield temporary
-            for file in sorted(temporary.rglob("*")):
-                flush_to_disk(file)
-        flush_to_disk(place.parent)

@@ -1,10 +1,12 @@
 """The inner loops of merging, compiled where that is possible.
 
-Each function does one pass over memory and tells whether it could: it cannot without a C compiler,
-on another device, or for other dtypes. Its caller then does the same with torch, to the same bits.
+Each function does one pass over memory and tells whether it could: it cannot without the compiled
+loops, on another device, or for other dtypes. Its caller then does the same with torch, to the same
+bits.
 
-The folds take one chunk of a task vector or, at once, the fine-tuned weights and the base whose
-difference it is; then they tell whether all of it is finite.
+The folds change accumulators in place. They take one chunk of a task vector or, at once, the
+fine-tuned weights and the base whose difference it is. They return whether all of that difference
+is finite, True for a task vector, and None if nothing was done.
 """
 
 from __future__ import annotations
@@ -38,58 +40,29 @@ _BLOCK = 64  # more than the loop of `bracket` writes beyond what counts
 
 
 def difference(tuned: Tensor, base: Tensor, out: Tensor) -> bool | None:
-    """Subtract: out = tuned - base.
-
-    Args:
-        tuned: float32 or bfloat16 [n].
-        base: The same.
-        out: float32 [n].
-
-    Returns:
-        Whether all of it is finite; None if nothing was done.
-    """
+    """Subtract weights: out = tuned - base, float32 [n]; returns what a fold does."""
     return _fold("difference", (out,), (), (tuned, base))
 
 
 def fold_sum(total: Tensor, chunk: Chunk) -> bool | None:
-    """Add to a sum.
-
-    Args:
-        total: float32 [n]; changed in place.
-        chunk: What to add.
-
-    Returns:
-        Whether all of it is finite, where weights and base were given, else True; None if nothing
-        was done.
-    """
+    """Add a chunk to a sum, float32 [n]."""
     return _fold("fold_sum", (total,), (), chunk)
 
 
 def fold_largest(merged: Tensor, chunk: Chunk) -> bool | None:
-    """Take the chunk's value where its magnitude is as large or larger.
-
-    Args:
-        merged: float32 [n]; changed in place.
-        chunk: What to take from.
-
-    Returns:
-        As `fold_sum`.
-    """
+    """Take the chunk's value where its magnitude is as large or larger; merged is float32 [n]."""
     return _fold("fold_largest", (merged,), (), chunk)
 
 
 def fold_drawn(merged: Tensor, chunk: Chunk, key: int, start: int, limit: int) -> bool | None:
-    """Take the chunk's value where the random number of an element is small enough.
+    """Take the chunk's value where the random number of an element is at most a limit.
 
     Args:
-        merged: float32 [n]; changed in place.
+        merged: float32 [n].
         chunk: What to take from.
         key: Names the stream of random numbers, as in `random_bits`.
         start: Index of the first number.
         limit: The largest number that takes the chunk's value.
-
-    Returns:
-        As `fold_sum`.
     """
     return _fold("fold_drawn", (merged,), (key, start, limit), chunk)
 
@@ -100,19 +73,16 @@ def fold_signed(
     """Add up and count, by sign, the values whose magnitude reaches a threshold.
 
     Args:
-        sums: Of the positive and of the negative values, float32 [n]; changed in place.
-        counts: Of the same, int16 [n]; changed in place.
+        sums: Of the positive and of the negative values, float32 [n].
+        counts: Of the same, int16 [n].
         chunk: The values.
         threshold: A float32 number.
-
-    Returns:
-        As `fold_sum`.
     """
     return _fold("fold_signed", (*sums, *counts), (threshold,), chunk)
 
 
 def count_signs(sums: tuple[Tensor, Tensor], count: Tensor) -> tuple[int, bool] | None:
-    """Compare how many elements have a positive sum with how many have a negative one.
+    """Compare how many elements have a positive total with how many have a negative one.
 
     Args:
         sums: Of the positive and of the negative values, float32 [n].
@@ -132,13 +102,13 @@ def count_signs(sums: tuple[Tensor, Tensor], count: Tensor) -> tuple[int, bool] 
 def elect(
     sums: tuple[Tensor, Tensor], counts: tuple[Tensor, Tensor], out: Tensor, majority: int
 ) -> bool:
-    """Take the mean of the values of the elected sign, that of their sum.
+    """Write the mean of the values of the elected sign, that of their total, to `out`.
 
     Args:
         sums: Of the positive and of the negative values, float32 [n].
         counts: Of the same, int16 [n].
         out: float32 [n].
-        majority: The sign where the sum is zero: -1, 0 or 1.
+        majority: The sign where the total is zero: -1, 0 or 1.
 
     Returns:
         Whether it was done.
@@ -170,14 +140,9 @@ def bracket(
         return None
     room = min(room, vector.numel())
     between, counts = torch.empty(room + _BLOCK), torch.empty(3, dtype=torch.int64)
+    ends = (vector.numel(), low, high)
     found = compiled.bracket(
-        vector.data_ptr(),
-        vector.numel(),
-        low,
-        high,
-        between.data_ptr(),
-        room,
-        counts.data_ptr(),
+        vector.data_ptr(), *ends, *_pointers(between), room, *_pointers(counts)
     )
     if found < 0:
         return (0, 0, 0), None
@@ -186,20 +151,22 @@ def bracket(
 
 
 def _fold(
-    name: str, kept: tuple[Tensor, ...], numbers: tuple[Any, ...], chunk: Chunk
+    name: str, accumulators: tuple[Tensor, ...], numbers: tuple[Any, ...], chunk: Chunk
 ) -> bool | None:
-    given = (chunk,) if isinstance(chunk, Tensor) else chunk
-    ending = _ENDINGS.get(given[0].dtype)
-    if ending is None or given[0].dtype != given[-1].dtype or kept[0].dtype != torch.float32:
+    compiled = _usable(*accumulators, *((chunk,) if isinstance(chunk, Tensor) else chunk))
+    if compiled is None or accumulators[0].dtype != torch.float32:
         return None
-    if len(given) == 1 and given[0].dtype != torch.float32:
+    if isinstance(chunk, Tensor):
+        if chunk.dtype != torch.float32:
+            return None
+        loop = getattr(compiled, name)
+        loop(*_pointers(*accumulators), *numbers, chunk.data_ptr(), chunk.numel())
+        return True
+    tuned, base = chunk
+    if tuned.dtype not in _ENDINGS or tuned.dtype != base.dtype:
         return None
-    compiled = _usable(*kept, *given)
-    if compiled is None:
-        return None
-    loop = getattr(compiled, name + ending if len(given) == 2 else name)
-    result = loop(*_pointers(*kept), *numbers, *_pointers(*given), given[0].numel())
-    return bool(result) if len(given) == 2 else True
+    loop = getattr(compiled, name + _ENDINGS[tuned.dtype])
+    return bool(loop(*_pointers(*accumulators), *numbers, *_pointers(*chunk), tuned.numel()))
 
 
 def _usable(*tensors: Tensor) -> ctypes.CDLL | None:

@@ -15,17 +15,15 @@ log = logging.getLogger(__name__)
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Load the compiled loops.
+    """Load the compiled loops, once; None where they were not built or cannot be loaded.
 
-    ``CL_MERGE_KERNELS=0`` in the environment does without them.
-
-    Returns:
-        The library; None where it was not built, or cannot be loaded: torch does the same then, to
-        the same bits, in more time.
+    Torch does the same then, to the same bits, in more time; so it does with ``CL_MERGE_KERNELS=0``
+    in the environment.
     """
     if os.environ.get("CL_MERGE_KERNELS") == "0":
         return None
-    built = [file for ending in EXTENSION_SUFFIXES if (file := _FILE.with_suffix(ending)).is_file()]
+    files = [Path(__file__).with_name("_loops" + ending) for ending in EXTENSION_SUFFIXES]
+    built = [file for file in files if file.is_file()]
     if not built:
         log.info("the compiled loops were not built at installation: merging takes longer")
         return None
@@ -34,9 +32,6 @@ def library() -> ctypes.CDLL | None:
     except OSError as error:
         log.info("merging without compiled loops, which takes longer: %s", error)
         return None
-
-
-_FILE = Path(__file__).with_name("_loops")
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:

@@ -8,29 +8,14 @@ from cl_merge.errors import InputError, listing
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Tell whether a tensor holds neither NaN nor infinity.
-
-    Args:
-        tensor: Floating point, any shape.
-
-    Returns:
-        True if all values are finite.
-    """
+    """Tell whether a floating-point tensor holds neither NaN nor infinity."""
     # A sum reads the tensor once and makes no temporary of its size. NaN and infinity always show
     # in it; if it overflowed although all values are finite, the second look settles it.
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def not_finite(what: str, names: list[str]) -> InputError:
-    """Make the error for values that are not finite.
-
-    Args:
-        what: How the error calls the tensors, for example ``"task 3"``.
-        names: Names of the tensors that hold such values.
-
-    Returns:
-        The error.
-    """
+    """Make the error for tensors of these names, of what is called for example ``"task 3"``."""
     return InputError(
         f"{what}: NaN or infinity in {listing(names)}. Training diverged or a file is damaged: "
         "leave it out, or train again, for example with a lower learning rate"

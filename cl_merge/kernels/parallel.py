@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +13,7 @@ import torch
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_HERE = threading.local()
+_THREAD = threading.local()
 
 
 def usable_cores() -> int:
@@ -44,58 +45,30 @@ def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> lis
         [1, 2, 3]
     """
     waiting = list(items)
-    # A call from within a piece of work: the other threads are busy with such pieces.
     before = torch.get_num_threads()
-    threads = 1 if getattr(_HERE, "working", False) else min(before, len(waiting))
+    # A call from within a piece of work: the other threads are busy with such pieces.
+    threads = 1 if getattr(_THREAD, "is_working", False) else min(before, len(waiting))
     if threads <= 1:
         return [function(item) for item in waiting]
-    work = _Work(function, waiting)
-    # Until Python 3.13, `join` takes a thread for ended once Ctrl-C has interrupted it.
-    ended = [threading.Event() for _ in range(threads)]
-    helpers = [threading.Thread(target=work.help, args=(end,), daemon=True) for end in ended]
+    results: list[Any] = [None] * len(waiting)
+    indices = iter(range(len(waiting)))  # shared by the threads: one `next` is atomic
+
+    def work() -> None:
+        _THREAD.is_working = True
+        torch.set_num_threads(1)
+        for index in indices:
+            results[index] = function(waiting[index])
+
+    running: list[Future[None]] = []
     try:
-        for helper in helpers:
-            helper.start()
-        for end in ended:
-            end.wait()
-    except BaseException:  # Ctrl-C: what is under way ends, nothing new begins
-        work.stop()
-        raise
+        with ThreadPoolExecutor(threads) as pool:
+            try:
+                running += [pool.submit(work) for _ in range(threads)]
+                for ended in wait(running, return_when=FIRST_EXCEPTION).done:
+                    ended.result()
+            finally:  # after an error or Ctrl-C, what is under way ends and nothing new begins
+                for _ in indices:
+                    pass
     finally:
-        for helper, end in zip(helpers, ended, strict=True):
-            if helper.ident is not None:
-                end.wait()
-                helper.join()
         torch.set_num_threads(before)
-    if work.error is not None:
-        raise work.error
-    return work.results
-
-
-class _Work:
-    """Items that threads take from until none is left."""
-
-    def __init__(self, function: Callable[[Any], Any], items: list[Any]) -> None:
-        self._function = function
-        self._items = items
-        self._next = iter(range(len(items)))  # one `next` is atomic
-        self.results: list[Any] = [None] * len(items)
-        self.error: BaseException | None = None
-
-    def help(self, end: threading.Event) -> None:
-        """Take items and work on them, in a thread of its own; tell when there are no more."""
-        _HERE.working = True
-        try:
-            torch.set_num_threads(1)
-            for index in self._next:
-                self.results[index] = self._function(self._items[index])
-        except BaseException as error:  # raised again by the caller
-            self.error = self.error or error
-            self.stop()
-        finally:
-            end.set()
-
-    def stop(self) -> None:
-        """Begin no further item."""
-        for _ in self._next:
-            pass
+    return results

@@ -78,7 +78,7 @@ def merge_checkpoints(
     of PyTorch and Lightning, and task vectors; see `cl_merge.storage`. They are read through
     memory maps, a stretch of a parameter at a time over all tasks, so that memory depends neither
     on their size nor, for most methods, on their number. The output appears when it is whole: a
-    merge that fails or is killed leaves nothing.
+    merge that fails leaves nothing, and one that is killed no output; see `write_weights`.
 
     The result is that of a `MergeCallback` with the same task vectors, bit for bit: computed in
     float32 (float64 where the weights are) and rounded once to the base's dtype. Tensors that are

@@ -13,21 +13,14 @@ from cl_merge.errors import InputError
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a store writes a group of neighbours: a multiple of one scale for each value.
+    """How a store writes a group of neighbours: a multiple of one scale for each value."""
 
-    Attributes:
-        bits: Bits of a code.
-        group: Values that share a scale; a power of two.
-        low: The lowest multiple.
-        high: The highest multiple.
-        clips: Shares of the group's largest magnitude that the highest multiple may stand for. The
-            first must be 1, which gives a group that was quantised before its own scale again.
-    """
-
-    bits: int
-    group: int
-    low: int
-    high: int
+    bits: int  # of a code
+    group: int  # values that share a scale; a power of two
+    low: int  # the lowest multiple
+    high: int  # the highest multiple
+    # Shares of the group's largest magnitude that the highest multiple may stand for. The first
+    # must be 1, which gives a group that was quantised before its own scale again.
     clips: tuple[float, ...]
 
     @property
@@ -48,20 +41,13 @@ SCHEMES = {
 
 
 def encode(values: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Write whole groups.
+    """Write whole groups, float32 [groups * values of a group], all of them finite.
 
     All operations are element by element, or a maximum: their results are the same on every device
     and for every cut.
 
-    Args:
-        values: float32 [groups * values of a group].
-        scheme: How to write them.
-
     Returns:
         The packed codes, uint8 [groups * bytes of a group], and the scales, bfloat16 [groups].
-
-    Raises:
-        InputError: If a value is not finite.
     """
     values = values.view(-1, scheme.group)
     scales = _scales(values, scheme)
@@ -70,22 +56,10 @@ def encode(values: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     return _pack(codes.view(-1), scheme.bits), scales.to(torch.bfloat16)
 
 
-def decode(codes: Tensor, scales: Tensor, scheme: Scheme, out: Tensor | None = None) -> Tensor:
-    """Read whole groups.
-
-    Args:
-        codes: Packed codes, uint8 [groups * bytes of a group].
-        scales: bfloat16 [groups].
-        scheme: How they were written.
-        out: Where the values go, contiguous float32 [groups * values of a group]; None makes a new
-            tensor.
-
-    Returns:
-        The values, float32 [groups * values of a group].
-    """
+def decode(codes: Tensor, scales: Tensor, scheme: Scheme, out: Tensor) -> None:
+    """Read what `encode` wrote into `out`, contiguous float32 [groups * values of a group]."""
     multiples = _multiples(codes, scheme).view(-1, scheme.group)
-    target = multiples if out is None else out.view(-1, scheme.group)
-    return torch.mul(multiples, scales.to(torch.float32)[:, None], out=target).view(-1)
+    torch.mul(multiples, scales.to(torch.float32)[:, None], out=out.view(-1, scheme.group))
 
 
 def _scales(values: Tensor, scheme: Scheme) -> Tensor:

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import json
+import errno
 import os
 import re
 import secrets
 import shutil
 import stat
-import struct
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cl_merge.errors import InputError, StorageError
+from cl_merge.storage.safetensors_format import Header, not_safetensors, raw_bytes
 
-# What `atomic_write` calls a file that is not whole yet, and what safetensors does.
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp|\.tmp[0-9A-Za-z]{6}")
+# How `hidden_name` ends, and what safetensors calls a file that is not whole yet.
+_ENDING = r"\.[0-9a-f]{8}\.tmp"
+_TEMPORARY = re.compile(rf"\..+{_ENDING}|\.tmp[0-9A-Za-z]{{6}}")
+# On Windows, a file that is mapped into memory cannot be replaced.
+_MAP = sys.platform != "win32"
 
 
 @contextmanager
@@ -38,7 +41,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         path: Where the file shall be.
 
     Yields:
-        The temporary path, an empty file for the block to write. It is removed if the block raises.
+        The temporary path, an empty file for the block to write. It is removed if the block raises;
+        if the process is killed, it is left to `remove_leftovers`.
 
     Raises:
         StorageError: If the file cannot be written.
@@ -57,52 +61,34 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             mode = temporary.stat().st_mode
             yield temporary
             temporary.chmod(mode)  # some writers put a file there that only its owner may read
-            flush_to_disk(temporary)
-            os.replace(temporary, path)
+            publish(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        if os.name == "posix":  # elsewhere folders cannot be opened, and need not be
-            flush_to_disk(path.parent)
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Make a folder whose name appears in one step, when everything is in it.
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Make a folder whose name appears in one step, when everything in it has reached the disk.
 
-    What the block writes must have reached the disk when it ends; the folder around `path` is the
-    caller's to flush.
-
-    Args:
-        path: Where the folder shall be; an empty one may be there.
-
-    Yields:
-        The folder meanwhile, beside it; removed if the block raises.
+    Yields the folder meanwhile, beside `path`, where at most an empty folder may be. It is removed
+    if the block raises.
     """
     hidden = hidden_name(path)
     hidden.mkdir()
     try:
         yield hidden
-        flush_to_disk(hidden)
-        os.rename(hidden, path)  # also onto an empty folder
+        publish(hidden, path)
     except BaseException:
-        shutil.rmtree(hidden, ignore_errors=True)
+        remove(hidden)
         raise
 
 
 @contextmanager
 def storage_errors(path: str | Path) -> Iterator[None]:
-    """Turn what writers raise for a full disk or a read-only folder into one error.
+    """Turn what writing `path` raises for a full disk or a read-only folder into `StorageError`.
 
-    Args:
-        path: What is being written.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        StorageError: In the place of any error of the system, and of the writers of torch and of
-            safetensors, which have their own.
+    That is any error of the system, and those of the writers of torch and of safetensors.
     """
     try:
         yield
@@ -121,27 +107,71 @@ def storage_errors(path: str | Path) -> Iterator[None]:
         raise StorageError(_cannot_write(path, "the disk took no more")) from error
 
 
-def remove_leftovers(folder: str | Path) -> None:
-    """Remove the temporary files of writers that were killed.
+def hidden_name(path: Path) -> Path:
+    """Name what is not whole yet, beside where it will be; another name every time."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
-    Args:
-        folder: Where to look, at all depths.
 
-    Raises:
-        StorageError: If one cannot be removed.
+def publish(hidden: Path, path: Path, overwrite: bool = True) -> None:
+    """Give a file or a folder its name in one step, once everything in it has reached the disk.
+
+    It must not be open any more. Only a file, where that is allowed, and an empty folder are
+    replaced; anything else raises an `OSError`.
     """
-    for file in Path(folder).rglob(".*tmp*"):
-        if _TEMPORARY.fullmatch(file.name) and file.is_file():
-            with storage_errors(file):
-                file.unlink(missing_ok=True)
+    for each in [*hidden.rglob("*"), hidden]:
+        flush_to_disk(each)
+    if hidden.is_dir():
+        with suppress(FileNotFoundError):
+            path.rmdir()
+    elif not overwrite and os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    os.replace(hidden, path)
+    flush_to_disk(path.parent)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, have reached the disk."""
+    if not path.is_dir():
+        with path.open("r+b") as file:
+            os.fsync(file.fileno())
+        return
+    with suppress(OSError):  # Windows cannot open a folder, and some systems cannot flush one
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove the temporary files and folders of writers that were killed, at all depths."""
+    for path in list(Path(folder).rglob(".*tmp*")):
+        if _TEMPORARY.fullmatch(path.name):
+            with storage_errors(path):
+                remove(path)
+
+
+def remove_leftovers_of(path: Path) -> None:
+    """Remove what writers of one file or folder left when they were killed."""
+    leftover = re.compile(re.escape(f".{path.name}") + _ENDING)
+    for other in list(path.parent.iterdir()):
+        if leftover.fullmatch(other.name):
+            remove(other)
+
+
+def remove(path: Path) -> None:
+    """Remove a temporary file or folder, if it is there."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    # Renamed first: what still writes to it must not publish the rest of it.
+    with suppress(OSError):
+        path = path.rename(hidden_name(path))
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def save_state(path: str | Path, state: Mapping[str, Any]) -> None:
-    """Write a state of tensors and plain values, atomically.
-
-    Args:
-        path: Where the file shall be.
-        state: What `load_state` shall return: nested dictionaries, lists, tensors, plain values.
+    """Write a state of nested dictionaries, lists, tensors and plain values, atomically.
 
     Raises:
         InputError: If the state holds what `load_state` would refuse to read.
@@ -160,37 +190,17 @@ def save_state(path: str | Path, state: Mapping[str, Any]) -> None:
             ) from error
 
 
-def is_no_file(path: str | Path) -> bool:
-    """Tell whether something else stands where a file should: to read a pipe may never end.
-
-    Args:
-        path: The place; it may be empty.
-
-    Returns:
-        Whether something other than a file is there.
-    """
-    try:
-        return not stat.S_ISREG(os.stat(path).st_mode)
-    except OSError:  # reading it says why
-        return False
-
-
 def load_state(path: str | Path) -> dict[str, Any]:
-    """Read a state.
+    """Read what `save_state` or Lightning wrote: tensors and plain values, never code.
 
-    Args:
-        path: A file that `save_state` or Lightning wrote. Only tensors and plain values are read
-            from it, never code.
-
-    Returns:
-        The state, its tensors on the CPU, mapped from the file and read when they are used.
+    The tensors are on the CPU, mapped from the file and read when they are used.
 
     Raises:
         InputError: If the file is missing, cut short or of another kind.
     """
     _require_file(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=_MAP)
         if not isinstance(state, dict):
             raise TypeError(f"it holds a {type(state).__name__}")
         return state
@@ -200,14 +210,7 @@ def load_state(path: str | Path) -> dict[str, Any]:
 
 
 def check_state(path: str | Path) -> None:
-    """Make sure that no byte of a state has changed, by the checksums in it.
-
-    Args:
-        path: A file that `save_state` or Lightning wrote; it is read whole, once.
-
-    Raises:
-        InputError: If it is damaged.
-    """
+    """Make sure, by the checksums in it, that no byte of a file of `save_state` has changed."""
     _require_file(path)
     try:
         with ZipFile(path) as file:
@@ -224,26 +227,21 @@ def save_tensors(
 ) -> None:
     """Write tensors to a safetensors file, atomically; the same content gives the same bytes.
 
-    Args:
-        path: Where the file shall be.
-        tensors: What to write, of any shape, dtype and device. Tensors that share memory are
-            written once for each name.
-        metadata: Words to keep beside the tensors.
+    They may be of any shape and device; those that share memory are written once for each name.
+
+    Raises:
+        InputError: If the format cannot hold a name, a dtype or the metadata.
+        StorageError: If the file cannot be written.
     """
-    with atomic_write(path) as temporary:
-        # Without tensors, an empty metadata table would make a header that nothing can read.
-        save_file(_independent(tensors), temporary, dict(metadata) or None)
-        _sort_metadata(temporary)
+    header = Header({name: (t.dtype, t.shape) for name, t in tensors.items()}, metadata)
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        file.write(header.encode(metadata))
+        for name in header.entries:
+            file.write(raw_bytes(tensors[name]))
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The tensors by name, on the CPU, and the metadata.
+    """Read the tensors, on the CPU, and the metadata of a safetensors file.
 
     Raises:
         InputError: If the file is missing, cannot be read, is truncated or is corrupt.
@@ -251,42 +249,21 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     _require_file(path)
     try:
         with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise InputError(
-            f"'{path}' is not a whole safetensors file ({error}); it is corrupt, cut short or of "
-            "another format: write or download it again"
-        ) from error
+        raise not_safetensors(path, error) from error
     except OSError as error:
         raise InputError(f"'{path}' cannot be read ({error})") from error
+    return tensors if _MAP else {n: tensor.clone() for n, tensor in tensors.items()}, metadata
 
 
-def _independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Detach and copy where needed: the format knows neither strides nor shared memory."""
-    seen: set[int] = set()
-    independent = {}
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage().data_ptr()
-        tensor = tensor.detach()
-        independent[name] = tensor.clone() if storage in seen else tensor
-        independent[name] = independent[name].contiguous()
-        seen.add(storage)
-    return independent
-
-
-def _sort_metadata(path: Path) -> None:
-    """Put the metadata of a safetensors file in order, where the writer's is another every time."""
-    with path.open("r+b") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-        if "__metadata__" not in header:
-            return
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= length:  # as it is the same text in another order; spaces fill up
-            file.seek(8)
-            file.write(text.ljust(length))
+def is_no_file(path: str | Path) -> bool:
+    """Tell whether something other than a file is there: to read a pipe may never end."""
+    try:
+        return not stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:  # reading it says why
+        return False
 
 
 def _require_file(path: str | Path) -> None:
@@ -311,28 +288,3 @@ def _reason(error: BaseException | None) -> str:
 
 def _cannot_write(path: str | Path, reason: object) -> str:
     return f"'{path}' cannot be written ({reason}); nothing that was there before is lost"
-
-
-def hidden_name(path: Path) -> Path:
-    """Name what is not whole yet, beside where it will be; `remove_leftovers` knows such names.
-
-    Args:
-        path: What it will be called.
-
-    Returns:
-        A path in the same folder, another one every time.
-    """
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-
-
-def flush_to_disk(path: Path) -> None:
-    """Wait until a file, or the names of a folder's files, have reached the disk.
-
-    Args:
-        path: The file or folder.
-    """
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cl_merge.errors import InputError, listing
-from cl_merge.storage.mapped import once_each
 from cl_merge.storage.pickled import SUFFIXES
+from cl_merge.storage.safetensors_format import once_each
 
 INDEX = ".safetensors.index.json"
 
@@ -33,17 +33,7 @@ _SIDE_NAMES = ("LICENSE", "LICENCE", "NOTICE")
 
 
 def find_weights(folder: Path) -> Path:
-    """Find the file that holds a folder's weights.
-
-    Args:
-        folder: Of Hugging Face, open_clip or any with one checkpoint in it.
-
-    Returns:
-        A safetensors file, the index of sharded ones, or a file of `torch.save`.
-
-    Raises:
-        InputError: If there is none, or more than one.
-    """
+    """Find the one file of weights in a folder: safetensors, their index, or of `torch.save`."""
     names = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
     tensors = [name for name in names if name.endswith(".safetensors")]
     pickles = [name for name in names if name.lower().endswith(SUFFIXES)]
@@ -69,17 +59,7 @@ def find_weights(folder: Path) -> Path:
 
 
 def read_index(path: Path) -> dict[Path, list[str]]:
-    """Read the index of sharded safetensors files.
-
-    Args:
-        path: The index.
-
-    Returns:
-        The names of the tensors of each file, the files in order.
-
-    Raises:
-        InputError: If it is no such index, a file is missing, or one lies elsewhere.
-    """
+    """Read the index of sharded safetensors files: the names of each file's tensors."""
     shards: dict[Path, list[str]] = {}
     for name, file in _weight_map(path).items():
         shards.setdefault(_shard(path, file), []).append(name)
@@ -92,13 +72,6 @@ def check_inside(file: Path, folder: Path) -> None:
     Folders are downloaded from strangers; a link would make a merge read, or copy, what is not
     theirs. The cache of the Hugging Face hub is an exception: there every file of a model's
     ``snapshots/REVISION`` is a link to the ``blobs`` of the same model.
-
-    Args:
-        file: Within the folder, by name.
-        folder: The folder.
-
-    Raises:
-        InputError: If it is.
     """
     # Not `Path.resolve`, which raises on links that go in circles.
     home, real = Path(os.path.realpath(folder)), Path(os.path.realpath(file))
@@ -109,26 +82,12 @@ def check_inside(file: Path, folder: Path) -> None:
 
 
 def side_files(folder: Path) -> list[Path]:
-    """List the small files that make a folder of weights usable: configuration and tokenizer.
-
-    Args:
-        folder: A folder of weights.
-
-    Returns:
-        Paths in order; neither weights, nor their index, nor links to elsewhere.
-    """
+    """List the small files that make a folder of weights usable: configuration and tokenizer."""
     return [file for file in sorted(folder.iterdir()) if _goes_along(file, folder)]
 
 
 def output_stem(name: str) -> str:
-    """Tell how weights are called in a folder that is like another one.
-
-    Args:
-        name: The other folder's file of weights or index; empty if there is no such folder.
-
-    Returns:
-        The name without its ending.
-    """
+    """Name the weights, without an ending, as another folder's file or index `name` is named."""
     for ending in (INDEX, ".safetensors"):
         if name.endswith(ending):
             return name.removesuffix(ending)
@@ -136,14 +95,14 @@ def output_stem(name: str) -> str:
 
 
 def shard_entries(sizes: Mapping[str, int], most: float) -> list[list[str]]:
-    """Distribute tensors over files, in order.
+    """Distribute tensors over files, in order; at least one file, empty if there are no tensors.
 
     Args:
         sizes: Bytes of each tensor.
         most: The most bytes of a file, which only a tensor that is larger itself exceeds.
 
     Returns:
-        The names of each file; at least one file.
+        The names of each file's tensors.
     """
     shards: list[list[str]] = [[]]
     total = 0
@@ -163,17 +122,9 @@ def shard_names(stem: str, number: int) -> list[str]:
     return [f"{stem}-{i + 1:05}-of-{number:05}.safetensors" for i in range(number)]
 
 
-def index_text(homes: Mapping[str, str], total: int) -> str:
-    """Write the index of sharded files.
-
-    Args:
-        homes: The file of each tensor.
-        total: Bytes of all tensors.
-
-    Returns:
-        JSON.
-    """
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(homes.items()))}
+def index_text(files: Mapping[str, str], total: int) -> str:
+    """Make the index of sharded files, from the file of each tensor and the bytes of all."""
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
     return json.dumps(index, indent=2, ensure_ascii=False) + "\n"
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from cl_merge.errors import InputError, unknown_name
 from cl_merge.kernels.finite import is_finite
 from cl_merge.kernels.parallel import in_threads
-from cl_merge.storage.codes import SCHEMES, decode, encode, not_finite
+from cl_merge.storage.codes import SCHEMES, Scheme, decode, encode, not_finite
 
 STORES: tuple[str, ...] = ("float32", "bf16", "int8", "int4", "int2")
 """How the values of a task vector can be stored, from the most bits to the fewest."""
@@ -48,7 +48,7 @@ class Quantized:
         return self.codes.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
 
-def quantize(tensor: Tensor, store: str) -> Quantized:
+def quantize(tensor: Tensor, store: str, *, piece: int | None = None) -> Quantized:
     """Write a parameter in few bits.
 
     ========= ==================== ====================== ==============
@@ -74,6 +74,7 @@ def quantize(tensor: Tensor, store: str) -> Quantized:
     Args:
         tensor: Floating point, any shape, dtype and device; rounded to float32 first.
         store: One of `STORES`.
+        piece: How many values are worked on at a time; None for what suits the device.
 
     Returns:
         The parameter, on the tensor's device.
@@ -101,7 +102,7 @@ def quantize(tensor: Tensor, store: str) -> Quantized:
     if store == "float32":
         return Quantized(store, tensor.shape, flat.to(torch.float32, copy=True), None)
     if store == "bf16" or is_small(tensor.shape):
-        return Quantized(store, tensor.shape, _to_bfloat16(flat), None)
+        return Quantized(store, tensor.shape, _to_bfloat16(flat, piece), None)
     scheme = SCHEMES[store]
     groups = -(-flat.numel() // scheme.group)
     codes = flat.new_empty(groups * scheme.group_bytes, dtype=torch.uint8)
@@ -115,7 +116,7 @@ def quantize(tensor: Tensor, store: str) -> Quantized:
         codes_here, scales[first:last] = encode(values, scheme)
         codes[first * scheme.group_bytes : last * scheme.group_bytes] = codes_here
 
-    step = _piece(tensor.device) // scheme.group
+    step = _piece(tensor.device, piece) // scheme.group
     in_threads(encode_part, range(0, groups, step))
     return Quantized(store, tensor.shape, codes, scales)
 
@@ -130,25 +131,10 @@ def dequantize(quantized: Quantized) -> Tensor:
         The values, float32 in the original shape, on the same device. Zeros that were zero may be
         negative zeros.
     """
-    codes, scales = quantized.codes, quantized.scales
-    if scales is None:
-        return codes.to(torch.float32, copy=True).view(quantized.shape)
-    scheme = SCHEMES[quantized.store]
-    values = torch.empty(quantized.shape, dtype=torch.float32, device=codes.device)
-    flat = values.view(-1)
-    whole = flat.numel() // scheme.group
-
-    def decode_part(first: int) -> None:
-        last = min(first + step, whole)
-        part = codes[first * scheme.group_bytes : last * scheme.group_bytes]
-        decode(part, scales[first:last], scheme, flat[first * scheme.group : last * scheme.group])
-
-    step = _piece(codes.device) // scheme.group
-    in_threads(decode_part, range(0, whole, step))
-    if whole < scales.numel():
-        rest = decode(codes[whole * scheme.group_bytes :], scales[whole:], scheme)
-        flat[whole * scheme.group :] = rest[: flat.numel() - whole * scheme.group]
-    return values
+    if quantized.scales is None:
+        return quantized.codes.to(torch.float32, copy=True).view(quantized.shape)
+    values = decode_groups(quantized.codes, quantized.scales, SCHEMES[quantized.store])
+    return values[: quantized.shape.numel()].view(quantized.shape)
 
 
 def stored(vector: Mapping[str, Tensor], store: str) -> dict[str, Tensor]:
@@ -177,36 +163,14 @@ def stored(vector: Mapping[str, Tensor], store: str) -> dict[str, Tensor]:
 
 
 def check_store(store: object) -> str:
-    """Make sure that a store is known.
-
-    Args:
-        store: What was given.
-
-    Returns:
-        The store.
-
-    Raises:
-        InputError: If it is none of `STORES`.
-    """
+    """Make sure that a store is one of `STORES`, and return it."""
     if isinstance(store, str) and store in STORES:
         return store
     raise unknown_name("store", store, STORES)
 
 
 def quantize_named(name: str, tensor: Tensor, store: str) -> Quantized:
-    """Do as `quantize` does, with the parameter's name in the error.
-
-    Args:
-        name: Name of the parameter.
-        tensor: Floating point, any shape, dtype and device.
-        store: One of `STORES`.
-
-    Returns:
-        What `quantize` returns.
-
-    Raises:
-        InputError: If `quantize` raises it.
-    """
+    """Do as `quantize` does, with the parameter's name in the error."""
     try:
         return quantize(tensor, store)
     except InputError as error:
@@ -214,21 +178,28 @@ def quantize_named(name: str, tensor: Tensor, store: str) -> Quantized:
 
 
 def is_small(shape: torch.Size) -> bool:
-    """Tell whether a parameter stays floating point in every store.
-
-    Args:
-        shape: Its shape.
-
-    Returns:
-        True for less than 4096 values or less than two dimensions.
-    """
+    """Tell whether a parameter of this shape stays floating point in every store."""
     return len(shape) < 2 or shape.numel() < _SMALL
 
 
-def _to_bfloat16(flat: Tensor) -> Tensor:
+def decode_groups(codes: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:
+    """Read whole groups, as `decode` does, a piece at a time on several threads."""
+    values = torch.empty(len(scales) * scheme.group, dtype=torch.float32, device=codes.device)
+
+    def decode_part(first: int) -> None:
+        last = min(first + step, len(scales))
+        part = codes[first * scheme.group_bytes : last * scheme.group_bytes]
+        decode(part, scales[first:last], scheme, values[first * scheme.group : last * scheme.group])
+
+    step = _piece(codes.device) // scheme.group
+    in_threads(decode_part, range(0, len(scales), step))
+    return values
+
+
+def _to_bfloat16(flat: Tensor, piece: int | None) -> Tensor:
     result = torch.empty_like(flat, dtype=torch.bfloat16)
     limit = torch.finfo(torch.bfloat16).max  # the largest of float32 would round to infinity
-    step = _piece(flat.device)
+    step = _piece(flat.device, piece)
 
     def convert(start: int) -> None:
         part = flat[start : start + step].to(torch.float32)
@@ -240,5 +211,5 @@ def _to_bfloat16(flat: Tensor) -> Tensor:
     return result
 
 
-def _piece(device: torch.device) -> int:
-    return _CPU_PIECE if device.type == "cpu" else _DEVICE_PIECE
+def _piece(device: torch.device, piece: int | None = None) -> int:
+    return piece or (_CPU_PIECE if device.type == "cpu" else _DEVICE_PIECE)

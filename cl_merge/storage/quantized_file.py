@@ -1,4 +1,4 @@
-"""Files of quantised task vectors: written a parameter at a time, and read in any stretches."""
+"""Files of quantised task vectors: written whole, and read in any stretches."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from cl_merge.errors import InputError
-from cl_merge.storage.codes import SCHEMES, Scheme, decode
-from cl_merge.storage.files import atomic_write
-from cl_merge.storage.header import Header
-from cl_merge.storage.quantize import STORES, Quantized, dequantize, is_small, quantize_named
+from cl_merge.storage.codes import SCHEMES
+from cl_merge.storage.files import save_tensors
+from cl_merge.storage.quantize import STORES, decode_groups, is_small, quantize_named
+from cl_merge.storage.safetensors_weights import SafetensorsFile, SafetensorsWeights
 from cl_merge.storage.weights import QUANTIZED_VERSION, TASK_VECTOR, Weights
 
 STORE = "cl_merge.store"
@@ -34,41 +34,33 @@ def save_quantized(
 ) -> None:
     """Write a task vector in few bits, atomically; the same content gives the same bytes.
 
-    The file is a safetensors file. It is written here and not by that library, which wants all
-    tensors at once: here only one parameter's codes are in memory at a time.
-
-    Args:
-        path: Where the file shall be.
-        vector: Floating-point tensors of any shape, dtype and device, by parameter name.
-        metadata: Words to keep beside the tensors.
-        store: One of `STORES`, but not float32.
-
     Raises:
         InputError: If a value is not finite in float32; names the tensor. Nothing is written then.
         StorageError: If the file cannot be written.
     """
     shapes = {name: list(tensor.shape) for name, tensor in sorted(vector.items())}
+    tensors = {}
+    for name in shapes:
+        quantized = quantize_named(name, vector[name], store)
+        if quantized.scales is None:
+            tensors[_VALUES + name] = quantized.codes.cpu()
+        else:
+            tensors[_CODES + name] = quantized.codes.cpu()
+            tensors[_SCALES + name] = quantized.scales.cpu()
     ours = {
         TASK_VECTOR: QUANTIZED_VERSION,
         STORE: store,
         _SHAPES: json.dumps(shapes, separators=(",", ":")),
     }
-    words = {**metadata, **ours}
-    header = Header(
-        {
-            key: (dtype, [size])
-            for name, shape in shapes.items()
-            for key, dtype, size in _layout(name, torch.Size(shape), store)
-        },
-        words,
-    )
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
-        file.write(header.encode(words))
-        for name in shapes:
-            quantized = quantize_named(name, vector[name], store)
-            for tensor in (quantized.codes, quantized.scales):
-                if tensor is not None and tensor.numel():
-                    file.write(tensor.cpu().view(torch.uint8).numpy().data)
+    save_tensors(path, tensors, {**metadata, **ours})
+
+
+def load_quantized(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a whole quantised task vector: its values in float32, and its metadata."""
+    raw = SafetensorsWeights(path, [SafetensorsFile(path)], "task vector")
+    with QuantizedWeights(path, raw) as weights:
+        tensors = {name: weights.read(name).view(weights.shape(name)) for name in weights.names}
+        return tensors, weights.metadata
 
 
 class QuantizedWeights(Weights):
@@ -79,9 +71,6 @@ class QuantizedWeights(Weights):
     Args:
         path: What errors call the file.
         weights: The raw tensors and metadata of the file.
-
-    Attributes:
-        store: One of `STORES`, but not float32.
 
     Raises:
         InputError: If the file is damaged; names the file and the tensor. The scales are read for
@@ -111,51 +100,21 @@ class QuantizedWeights(Weights):
 
     @override
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Decode a stretch of a parameter.
-
-        Args:
-            name: Name of the parameter.
-            start: Index of the first element in the flattened parameter.
-            stop: Index after the last element; None for all that follow.
-
-        Returns:
-            A new tensor, float32 [stop - start]; the same values whatever the stretch.
-        """
+        """Decode a stretch of a parameter into a new float32 tensor."""
         start, stop, _ = slice(start, stop).indices(self._shapes[name].numel())
         stop = max(start, stop)
-        scheme = self._scheme_of(name)
+        scheme = None if is_small(self._shapes[name]) else self._scheme
         if scheme is None:
             return self._weights.read(_VALUES + name, start, stop).to(torch.float32)
         first, last = start // scheme.group, -(-stop // scheme.group)
         size = scheme.group_bytes
         codes = self._weights.read(_CODES + name, first * size, last * size)
-        values = decode(codes, self._weights.read(_SCALES + name, first, last), scheme)
+        values = decode_groups(codes, self._weights.read(_SCALES + name, first, last), scheme)
         return values[start - first * scheme.group : stop - first * scheme.group]
-
-    def whole(self, name: str) -> Tensor:
-        """Decode a parameter.
-
-        Args:
-            name: Name of the parameter.
-
-        Returns:
-            A new tensor, float32 in the parameter's shape.
-        """
-        shape = self._shapes[name]
-        scheme = self._scheme_of(name)
-        if scheme is None:
-            return dequantize(
-                Quantized(self.store, shape, self._weights.read(_VALUES + name), None)
-            )
-        codes, scales = self._weights.read(_CODES + name), self._weights.read(_SCALES + name)
-        return dequantize(Quantized(self.store, shape, codes, scales))
 
     @override
     def close(self) -> None:
         self._weights.close()
-
-    def _scheme_of(self, name: str) -> Scheme | None:
-        return None if is_small(self._shapes[name]) else self._scheme
 
     def _check(self) -> None:
         """Make sure that the file holds what the shapes ask for, and that the scales are sound."""
@@ -176,38 +135,8 @@ class QuantizedWeights(Weights):
             raise _damaged(self.path, f"'{min(there)}' belongs to no parameter")
 
 
-class LoadedTensors(Weights):
-    """Tensors in memory, or mapped by safetensors, as if they were an opened checkpoint.
-
-    Args:
-        tensors: Contiguous tensors by name.
-        metadata: What is written beside them.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        self.metadata = dict(metadata)
-        self.names = list(tensors)
-        self._tensors = dict(tensors)
-
-    @override
-    def shape(self, name: str) -> torch.Size:
-        return self._tensors[name].shape
-
-    @override
-    def dtype(self, name: str) -> torch.dtype:
-        return self._tensors[name].dtype
-
-    @override
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        return self._tensors[name].view(-1)[start:stop]
-
-    @override
-    def close(self) -> None:
-        self._tensors.clear()
-
-
 def _layout(name: str, shape: torch.Size, store: str) -> Iterator[tuple[str, torch.dtype, int]]:
-    """Tell which tensors a parameter becomes: name, dtype and length."""
+    """Tell which tensors of the file a parameter becomes: name, dtype and length."""
     scheme = SCHEMES.get(store)
     if scheme is None or is_small(shape):
         yield _VALUES + name, torch.bfloat16, shape.numel()

@@ -7,9 +7,9 @@ from pathlib import Path
 from cl_merge.errors import InputError, listing
 from cl_merge.storage import pickled
 from cl_merge.storage.layouts import INDEX, find_weights, read_index
-from cl_merge.storage.mapped import SafetensorsFile, SafetensorsWeights
 from cl_merge.storage.pickled import TorchWeights
 from cl_merge.storage.quantized_file import QuantizedWeights
+from cl_merge.storage.safetensors_weights import SafetensorsFile, SafetensorsWeights
 from cl_merge.storage.weights import (
     PLAIN_VERSION,
     QUANTIZED_VERSION,
@@ -82,8 +82,8 @@ def _open_shards(index: Path) -> Weights:
     files = []
     for path, names in read_index(index).items():
         file = SafetensorsFile(path)
-        missing = [name for name in names if name not in file.places]
-        extra = sorted(set(file.places) - set(names))
+        missing = [name for name in names if name not in file.locations]
+        extra = sorted(set(file.locations) - set(names))
         if missing or extra:
             raise InputError(
                 f"'{path}' does not hold what '{index.name}' says; missing: {listing(missing)}; "

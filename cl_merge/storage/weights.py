@@ -78,15 +78,7 @@ class Weights(ABC):
 
 
 def newer_version(path: str | Path, version: str) -> InputError:
-    """Make the error for a task vector that this cl_merge cannot read.
-
-    Args:
-        path: The file.
-        version: The version that it says it has.
-
-    Returns:
-        The error.
-    """
+    """Make the error for a task vector of a version that this cl_merge cannot read."""
     return InputError(
         f"'{path}' is a task vector of version {version}, but this cl_merge reads versions "
         f"{PLAIN_VERSION} and {QUANTIZED_VERSION}; update cl_merge"

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
+import shutil
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch import Tensor
+from typing_extensions import Buffer
 
-from cl_merge.errors import InputError
-from cl_merge.storage.anonymous_file import UnnamedFile
-from cl_merge.storage.dtypes import CODES
-from cl_merge.storage.files import flush_to_disk, storage_errors, whole_folder
-from cl_merge.storage.header import Entry, Header, size_of
+from cl_merge.storage.files import (
+    hidden_name,
+    publish,
+    remove,
+    remove_leftovers_of,
+    storage_errors,
+)
 from cl_merge.storage.layouts import (
     INDEX,
     index_text,
@@ -25,9 +30,8 @@ from cl_merge.storage.layouts import (
     side_files,
 )
 from cl_merge.storage.output import check_output, is_file
+from cl_merge.storage.safetensors_format import Entry, Header, raw_bytes, size_of
 from cl_merge.storage.weights import Weights
-
-_LONGEST_HEADER = 100_000_000  # what readers of safetensors accept
 
 
 @contextmanager
@@ -42,9 +46,9 @@ def write_weights(
 ) -> Iterator[Writer]:
     """Write safetensors, a stretch at a time, so that they are there whole or not at all.
 
-    The disk space is reserved before the block begins. The files get their names when the block
-    has ended; if it raises, or the process is killed, nothing is left. The same content gives the
-    same bytes.
+    Everything is written beside `path`, to a hidden file or folder that gets its name when the
+    block has ended. If the block raises, nothing is left; if the process is killed, at most what is
+    hidden, which the next write to `path` removes. The same content gives the same bytes.
 
     Args:
         path: A name that ends in ``.safetensors`` makes one file, any other a folder, with an index
@@ -75,31 +79,33 @@ def write_weights(
     path = Path(path)
     check_output(path, overwrite=overwrite)
     metadata = {**metadata, "format": "pt"}
-    layouts = _layouts(path, entries, metadata, like, shard_bytes)
-    place = path if is_file(path) else Path(os.path.realpath(path))
-    with ExitStack() as files:
+    headers = _headers(path, entries, metadata, like, shard_bytes)
+    target = path if is_file(path) else Path(os.path.realpath(path))
+    hidden = hidden_name(target)
+    files: list[_File] = []
+    with storage_errors(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers_of(target)
+        _check_space(target.parent, sum(header.size for header in headers.values()))
+    try:
         with storage_errors(path):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shards = {
-                name: _Shard(_new_file(files, place, name, layout.size), layout)
-                for name, layout in layouts.items()
-            }
-            parts = {name: shard.file for name, shard in shards.items()}
             if not is_file(path):
-                parts |= _beside(files, place, layouts, like)
-        writer = Writer(path, list(shards.values()), metadata)
+                hidden.mkdir()
+                _write_side_files(hidden, headers, like)
+            for name, header in headers.items():
+                files.append(_File(hidden if is_file(path) else hidden / name, header))
+        writer = Writer(path, files, metadata)
         yield writer
-        writer.check_whole()
+        writer.check_complete()
         with storage_errors(path):
-            for part in parts.values():
-                part.flush()
-            if is_file(path):
-                parts[path.name].publish(place, overwrite)
-            else:
-                with whole_folder(place) as hidden:
-                    for name, part in parts.items():
-                        part.publish(hidden / name, replace=False)
-            flush_to_disk(place.parent)
+            for file in files:
+                file.close()
+            publish(hidden, target, overwrite)
+    except BaseException:
+        for file in files:
+            file.close()
+        remove(hidden)
+        raise
 
 
 class Writer:
@@ -108,12 +114,12 @@ class Writer:
     Made by `write_weights`.
     """
 
-    def __init__(self, path: Path, shards: Sequence[_Shard], metadata: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, files: Sequence[_File], metadata: Mapping[str, str]) -> None:
         self._path = path
-        self._shards = shards
+        self._files = files
         self._metadata = dict(metadata)
-        self._homes = {name: shard for shard in shards for name in shard.layout.entries}
-        self._written: dict[str, list[tuple[int, int]]] = {name: [] for name in self._homes}
+        self._file_of = {name: file for file in files for name in file.header.entries}
+        self._written: dict[str, list[tuple[int, int]]] = {name: [] for name in self._file_of}
         self._write_headers()
 
     def write(self, name: str, start: int, values: Tensor) -> None:
@@ -128,8 +134,8 @@ class Writer:
             StorageError: If they cannot be written.
             RuntimeError: If there is no such stretch, or they are of another dtype.
         """
-        shard = self._homes[name]
-        dtype, shape = shard.layout.entries[name]
+        file = self._file_of[name]
+        dtype, shape = file.header.entries[name]
         stop = start + values.numel()
         if values.dtype != dtype or not 0 <= start <= stop <= math.prod(shape):
             raise RuntimeError(
@@ -138,12 +144,8 @@ class Writer:
             )
         if start == stop:
             return
-        flat = values.detach().cpu().reshape(-1).contiguous()
-        # One element counts as contiguous whatever its stride, which a view as bytes minds.
-        raw = flat.as_strided(flat.shape, (1,)).view(torch.uint8)
         with storage_errors(self._path):
-            offset = shard.layout.offsets[name] + start * dtype.itemsize
-            shard.file.write(raw.numpy().data, offset)
+            file.write(raw_bytes(values), file.header.offsets[name] + start * dtype.itemsize)
         self._written[name].append((start, stop))
 
     def amend(self, metadata: Mapping[str, str]) -> None:
@@ -159,38 +161,49 @@ class Writer:
         self._metadata |= metadata
         self._write_headers()
 
-    def check_whole(self) -> None:
+    def check_complete(self) -> None:
         """Make sure that every element was written exactly once.
 
         Raises:
             RuntimeError: If one was not.
         """
-        for name, shard in self._homes.items():
+        for name, file in self._file_of.items():
             reached = 0
             for start, stop in sorted(self._written[name]):
                 if start != reached:
                     break
                 reached = stop
             else:
-                if reached == math.prod(shard.layout.entries[name][1]):
+                if reached == math.prod(file.header.entries[name][1]):
                     continue
             raise RuntimeError(f"'{name}' was not written exactly once, around element {reached}")
 
     def _write_headers(self) -> None:
         with storage_errors(self._path):
-            for shard in self._shards:
-                shard.file.write(shard.layout.encode(self._metadata), 0)
+            for file in self._files:
+                file.write(file.header.encode(self._metadata), 0)
 
 
-class _Shard:
-    """One safetensors file that is being written."""
+class _File:
+    """One new safetensors file, written at any offset from any thread."""
 
-    def __init__(self, file: UnnamedFile, layout: Header) -> None:
-        self.file = file
-        self.layout = layout
+    def __init__(self, path: Path, header: Header) -> None:
+        self.header = header
+        self._file = path.open("xb", buffering=0)
+        self._lock = threading.Lock()
+
+    def write(self, data: Buffer, offset: int) -> None:
+        rest = memoryview(data).cast("B")
+        with self._lock:
+            self._file.seek(offset)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+
+    def close(self) -> None:
+        self._file.close()
 
 
-def _layouts(
+def _headers(
     path: Path,
     entries: Mapping[str, Entry],
     metadata: Mapping[str, str],
@@ -198,56 +211,31 @@ def _layouts(
     shard_bytes: int,
 ) -> dict[str, Header]:
     """Plan the files, by name."""
-    for name, (dtype, _) in entries.items():
-        if dtype not in CODES or name == "__metadata__":
-            raise InputError(
-                f"'{name}' of {dtype} cannot be written to a safetensors file; leave it out, or "
-                "convert it to another dtype or name"
-            )
     if is_file(path):
-        return {path.name: _header(path, entries, metadata)}
+        return {path.name: Header(entries, metadata)}
     stem = output_stem(like.file_name if like is not None and like.folder is not None else "")
     sizes = {name: size_of(entry) for name, entry in entries.items()}
     most = math.inf if stem.startswith("open_clip") else shard_bytes
     groups = shard_entries(sizes, most)
     return {
-        name: _header(path, {entry: entries[entry] for entry in group}, metadata)
+        name: Header({entry: entries[entry] for entry in group}, metadata)
         for name, group in zip(shard_names(stem, len(groups)), groups, strict=True)
     }
 
 
-def _header(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> Header:
-    # Sorted so that every tensor is aligned, and the order given does not matter.
-    ordered = dict(sorted(entries.items(), key=lambda e: (-e[1][0].itemsize, e[0])))
-    header = Header(ordered, metadata)
-    if header.data > _LONGEST_HEADER:
-        raise InputError(
-            f"the names of {len(entries)} tensors are too long for a safetensors file; write "
-            "to a folder, with a smaller shard_bytes"
-        )
-    return header
+def _check_space(folder: Path, size: int) -> None:
+    """Let a disk that is too full show before the work begins."""
+    if shutil.disk_usage(folder).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _beside(
-    files: ExitStack, place: Path, layouts: Mapping[str, Header], like: Weights | None
-) -> dict[str, UnnamedFile]:
+def _write_side_files(folder: Path, headers: Mapping[str, Header], like: Weights | None) -> None:
     """Write what lies beside the weights in a folder: the index, and copies of the base's files."""
-    texts = {}
-    if len(layouts) > 1:
-        homes = {name: file for file, layout in layouts.items() for name in layout.entries}
-        total = sum(size_of(e) for layout in layouts.values() for e in layout.entries.values())
-        stem = next(iter(layouts)).removesuffix(f"-00001-of-{len(layouts):05}.safetensors")
-        texts[stem + INDEX] = index_text(homes, total).encode()
+    if len(headers) > 1:
+        files = {name: file for file, header in headers.items() for name in header.entries}
+        total = sum(size_of(e) for header in headers.values() for e in header.entries.values())
+        stem = next(iter(headers)).removesuffix(f"-00001-of-{len(headers):05}.safetensors")
+        (folder / (stem + INDEX)).write_bytes(index_text(files, total).encode())
     if like is not None and like.folder is not None:
-        texts |= {file.name: file.read_bytes() for file in side_files(like.folder)}
-    written = {}
-    for name, text in texts.items():
-        written[name] = _new_file(files, place, name, len(text))
-        written[name].write(text, 0)
-    return written
-
-
-def _new_file(files: ExitStack, place: Path, name: str, size: int) -> UnnamedFile:
-    file = UnnamedFile(place.parent, name, size)
-    files.callback(file.discard)
-    return file
+        for file in side_files(like.folder):
+            (folder / file.name).write_bytes(file.read_bytes())

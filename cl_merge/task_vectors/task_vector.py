@@ -16,7 +16,7 @@ from cl_merge.kernels import difference
 from cl_merge.kernels.finite import is_finite, not_finite
 from cl_merge.storage.files import load_tensors, save_tensors
 from cl_merge.storage.quantize import check_store
-from cl_merge.storage.quantized_file import STORE, LoadedTensors, QuantizedWeights, save_quantized
+from cl_merge.storage.quantized_file import STORE, load_quantized, save_quantized
 from cl_merge.storage.weights import (
     PLAIN_VERSION,
     QUANTIZED_VERSION,
@@ -167,8 +167,7 @@ class TaskVector(Mapping[str, Tensor]):
                 "TaskVector.between(base, tuned)"
             )
         if version == QUANTIZED_VERSION:
-            weights = QuantizedWeights(path, LoadedTensors(tensors, metadata))
-            return cls({name: weights.whole(name) for name in weights.names}, weights.metadata)
+            return cls(*load_quantized(Path(path)))
         if version != PLAIN_VERSION:
             raise newer_version(path, version)
         del metadata[TASK_VECTOR]

@@ -19,7 +19,7 @@ class Cost:
     Attributes:
         seconds: Wall time.
         peak_memory: Highest resident memory in bytes. On Linux within the stretch; elsewhere since
-            the process began.
+            the process began; 0 on Windows.
         peak_device_memory: Highest memory allocated on the GPU within the stretch, in bytes; 0
             without one.
     """
@@ -82,8 +82,10 @@ def _peak() -> int:
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
-        import resource  # not to be had on Windows
-
+        try:
+            import resource
+        except ImportError:  # on Windows
+            return 0
         highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return highest if sys.platform == "darwin" else highest * 1024
     lines = (line.split() for line in status.splitlines() if line.startswith("VmHWM:"))

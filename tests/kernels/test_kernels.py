@@ -1,9 +1,12 @@
 """The compiled loops give the bits that torch gives, and nothing depends on their being there."""
 
-import ctypes
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,19 @@ from cl_merge import kernels
 from cl_merge.mergers import merge
 
 compiled = pytest.mark.skipif(kernels.library() is None, reason="needs a C compiler")
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """A function that switches the compiled loops off until the test ends."""
+
+    def switch_off():
+        monkeypatch.setenv("CL_MERGE_KERNELS", "0")
+        kernels.library.cache_clear()
+
+    yield switch_off
+    kernels.library.cache_clear()
+
 
 FLOAT = st.floats(width=32, allow_nan=False, allow_infinity=False)
 PAIRS = st.lists(st.tuples(FLOAT, FLOAT), max_size=200)
@@ -83,7 +99,7 @@ def test_a_bracket_counts_and_collects_exactly(pairs, ends, room, data):
 @compiled
 @pytest.mark.parametrize("method", ["magmax", "random-mix", "ties"])
 @pytest.mark.parametrize("kind", ["normal", "ties and zeros", "subnormal", "huge"])
-def test_mergers_give_the_same_bits_without_kernels(method, kind, monkeypatch):
+def test_mergers_give_the_same_bits_without_kernels(method, kind, without_kernels):
     generator = torch.Generator().manual_seed(0)
     factor = {"normal": 1.0, "ties and zeros": 0.0, "subnormal": 1e-42, "huge": 1e37}[kind]
 
@@ -94,47 +110,72 @@ def test_mergers_give_the_same_bits_without_kernels(method, kind, monkeypatch):
 
     vectors = [{"a": values(1001), "b": values(13).view(13, 1)} for _ in range(6)]
     with_kernels = merge(vectors, method)
-    monkeypatch.setattr(kernels, "library", lambda: None)
+    without_kernels()
     without = merge(vectors, method)
     assert all(same_bits(with_kernels[name], without[name]) for name in without)
 
 
-def test_without_a_compiler_everything_still_works(tmp_path):
+def test_a_setting_does_without_the_compiled_loops(without_kernels):
+    without_kernels()
+    assert kernels.library() is None
+    assert kernels.fold_sum(torch.ones(2), torch.ones(2)) is None
+    assert merge([{"w": torch.ones(1)}, {"w": -torch.ones(1) * 2}])["w"].tolist() == [-2.0]
+
+
+def test_compiled_loops_that_cannot_be_loaded_are_no_error(tmp_path):
+    package = tmp_path / "cl_merge"
+    shutil.copytree(Path(kernels.__file__).parent, package / "kernels")
+    for file in (package / "kernels").glob("_loops*"):
+        file.unlink()
+    (package / "kernels" / f"_loops{EXTENSION_SUFFIXES[0]}").write_text("no library")
+    script = (
+        "import logging, sys; logging.basicConfig(level='INFO', stream=sys.stdout)\n"
+        f"import cl_merge; cl_merge.__path__.insert(0, {str(package)!r})\n"
+        "from cl_merge import kernels; from cl_merge.mergers import merge; import torch\n"
+        "assert kernels.__file__.startswith(sys.argv[1]) and kernels.library() is None\n"
+        "print(merge([{'w': torch.tensor([1.0])}, {'w': torch.tensor([-2.0])}])['w'].tolist())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], check=True, capture_output=True, text=True
+    )
+    said, result = done.stdout.splitlines()
+    assert "merging without compiled loops, which takes longer: " in said
+    assert result == "[-2.0]"
+
+
+def test_without_a_compiler_the_package_is_built_and_merges(tmp_path):
+    root = Path(kernels.__file__).parents[2]
+    if not (root / "setup.py").exists():
+        pytest.skip("needs the sources")
+    pytest.importorskip("pip")
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE", "NOTICES.md"):
+        shutil.copy(root / name, sources)
+    for name in ("cl_merge", "callbacks", "benchmarks"):
+        ignored = shutil.ignore_patterns("_loops*.so", "__pycache__")
+        shutil.copytree(root / name, sources / name, symlinks=True, ignore=ignored)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
+    wheel = ["wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, sources]
+    subprocess.run([*pip, *wheel], check=True, env=os.environ | {"CC": "/bin/false"})
+    (built,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(built) as archive:
+        assert not [name for name in archive.namelist() if "_loops" in name]
+        archive.extractall(tmp_path / "installed")
     script = (
         "import torch; from cl_merge import kernels; from cl_merge.mergers import merge\n"
         "assert kernels.library() is None\n"
+        "print(kernels.__file__)\n"
         "print(merge([{'w': torch.tensor([1.0])}, {'w': torch.tensor([-2.0])}])['w'].tolist())"
     )
-    for setting in ({"CL_MERGE_KERNELS": "0"}, {"PATH": str(tmp_path)}):
-        done = subprocess.run(
-            [sys.executable, "-c", script],
-            check=True,
-            capture_output=True,
-            text=True,
-            env=os.environ | setting,
-        )
-        assert done.stdout == "[-2.0]\n"
-
-
-def test_a_compiler_that_fails_is_no_error(tmp_path, monkeypatch, caplog):
-    broken = tmp_path / "cc"
-    broken.write_text("#!/bin/sh\nexit 1\n")
-    broken.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with caplog.at_level("INFO", logger="cl_merge"):
-        assert kernels.library.__wrapped__() is None
-    assert "merging without compiled kernels, which takes longer" in caplog.text
-
-
-@compiled
-def test_a_folder_that_others_can_write_to_is_not_trusted(tmp_path, monkeypatch):
-    cache = tmp_path / "cache" / "cl_merge"
-    cache.mkdir(parents=True)
-    cache.chmod(0o777)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert isinstance(kernels.library.__wrapped__(), ctypes.CDLL)
-    assert list(cache.iterdir()) == []
-    cache.chmod(0o700)
-    kernels.library.__wrapped__()
-    assert [file.suffix for file in cache.iterdir()] == [".so"]
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "installed")},
+    )
+    where, result = done.stdout.splitlines()
+    assert where.startswith(str(tmp_path))
+    assert result == "[-2.0]"

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cl_merge.errors import StorageError
-from cl_merge.storage.files import storage_errors, whole_folder
+from cl_merge.storage.files import atomic_folder, storage_errors
 
 
 def test_two_merges_to_one_folder_leave_that_of_one(tmp_path):
@@ -45,7 +45,7 @@ def test_a_folder_that_appears_meanwhile_is_left_as_it_is(tmp_path):
     place = tmp_path / "out"
 
     def write():
-        with storage_errors(place), whole_folder(place) as hidden:
+        with storage_errors(place), atomic_folder(place) as hidden:
             (hidden / "ours").touch()
             place.mkdir()
             (place / "theirs").touch()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cl_merge.storage import open_weights, write_weights
-from cl_merge.storage.dtypes import CODES
+from cl_merge.storage.safetensors_format import CODES
 
 SHAPES = [(), (0,), (1,), (5,), (3, 0, 2), (2, 3), (2, 1, 3, 2)]
 

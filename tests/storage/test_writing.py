@@ -3,10 +3,13 @@
 import errno
 import json
 import os
+import resource
+import shutil
 import signal
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,20 +19,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cl_merge.errors import InputError, StorageError
-from cl_merge.storage import anonymous_file as unnamed
 from cl_merge.storage import check_output, open_weights, write_weights
-from cl_merge.storage.dtypes import CODES
 from cl_merge.storage.files import remove_leftovers
+from cl_merge.storage.safetensors_format import CODES, read_header
 
 ONE = {"a": (torch.float32, (4,))}
-
-
-@pytest.fixture(params=["unnamed", "hidden"])
-def storage(request, monkeypatch):
-    """Both ways to keep files from sight until they are whole."""
-    if request.param == "hidden":
-        monkeypatch.delattr(os, "O_TMPFILE")
-    return request.param
 
 
 def files(folder):
@@ -40,7 +34,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_file_of_every_dtype_and_shape(tmp_path, tensors, write, same, opened, storage):
+def test_a_file_of_every_dtype_and_shape(tmp_path, tensors, write, same, opened):
     path = write(tmp_path / "new" / "m.safetensors", tensors, {"by": "me"})
     same(opened(path), tensors)
     loaded = load_file(path)
@@ -101,12 +95,9 @@ def test_the_bytes_are_those_of_the_safetensors_library(tmp_path, write):
     assert ours.read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
 
 
-def test_all_data_is_aligned(tmp_path, tensors, write, opened):
-    path = write(tmp_path / "m.safetensors", tensors)
-    weights = opened(path)
-    for name in weights.names:
-        place = weights._homes[name].places[name]
-        assert place.start % place.dtype.itemsize == 0
+def test_all_data_is_aligned(tmp_path, tensors, write):
+    locations, _ = read_header(write(tmp_path / "m.safetensors", tensors))
+    assert all(place.start % place.dtype.itemsize == 0 for place in locations.values())
 
 
 def test_many_threads_may_write_to_two_outputs_at_once(tmp_path):
@@ -222,7 +213,7 @@ def test_open_clip_loads_what_is_written_like_its_own(tmp_path, write):
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
-def test_a_folder_is_sharded_as_the_hub_does(tmp_path, write, same, opened, storage):
+def test_a_folder_is_sharded_as_the_hub_does(tmp_path, write, same, opened):
     tensors = {f"t{i}": torch.randn(10) for i in range(5)} | {"large": torch.randn(100)}
     folder = write(tmp_path / "out", tensors, shard_bytes=100)
     same(opened(folder), tensors)
@@ -304,16 +295,17 @@ def test_an_empty_folder_is_taken_also_through_a_link(tmp_path, write):
 
 
 @pytest.mark.parametrize("name", ["m.safetensors", "out"])
-def test_nothing_is_to_be_seen_before_the_end(tmp_path, name):
+def test_nothing_but_what_is_hidden_is_there_before_the_end(tmp_path, name):
     with write_weights(tmp_path / name, ONE, {}) as writer:
         writer.write("a", 0, torch.ones(4))
-        assert files(tmp_path) == []
+        (hidden,) = tmp_path.iterdir()
+        assert hidden.name.startswith(f".{name}.")
     assert files(tmp_path)[0] == name
 
 
 @pytest.mark.parametrize("name", ["m.safetensors", "out"])
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, OSError])
-def test_a_block_that_raises_leaves_nothing(tmp_path, storage, name, error):
+def test_a_block_that_raises_leaves_nothing(tmp_path, name, error):
     with pytest.raises(error) as caught, write_weights(tmp_path / name, ONE, {}) as writer:
         fail(writer, error)
     assert type(caught.value) is error
@@ -330,14 +322,18 @@ def fail(writer, error):
     [
         ("m.safetensors", "in the block"),
         ("m.safetensors", "fsync"),
-        ("m.safetensors", "link"),
+        ("m.safetensors", "replace"),
         ("out", "in the block"),
         ("out", "fsync"),
-        ("out", "mkdir"),
+        ("out", "replace"),
     ],
 )
-def test_a_killed_process_leaves_nothing(tmp_path, name, call):
+@pytest.mark.parametrize("cleaner", ["next write", "remove_leftovers"])
+def test_a_killed_process_leaves_only_what_is_hidden_until_the_next_write(
+    tmp_path, write, name, call, cleaner
+):
     entries = {n: (torch.float32, (1000,)) for n in "ab"}
+    (tmp_path / ".out.0123456z.tmp").touch()
     process = os.fork()
     if process == 0:
         with write_weights(tmp_path / name, entries, {}, shard_bytes=4000) as writer:
@@ -348,78 +344,53 @@ def test_a_killed_process_leaves_nothing(tmp_path, name, call):
             setattr(os, call, die)
     _, status = os.waitpid(process, 0)
     assert os.WTERMSIG(status) == signal.SIGKILL
-    assert files(tmp_path) == []
+    left = [path.name for path in tmp_path.iterdir()]
+    assert len(left) == 2
+    assert all(name.startswith(".") for name in left)
+    if cleaner == "next write":
+        write(tmp_path / name, {"a": torch.ones(2)})
+    else:
+        remove_leftovers(tmp_path)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left - {name} == {".out.0123456z.tmp"}
 
 
 def die(*arguments, **options):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_what_a_killed_process_leaves_elsewhere_is_known_to_the_cleaner(tmp_path, monkeypatch):
-    monkeypatch.delattr(os, "O_TMPFILE")
-    file = unnamed.UnnamedFile(tmp_path, "m.safetensors", 10)
-    assert len(files(tmp_path)) == 1
-    os.close(file._handle)
-    remove_leftovers(tmp_path)
-    assert files(tmp_path) == []
-
-
-@pytest.mark.parametrize("where", ["O_TMPFILE", "/proc"])
-def test_file_systems_without_unnamed_files_get_hidden_ones(tmp_path, write, monkeypatch, where):
-    original_open, original_link = os.open, os.link
-
-    def refusing_open(path, flags, *more, **options):
-        if where == "O_TMPFILE" and flags & os.O_TMPFILE == os.O_TMPFILE:
-            raise OSError(errno.EOPNOTSUPP, "not supported")
-        return original_open(path, flags, *more, **options)
-
-    def refusing_link(source, *more, **options):
-        if where == "/proc":
-            raise FileNotFoundError(errno.ENOENT, "no such file", source)
-        return original_link(source, *more, **options)
-
-    monkeypatch.setattr(os, "open", refusing_open)
-    monkeypatch.setattr(os, "link", refusing_link)
-    path = tmp_path / "m.safetensors"
-    with write_weights(path, ONE, {}) as writer:
-        writer.write("a", 0, torch.ones(4))
-        assert files(tmp_path)[0].startswith(".m.safetensors.")
-    assert files(tmp_path) == ["m.safetensors"]
-
-
 def full(*arguments, **options):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-CALLS = {
-    ("unnamed", "m.safetensors"): ["pwrite", "fsync", "link"],
-    ("unnamed", "out"): ["pwrite", "fsync", "link", "mkdir", "rename"],
-    ("hidden", "m.safetensors"): ["pwrite", "fsync", "replace"],
-    ("hidden", "out"): ["pwrite", "fsync", "replace", "mkdir", "rename"],
-}
-
-
 @pytest.mark.parametrize("name", ["m.safetensors", "out"])
-def test_a_disk_that_fills_leaves_nothing(tmp_path, storage, name):
-    for call in CALLS[storage, name]:
-        with (
-            pytest.MonkeyPatch.context() as patch,
-            pytest.raises(StorageError, match=rf"{name}' cannot be written \(No space left"),
-            write_weights(tmp_path / name, ONE, {}) as writer,
-        ):
-            fill(writer, patch, call)
-        assert files(tmp_path) == [], call
+@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
+def test_a_disk_that_fills_leaves_nothing(tmp_path, name, call):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(StorageError, match=rf"{name}' cannot be written \((No space|File too)"),
+        write_weights(tmp_path / name, ONE, {}) as writer,
+    ):
+        fill(writer, patch, call)
+    assert files(tmp_path) == []
 
 
 def fill(writer, patch, call):
     writer.write("a", 0, torch.ones(3))
-    patch.setattr(os, call, full)
-    writer.write("a", 3, torch.ones(1))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if call == "write":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8, before[1]))
+    else:
+        patch.setattr(os, call, full)
+    try:
+        writer.write("a", 3, torch.ones(1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("name", ["m.safetensors", "out"])
-def test_a_full_disk_shows_before_the_work_begins(tmp_path, monkeypatch, storage, name):
-    monkeypatch.setattr(os, "posix_fallocate", full)
+def test_a_full_disk_shows_before_the_work_begins(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=20))
     begun = []
     with (
         pytest.raises(StorageError, match="No space left"),
@@ -435,23 +406,6 @@ def test_more_than_any_disk_holds_is_refused(tmp_path):
     with pytest.raises(StorageError), write_weights(tmp_path / "m.safetensors", entries, {}):
         pass
     assert files(tmp_path) == []
-
-
-@pytest.mark.parametrize("error", [errno.EOPNOTSUPP, errno.EINVAL])
-def test_space_need_not_be_reserved(tmp_path, write, monkeypatch, error):
-    def cannot(*arguments):
-        raise OSError(error, "not here")
-
-    monkeypatch.setattr(os, "posix_fallocate", cannot)
-    path = write(tmp_path / "m.safetensors", {"a": torch.ones(3)})
-    assert torch.equal(load_file(path)["a"], torch.ones(3))
-
-
-def test_short_writes_go_on(tmp_path, write, monkeypatch):
-    original = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: original(fd, data[:7], at))
-    path = write(tmp_path / "m.safetensors", {"a": torch.arange(100)})
-    assert torch.equal(load_file(path)["a"], torch.arange(100))
 
 
 @pytest.mark.parametrize(
@@ -483,7 +437,7 @@ def test_a_stretch_that_does_not_fit_is_refused(tmp_path, start, values):
         writer.write("a", start, values)
 
 
-def test_others_may_read_what_was_written_as_any_new_file(tmp_path, write, storage):
+def test_others_may_read_what_was_written_as_any_new_file(tmp_path, write):
     before = os.umask(0o027)
     try:
         write(tmp_path / "m.safetensors", {"a": torch.ones(2)})
@@ -498,7 +452,7 @@ def test_others_may_read_what_was_written_as_any_new_file(tmp_path, write, stora
 # ---- where it may go
 
 
-def test_a_file_is_replaced_only_where_that_is_allowed(tmp_path, write, storage):
+def test_a_file_is_replaced_only_where_that_is_allowed(tmp_path, write):
     path = tmp_path / "m.safetensors"
     path.write_text("former")
     with pytest.raises(InputError, match="exists"):
@@ -509,7 +463,7 @@ def test_a_file_is_replaced_only_where_that_is_allowed(tmp_path, write, storage)
     assert files(tmp_path) == ["m.safetensors"]
 
 
-def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path, storage):
+def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path):
     path = tmp_path / "m.safetensors"
     with pytest.raises(StorageError, match="exists"), write_weights(path, ONE, {}) as writer:
         write_and_interfere(writer, path)
@@ -517,7 +471,7 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path, storage):
     assert files(tmp_path) == ["m.safetensors"]
 
 
-def test_a_folder_that_fills_meanwhile_is_not_replaced(tmp_path, storage):
+def test_a_folder_that_fills_meanwhile_is_not_replaced(tmp_path):
     path = tmp_path / "out"
     with pytest.raises(StorageError), write_weights(path, ONE, {}) as writer:
         write_and_interfere(writer, path / "theirs")
@@ -590,7 +544,7 @@ def test_what_safetensors_cannot_hold_is_named(tmp_path, name, dtype, match):
     assert files(tmp_path) == []
 
 
-def test_no_handle_stays_open(tmp_path, write, storage):
+def test_no_handle_stays_open(tmp_path, write):
     before = len(os.listdir("/proc/self/fd"))
     for number in range(3):
         write(tmp_path / str(number), {"a": torch.ones(9), "b": torch.ones(9)}, shard_bytes=36)

@@ -1,0 +1,184 @@
+"""The safetensors format: names of dtypes, and the header before the data, read and written."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cl_merge.errors import InputError
+
+Entry = tuple[torch.dtype, Sequence[int]]
+"""Dtype and shape of a tensor."""
+
+# The library has the same table, but keeps it to itself. Types of less than a byte are left out:
+# torch has no tensors of them whose elements can be counted.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
+    DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+_LONGEST_HEADER = 100_000_000  # what readers of safetensors accept
+
+
+class Header:
+    """The header of a file that is written piece by piece; the same content gives the same bytes.
+
+    Args:
+        entries: Dtype and shape of each tensor, by name, in any order.
+        metadata: Words to keep beside them; room is kept for as many bytes.
+
+    Attributes:
+        entries: In the order of the data: the widest dtypes first, so that all are aligned.
+        offsets: Of each tensor's first byte in the file.
+        size: Bytes of the file.
+
+    Raises:
+        InputError: If the format cannot hold an entry or the metadata, or they are too long for it.
+    """
+
+    def __init__(self, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
+        _check_entries(entries, metadata)
+        self.entries = dict(
+            sorted(entries.items(), key=lambda item: (-item[1][0].itemsize, item[0]))
+        )
+        self._table: dict[str, dict[str, object]] = {}
+        end = 0
+        for name, (dtype, shape) in self.entries.items():
+            begin, end = end, end + size_of((dtype, shape))
+            place = {"shape": list(shape), "data_offsets": [begin, end]}
+            self._table[name] = {"dtype": CODES[dtype], **place}
+        length = len(self._text(metadata))
+        self._data = 8 + length + -length % 8
+        if self._data > _LONGEST_HEADER:
+            raise InputError(
+                f"the names of {len(entries)} tensors are too long for a safetensors file; write "
+                "to a folder, with a smaller shard_bytes"
+            )
+        self.offsets = {
+            n: self._data + place["data_offsets"][0] for n, place in self._table.items()
+        }
+        self.size = self._data + end
+
+    def encode(self, metadata: Mapping[str, str]) -> bytes:
+        """Make all that precedes the data; the metadata may be no longer than the first ones."""
+        text = self._text(metadata)
+        if len(text) > self._data - 8:
+            raise RuntimeError("the new metadata is longer than what was there")
+        return struct.pack("<Q", self._data - 8) + text.ljust(self._data - 8)
+
+    def _text(self, metadata: Mapping[str, str]) -> bytes:
+        # Without tensors, an empty table of metadata would make a header that nothing can read.
+        words = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+        try:
+            text = json.dumps({**words, **self._table}, separators=(",", ":"), ensure_ascii=False)
+            return text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"a name of a tensor is no text ({error.object[:80]!r})") from error
+
+
+class TensorLocation(NamedTuple):
+    """Where a tensor lies in its file: its bytes are those from `start` to `stop`."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    start: int
+    stop: int
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorLocation], dict[str, str]]:
+    """Read where the tensors of a sound file lie, in the order of the file, and its metadata."""
+    try:
+        # The library checks lengths, offsets, overlaps, holes and shapes. Not for "pt": that would
+        # map the file for torch too, and only if it fits into memory.
+        with safe_open(path, framework="numpy"):
+            pass
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length), object_pairs_hook=once_each)
+    except (SafetensorError, ValueError, struct.error) as error:
+        raise not_safetensors(path, error) from error
+    metadata = header.pop("__metadata__", None) or {}
+    found = {name: _location(path, name, entry, 8 + length) for name, entry in header.items()}
+    return dict(sorted(found.items(), key=lambda item: item[1][2:])), metadata
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """View the values of a tensor of any dtype, shape, strides and device as bytes, row by row."""
+    flat = tensor.detach().cpu().reshape(-1).contiguous()
+    # One element counts as contiguous whatever its stride, which a view as bytes minds.
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy().data
+
+
+def size_of(entry: Entry) -> int:
+    """Bytes that a tensor takes."""
+    dtype, shape = entry
+    return math.prod(shape) * dtype.itemsize
+
+
+def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of JSON, in which readers would silently drop all but one of equal names."""
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"'{twice}' is there twice")
+    return table
+
+
+def not_safetensors(path: str | Path, reason: object) -> InputError:
+    """Make the error for a damaged file."""
+    return InputError(
+        f"'{path}' is not a whole safetensors file ({reason}); it is corrupt, cut short or of "
+        "another format: write or download it again"
+    )
+
+
+def _check_entries(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
+    for name, (dtype, _) in entries.items():
+        if dtype not in CODES or name == "__metadata__":
+            raise InputError(
+                f"'{name}' of {dtype} cannot be written to a safetensors file; leave it out, or "
+                "convert it to another dtype or name"
+            )
+    for key, text in metadata.items():
+        if not isinstance(key, str) or not isinstance(text, str):
+            raise InputError(f"metadata are text by name, but {key!r} is {text!r}; convert it")
+
+
+def _location(path: Path, name: str, entry: dict[str, Any], data: int) -> TensorLocation:
+    code, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if code not in DTYPES:
+        raise InputError(
+            f"'{path}': '{name}' is of type {code}, which cannot be computed with; convert it to "
+            f"one of {', '.join(DTYPES)}"
+        )
+    if any(size >= 1 << 63 for size in shape):
+        raise not_safetensors(path, f"'{name}' has the shape {shape}")
+    return TensorLocation(DTYPES[code], torch.Size(shape), data + start, data + stop)
