@@ -68,7 +68,7 @@ class Header:
         self.entries = dict(
             sorted(entries.items(), key=lambda item: (-item[1][0].itemsize, item[0]))
         )
-        self._table: dict[str, dict[str, object]] = {}
+        self._table: dict[str, dict[str, Any]] = {}
         end = 0
         for name, (dtype, shape) in self.entries.items():
             begin, end = end, end + size_of((dtype, shape))
