@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cl_merge.benchmarks.runs.trained_run import load
+    from cl_merge.callbacks import EWC, AutoScale, ClassStatistics, LwF, MergeCallback
     from cl_merge.data.task_stream import TaskStream
     from cl_merge.data.tasks import Task
     from cl_merge.errors import InputError
@@ -26,11 +27,16 @@ __version__ = version("cl-merge")
 # Imported when first asked for: Lightning and its company take seconds, task vectors do not need
 # them.
 _HOMES = {
+    "EWC": "callbacks",
     "AccuracyMatrix": "training.metrics",
+    "AutoScale": "callbacks",
     "CLIPClassifier": "models.classifier",
+    "ClassStatistics": "callbacks",
     "Clip": "models.pretrained",
     "ImageClassifier": "models.predictor",
     "InputError": "errors",
+    "LwF": "callbacks",
+    "MergeCallback": "callbacks",
     "Merger": "mergers",
     "Task": "data.tasks",
     "TaskStream": "data.task_stream",
@@ -48,11 +54,16 @@ _HOMES = {
 }
 
 __all__ = [
+    "EWC",
     "AccuracyMatrix",
+    "AutoScale",
     "CLIPClassifier",
+    "ClassStatistics",
     "Clip",
     "ImageClassifier",
     "InputError",
+    "LwF",
+    "MergeCallback",
     "Merger",
     "Task",
     "TaskStream",

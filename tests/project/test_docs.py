@@ -244,7 +244,7 @@ def test_every_public_name_is_in_the_reference():
     documented = set(re.findall(r"auto(?:class|function|exception):: (\S+)", reference))
     from cl_merge import callbacks
 
-    wanted = {f"cl_merge.{name}" for name in cl_merge.__all__}
+    wanted = {f"cl_merge.{name}" for name in set(cl_merge.__all__) - set(callbacks.__all__)}
     wanted |= {f"cl_merge.callbacks.{name}" for name in callbacks.__all__}
     assert wanted <= documented
 

@@ -107,7 +107,7 @@ def test_public_names_are_there_and_cost_nothing_until_they_are_used():
         "import sys, cl_merge\n"
         "assert 'cl_merge.benchmarks' not in sys.modules\n"
         "from cl_merge import CLIPClassifier, TaskStream, TaskVector, fit_stream, load_clip, merge\n"
-        "from cl_merge.callbacks import MergeCallback\n"
+        "from cl_merge import EWC, AutoScale, ClassStatistics, LwF, MergeCallback\n"
         "from cl_merge import load\n"
         "assert cl_merge.load is load and callable(load)\n"
         "assert isinstance(cl_merge.ImageClassifier, type)\n"
