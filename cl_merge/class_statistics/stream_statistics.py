@@ -18,7 +18,7 @@ from cl_merge.errors import InputError, unknown_name
 from cl_merge.storage.files import load_tensors, save_tensors
 
 ENCODERS = ("both", "base", "merged")
-FORMAT = "cl_merge.class_statistics"
+FORMAT = "cl_merge.statistics"
 
 Total = Callable[[Tensor], Tensor]
 """Sums an int64 tensor over all processes."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cl_merge.errors import InputError
 
-TASK_VECTOR = "cl_merge.task_vectors.task_vector"
+TASK_VECTOR = "cl_merge.task_vector"
 """Metadata key that marks a file as a task vector; its value is the version of the format."""
 
 PLAIN_VERSION, QUANTIZED_VERSION = "1", "2"

@@ -359,7 +359,7 @@ def test_a_folder_named_as_a_file_of_weights_is_no_file(tmp_path):
 
 
 def test_a_task_vector_of_the_future_asks_for_an_update(tmp_path):
-    save_file(TENSORS, tmp_path / "t.safetensors", {"cl_merge.task_vectors.task_vector": "9"})
+    save_file(TENSORS, tmp_path / "t.safetensors", {"cl_merge.task_vector": "9"})
     refuses(tmp_path / "t.safetensors", "version 9.*update cl_merge")
 
 

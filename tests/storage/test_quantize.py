@@ -377,7 +377,7 @@ def test_float32_files_are_what_they_always_were(tmp_path):
     assert (tmp_path / "again.safetensors").read_bytes() == old
 
 
-MARK1 = {"cl_merge.task_vectors.task_vector": "1"}
+MARK1 = {"cl_merge.task_vector": "1"}
 
 
 @pytest.mark.parametrize("store", ROUNDED)

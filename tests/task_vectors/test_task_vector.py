@@ -303,7 +303,7 @@ def test_a_file_that_holds_no_task_vector_is_an_error(tmp_path):
 
 def test_a_file_of_a_newer_version_is_an_error(tmp_path):
     path = tmp_path / "task0.safetensors"
-    save_tensors(path, {"w": torch.ones(1)}, {"cl_merge.task_vectors.task_vector": "3"})
+    save_tensors(path, {"w": torch.ones(1)}, {"cl_merge.task_vector": "3"})
     assert error_of(TaskVector.load, path) == (
         f"'{path}' is a task vector of version 3, but this cl_merge reads versions 1 and 2; "
         "update cl_merge"
