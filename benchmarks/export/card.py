@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import Any
 
 from cl_merge import __version__
+from cl_merge.benchmarks.datasets.catalog import is_data_file
 from cl_merge.benchmarks.export.usage import usage_of
 from cl_merge.benchmarks.formatting import rounded
 from cl_merge.benchmarks.runs.trained_run import FinishedRun, Restored
@@ -33,6 +34,19 @@ _VOTES = {
     "aligned": "statistics of the classes' features are in the image projection, so that the text "
     "head alone decides",
 }
+_TRAINED = {
+    "independent": "Its {} tasks were learned apart from each other",
+    "joint": "Its {} tasks were learned at once",
+    None: "Nothing was trained on it",
+}
+_SEQUENTIAL = "Its {} tasks were learned one after another"
+_LIBRARIES = {"open_clip": "open_clip", "huggingface": "transformers", "onnx": "onnx"}
+_FILES = """\
+## Files
+
+- `classes.json`: names of the classes in the order of the logits, with their tasks
+- `preprocessing.json`: how an image becomes what the model takes
+"""
 # Of what the package carries or builds on; where a package says nothing, neither does the card.
 _PARTS = {
     "glyph": ("cl-merge",),
@@ -43,55 +57,34 @@ _PARTS = {
 def write_card(
     restored: Restored, form: str, classes: Sequence[Mapping[str, Any]], folder: Path
 ) -> None:
-    """Write ``README.md``.
-
-    Args:
-        restored: The model of a finished run.
-        form: The format of the model in the folder.
-        classes: As `write_beside` returned them.
-        folder: Where.
-    """
+    """Write ``README.md`` for a format; the classes are as `write_side_files` returned them."""
     run = restored.run
     parts = [
-        _front_matter(run, form),
-        f"# {_title(run)}\n",
+        _front_matter(form),
+        f"# {_short_model(run.config.model)} on {_short(run.config.data)}, {run.method}\n",
         _summary(run),
         _table("Accuracy, in per cent", ("what", ""), _figures(run)),
-        _tasks(run),
+        _table("Tasks", ("task", "classes", "training images", "accuracy"), _tasks(run)),
         _table("How it was made", ("what", ""), _facts(run)),
-        _words(classes),
+        _prompts(classes[0].get("prompts") or []),
         usage_of(restored, form, classes),
-        _files(folder),
+        _FILES,
     ]
     text = "\n".join(part for part in parts if part)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _title(run: FinishedRun) -> str:
-    return f"{_short_model(run.config.model)} on {_short(run.config.data)}, {run.method}"
-
-
-def _front_matter(run: FinishedRun, form: str) -> str:
-    library = {"open_clip": "open_clip", "huggingface": "transformers", "onnx": "onnx"}.get(form)
-    lines = ["---"]
-    if library is not None:
-        lines.append(f"library_name: {library}")
+def _front_matter(form: str) -> str:
+    library = f"library_name: {_LIBRARIES[form]}\n" if form in _LIBRARIES else ""
     towers = form in ("open_clip", "huggingface")
     kind = "zero-shot-image-classification" if towers else "image-classification"
-    lines += [f"pipeline_tag: {kind}", "tags:", "  - continual-learning", "  - model-merging"]
-    return "\n".join([*lines, "---", ""])
+    tags = "tags:\n  - continual-learning\n  - model-merging\n"
+    return f"---\n{library}pipeline_tag: {kind}\n{tags}---\n"
 
 
 def _summary(run: FinishedRun) -> str:
-    tasks, found = len(run.results["tasks"]), run.found
-    how = f"Its {tasks} tasks were learned one after another"
-    if found.get("training") == "independent":
-        how = f"Its {tasks} tasks were learned apart from each other"
-    elif found.get("training") == "joint":
-        how = f"Its {tasks} tasks were learned at once"
-    elif found.get("training") is None:
-        how = "Nothing was trained on it"
-    merged = ", and what each changed was merged" if found.get("merger") else ""
+    how = _TRAINED.get(run.found.get("training"), _SEQUENTIAL).format(len(run.results["tasks"]))
+    merged = ", and what each changed was merged" if run.found.get("merger") else ""
     return (
         f"An image classifier of {len(run.class_names)} classes of the data set "
         f"`{_short(run.config.data)}`. {how}{merged}.\n"
@@ -109,32 +102,27 @@ def _figures(run: FinishedRun) -> list[tuple[str, str]]:
     return [*rows, ("test images", str(images))] if rows and images else rows
 
 
-def _tasks(run: FinishedRun) -> str:
+def _tasks(run: FinishedRun) -> list[tuple[str, ...]]:
+    matrix = run.found.get("matrix") or [[]]
+    accuracies = dict(enumerate(matrix[-1]))
     rows = []
-    matrix = run.found.get("matrix") or []
-    last = matrix[-1] if matrix else []
     for number, task in enumerate(run.results["tasks"]):
-        accuracy = last[number] if number < len(last) else None
-        rows.append(
-            (
-                str(number),
-                ", ".join(map(str, task["class_names"])),
-                str(task.get("train_images", "")),
-                "" if accuracy is None else rounded(accuracy),
-            )
-        )
-    return _table("Tasks", ("task", "classes", "training images", "accuracy"), rows)
+        names = ", ".join(map(str, task["class_names"]))
+        accuracy = accuracies.get(number)
+        shown = "" if accuracy is None else rounded(accuracy)
+        rows.append((str(number), names, str(task.get("train_images", "")), shown))
+    return rows
 
 
 def _facts(run: FinishedRun) -> list[tuple[str, str]]:
     config, results, found = run.config, run.results, run.found
-    versions = results.get("versions") or {}
+    versions, votes = results.get("versions") or {}, run.statistics
     rows: list[tuple[str, Any]] = [
         ("method", run.method),
         ("merger", found.get("merger")),
         ("training", found.get("training")),
         ("scale of the merged task vector", _plain(found.get("scale"))),
-        ("class statistics", _voting(run)),
+        ("class statistics", f"{votes}: {_VOTES[votes]}" if votes is not None else None),
         ("base model", _short_model(config.model)),
         *_licences(config.model),
         ("image size", config.image_size),
@@ -149,16 +137,12 @@ def _facts(run: FinishedRun) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in rows if value not in (None, "", {})]
 
 
-def _voting(run: FinishedRun) -> str | None:
-    kind = run.statistics
-    return None if kind is None else f"{kind}: {_VOTES[kind]}"
-
-
 def _licences(model: str) -> list[tuple[str, str]]:
     """What the packages that a model is made of say; of a folder, what its own card says."""
     if model.startswith("local-dir:"):
         card = Path(model.removeprefix("local-dir:")).expanduser() / "README.md"
-        head = re.match(r"---\n(.*?)\n---", _text(card), flags=re.DOTALL)
+        text = card.read_text(encoding="utf-8") if card.is_file() else ""
+        head = re.match(r"---\n(.*?)\n---", text, flags=re.DOTALL)
         said = re.search(r"^license: *(\S+) *$", head[1], flags=re.MULTILINE) if head else None
         return [("licence of the base model", said[1])] if said else []
     rows = []
@@ -173,9 +157,8 @@ def _licences(model: str) -> list[tuple[str, str]]:
     return rows
 
 
-def _words(classes: Sequence[Mapping[str, Any]]) -> str:
+def _prompts(prompts: Sequence[str]) -> str:
     """The prompts, told by those of the first class."""
-    prompts = classes[0].get("prompts")
     if not prompts:
         return ""
     shown = "\n".join(f"- {prompt}" for prompt in prompts[:4])
@@ -186,19 +169,9 @@ def _words(classes: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _files(folder: Path) -> str:
-    known = {
-        "classes.json": "names of the classes in the order of the logits, with their tasks",
-        "preprocessing.json": "how an image becomes what the model takes",
-    }
-    shown = [f"- `{n}`: {about}" for n, about in known.items() if (folder / n).exists()]
-    return "## Files\n\n" + "\n".join(shown) + "\n"
-
-
-def _table(title: str, head: Iterable[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     if not rows:
         return ""
-    head = list(head)
     lines = [head, ["---"] * len(head), *rows]
     shown = "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
     return f"## {title}\n\n{shown}\n"
@@ -212,18 +185,13 @@ def _plain(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, (dict, list)) else value
 
 
-def _short(place: str) -> str:
+def _short(name: str) -> str:
     """A name as it is; of a path the last part: where it lay is nobody else's business."""
-    return Path(place).name if place.startswith(("/", "~", ".")) else place
+    if is_data_file(name):
+        return Path(name).stem
+    return Path(name).name if name.startswith(("/", "~", ".")) else name
 
 
 def _short_model(model: str) -> str:
-    kind, colon, place = model.partition(":")
-    return f"{kind}{colon}{_short(place)}"
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError:
-        return ""
+    kind, colon, path = model.partition(":")
+    return f"{kind}{colon}{_short(path)}"

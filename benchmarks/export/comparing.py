@@ -18,26 +18,14 @@ _OF_FEATURES = 1e-6
 
 
 def probe(size: int) -> Tensor:
-    """Make images to compare with.
-
-    Args:
-        size: Height and width, in pixels.
-
-    Returns:
-        Float32 [2, 3, size, size], the same at every call.
-    """
+    """Make images to compare with, float32 [2, 3, size, size], the same at every call."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(2, 3, size, size, generator=generator)
 
 
 @torch.no_grad()
-def check_same(form: str, written: Callable[[Tensor], Tensor], restored: Restored) -> None:
-    """Make sure that what was written classifies as the run's model does.
-
-    Args:
-        form: The format, for the message.
-        written: Makes logits [B, C] of images with what was written.
-        restored: The model of a finished run.
+def check_logits(form: str, written: Callable[[Tensor], Tensor], restored: Restored) -> None:
+    """Make sure that what was written gives the logits [B, C] of the run's model.
 
     Raises:
         InputError: If they differ by more than rounding.
@@ -55,21 +43,22 @@ def check_same(form: str, written: Callable[[Tensor], Tensor], restored: Restore
 
 
 @torch.no_grad()
-def check_text(form: str, written: Callable[[list[str]], Tensor], restored: Restored) -> None:
-    """Make sure that what was written encodes texts as the run's base model does.
-
-    Args:
-        form: The format, for the message.
-        written: Makes features [N, D] of texts with what was written.
-        restored: The model of a finished run.
+def check_features(
+    form: str,
+    encode_images: Callable[[Tensor], Tensor],
+    encode_texts: Callable[[list[str]], Tensor],
+    restored: Restored,
+) -> None:
+    """Make sure that both towers that were written encode as the run's model does.
 
     Raises:
         InputError: If they differ by more than rounding.
     """
+    check_logits(form, lambda images: restored.model.head(encode_images(images)), restored)
     texts = [f"a photo of a {name}." for name in restored.run.class_names[:8]]
     model: Any = restored.clip.model
     expected = unit(model.encode_text(restored.clip.tokenizer(texts)))
-    apart = float((unit(written(texts)) - expected).abs().max())
+    apart = float((unit(encode_texts(texts)) - expected).abs().max())
     if not apart <= _TOLERANCE:
         raise InputError(
             f"format {form} does not encode texts as model '{restored.run.config.model}' does: "

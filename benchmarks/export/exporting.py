@@ -2,46 +2,42 @@
 
 from __future__ import annotations
 
-import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from cl_merge.benchmarks.export import graphs, huggingface_folder, open_clip_folder
 from cl_merge.benchmarks.export.card import write_card
-from cl_merge.benchmarks.export.export_folder import export_folder
-from cl_merge.benchmarks.export.side_files import write_beside
-from cl_merge.benchmarks.runs.trained_run import FinishedRun, read_run, restore
+from cl_merge.benchmarks.export.side_files import write_side_files
+from cl_merge.benchmarks.runs.trained_run import FinishedRun, Restored, read_run, restore
 from cl_merge.errors import InputError, unknown_name
+from cl_merge.storage.files import flush_to_disk, storage_errors, whole_folder
+from cl_merge.storage.output import check_output
 
 
 class Format(NamedTuple):
-    """One way to write a model.
+    """One way to write a model."""
 
-    Attributes:
-        module: The module of this package that does it; imported when it is asked for. Its
-            ``reason`` says why a run's model cannot be written, None if it can; its ``write``
-            writes a restored model into a folder and compares what it wrote with it.
-        votes: Whether it can hold class statistics that vote beside the text head.
-        needs: Packages that are not installed with this one.
-        extra: The extra that brings them.
-    """
-
-    module: str
+    # Writes a restored model into a folder, and compares what it wrote with it.
+    write: Callable[[Restored, Path], None]
+    # Says why a run's model cannot be written, None if it can.
+    reason: Callable[[FinishedRun], str | None] = lambda run: None
+    # Whether it can hold class statistics that vote beside the text head.
     votes: bool = False
+    # Packages of the extra `export` that it needs.
     needs: tuple[str, ...] = ()
-    extra: str = ""
 
 
 FORMATS: dict[str, Format] = {
-    "open_clip": Format("open_clip_folder"),
-    "huggingface": Format("huggingface_folder", needs=("transformers",), extra="export"),
-    "torch": Format("torch_program", votes=True),
-    "onnx": Format(
-        "onnx_graph",
-        votes=True,
-        needs=("onnx", "onnxscript", "onnxruntime"),
-        extra="export",
+    "open_clip": Format(open_clip_folder.write, open_clip_folder.reason),
+    "huggingface": Format(
+        huggingface_folder.write, huggingface_folder.reason, needs=("transformers",)
     ),
+    "torch": Format(graphs.write_torch, votes=True),
+    "onnx": Format(graphs.write_onnx, votes=True, needs=("onnx", "onnxscript", "onnxruntime")),
 }
 """The formats by name."""
 
@@ -76,23 +72,22 @@ def export(folder: str | Path, form: str, output: str | Path, *, method: str | N
     run = read_run(folder, method)
     _check_possible(run, form)
     _check_installed(form)
-    with export_folder(output, run.path) as temporary:
+    with _new_folder(Path(output).expanduser(), run.path) as temporary:
         restored = restore(run)
-        _module(form).write(restored, temporary)
-        classes = write_beside(restored, temporary)
+        FORMATS[form].write(restored, temporary)
+        classes = write_side_files(restored, temporary)
         write_card(restored, form, classes, temporary)
     return Path(output).expanduser()
 
 
 def _check_possible(run: FinishedRun, form: str) -> None:
     why = _reason(run, form)
-    if why is None:
-        return
-    others = [name for name in FORMATS if name != form and _reason(run, name) is None]
-    raise InputError(
-        f"format {form} cannot hold method '{run.method}' with model '{run.config.model}': {why}; "
-        f"formats that can: {', '.join(others)}"
-    )
+    if why is not None:
+        others = [name for name in FORMATS if _reason(run, name) is None]
+        raise InputError(
+            f"format {form} cannot hold method '{run.method}' with model '{run.config.model}': "
+            f"{why}; formats that can: {', '.join(others)}"
+        )
 
 
 def _reason(run: FinishedRun, form: str) -> str | None:
@@ -102,8 +97,7 @@ def _reason(run: FinishedRun, form: str) -> str | None:
             "it has no place for class statistics that vote beside the text head (those of a "
             "method that ends in -aligned are in the image tower)"
         )
-    found: str | None = _module(form).reason(run)
-    return found
+    return FORMATS[form].reason(run)
 
 
 def _check_installed(form: str) -> None:
@@ -111,9 +105,21 @@ def _check_installed(form: str) -> None:
     if missing:
         raise InputError(
             f"format {form} needs the package '{missing[0]}', which is not installed: "
-            f'pip install "cl-merge[{FORMATS[form].extra}]"'
+            'pip install "cl-merge[export]"'
         )
 
 
-def _module(form: str) -> Any:
-    return importlib.import_module(f"cl_merge.benchmarks.export.{FORMATS[form].module}")
+@contextmanager
+def _new_folder(path: Path, run: Path) -> Iterator[Path]:
+    """Yield a folder to write to, which gets its name when everything is in it."""
+    if path.suffix == ".safetensors":
+        raise InputError(f"the output '{path}' is named like a file; an export is a folder")
+    check_output(path, [run])
+    real = Path(os.path.realpath(path))
+    with storage_errors(path):
+        real.parent.mkdir(parents=True, exist_ok=True)
+        with whole_folder(real) as temporary:
+            yield temporary
+            for file in sorted(temporary.rglob("*")):
+                flush_to_disk(file)
+        flush_to_disk(real.parent)

@@ -11,24 +11,17 @@ from typing import Any
 
 from torch import Tensor
 
-from cl_merge.benchmarks.export.architecture import model_config
-from cl_merge.benchmarks.export.comparing import check_same, check_text
+from cl_merge.benchmarks.export.comparing import check_features
+from cl_merge.benchmarks.export.open_clip_folder import model_config
 from cl_merge.benchmarks.export.side_files import preprocessing
 from cl_merge.benchmarks.runs.trained_run import FinishedRun, Restored
 from cl_merge.errors import InputError
 
-# The settings of open_clip's towers that CLIPModel knows; any other must have its default.
-_VISION = {
-    "image_size",
-    "layers",
-    "width",
-    "head_width",
-    "patch_size",
-    "mlp_ratio",
-    "patch_dropout",
-}
+# The settings of open_clip's models that CLIPModel knows; any other must have its default.
+_MODEL = {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"}
+_VISION = {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"}
+_VISION |= {"patch_dropout"}
 _TEXT = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
-_WHOLE = {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"}
 _VOCABULARY = 49408
 
 _BLOCK = {
@@ -57,15 +50,12 @@ _TURNED = {"visual.proj": "visual_projection.weight", "text_projection": "text_p
 
 
 def reason(run: FinishedRun) -> str | None:
-    """Say why transformers' CLIPModel cannot be a run's model.
+    """Say why transformers' CLIPModel cannot be a run's model; None if it can."""
+    return misfit(model_config(run.config))
 
-    Args:
-        run: The run.
 
-    Returns:
-        The reason; None if it can.
-    """
-    config = model_config(run.config)
+def misfit(config: Mapping[str, Any]) -> str | None:
+    """Say what in an architecture of open_clip CLIPModel does not know; None if it knows all."""
     vision, text = config["vision_cfg"], config["text_cfg"]
     if "timm_model_name" in vision:
         return f"its image tower '{vision['timm_model_name']}' is none of CLIPModel's"
@@ -74,17 +64,11 @@ def reason(run: FinishedRun) -> str | None:
     if "hf_model_name" in text:
         return f"its text tower '{text['hf_model_name']}' is none of CLIPModel's"
     odd = _odd_settings(config)
-    if odd:
-        return f"CLIPModel does not know its {', '.join(odd)}"
-    return None
+    return f"CLIPModel does not know its {', '.join(odd)}" if odd else None
 
 
 def write(restored: Restored, folder: Path) -> None:
     """Write a ``CLIPModel`` with its ``CLIPProcessor``.
-
-    Args:
-        restored: The model of a finished run.
-        folder: Where.
 
     Raises:
         InputError: If images are prepared in a way that CLIPProcessor does not know, or
@@ -107,13 +91,7 @@ def write(restored: Restored, folder: Path) -> None:
 
 
 def converted(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of an open_clip model to those of a ``CLIPModel``.
-
-    Args:
-        state: Of an open_clip ``CLIP`` with two transformers.
-
-    Returns:
-        The same values by the names of transformers, queries, keys and values apart.
+    """Rename the tensors of an open_clip ``CLIP`` of two transformers to those of a ``CLIPModel``.
 
     Raises:
         KeyError: If it has a tensor that a ``CLIPModel`` has not.
@@ -145,7 +123,7 @@ def _of_block(name: str, tensor: Tensor) -> dict[str, Tensor]:
 def _odd_settings(config: Mapping[str, Any]) -> list[str]:
     from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
-    odd = sorted(config.keys() - _WHOLE)
+    odd = sorted(config.keys() - _MODEL)
     for known, kind, given in (
         (_VISION, CLIPVisionCfg, config["vision_cfg"]),
         (_TEXT, CLIPTextCfg, config["text_cfg"]),
@@ -163,33 +141,34 @@ def _config(restored: Restored) -> Any:
 
     config = model_config(restored.run.config)
     vision, text = CLIPVisionCfg(**config["vision_cfg"]), CLIPTextCfg(**config["text_cfg"])
-    common = {
-        "hidden_act": "quick_gelu" if config.get("quick_gelu") else "gelu",
-        "projection_dim": config["embed_dim"],
-    }
+
+    def tower(of: CLIPVisionCfg | CLIPTextCfg, **more: Any) -> dict[str, Any]:
+        return {
+            "hidden_act": "quick_gelu" if config.get("quick_gelu") else "gelu",
+            "projection_dim": config["embed_dim"],
+            "hidden_size": of.width,
+            "intermediate_size": int(of.width * of.mlp_ratio),
+            "num_hidden_layers": of.layers,
+            **more,
+        }
+
     return CLIPConfig(
         projection_dim=config["embed_dim"],
-        vision_config=common
-        | {
-            "hidden_size": vision.width,
-            "intermediate_size": int(vision.width * vision.mlp_ratio),
-            "num_hidden_layers": vision.layers,
-            "num_attention_heads": vision.width // vision.head_width,
-            "image_size": restored.clip.image_size,
-            "patch_size": vision.patch_size,
-        },
-        text_config=common
-        | {
-            "hidden_size": text.width,
-            "intermediate_size": int(text.width * text.mlp_ratio),
-            "num_hidden_layers": text.layers,
-            "num_attention_heads": text.heads,
-            "max_position_embeddings": text.context_length,
-            "vocab_size": text.vocab_size,
-            "bos_token_id": _VOCABULARY - 2,
-            "eos_token_id": _VOCABULARY - 1,
-            "pad_token_id": _VOCABULARY - 1,
-        },
+        vision_config=tower(
+            vision,
+            num_attention_heads=vision.width // vision.head_width,
+            image_size=restored.clip.image_size,
+            patch_size=vision.patch_size,
+        ),
+        text_config=tower(
+            text,
+            num_attention_heads=text.heads,
+            max_position_embeddings=text.context_length,
+            vocab_size=text.vocab_size,
+            bos_token_id=_VOCABULARY - 2,
+            eos_token_id=_VOCABULARY - 1,
+            pad_token_id=_VOCABULARY - 1,
+        ),
     )
 
 
@@ -228,19 +207,19 @@ _RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "random"
 
 def _check(restored: Restored, folder: Path) -> None:
     transformers: Any = import_module("transformers")
-    again = transformers.CLIPModel.from_pretrained(folder, local_files_only=True).eval()
+    written = transformers.CLIPModel.from_pretrained(folder, local_files_only=True).eval()
     tokenizer = transformers.CLIPProcessor.from_pretrained(folder, local_files_only=True).tokenizer
 
-    def logits(images: Tensor) -> Tensor:
-        found: Tensor = restored.model.head(_features(again.get_image_features(images)))
-        return found
-
-    def encoded(texts: list[str]) -> Tensor:
+    def encode_texts(texts: list[str]) -> Tensor:
         tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-        return _features(again.get_text_features(**tokens))
+        return _features(written.get_text_features(**tokens))
 
-    check_same("huggingface", logits, restored)
-    check_text("huggingface", encoded, restored)
+    check_features(
+        "huggingface",
+        lambda images: _features(written.get_image_features(images)),
+        encode_texts,
+        restored,
+    )
 
 
 @contextmanager

@@ -6,39 +6,76 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from torch import Tensor
-
-from cl_merge.benchmarks.export.architecture import model_config, own_tower
-from cl_merge.benchmarks.export.comparing import check_same, check_text
+from cl_merge.benchmarks.export.comparing import check_features
 from cl_merge.benchmarks.export.side_files import preprocessing
 from cl_merge.benchmarks.runs.trained_run import FinishedRun, Restored
+from cl_merge.config.schema import RunConfig
+from cl_merge.models.pretrained import resolve
 from cl_merge.storage.files import save_tensors
 
-CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+# `lite` as in `cl_merge.models.lite`, with the public names of what it is made of; its package
+# holds these weights under a name of its own.
+_LITE_TEXT = "sentence-transformers/all-MiniLM-L6-v2"
+_LITE = {
+    "embed_dim": 384,
+    "vision_cfg": {
+        "timm_model_name": "tf_efficientnet_lite0",
+        "timm_model_pretrained": False,
+        "timm_pool": "avg",
+        "timm_proj": "linear",
+        "image_size": 224,
+    },
+    "text_cfg": {
+        "hf_model_name": _LITE_TEXT,
+        "hf_tokenizer_name": _LITE_TEXT,
+        "hf_model_pretrained": False,
+        "hf_pooler_type": "mean_pooler",
+        "hf_proj_type": None,
+        "context_length": 256,
+    },
+}
 
 
 def reason(run: FinishedRun) -> str | None:
-    """Say why open_clip cannot build a run's model by itself.
+    """Say why open_clip cannot build a run's model by itself; None if it can."""
+    import timm
 
-    Args:
-        run: The run.
+    import cl_merge.models.towers
 
-    Returns:
-        The reason; None if it can.
-    """
-    tower = own_tower(model_config(run.config))
-    if tower is None:
+    tower = model_config(run.config)["vision_cfg"].get("timm_model_name")
+    if tower is None or not timm.is_model(tower):
+        return None
+    maker: Any = timm.models.model_entrypoint(tower)
+    if maker.__module__ != cl_merge.models.towers.__name__:
         return None
     return f"its image tower '{tower}' comes with cl_merge, and open_clip alone cannot build it"
 
 
+def model_config(config: RunConfig) -> dict[str, Any]:
+    """Describe the architecture of a run's model as open_clip does; reads no weights.
+
+    Returns:
+        What stands in ``open_clip_config.json`` as ``model_cfg``, with the run's image size, if it
+        gives one.
+
+    Raises:
+        InputError: If the model is not there any more.
+    """
+    import open_clip
+
+    if config.model == "lite":
+        found: dict[str, Any] = json.loads(json.dumps(_LITE))
+    else:
+        source = resolve(config.model)
+        found = open_clip.get_model_config(source.config)
+        found |= {"quick_gelu": True} if source.quick_gelu else {}
+    if config.image_size is not None:
+        found["vision_cfg"]["image_size"] = config.image_size
+    return found
+
+
 def write(restored: Restored, folder: Path) -> None:
     """Write the configuration, the weights of both towers, and the tokenizer if it has files.
-
-    Args:
-        restored: The model of a finished run.
-        folder: Where.
 
     Raises:
         InputError: If open_clip does not give the run's logits with what was written.
@@ -46,51 +83,47 @@ def write(restored: Restored, folder: Path) -> None:
     model: Any = restored.clip.model
     config = model_config(restored.run.config)
     config["vision_cfg"]["image_size"] = restored.clip.image_size
-    save_tensors(folder / WEIGHTS, model.state_dict(), {"format": "pt"})
-    local = _write_text_parts(restored, folder)
     content = {"model_cfg": config, "preprocess_cfg": preprocessing(restored)}
-    if local:  # what stands there later is on the hub, which need not be reached now
-        name = config["text_cfg"]["hf_model_name"]
+    save_tensors(folder / "open_clip_model.safetensors", model.state_dict(), {"format": "pt"})
+    if restored.run.config.model == "lite":
+        _write_lite_text(restored, folder)
+        # What stands there later is on the hub, which need not be reached now.
         config["text_cfg"]["hf_model_name"] = str(folder)
         _write_config(content, folder)
         _check(restored, folder)
-        config["text_cfg"]["hf_model_name"] = name
-    _write_config(content, folder)
-    if not local:
+        config["text_cfg"]["hf_model_name"] = _LITE_TEXT
+        _write_config(content, folder)
+    else:
+        save_tokenizer = getattr(restored.clip.tokenizer, "save_pretrained", None)
+        if save_tokenizer is not None:
+            save_tokenizer(folder)
+        _write_config(content, folder)
         _check(restored, folder)
 
 
-def _write_text_parts(restored: Restored, folder: Path) -> bool:
-    """Write what the text tower needs beside its weights; tell whether it is one of the hub's."""
-    if restored.run.config.model == "lite":
-        from transformers import AutoTokenizer
+def _write_lite_text(restored: Restored, folder: Path) -> None:
+    from transformers import AutoTokenizer
 
-        from cl_merge.models.lite import _packaged_weights
+    from cl_merge.models.lite import _packaged_weights
 
-        _, source = _packaged_weights()
-        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-        cast(Any, restored.clip.model).text.config.save_pretrained(folder)
-        return True
-    save = getattr(restored.clip.tokenizer, "save_pretrained", None)
-    if save is not None:
-        save(folder)
-    return False
+    _, source = _packaged_weights()
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    cast(Any, restored.clip.model).text.config.save_pretrained(folder)
 
 
 def _write_config(content: dict[str, Any], folder: Path) -> None:
-    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2) + "\n"
+    (folder / "open_clip_config.json").write_text(text, encoding="utf-8")
 
 
 def _check(restored: Restored, folder: Path) -> None:
     import open_clip
 
-    again = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True).eval()
+    written = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True).eval()
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-
-    def logits(images: Tensor) -> Tensor:
-        found: Tensor = restored.model.head(again.visual(images))
-        return found
-
-    check_same("open_clip", logits, restored)
-    with torch.no_grad():
-        check_text("open_clip", lambda texts: again.encode_text(tokenizer(texts)), restored)
+    check_features(
+        "open_clip",
+        written.visual,
+        lambda texts: written.encode_text(tokenizer(texts)),
+        restored,
+    )

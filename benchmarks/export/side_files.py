@@ -6,44 +6,39 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-from cl_merge.benchmarks.export.run_prompts import prompts_of
-from cl_merge.benchmarks.runs.trained_run import Restored
+import torch
 
-CLASSES, PREPROCESSING = "classes.json", "preprocessing.json"
+from cl_merge.benchmarks.datasets.catalog import find_data
+from cl_merge.benchmarks.datasets.prompts import read_class_names, read_prompts
+from cl_merge.benchmarks.runs.trained_run import FinishedRun, Restored
+from cl_merge.config.reading import read_config
+from cl_merge.errors import InputError
+from cl_merge.models.zero_shot import zero_shot_head
+
+# So many prompts are encoded to see whether they are those of the text head.
+_TRIED = 256
 
 
-def write_beside(restored: Restored, folder: Path) -> list[dict[str, Any]]:
+def write_side_files(restored: Restored, folder: Path) -> list[dict[str, Any]]:
     """Write ``classes.json`` and ``preprocessing.json``.
-
-    Args:
-        restored: The model of a finished run.
-        folder: Where.
 
     Returns:
         The classes: of each its ``name``, the ``tasks`` that it belongs to, from 0, and, if they
         are known, the ``prompts`` of its row of the text head.
     """
-    prompts = prompts_of(restored)
+    prompts = _known_prompts(restored)
     classes: list[dict[str, Any]] = []
     for label, name in enumerate(restored.run.class_names):
-        tasks = [
-            number
-            for number, task in enumerate(restored.run.results["tasks"])
-            if label in task["classes"]
-        ]
-        classes.append({"name": name, "tasks": tasks})
-        if prompts is not None:
-            classes[-1]["prompts"] = prompts[label]
-    _write(folder / CLASSES, classes)
-    _write(folder / PREPROCESSING, preprocessing(restored))
+        tasks = enumerate(restored.run.results["tasks"])
+        found = {"name": name, "tasks": [n for n, task in tasks if label in task["classes"]]}
+        classes.append(found | ({"prompts": prompts[label]} if prompts is not None else {}))
+    _write(folder / "classes.json", classes)
+    _write(folder / "preprocessing.json", preprocessing(restored))
     return classes
 
 
 def preprocessing(restored: Restored) -> dict[str, Any]:
     """Say how an image becomes what the model takes.
-
-    Args:
-        restored: The model of a finished run.
 
     Returns:
         ``size`` (height and width), ``mean`` and ``std`` (of values from 0 to 1), ``interpolation``
@@ -65,3 +60,49 @@ def preprocessing(restored: Restored) -> dict[str, Any]:
 
 def _write(file: Path, content: Any) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _known_prompts(restored: Restored) -> list[list[str]] | None:
+    """The prompts of each class; None if the data set's recipe makes another text head by now."""
+    try:
+        found = _prompts(restored.run)
+    except InputError:
+        return None
+    for label, prompts in enumerate(found[: max(1, _TRIED // len(found[0]))]):
+        # A prompt of its own for each class: as the class's name, within a template without words.
+        rows = [zero_shot_head(restored.clip, [text], "{}").weight[0] for text in prompts]
+        made = torch.nn.functional.normalize(torch.stack(rows), dim=1).mean(dim=0)
+        kept = restored.model.head.weight[label].cpu()
+        if torch.nn.functional.cosine_similarity(made, kept, dim=0) < 1.0 - 1e-4:
+            return None
+    return found
+
+
+def _prompts(run: FinishedRun) -> list[list[str]]:
+    config, entry = run.config, find_data(run.config.data)
+    if not entry.sources:
+        names = read_class_names(config.class_names, run.class_names)
+        return _filled(names, read_prompts(config.prompts))
+    # Names of joined data sets begin with the data set's own.
+    parts = [find_data(name) for name in entry.sources]
+    own = [
+        [n.removeprefix(f"{p.name}: ") for n in run.class_names if n.startswith(f"{p.name}: ")]
+        for p in parts
+    ]
+    given = config.class_names
+    if given is not None:
+        given = read_class_names(given, [name for names in own for name in names])
+    found: list[list[str]] = []
+    for part, names in zip(parts, own, strict=True):
+        recipe = read_config([], part.recipe, origin=part.name)
+        chosen = recipe.class_names if given is None else given[: len(names)]
+        given = None if given is None else given[len(names) :]
+        prompts = recipe.prompts if config.prompts is None else config.prompts
+        found += _filled(read_class_names(chosen, names), read_prompts(prompts))
+    if len(found) != len(run.class_names):
+        raise InputError(f"the data sets joined in '{config.data}' have changed")
+    return found
+
+
+def _filled(names: list[str], templates: list[str]) -> list[list[str]]:
+    return [[template.replace("{}", name) for template in templates] for name in names]

@@ -91,45 +91,37 @@ probabilities /= probabilities.sum()
 print(classes[probabilities.argmax()]["name"], probabilities.max())
 """
 
+_SNIPPETS = {
+    "open_clip": _OPEN_CLIP,
+    "huggingface": _HUGGINGFACE,
+    "torch": _PREPARE.replace("LIBRARY", "import torch") + _TORCH,
+    "onnx": _PREPARE.replace("LIBRARY", "import onnxruntime") + _ONNX,
+}
 _LITE = """
 When open_clip builds the model it looks up the text tower's architecture on the Hugging Face hub (a
 few hundred bytes, later from its cache). Without a connection, write the path of this folder as
 `hf_model_name` into `open_clip_config.json`: the same description lies here as `config.json`.
 """
+_UNKNOWN_PROMPTS = """
+The prompts that the run's text head was made of are not known any more; those above are an example.
+"""
 
 
 def usage_of(restored: Restored, form: str, classes: Sequence[Mapping[str, Any]]) -> str:
-    """Show how to load an export.
-
-    Args:
-        restored: The model of a finished run.
-        form: The format.
-        classes: As `write_beside` returned them.
-
-    Returns:
-        A section of the card.
-    """
-    snippet = {
-        "open_clip": _OPEN_CLIP,
-        "huggingface": _HUGGINGFACE,
-        "torch": _PREPARE.replace("LIBRARY", "import torch") + _TORCH,
-        "onnx": _PREPARE.replace("LIBRARY", "import onnxruntime") + _ONNX,
-    }[form]
-    known = "prompts" in classes[0]
-    snippet = snippet.replace("PROMPTS", 'c["prompts"]' if known else _EXAMPLE)
-    if "RESIZE" in snippet:
-        images = preprocessing(restored)
-        snippet = snippet.replace("RESIZE", _resize(images))
-        snippet = snippet.replace("MEAN", str(images["mean"])).replace("STD", str(images["std"]))
+    """Show how to load an export: a section of its card."""
+    images, known = preprocessing(restored), "prompts" in classes[0]
+    fill = {
+        "PROMPTS": 'c["prompts"]' if known else '["a photo of a " + c["name"]]',
+        "RESIZE": _resize(images),
+        "MEAN": str(images["mean"]),
+        "STD": str(images["std"]),
+    }
+    snippet = _SNIPPETS[form]
+    for word, text in fill.items():
+        snippet = snippet.replace(word, text)
     note = _LITE if form == "open_clip" and restored.run.config.model == "lite" else ""
-    own = "" if known or form in ("torch", "onnx") else _OWN_PROMPTS
-    return f"## How to load it\n\n```python\n{snippet}```\n{note}{own}"
-
-
-_EXAMPLE = '["a photo of a " + c["name"]]'
-_OWN_PROMPTS = """
-The prompts that the run's text head was made of are not known any more; those above are an example.
-"""
+    note += "" if known or form in ("torch", "onnx") else _UNKNOWN_PROMPTS
+    return f"## How to load it\n\n```python\n{snippet}```\n{note}"
 
 
 def _resize(images: Mapping[str, Any]) -> str:

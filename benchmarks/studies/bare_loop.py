@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,56 +31,30 @@ Order = Sequence[tuple[int, int]]
 
 @dataclass(frozen=True)
 class BareTask:
-    """A task as plain data.
+    """A task as plain data."""
 
-    Attributes:
-        rows: Rows of the training split.
-        labels: Position of each row's label among the task's classes.
-        classes: Labels of the task's classes.
-        epochs: For each epoch the order of `rows`.
-    """
-
-    rows: Sequence[int]
-    labels: Sequence[int]
+    rows: Sequence[int]  # of the training split
+    labels: Sequence[int]  # of each row, as a position among the task's classes
     classes: Sequence[int]
-    epochs: Sequence[Order]
+    epochs: Sequence[Order]  # for each epoch the order of the rows
 
 
 @dataclass
 class BareStream:
-    """A loop over tasks, which keeps the largest change of each weight.
+    """A loop over tasks, which keeps the largest change of each weight."""
 
-    Attributes:
-        tower: The image tower, trained in place.
-        head: Rows of all classes, float [C, D].
-        images: The training split.
-        column: Its column of images.
-        transform: Augments an image.
-        batch_size: Images of a step.
-        optimizer: The settings of AdamW and its schedule.
-        clip: The largest norm of a gradient; None does not clip.
-        merged: What MagMax makes of the task vectors so far, by parameter name.
-    """
-
-    tower: nn.Module
-    head: Tensor
-    images: datasets.Dataset
-    column: str
-    transform: Transform
+    tower: nn.Module  # the image tower, trained in its memory
+    head: Tensor  # rows of all classes, float [C, D]
+    images: datasets.Dataset  # the training split
+    column: str  # its column of images
+    transform: Transform  # augments an image
     batch_size: int
-    optimizer: OptimizerConfig
-    clip: float | None
-    merged: dict[str, Tensor]
+    optimizer: OptimizerConfig  # of AdamW and its schedule
+    clip: float | None  # the largest norm of a gradient; None does not clip
+    merged: dict[str, Tensor] = field(default_factory=dict)  # by MagMax, of the tasks so far
 
     def train(self, tasks: Sequence[BareTask]) -> Iterator[int]:
-        """Train on one task after another.
-
-        Args:
-            tasks: The tasks.
-
-        Yields:
-            The number of steps of each task, once it is trained and merged.
-        """
+        """Train on one task after another; yields its steps when each is trained and merged."""
         base = {name: weight.detach().clone() for name, weight in self.tower.named_parameters()}
         self.merged = {name: torch.zeros_like(weight) for name, weight in base.items()}
         self.tower.train()
@@ -168,18 +142,16 @@ def bare_test(
     return counts
 
 
+@dataclass
 class _Photos(Dataset[tuple[Tensor, int]]):
-    def __init__(
-        self, images: Sequence[Image.Image], labels: Sequence[int], transform: Transform
-    ) -> None:
-        self._images = images
-        self._labels = labels
-        self._transform = transform
+    images: Sequence[Image.Image]
+    labels: Sequence[int]
+    transform: Transform
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self.images)
 
     def __getitem__(self, draw: tuple[int, int]) -> tuple[Tensor, int]:
         index, seed = draw
         torch.default_generator.manual_seed(seed)
-        return self._transform(self._images[index]), self._labels[index]
+        return self.transform(self.images[index]), self.labels[index]

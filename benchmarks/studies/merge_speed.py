@@ -13,9 +13,7 @@ state dicts in memory, one operation after another. For Linux: memory is read fr
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
 import tempfile
 import threading
 import time
@@ -29,7 +27,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cl_merge.benchmarks.studies.timing import Spread, alone, alternated, new_table
+from cl_merge.benchmarks.studies import harness
 from cl_merge.kernels.parallel import in_threads
 from cl_merge.merge_files import merge_checkpoints
 from cl_merge.mergers import MERGERS, get_merger
@@ -40,48 +38,81 @@ _MODULE = "cl_merge.benchmarks.studies.merge_speed"
 _PIECE = 1 << 20  # bytes that the floor reads at a time
 
 
-def shapes_of(model: str, gigabytes: float, dtype: torch.dtype) -> dict[str, torch.Size]:
-    """Name the tensors of a model.
+def main() -> None:
+    """Measure everything and print two tables."""
+    parser = harness.new_parser(__doc__)
+    parser.add_argument("--folder", type=Path, help="where the inputs are made, and stay")
+    parser.add_argument("--model", choices=("vit", "llm"), default="vit")
+    parser.add_argument("--gigabytes", type=float, default=8, help="size of the llm")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--tasks", type=int, default=8)
+    parser.add_argument("--methods", nargs="+", default=[*METHODS, *NAIVE])
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--only", help="measure one in this process, and print JSON")
+    arguments = parser.parse_args()
+    if arguments.only == "memory":
+        harness.tell(fold_in_memory(arguments))
+    elif arguments.only and arguments.folder:
+        harness.tell(measure(arguments.only, arguments.folder, arguments.tasks))
+    elif arguments.folder:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        _compare(arguments.folder, arguments)
+    else:
+        with tempfile.TemporaryDirectory(prefix="merge-speed-") as folder:
+            _compare(Path(folder), arguments)
 
-    Args:
-        model: ``"vit"``, the image tower of ViT-B/16, or ``"llm"``, a decoder of any size.
-        gigabytes: Size of the decoder.
-        dtype: Of its tensors.
 
-    Returns:
-        Shapes by name.
-    """
-    if model == "vit":
-        import open_clip
+def _compare(folder: Path, arguments: argparse.Namespace) -> None:
+    make_inputs(folder, arguments)
+    files = _files(folder, arguments.tasks)
+    size = sum(file.stat().st_size for file in files)
+    table = harness.new_table(
+        f"{arguments.tasks} tasks of {size / len(files) / 1e9:.2f} GB, {arguments.dtype}, "
+        f"{torch.get_num_threads()} threads, warm cache",
+        "method", "seconds (range)", "GB/s", "floor, s", "x floor", "memory, MiB",
+    )  # fmt: skip
+    for method in [arguments.only] if arguments.only else arguments.methods:
+        turns = harness.alternated(
+            {
+                name: partial(harness.alone, _MODULE, name, "--folder", str(folder))
+                for name in ("floor", method)
+            },
+            arguments.repeat,
+        )
+        own = turns[method]
+        took, least = (
+            harness.Spread.of([r["seconds"] for r in rows]) for rows in (own, turns["floor"])
+        )
+        table.add_row(
+            method,
+            f"{took:.2f}",
+            f"{(size + files[0].stat().st_size) / took.median / 1e9:.1f}",
+            f"{least.median:.2f}",
+            f"{took.median / least.median:.2f}",
+            f"{max(run['memory'] for run in own):.0f}",
+        )
+    harness.show(table)
+    if arguments.model == "vit":
+        harness.show(_memory_table())
 
-        visual: Any = open_clip.create_model("ViT-B-16", load_weights=False).visual
-        return {f"visual.{name}": tensor.shape for name, tensor in visual.state_dict().items()}
-    width, inner, words = 4096, 11008, 32000
-    layer = {
-        "attention.q": (width, width),
-        "attention.k": (width, width),
-        "attention.v": (width, width),
-        "attention.o": (width, width),
-        "mlp.gate": (inner, width),
-        "mlp.up": (inner, width),
-        "mlp.down": (width, inner),
-        "norm": (width,),
-    }
-    found = {"embedding": torch.Size((words, width))}
-    size = 0.0
-    while size < gigabytes * 1e9:
-        found |= {f"layers.{len(found) // 8}.{n}": torch.Size(s) for n, s in layer.items()}
-        size = sum(shape.numel() for shape in found.values()) * dtype.itemsize
-    return found
+
+def _memory_table() -> Any:
+    found = harness.alone(_MODULE, "memory")
+    values, copy = found["values"], found["copy"]
+    table = harness.new_table(
+        f"one task vector into memory; copying moves {8 * values / copy / 1e9:.1f} GB/s",
+        "method", "ms", "GB/s", "of copy",
+    )  # fmt: skip
+    for method in METHODS:
+        kept = sum(dtype.itemsize for dtype in MERGERS[method].accumulators.values())
+        speed = (4 + 2 * kept) * values / found[method]
+        share = speed / (8 * values / copy)
+        table.add_row(method, f"{1000 * found[method]:.0f}", f"{speed / 1e9:.1f}", f"{share:.0%}")
+    return table
 
 
 def make_inputs(folder: Path, arguments: argparse.Namespace) -> None:
-    """Write a base and tasks that moved a little from it, unless they are there.
-
-    Args:
-        folder: Where.
-        arguments: Those of the command line.
-    """
+    """Write a base and tasks that moved a little from it, unless they are there."""
     dtype = getattr(torch, arguments.dtype)
     shapes = shapes_of(arguments.model, arguments.gigabytes, dtype)
     for index, file in enumerate(_files(folder, arguments.tasks)):
@@ -98,14 +129,55 @@ def make_inputs(folder: Path, arguments: argparse.Namespace) -> None:
         save_file(tensors, file)
 
 
+def shapes_of(model: str, gigabytes: float, dtype: torch.dtype) -> dict[str, torch.Size]:
+    """Name the tensors of ``"vit"``, the image tower of ViT-B/16, or ``"llm"``, a decoder."""
+    if model == "vit":
+        import open_clip
+
+        visual: Any = open_clip.create_model("ViT-B-16", load_weights=False).visual
+        return {f"visual.{name}": tensor.shape for name, tensor in visual.state_dict().items()}
+    width, inner, words = 4096, 11008, 32000
+    layer = {f"attention.{name}": (width, width) for name in "qkvo"}
+    layer |= {"mlp.gate": (inner, width), "mlp.up": (inner, width), "mlp.down": (width, inner)}
+    found = {"embedding": torch.Size((words, width))}
+    size = 0.0
+    while size < gigabytes * 1e9:
+        number = len(found) // 8
+        found |= {f"layers.{number}.{name}": torch.Size(shape) for name, shape in layer.items()}
+        found[f"layers.{number}.norm"] = torch.Size((width,))
+        size = sum(shape.numel() for shape in found.values()) * dtype.itemsize
+    return found
+
+
+def measure(name: str, folder: Path, tasks: int) -> dict[str, float]:
+    """Do one piece of work in this process: ``"floor"``, a method, or one of `NAIVE`.
+
+    Returns:
+        Seconds, and the peak of memory beside memory maps in MiB.
+    """
+    output = folder / "merged.safetensors"
+    for old in (output, folder / "floor.bin"):
+        old.unlink(missing_ok=True)
+    base, *tuned = _files(folder, tasks)
+    work: Callable[[], object] = partial(merge_checkpoints, base, tuned, output, method=name)
+    if name == "floor":
+        work = partial(floor, folder, tasks)
+    elif name.startswith("naive "):
+        work = partial(naive, name.removeprefix("naive "), folder, tasks, output)
+    with _peak_memory() as peak:
+        begin = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - begin
+    return {"seconds": seconds, "memory": peak()}
+
+
 def floor(folder: Path, tasks: int) -> None:
     """Read all files once, add them up, and write one file of the size of one of them."""
-    files = [os.open(file, os.O_RDONLY) for file in _files(folder, tasks)]
-    size = os.fstat(files[0]).st_size
+    files = _files(folder, tasks)
+    size = files[0].stat().st_size
     output = os.open(folder / "floor.bin", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     maps = [
-        torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
-        for file in _files(folder, tasks)
+        torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8) for file in files
     ]
     os.posix_fallocate(output, 0, size)
 
@@ -119,8 +191,7 @@ def floor(folder: Path, tasks: int) -> None:
 
     in_threads(add, range(0, size, _PIECE))
     os.fsync(output)
-    for file in (*files, output):
-        os.close(file)
+    os.close(output)
 
 
 def naive(method: str, folder: Path, tasks: int, output: Path) -> None:
@@ -154,35 +225,6 @@ def _naive_ties(vectors: list[dict[str, Tensor]], names: list[str]) -> dict[str,
     return {n: part.view_as(vectors[0][n]) for n, part in zip(names, parts, strict=True)}
 
 
-def measure(what: str, folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
-    """Do one piece of work in this process.
-
-    Args:
-        what: ``"floor"``, a method, or one of `NAIVE`.
-        folder: Where the inputs are.
-        arguments: Those of the command line.
-
-    Returns:
-        Seconds, and the peak of memory beside memory maps in MiB.
-    """
-    output = folder / "merged.safetensors"
-    for old in (output, folder / "floor.bin"):
-        old.unlink(missing_ok=True)
-    base, *tasks = _files(folder, arguments.tasks)
-    work: Callable[[], object] = partial(merge_checkpoints, base, tasks, output, method=what)
-    if what == "floor":
-        work = partial(floor, folder, arguments.tasks)
-    elif what.startswith("naive "):
-        work = partial(naive, what.removeprefix("naive "), folder, arguments.tasks, output)
-    if arguments.cold:
-        _forget(folder, arguments.tasks)
-    with _peak_memory() as peak:
-        begin = time.perf_counter()
-        work()
-        seconds = time.perf_counter() - begin
-    return {"seconds": seconds, "memory": peak()}
-
-
 def fold_in_memory(arguments: argparse.Namespace) -> dict[str, float]:
     """Fold one task vector into each merger in memory; times are in seconds, the least of nine."""
     shapes = shapes_of(arguments.model, arguments.gigabytes, torch.float32)
@@ -199,98 +241,9 @@ def fold_in_memory(arguments: argparse.Namespace) -> dict[str, float]:
     return found
 
 
-def main() -> None:
-    """Measure everything and print two tables."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
-    parser.add_argument("--folder", type=Path, help="where the inputs are made, and stay")
-    parser.add_argument("--model", choices=("vit", "llm"), default="vit")
-    parser.add_argument("--gigabytes", type=float, default=8, help="size of the llm")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--tasks", type=int, default=8)
-    parser.add_argument("--methods", nargs="+", default=[*METHODS, *NAIVE])
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--cold", action="store_true", help="with nothing in the page cache")
-    parser.add_argument("--only", help="measure one in this process, and print JSON")
-    arguments = parser.parse_args()
-    if arguments.only == "memory":
-        sys.stdout.write(json.dumps(fold_in_memory(arguments)) + "\n")
-    elif arguments.only:
-        sys.stdout.write(json.dumps(measure(arguments.only, arguments.folder, arguments)) + "\n")
-    elif arguments.folder:
-        arguments.folder.mkdir(parents=True, exist_ok=True)
-        _compare(arguments.folder, arguments)
-    else:
-        with tempfile.TemporaryDirectory(prefix="merge-speed-") as folder:
-            _compare(Path(folder), arguments)
-
-
-def _compare(folder: Path, arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False, width=100)
-    make_inputs(folder, arguments)
-    files = _files(folder, arguments.tasks)
-    size = sum(file.stat().st_size for file in files)
-    state = "cold" if arguments.cold else "warm"
-    table = new_table(
-        f"{arguments.tasks} tasks of {size / len(files) / 1e9:.2f} GB, {arguments.dtype}, "
-        f"{torch.get_num_threads()} threads, {state} cache",
-        "method", "seconds (range)", "GB/s", "floor, s", "x floor", "memory, MiB",
-    )  # fmt: skip
-    for method in arguments.methods:
-        turns = alternated(
-            {what: partial(_alone, what, folder) for what in ("floor", method)}, arguments.repeat
-        )
-        own = turns[method]
-        took, least = (Spread.of([r["seconds"] for r in rows]) for rows in (own, turns["floor"]))
-        table.add_row(
-            method,
-            f"{took:.2f}",
-            f"{(size + files[0].stat().st_size) / took.median / 1e9:.1f}",
-            f"{least.median:.2f}",
-            f"{took.median / least.median:.2f}",
-            f"{max(run['memory'] for run in own):.0f}",
-        )
-    console.print(table)
-    if arguments.model == "vit":
-        console.print(_memory_table())
-
-
-def _alone(what: str, folder: Path) -> dict[str, float]:
-    return alone(_MODULE, what, "--folder", str(folder))
-
-
-def _memory_table() -> Any:
-    found = alone(_MODULE, "memory")
-    values, copy = found["values"], found["copy"]
-    table = new_table(
-        f"one task vector into memory; copying moves {8 * values / copy / 1e9:.1f} GB/s",
-        "method", "ms", "GB/s", "of copy",
-    )  # fmt: skip
-    for method in METHODS:
-        kept = sum(dtype.itemsize for dtype in MERGERS[method].accumulators.values())
-        speed = (4 + 2 * kept) * values / found[method]
-        table.add_row(
-            method,
-            f"{1000 * found[method]:.0f}",
-            f"{speed / 1e9:.1f}",
-            f"{speed / (8 * values / copy):.0%}",
-        )
-    return table
-
-
 def _files(folder: Path, tasks: int) -> list[Path]:
     names = ["base", *(f"task{index}" for index in range(tasks))]
     return [folder / f"{name}.safetensors" for name in names]
-
-
-def _forget(folder: Path, tasks: int) -> None:
-    """Take the inputs out of the page cache."""
-    for file in _files(folder, tasks):
-        handle = os.open(file, os.O_RDONLY)
-        os.fsync(handle)
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(handle)
 
 
 def _least(work: Callable[[], object]) -> float:

@@ -14,7 +14,6 @@ of training on random images, on a GPU where there is one.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import gc
 import json
@@ -40,9 +39,8 @@ from cl_merge.benchmarks.methods.method import TRAININGS
 from cl_merge.benchmarks.runs.progress import RunProgress
 from cl_merge.benchmarks.runs.run import Run, merge_callback, start_run
 from cl_merge.benchmarks.runs.trainers import evaluation_trainer, training_trainer
-from cl_merge.benchmarks.studies import step_speed
+from cl_merge.benchmarks.studies import harness, step_speed
 from cl_merge.benchmarks.studies.bare_loop import BareStream, BareTask, bare_test
-from cl_merge.benchmarks.studies.timing import Spread, Stopwatch, alternated, new_table
 from cl_merge.callbacks import MergeCallback
 from cl_merge.config.reading import parse_arguments, read_config
 from cl_merge.config.schema import RunConfig, default_of
@@ -58,32 +56,20 @@ _TRAINING = TRAININGS["sequential"]
 
 @dataclass
 class Pair:
-    """One piece of work, done by the framework and by the bare loop.
-
-    Attributes:
-        units: Steps or forward passes in it.
-        framework: What it took the framework.
-        bare: What it took the bare loop.
-    """
+    """One piece of work of so many steps or forward passes, done by framework and bare loop."""
 
     units: int
-    framework: Stopwatch
-    bare: Stopwatch
+    framework: harness.Stopwatch
+    bare: harness.Stopwatch
 
 
 @dataclass
 class Found:
-    """What was measured.
+    """What was measured."""
 
-    Attributes:
-        pairs: One after another.
-        difference: The largest difference of the results: of weights, or of counted images.
-        passes: In a test, forward passes of the image tower that the framework made each time.
-    """
-
-    pairs: list[Pair]
-    difference: float
-    passes: int | None = None
+    pairs: list[Pair]  # one after another
+    difference: float  # the largest of the results: of weights, or of counted images
+    passes: int | None = None  # in a test, those that the framework made each time
 
     def figures(self) -> dict[str, Any]:
         """Read the figures off the pairs.
@@ -93,32 +79,52 @@ class Found:
             pair and of the sums; all plain values.
         """
         found: dict[str, Any] = {"difference": self.difference, "passes": self.passes}
+        units = [pair.units for pair in self.pairs]
         for clock in ("wall", "cpu"):
-            took = [
-                (getattr(pair.framework, clock), getattr(pair.bare, clock)) for pair in self.pairs
-            ]
-            units = [pair.units for pair in self.pairs]
-            ours = [1000 * a / n for (a, _), n in zip(took, units, strict=True)]
-            bare = [1000 * b / n for (_, b), n in zip(took, units, strict=True)]
+            ours = [getattr(pair.framework, clock) for pair in self.pairs]
+            bare = [getattr(pair.bare, clock) for pair in self.pairs]
+            ours_ms, bare_ms = (
+                [1000 * seconds / n for seconds, n in zip(took, units, strict=True)]
+                for took in (ours, bare)
+            )
             found[clock] = {
-                "framework_ms": ours,
-                "bare_ms": bare,
-                "more_ms": [a - b for a, b in zip(ours, bare, strict=True)],
-                "ratios": [a / b for a, b in took],
-                "ratio_of_sums": sum(a for a, _ in took) / sum(b for _, b in took),
+                "framework_ms": ours_ms,
+                "bare_ms": bare_ms,
+                "more_ms": [a - b for a, b in zip(ours_ms, bare_ms, strict=True)],
+                "ratios": [a / b for a, b in zip(ours, bare, strict=True)],
+                "ratio_of_sums": sum(ours) / sum(bare),
             }
         return found
 
 
+def main() -> None:
+    """Measure, print a table, and write the figures."""
+    parser = harness.new_parser(__doc__)
+    parts = parser.add_subparsers(dest="part", required=True)
+    for name, repeat in (("stream", 3), ("test", 10)):
+        part = parts.add_parser(name)
+        part.add_argument("settings", nargs="*", metavar="key=value", help="as in cl-merge run")
+        part.add_argument("--repeat", type=int, default=repeat)
+        part.add_argument("--json", type=Path, help="where to write all figures")
+    step_speed.add_arguments(parts.add_parser("step"))
+    arguments = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    if arguments.part == "step":
+        step_speed.run(arguments, "cl_merge.benchmarks.studies.overhead")
+        return
+    with tempfile.TemporaryDirectory(prefix="overhead-") as folder:
+        run = start_run(read_settings(arguments.settings, Path(folder)))
+        measure = measure_stream if arguments.part == "stream" else measure_test
+        figures = measure(run, arguments.repeat).figures()
+        run.folder.release()
+    figures |= {"settings": arguments.settings, "threads": torch.get_num_threads()}
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+    _show(figures, arguments.part, f"{run.config.model}, {run.config.data}")
+
+
 def read_settings(settings: Sequence[str], folder: Path) -> RunConfig:
     """Read settings as ``cl-merge run`` does, for one method on the CPU.
-
-    Args:
-        settings: ``key=value`` words.
-        folder: Where the run writes.
-
-    Returns:
-        The configuration.
 
     Raises:
         InputError: If a setting is wrong, or asks for what the bare loop does not do.
@@ -138,14 +144,8 @@ def read_settings(settings: Sequence[str], folder: Path) -> RunConfig:
 def measure_stream(run: Run, repeat: int) -> Found:
     """Train a stream with the framework and with the bare loop, a task here, a task there.
 
-    The first task of all is not counted: it pays for what is loaded and allocated once.
-
-    Args:
-        run: A run that has been started, of a method that merges as MagMax does.
-        repeat: How often to train the stream.
-
-    Returns:
-        A pair for each task, times in seconds per step.
+    The run has been started, of a method that merges as MagMax does. There is a pair for each task
+    but the first of all, which pays for what is loaded and allocated once.
     """
     before = copy.deepcopy(run.model.visual)
     clip = load_clip(run.config.model, image_size=run.config.image_size)
@@ -166,7 +166,6 @@ def measure_stream(run: Run, repeat: int) -> Found:
             batch_size=run.config.stream.batch_size,
             optimizer=run.config.optimizer,
             clip=run.config.trainer.get("gradient_clip_val"),
-            merged={},
         )
         install(trained_parameters(run.model), run.base)
         found.pairs += _in_turns(run, bare, tasks, run.folder.path / f"turn{turn}")
@@ -176,15 +175,7 @@ def measure_stream(run: Run, repeat: int) -> Found:
 
 
 def measure_test(run: Run, repeat: int) -> Found:
-    """Evaluate merged weights on all tasks, and make one forward pass over the same images.
-
-    Args:
-        run: A run that has been started.
-        repeat: How often.
-
-    Returns:
-        A pair for each time, times in seconds per forward pass.
-    """
+    """Evaluate merged weights on all tasks, and make one forward pass over the same images."""
     callback = merge_callback(run.config, run.own)
     run.config.trainer |= {"max_epochs": 1, "limit_train_batches": 1}
     _fit(run, callback, run.folder.path / "test", lambda end: None)
@@ -211,38 +202,12 @@ def measure_test(run: Run, repeat: int) -> Found:
 
     with _counted(run.model.visual) as passes:
         difference = (framework() - plain()).abs().max().item()
-    turns = alternated(
+    turns = harness.alternated(
         {"framework": partial(_timed, framework), "bare": partial(_timed, plain)}, repeat
     )
     units = -(-len(images) // size)
     pairs = [Pair(units, a, b) for a, b in zip(turns["framework"], turns["bare"], strict=True)]
     return Found(pairs, difference, passes())
-
-
-def main() -> None:
-    """Measure, print a table, and write the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
-    parts = parser.add_subparsers(dest="part", required=True)
-    for name, repeat in (("stream", 3), ("test", 10)):
-        part = parts.add_parser(name)
-        part.add_argument("settings", nargs="*", metavar="key=value", help="as in cl-merge run")
-        part.add_argument("--repeat", type=int, default=repeat)
-        part.add_argument("--json", type=Path, help="where to write all figures")
-    step_speed.add_arguments(parts.add_parser("step"))
-    arguments = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    if arguments.part == "step":
-        step_speed.run(arguments, "cl_merge.benchmarks.studies.overhead")
-        return
-    with tempfile.TemporaryDirectory(prefix="overhead-") as folder:
-        run = start_run(read_settings(arguments.settings, Path(folder)))
-        measure = measure_stream if arguments.part == "stream" else measure_test
-        figures = measure(run, arguments.repeat).figures()
-        run.folder.release()
-    figures |= {"settings": arguments.settings, "threads": torch.get_num_threads()}
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
-    _show(figures, arguments.part, f"{run.config.model}, {run.config.data}")
 
 
 def _in_turns(run: Run, bare: BareStream, tasks: list[BareTask], folder: Path) -> list[Pair]:
@@ -251,7 +216,7 @@ def _in_turns(run: Run, bare: BareStream, tasks: list[BareTask], folder: Path) -
     All that the framework does counts, from the call to its return; but that Python collects
     garbage counts for neither, or one would pay for the other.
     """
-    pairs = [Pair(0, Stopwatch(), Stopwatch()) for _ in tasks]
+    pairs = [Pair(0, harness.Stopwatch(), harness.Stopwatch()) for _ in tasks]
     progress = bare.train(tasks)
 
     def after_task(end: TaskEnd) -> None:
@@ -309,13 +274,13 @@ def _plain(run: Run, task: Task, labels: Sequence[int]) -> BareTask:
         sampler = StreamSampler(train, seed=run.config.seed, task=task.index)
         sampler.set_epoch(epoch)
         orders.append([(draw.index, draw.seed) for draw in sampler])
-    places = {label: place for place, label in enumerate(task.classes)}
-    return BareTask(train, [places[labels[row]] for row in train], list(task.classes), orders)
+    position = {label: index for index, label in enumerate(task.classes)}
+    return BareTask(train, [position[labels[row]] for row in train], list(task.classes), orders)
 
 
-def _timed(work: Callable[[], object]) -> Stopwatch:
+def _timed(work: Callable[[], object]) -> harness.Stopwatch:
     gc.collect()
-    watch = Stopwatch()
+    watch = harness.Stopwatch()
     with watch:
         work()
     return watch
@@ -339,30 +304,22 @@ def _largest(ours: dict[str, Tensor], bare: dict[str, Tensor]) -> float:
     return max((ours[name] - bare[name]).abs().max().item() for name in bare)
 
 
-def _show(figures: dict[str, Any], part: str, what: str) -> None:
-    wall, cpu = figures["wall"], figures["cpu"]
+def _show(figures: dict[str, Any], part: str, title: str) -> None:
+    clocks = figures["wall"], figures["cpu"]
     threads = f"{figures['threads']} thread{'s' if figures['threads'] > 1 else ''}"
-    table = new_table(
-        f"{what}: {len(wall['ratios'])} pairs, {threads}; median (range)",
-        "",
-        "wall time",
-        "CPU time",
+    pairs = len(clocks[0]["ratios"])
+    table = harness.new_table(
+        f"{title}: {pairs} pairs, {threads}; median (range)", "", "wall time", "CPU time"
     )
     unit = "step" if part == "stream" else "forward pass"
     for key, name in (("framework", "framework"), ("bare", "bare loop"), ("more", "difference")):
-        spreads = [Spread.of(clock[f"{key}_ms"]) for clock in (wall, cpu)]
+        spreads = [harness.Spread.of(clock[f"{key}_ms"]) for clock in clocks]
         table.add_row(f"{name}, ms a {unit}", *(f"{spread:.2f}" for spread in spreads))
-    table.add_row("ratio", *(f"{Spread.of(clock['ratios']):.3f}" for clock in (wall, cpu)))
-    table.add_row("ratio of the sums", *(f"{clock['ratio_of_sums']:.3f}" for clock in (wall, cpu)))
-    console = Console(highlight=False)
-    console.print(table)
-    if part == "stream":
-        console.print(f"largest difference of a weight at the end: {figures['difference']:g}")
-    else:
-        console.print(
-            f"forward passes of the image tower: {figures['passes']}; "
-            f"largest difference of a count: {figures['difference']:g}"
-        )
+    table.add_row("ratio", *(f"{harness.Spread.of(clock['ratios']):.3f}" for clock in clocks))
+    table.add_row("ratio of the sums", *(f"{clock['ratio_of_sums']:.3f}" for clock in clocks))
+    difference = f"largest difference of a {'weight at the end' if part == 'stream' else 'count'}"
+    passes = "" if part == "stream" else f"forward passes of the image tower: {figures['passes']}; "
+    harness.show(table, f"{passes}{difference}: {figures['difference']:g}")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,12 @@ carries, captions from their Unicode names.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch import Generator, Tensor, nn
 
 import cl_merge.models.towers  # noqa: F401 - registers the image tower
 from cl_merge.benchmarks.datasets.characters import CHARACTERS, HELD_OUT, Atlas, captions, shapes
+from cl_merge.benchmarks.studies import harness
 from cl_merge.benchmarks.studies.distortions import SIDE, draw
 from cl_merge.errors import InputError
 from cl_merge.storage.files import save_tensors
@@ -63,115 +63,120 @@ _DIGITS = 10  # the first of the characters
 
 @dataclass
 class Recipe:
-    """How the model is trained.
-
-    Attributes:
-        steps: Optimizer steps.
-        batch: Images per step.
-        lr: Peak learning rate of AdamW.
-        weight_decay: On matrices and kernels; norms and biases have none.
-        warmup: Steps of linear warm-up; a cosine to zero follows.
-        handwritten: Share of the images drawn along the thinned stroke instead of the outline.
-        digits: Share of the images that are digits; the others are any of the 62 characters.
-        captioned: Images per step that also meet a caption of their own style.
-        seed: Of everything random.
-    """
+    """How the model is trained."""
 
     steps: int = 6000
-    batch: int = 128
-    lr: float = 2e-3
-    weight_decay: float = 0.05
+    batch: int = 128  # images per step
+    lr: float = 2e-3  # peak of AdamW, after a linear warm-up; a cosine to zero follows
+    weight_decay: float = 0.05  # on matrices and kernels; norms and biases have none
     warmup: int = 200
-    handwritten: float = 0.6
-    digits: float = 0.5
-    captioned: int = 32
+    handwritten: float = 0.6  # share of images drawn along the thinned stroke, not the outline
+    digits: float = 0.5  # share of images that are digits; the others are any of the 62 characters
+    captioned: int = 32  # images per step that also meet a caption of their own style
     seed: int = 0
 
 
 @dataclass
 class Batch:
-    """Images with texts to tell apart.
+    """Images with texts to tell apart."""
 
-    Attributes:
-        images: Normalised, float32 [B, 3, 32, 32].
-        classes: Index into `CHARACTERS`, int64 [B].
-        class_texts: Tokens of one caption of each character, in a style of its own, int64 [62, 16].
-        own_texts: Tokens of a caption of each of the first images, int64 [captioned, 16].
+    images: Tensor  # normalised, float32 [B, 3, 32, 32]
+    classes: Tensor  # index into `CHARACTERS`, int64 [B]
+    class_texts: Tensor  # one caption of each character, in a style of its own, int64 [62, 16]
+    own_texts: Tensor  # a caption of each of the first images, int64 [captioned, 16]
+
+
+def main(arguments: Sequence[str] | None = None, fonts: Sequence[str] | None = None) -> None:
+    """Train on all fonts or on some, save and measure the model."""
+    parser = harness.new_parser(__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--steps", type=int, default=Recipe.steps, help="optimizer steps")
+    parser.add_argument("--batch", type=int, default=Recipe.batch, help="images per step")
+    parser.add_argument("--seed", type=int, default=Recipe.seed, help="of everything random")
+    chosen = parser.parse_args(arguments)
+    logging.basicConfig(format="%(message)s", force=True)
+    log.setLevel(logging.INFO)
+    model = pretrain(Recipe(steps=chosen.steps, batch=chosen.batch, seed=chosen.seed), fonts)
+    save(model, chosen.out)
+    log.info("unseen fonts, zero-shot: %.1f %%", unseen_fonts_accuracy(model))
+    log.info("scikit-learn's digits, zero-shot: %.1f %%", digits_accuracy(chosen.out))
+
+
+def pretrain(recipe: Recipe, fonts: Sequence[str] | None = None, *, every: int = 500) -> nn.Module:
+    """Train the model, log the loss each so many steps, and return it in evaluation mode.
+
+    Raises:
+        InputError: If the recipe asks for more own captions than images.
     """
+    from open_clip.model import CLIP
+    from open_clip.tokenizer import SimpleTokenizer
 
-    images: Tensor
-    classes: Tensor
-    class_texts: Tensor
-    own_texts: Tensor
+    if recipe.captioned > recipe.batch:
+        raise InputError(f"batch={recipe.batch}; expected at least {recipe.captioned}")
+    torch.manual_seed(recipe.seed)
+    model: nn.Module = CLIP(**CONFIG["model_cfg"])
+    batches = drawn_batches(Atlas(shapes(fonts)), SimpleTokenizer(context_length=16), recipe)
+    optimizer, schedule = _optimizer(model, recipe)
+    begin, average = time.perf_counter(), 0.0
+    for step in range(1, recipe.steps + 1):
+        loss = contrastive_loss(model, next(batches))
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        average += 0.02 * (loss.item() - average)
+        if step % every == 0 or step == recipe.steps:
+            seconds, smooth = time.perf_counter() - begin, average / (1 - 0.98**step)
+            log.info("step %d/%d, %.0f s, loss %.3f", step, recipe.steps, seconds, smooth)
+    return model.eval()
 
 
-@dataclass
-class Drawer:
-    """Makes batches: draws characters and captions them.
+def drawn_batches(atlas: Atlas, tokenizer: Any, recipe: Recipe) -> Iterator[Batch]:
+    """Draw characters and caption them, without end.
 
-    Args:
-        atlas: The shapes to draw.
-        tokenizer: Turns captions into tokens.
-        recipe: How much of what.
+    Everything is drawn from one generator, in an order that the committed weights depend on.
     """
+    size, random = recipe.batch, Generator().manual_seed(recipe.seed)
+    known = {(shape.character, shape.style) for shape in atlas.shapes}
+    known |= {(character, HANDWRITTEN) for character in CHARACTERS}
+    styles_of = {c: sorted(style for other, style in known if other == c) for c in CHARACTERS}
+    shapes_of = [(atlas.classes == index).nonzero().flatten() for index in range(len(CHARACTERS))]
+    tokens: dict[tuple[str, str], Tensor] = {}
 
-    atlas: Atlas
-    tokenizer: Any
-    recipe: Recipe
-    _tokens: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    def one_of(items: Any) -> Any:
+        return items[int(torch.randint(0, len(items), (1,), generator=random))]
 
-    def __post_init__(self) -> None:
-        self._random = Generator().manual_seed(self.recipe.seed)
-        known = {(shape.character, shape.style) for shape in self.atlas.shapes}
-        known |= {(character, HANDWRITTEN) for character in CHARACTERS}
-        self._styles = {
-            character: sorted(style for other, style in known if other == character)
-            for character in CHARACTERS
-        }
-        self._shapes_of = [
-            (self.atlas.classes == index).nonzero().flatten() for index in range(len(CHARACTERS))
+    def caption(character: str, style: str) -> Tensor:
+        if (character, style) not in tokens:
+            tokens[character, style] = tokenizer(captions(character, style))
+        found: Tensor = one_of(tokens[character, style])
+        return found
+
+    def drawn_classes() -> Tensor:
+        digits = round(size * recipe.digits)
+        drawn = [
+            torch.randint(0, _DIGITS, (digits,), generator=random),
+            torch.randint(0, len(CHARACTERS), (size - digits,), generator=random),
         ]
+        return torch.cat(drawn)[torch.randperm(size, generator=random)]
 
-    def batch(self) -> Batch:
-        """Draw the next batch."""
-        size, random = self.recipe.batch, self._random
-        classes = self._classes()
-        rows = torch.stack([self._one_of(self._shapes_of[label]) for label in classes.tolist()])
-        by_hand = torch.rand(size, generator=random) < self.recipe.handwritten
-        fields = torch.where(
-            by_hand[:, None, None], self.atlas.strokes[rows], self.atlas.outlines[rows]
-        )
+    while True:
+        classes = drawn_classes()
+        rows = torch.stack([one_of(shapes_of[label]) for label in classes.tolist()])
+        by_hand = torch.rand(size, generator=random) < recipe.handwritten
+        fields = torch.where(by_hand[:, None, None], atlas.strokes[rows], atlas.outlines[rows])
         pen = 1.0 + 4.0 * torch.rand(size, generator=random)
         bold = -0.5 + 2.0 * torch.rand(size, generator=random)
         images = draw(fields, torch.where(by_hand, pen, bold), random)
-        styles = [
-            HANDWRITTEN if hand else self.atlas.shapes[row].style
-            for hand, row in zip(by_hand.tolist(), rows.tolist(), strict=True)
+        class_texts = [caption(c, str(one_of(styles_of[c]))) for c in CHARACTERS]
+        own_texts = [
+            caption(
+                CHARACTERS[classes[i]], HANDWRITTEN if by_hand[i] else atlas.shapes[rows[i]].style
+            )
+            for i in range(recipe.captioned)
         ]
-        named = [(CHARACTERS[label], style) for label, style in zip(classes, styles, strict=True)]
-        class_texts = [self._caption(c, str(self._one_of(self._styles[c]))) for c in CHARACTERS]
-        own_texts = [self._caption(c, style) for c, style in named[: self.recipe.captioned]]
-        return Batch(normalised(images), classes, torch.stack(class_texts), torch.stack(own_texts))
-
-    def _classes(self) -> Tensor:
-        digits = round(self.recipe.batch * self.recipe.digits)
-        drawn = [
-            torch.randint(0, _DIGITS, (digits,), generator=self._random),
-            torch.randint(
-                0, len(CHARACTERS), (self.recipe.batch - digits,), generator=self._random
-            ),
-        ]
-        return torch.cat(drawn)[torch.randperm(self.recipe.batch, generator=self._random)]
-
-    def _caption(self, character: str, style: str) -> Tensor:
-        key = (character, style)
-        if key not in self._tokens:
-            self._tokens[key] = self.tokenizer(captions(character, style))
-        tokens: Tensor = self._one_of(self._tokens[key])
-        return tokens
-
-    def _one_of(self, items: Any) -> Any:
-        return items[int(torch.randint(0, len(items), (1,), generator=self._random))]
+        yield Batch(normalised(images), classes, torch.stack(class_texts), torch.stack(own_texts))
 
 
 def normalised(images: Tensor) -> Tensor:
@@ -184,13 +189,6 @@ def contrastive_loss(model: Any, batch: Batch) -> Tensor:
 
     The first term is what a zero-shot classifier does. In the second, captions of the same
     character count as right too, with a third of the weight of the image's own.
-
-    Args:
-        model: A CLIP.
-        batch: What to learn from.
-
-    Returns:
-        The loss, a scalar.
     """
     # Half precision where it is safe makes a step a third faster on processors that have it.
     with torch.autocast("cpu", torch.bfloat16):
@@ -207,58 +205,8 @@ def contrastive_loss(model: Any, batch: Batch) -> Tensor:
     return characters + 0.25 * styles
 
 
-def make_model() -> nn.Module:
-    """Build the model with random weights."""
-    from open_clip.model import CLIP
-
-    config = CONFIG["model_cfg"]
-    model: nn.Module = CLIP(**config)
-    return model
-
-
-def pretrain(recipe: Recipe, *, every: int = 500) -> nn.Module:
-    """Train the model.
-
-    Args:
-        recipe: How.
-        every: Log figures each so many steps.
-
-    Returns:
-        The trained model, in evaluation mode.
-
-    Raises:
-        InputError: If the recipe asks for more own captions than images.
-    """
-    from open_clip.tokenizer import SimpleTokenizer
-
-    if recipe.captioned > recipe.batch:
-        raise InputError(f"batch={recipe.batch}; expected at least {recipe.captioned}")
-    torch.manual_seed(recipe.seed)
-    model = make_model()
-    drawer = Drawer(Atlas(shapes()), SimpleTokenizer(context_length=16), recipe)
-    optimizer, schedule = _optimizer(model, recipe)
-    begin, average = time.perf_counter(), 0.0
-    for step in range(1, recipe.steps + 1):
-        loss = contrastive_loss(model, drawer.batch())
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        average += 0.02 * (loss.item() - average)
-        if step % every == 0 or step == recipe.steps:
-            seconds, smooth = time.perf_counter() - begin, average / (1 - 0.98**step)
-            log.info("step %d/%d, %.0f s, loss %.3f", step, recipe.steps, seconds, smooth)
-    return model.eval()
-
-
 def save(model: nn.Module, folder: Path) -> None:
-    """Write a model as a folder that open_clip loads, in half precision.
-
-    Args:
-        model: The model.
-        folder: Where.
-    """
+    """Write a model as a folder that open_clip loads, in half precision."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "open_clip_config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     half = {name: tensor.half() for name, tensor in model.state_dict().items()}
@@ -267,15 +215,7 @@ def save(model: nn.Module, folder: Path) -> None:
 
 @torch.no_grad()
 def unseen_fonts_accuracy(model: Any, seed: int = 0) -> float:
-    """Zero-shot accuracy on all 62 characters in fonts that training never drew.
-
-    Args:
-        model: The trained model.
-        seed: Of the distortions.
-
-    Returns:
-        Accuracy in per cent.
-    """
+    """Zero-shot accuracy in per cent on all 62 characters in fonts that training never drew."""
     from open_clip.tokenizer import SimpleTokenizer
 
     tokenizer = SimpleTokenizer(context_length=16)
@@ -292,13 +232,9 @@ def unseen_fonts_accuracy(model: Any, seed: int = 0) -> float:
 
 @torch.no_grad()
 def digits_accuracy(folder: Path) -> float:
-    """Zero-shot accuracy on all of scikit-learn's digits, which training never sees.
+    """Zero-shot accuracy of a saved model in per cent on all of scikit-learn's digits.
 
-    Args:
-        folder: A saved model.
-
-    Returns:
-        Accuracy in per cent, with the prompts of the digits' recipe.
+    Training never sees them; the prompts are those of the digits' recipe.
     """
     from cl_merge.benchmarks.datasets.catalog import find_data
     from cl_merge.benchmarks.datasets.digits import NAMES, digits
@@ -314,28 +250,6 @@ def digits_accuracy(folder: Path) -> float:
         hits += int((found == torch.tensor(split["label"])).sum())
         total += len(split)
     return 100.0 * hits / total
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Train, save and measure the model.
-
-    Args:
-        arguments: The words after the program's name; those of the process if None.
-    """
-    recipe = Recipe()
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--steps", type=int, default=recipe.steps, help="optimizer steps")
-    parser.add_argument("--batch", type=int, default=recipe.batch, help="images per step")
-    parser.add_argument("--seed", type=int, default=recipe.seed, help="of everything random")
-    chosen = parser.parse_args(arguments)
-    logging.basicConfig(format="%(message)s", force=True)
-    log.setLevel(logging.INFO)
-    recipe = Recipe(steps=chosen.steps, batch=chosen.batch, seed=chosen.seed)
-    model = pretrain(recipe)
-    save(model, chosen.out)
-    log.info("unseen fonts, zero-shot: %.1f %%", unseen_fonts_accuracy(model))
-    log.info("scikit-learn's digits, zero-shot: %.1f %%", digits_accuracy(chosen.out))
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> tuple[torch.optim.Optimizer, Any]:

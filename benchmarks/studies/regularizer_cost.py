@@ -9,9 +9,7 @@ memory; a GPU tells the memory of each.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 from typing import Any
 
 import lightning as L
@@ -20,27 +18,101 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
-from cl_merge.benchmarks.studies.random_work import random_work
-from cl_merge.benchmarks.studies.timing import Stopwatch, alone
+from cl_merge.benchmarks.studies import harness
 from cl_merge.callbacks import EWC, LwF, MergeCallback
 from cl_merge.training.cost import measured
 
 KINDS = ("plain", "lwf", "ewc-published", "ewc-empirical", "lwf+ewc", "magmax", "lwf+magmax")
+STEPS = 12
+_FISHER_IMAGES = 64  # of the empirical Fisher, which takes each by itself
 _MODULE = "cl_merge.benchmarks.studies.regularizer_cost"
 
 
+def main() -> None:
+    """Measure every kind and print a table; ratios are to plain training."""
+    parser = harness.new_parser(__doc__)
+    parser.add_argument("--model", default="glyph", help="as in cl-merge run, or an architecture")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--only", choices=KINDS, help="measure one, and print JSON")
+    arguments = parser.parse_args()
+    if arguments.only:
+        harness.tell(measure(arguments.only, arguments))
+        return
+    table = harness.new_table(
+        f"{arguments.model}, batch {arguments.batch_size}, {arguments.precision}",
+        "", "step, ms", "ratio", "memory, MiB", "ratio", "Fisher, ms/image",
+    )  # fmt: skip
+    plain: dict[str, float] = {}
+    for kind in KINDS:
+        on_gpu = torch.cuda.is_available()
+        found = measure(kind, arguments) if on_gpu else harness.alone(_MODULE, kind)
+        memory = found["device_mib"] or found["memory_mib"]
+        plain = plain or {"step": found["step_ms"], "memory": memory}
+        table.add_row(
+            kind,
+            f"{found['step_ms']:.1f}",
+            f"{found['step_ms'] / plain['step']:.2f}",
+            f"{memory:.0f}",
+            f"{memory / plain['memory']:.2f}",
+            f"{found['fisher_ms_per_image']:.1f}" if "fisher_ms_per_image" in found else "",
+        )
+    harness.show(table)
+
+
+def measure(kind: str, arguments: argparse.Namespace) -> dict[str, float]:
+    """Train two short tasks, and measure the second, in which the regularizers are at work.
+
+    Returns:
+        Milliseconds of a step (median), peak memory of the process and of the device in MiB, and
+        milliseconds of the Fisher pass per image.
+    """
+    count = STEPS * arguments.batch_size
+    module, images, labels = harness.random_work(arguments.model, count)
+    clock = _Clock()
+    callbacks: list[Callback] = [clock]
+    if "lwf" in kind:
+        callbacks.append(LwF())
+    ewc = _TimedEWC("published" if kind == "ewc-published" else "empirical", samples=_FISHER_IMAGES)
+    if "ewc" in kind:
+        callbacks.append(ewc)
+    if "magmax" in kind:
+        callbacks.append(MergeCallback("magmax"))
+    data = DataLoader(TensorDataset(images, labels), batch_size=arguments.batch_size)
+    for task in range(2):
+        clock.steps.clear()
+        trainer = L.Trainer(
+            max_epochs=1,
+            callbacks=callbacks,
+            precision=arguments.precision,
+            limit_train_batches=2 if task == 0 else 1.0,
+            **harness.QUIET,
+        )
+        with measured() as cost:
+            trainer.fit(module, data)
+    found = {
+        "step_ms": 1000 * statistics.median(clock.steps[1:]),
+        "memory_mib": cost.peak_memory / 2**20,
+        "device_mib": cost.peak_device_memory / 2**20,
+    }
+    if "ewc" in kind:
+        seen = count if kind == "ewc-published" else min(_FISHER_IMAGES, count)
+        found["fisher_ms_per_image"] = 1000 * ewc.seconds / seen
+    return found
+
+
 class _Clock(Callback):
-    """Times steps, the device's queue drained at both ends."""
+    """Times steps."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
-        self._watch = Stopwatch()
+        self._watch = harness.Stopwatch()
 
     @override
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._watch = Stopwatch()
+        self._watch = harness.Stopwatch()
         self._watch.start()
 
     @override
@@ -58,96 +130,10 @@ class _TimedEWC(EWC):
 
     @override
     def remember(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        watch = Stopwatch()
+        watch = harness.Stopwatch()
         with watch:
             super().remember(trainer, pl_module)
         self.seconds = watch.wall
-
-
-def measure(kind: str, arguments: argparse.Namespace) -> dict[str, float]:
-    """Train two short tasks, and measure the second, in which the regularizers are at work.
-
-    Args:
-        kind: One of `KINDS`.
-        arguments: Those of the command line.
-
-    Returns:
-        Milliseconds of a step (median), peak memory of the process and of the device in MiB, and
-        milliseconds of the Fisher pass per image.
-    """
-    count = arguments.steps * arguments.batch_size
-    module, images, labels = random_work(arguments.model, count, arguments.image_size)
-    clock, ewc = _Clock(), None
-    callbacks: list[Callback] = [clock]
-    if "lwf" in kind:
-        callbacks.append(LwF())
-    if "ewc" in kind:
-        ewc = _TimedEWC("published" if kind == "ewc-published" else "empirical", samples=64)
-        callbacks.append(ewc)
-    if "magmax" in kind:
-        callbacks.append(MergeCallback("magmax"))
-    data = DataLoader(TensorDataset(images, labels), batch_size=arguments.batch_size)
-    for task in range(2):
-        clock.steps.clear()
-        trainer = L.Trainer(
-            max_epochs=1,
-            callbacks=callbacks,
-            precision=arguments.precision,
-            limit_train_batches=2 if task == 0 else 1.0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        with measured() as cost:
-            trainer.fit(module, data)
-    found = {
-        "step_ms": 1000 * statistics.median(clock.steps[1:]),
-        "memory_mib": cost.peak_memory / 2**20,
-        "device_mib": cost.peak_device_memory / 2**20,
-    }
-    if ewc is not None:
-        seen = len(images) if kind == "ewc-published" else min(64, len(images))
-        found["fisher_ms_per_image"] = 1000 * ewc.seconds / seen
-    return found
-
-
-def main() -> None:
-    """Measure every kind and print a table; ratios are to plain training."""
-    from rich.console import Console
-    from rich.table import Table
-
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
-    parser.add_argument(
-        "--model", default="glyph", help="as in cl-merge run, or ARCH with random weights"
-    )
-    parser.add_argument("--image-size", type=int, default=None)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--precision", default="32-true")
-    parser.add_argument("--only", choices=KINDS, help="measure one, and print JSON")
-    arguments = parser.parse_args()
-    if arguments.only:
-        sys.stdout.write(json.dumps(measure(arguments.only, arguments)) + "\n")
-        return
-    table = Table(title=f"{arguments.model}, batch {arguments.batch_size}, {arguments.precision}")
-    for column in ("", "step, ms", "ratio", "memory, MiB", "ratio", "Fisher, ms/image"):
-        table.add_column(column, justify="right")
-    plain: dict[str, float] = {}
-    for kind in KINDS:
-        together = torch.cuda.is_available()
-        found = measure(kind, arguments) if together else alone(_MODULE, kind)
-        memory = found["device_mib"] or found["memory_mib"]
-        plain = plain or {"step": found["step_ms"], "memory": memory}
-        table.add_row(
-            kind,
-            f"{found['step_ms']:.1f}",
-            f"{found['step_ms'] / plain['step']:.2f}",
-            f"{memory:.0f}",
-            f"{memory / plain['memory']:.2f}",
-            f"{found['fisher_ms_per_image']:.1f}" if "fisher_ms_per_image" in found else "",
-        )
-    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -16,20 +15,20 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
-from rich.console import Console
 from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from cl_merge.benchmarks.studies.random_work import random_work
-from cl_merge.benchmarks.studies.timing import Spread, Stopwatch, alone, alternated, new_table
+from cl_merge.benchmarks.studies import harness
 from cl_merge.callbacks import MergeCallback
 from cl_merge.models.classifier import CLIPClassifier
 from cl_merge.training.cost import measured
 
 WAYS = ("framework", "bare")
 MODES = ("32-true", "bf16-mixed", "bf16-mixed+compile")
+WARMUP = 8  # steps before those that are timed
 
 _FIGURES = (
     ("images_per_second", "images/s", ".1f"),
@@ -37,23 +36,16 @@ _FIGURES = (
     ("memory_mib", "peak MiB", ".0f"),
 )
 
+Batch = tuple[Tensor, Tensor]
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what can be asked for.
-
-    Args:
-        parser: Takes the arguments.
-    """
-    parser.add_argument(
-        "--model", default="glyph", help="as in cl-merge run, or ARCH with random weights"
-    )
-    parser.add_argument("--image-size", type=int)
+    """Declare what can be asked for."""
+    parser.add_argument("--model", default="glyph", help="as in cl-merge run, or an architecture")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--steps", type=int, default=40, help="steps that are timed")
-    parser.add_argument("--warmup", type=int, default=8, help="steps before them")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--repeat", type=int, default=3, help="processes for each")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one")
     parser.add_argument("--only", help="measure one in this process, and print JSON")
     parser.add_argument("--json", type=Path, help="where to write all figures")
 
@@ -67,64 +59,58 @@ def run(arguments: argparse.Namespace, module: str) -> None:
     """
     if arguments.only:
         mode, way = arguments.only.split("/")
-        sys.stdout.write(json.dumps(measure(mode, way, arguments)) + "\n")
+        harness.tell(measure(mode, way, arguments.model, arguments.batch_size, arguments.steps))
         return
     found = {
-        mode: alternated(
-            {way: partial(alone, module, f"{mode}/{way}") for way in WAYS}, arguments.repeat
+        mode: harness.alternated(
+            {way: partial(harness.alone, module, f"{mode}/{way}") for way in WAYS}, arguments.repeat
         )
         for mode in arguments.modes
     }
     if arguments.json:
         figures = {"arguments": sys.argv[1:], "modes": found}
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
-    table = new_table(
+    table = harness.new_table(
         f"{arguments.model}, batch {arguments.batch_size}, {arguments.steps} steps, "
         f"{arguments.repeat} pairs; median (range)",
         "", "framework", "bare loop", "framework, % of it",
     )  # fmt: skip
     for mode, ways in found.items():
         for key, name, digits in _FIGURES:
-            columns = {way: [figures[key] for figures in ways[way]] for way in WAYS}
-            shares = [100 * a / b for a, b in zip(*columns.values(), strict=True)]
-            spreads = (Spread.of(column) for column in columns.values())
+            ours, bare = ([figures[key] for figures in ways[way]] for way in WAYS)
+            shares = [100 * a / b for a, b in zip(ours, bare, strict=True)]
             table.add_row(
                 f"{mode}, {name}",
-                *(f"{spread:{digits}}" for spread in spreads),
-                f"{Spread.of(shares):.1f}",
+                *(f"{harness.Spread.of(column):{digits}}" for column in (ours, bare)),
+                f"{harness.Spread.of(shares):.1f}",
             )
-    Console(highlight=False).print(table)
+    harness.show(table)
 
 
-def measure(mode: str, way: str, arguments: argparse.Namespace) -> dict[str, float]:
-    """Train in this process.
-
-    Args:
-        mode: One of `MODES`.
-        way: One of `WAYS`.
-        arguments: Those of the command line.
+def measure(
+    mode: str, way: str, model: str, batch_size: int, steps: int, warmup: int = WARMUP
+) -> dict[str, float]:
+    """Train in this process, on a GPU where there is one.
 
     Returns:
         Images per second and milliseconds of the processor per step, over the timed steps; peak
         memory in MiB, of the device where there is one; and the loss of the last step.
     """
     torch.manual_seed(0)
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    module, images, labels = random_work(
-        arguments.model, arguments.batch_size, arguments.image_size
-    )
-    module, images, labels = module.to(device), images.to(device), labels.to(device)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    module, images, labels = harness.random_work(model, batch_size)
+    module, batch = module.to(device), (images.to(device), labels.to(device))
     precision, compiled = mode.removesuffix("+compile"), mode.endswith("+compile")
     if compiled:
         module.visual.compile()
     train = _with_framework if way == "framework" else _bare
     with measured() as cost:
-        watch, loss = train(module, images, labels, precision, arguments)
-    on_device = device.type == "cuda"
+        watch, loss = train(module, batch, precision, warmup, warmup + steps)
+    memory = cost.peak_device_memory if device.type == "cuda" else cost.peak_memory
     return {
-        "images_per_second": arguments.steps * arguments.batch_size / watch.wall,
-        "cpu_ms": 1000 * watch.cpu / arguments.steps,
-        "memory_mib": (cost.peak_device_memory if on_device else cost.peak_memory) / 2**20,
+        "images_per_second": steps * batch_size / watch.wall,
+        "cpu_ms": 1000 * watch.cpu / steps,
+        "memory_mib": memory / 2**20,
         "loss": loss,
     }
 
@@ -132,10 +118,10 @@ def measure(mode: str, way: str, arguments: argparse.Namespace) -> dict[str, flo
 class _Timed(Callback):
     """Times the steps after the first few, from the end of one to the end of another."""
 
-    def __init__(self, warmup: int, steps: int) -> None:
-        self.watch = Stopwatch()
+    def __init__(self, first: int, last: int) -> None:
+        self.watch = harness.Stopwatch()
         self.loss = torch.zeros(())
-        self._first, self._last = warmup, warmup + steps
+        self._first, self._last = first, last
 
     @override
     def on_train_batch_end(
@@ -148,58 +134,35 @@ class _Timed(Callback):
             self.loss = outputs["loss"].detach()
 
 
-class _Repeated:
-    """The same batch again and again; of a list, Lightning would take each item for a loader."""
-
-    def __init__(self, batch: tuple[Tensor, Tensor], times: int) -> None:
-        self._batch = batch
-        self._times = times
-
-    def __len__(self) -> int:
-        return self._times
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return repeat(self._batch, self._times)
-
-
 def _with_framework(
-    module: CLIPClassifier,
-    images: Tensor,
-    labels: Tensor,
-    precision: Any,
-    arguments: argparse.Namespace,
-) -> tuple[Stopwatch, float]:
-    timed = _Timed(arguments.warmup, arguments.steps)
+    module: CLIPClassifier, batch: Batch, precision: Any, warmup: int, steps: int
+) -> tuple[harness.Stopwatch, float]:
+    timed = _Timed(warmup, steps)
     trainer = L.Trainer(
         max_epochs=1,
-        accelerator=images.device.type,
+        accelerator=batch[0].device.type,
         devices=1,
         precision=precision,
         callbacks=[MergeCallback("magmax"), timed],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **harness.QUIET,
     )
-    trainer.fit(module, _Repeated((images, labels), arguments.warmup + arguments.steps))
+    batches: Any = list(repeat(batch, steps))
+    trainer.fit(module, DataLoader(batches, batch_size=None))
     return timed.watch, timed.loss.item()
 
 
 def _bare(
-    module: CLIPClassifier,
-    images: Tensor,
-    labels: Tensor,
-    precision: str,
-    arguments: argparse.Namespace,
-) -> tuple[Stopwatch, float]:
-    tower, head, steps = module.visual, module.head.weight, arguments.warmup + arguments.steps
+    module: CLIPClassifier, batch: Batch, precision: str, warmup: int, steps: int
+) -> tuple[harness.Stopwatch, float]:
+    images, labels = batch
+    tower, head = module.visual, module.head.weight
     base = {name: weight.detach().clone() for name, weight in tower.named_parameters()}
     tower.train()
     optimizer = AdamW(tower.parameters(), lr=1e-5, weight_decay=0.1)
     schedule = LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
-    watch, loss = Stopwatch(), torch.zeros(())
+    watch, loss = harness.Stopwatch(), torch.zeros(())
     for step in range(steps):
-        if step == arguments.warmup:
+        if step == warmup:
             watch.start()
         with torch.autocast(images.device.type, torch.bfloat16, enabled=precision != "32-true"):
             features = tower(images)
@@ -209,7 +172,6 @@ def _bare(
         optimizer.step()
         schedule.step()
     watch.stop()
-    with torch.no_grad():
-        vector = {name: weight - base[name] for name, weight in tower.named_parameters()}
-    del vector
+    with torch.no_grad():  # the task vector, as the framework makes one
+        [weight - base[name] for name, weight in tower.named_parameters()]
     return watch, loss.item()

@@ -12,12 +12,8 @@ Caltech-101 do not use, and taken over for the scale.
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
-import statistics
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,10 +24,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from cl_merge.benchmarks.datasets.epochs import task_epochs
-from cl_merge.benchmarks.formatting import rounded
 from cl_merge.benchmarks.runs.evaluator import RunEvaluator
 from cl_merge.benchmarks.runs.results import finished_results
-from cl_merge.benchmarks.studies.store_accuracy import task_vectors
+from cl_merge.benchmarks.studies import harness
 from cl_merge.callbacks import MergeCallback
 from cl_merge.data.task_stream import TaskStream
 from cl_merge.data.tasks import Task
@@ -46,7 +41,141 @@ DECAY = 0.8
 PLAIN = "magmax"
 
 Vectors = list[TaskVector]
-Found = dict[str, Tensor]
+Change = dict[str, Tensor]
+"""By parameter, what is added to the pre-trained weights, its scale in it."""
+
+
+def main() -> None:
+    """Measure every run, and print each way with its difference to the plain one, by setting."""
+    logging.getLogger("lightning").setLevel(logging.ERROR)
+    parser = harness.new_parser(__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished sequential runs")
+    settings = harness.by_setting(parser.parse_args().runs, measure)
+    table = harness.new_table(None, "way", *settings)
+    for name in (*MERGING, *TRAINING):
+        cells = []
+        for runs in settings.values():
+            cell = harness.mean_and_spread([run[name] for run in runs], 1)
+            if name != PLAIN:
+                cell += "  " + harness.mean_and_spread(
+                    [run[name] - run[PLAIN] for run in runs], 1, "+"
+                )
+            cells.append(cell)
+        table.add_row(name, *cells)
+    harness.show(table)
+
+
+def measure(folder: Path, ways: Iterable[str] | None = None) -> dict[str, float]:
+    """Measure a finished run with sequential task vectors in several ways, in all without any.
+
+    Returns:
+        Accuracy on all test images in per cent, by way.
+
+    Raises:
+        InputError: If the plain way does not give what the run's results say.
+    """
+    evaluator, found = RunEvaluator.of(folder), {}
+    vectors: Vectors = list(harness.task_vectors(folder))
+    for name in (*MERGING, *TRAINING) if ways is None else ways:
+        if name in MERGING:
+            found[name] = evaluator.accuracy(MERGING[name](vectors).items(), 1.0)
+        else:
+            merger = train(evaluator, **TRAINING[name]).merger
+            found[name] = evaluator.accuracy(merger.items(), merger.published_scale)
+        if name == PLAIN:
+            _check_plain(folder, found[name])
+    return found
+
+
+# Ways to merge.
+
+
+def merged_by(method: str) -> Callable[[Vectors], Change]:
+    """Make the way of a method at its published scale."""
+
+    def way(vectors: Vectors) -> Change:
+        scale = get_merger(method).published_scale
+        return {name: scale * value for name, value in merge(vectors, method).items()}
+
+    return way
+
+
+def mean_over_time(vectors: Vectors) -> Change:
+    """The mean of the models that MagMax has after each task."""
+    merger = get_merger(PLAIN)
+    total = {name: torch.zeros_like(value) for name, value in vectors[0].items()}
+    for vector in vectors:
+        merger.update(vector)
+        for name, value in merger.items():
+            total[name] += merger.published_scale * value / len(vectors)
+    return total
+
+
+def sign_consistency(vectors: Vectors) -> Change:
+    """MagMax, each element times the share of the tasks' total magnitude that has one sign.
+
+    The share is ``abs(sum) / sum(abs)``: 1 where all tasks agree, 0 where they cancel out.
+    """
+    found = {}
+    for name, value in merged_by(PLAIN)(vectors).items():
+        stacked = torch.stack([vector[name] for vector in vectors])
+        share = stacked.sum(dim=0).abs() / stacked.abs().sum(dim=0).clamp(min=1e-30)
+        found[name] = value * share
+    return found
+
+
+def layer_scales(vectors: Vectors) -> Change:
+    """MagMax with a scale that falls by `DECAY` from each layer to the one before it."""
+    depths = layer_depths(vectors[0])
+    last = max(depths.values())
+    found = merged_by(PLAIN)(vectors)
+    return {name: value * DECAY ** (last - depths[name]) for name, value in found.items()}
+
+
+MERGING: dict[str, Callable[[Vectors], Change]] = {
+    PLAIN: merged_by(PLAIN),
+    "mean of merged models over time": mean_over_time,
+    "ema": merged_by("ema"),
+    "opcm": merged_by("opcm"),
+    "sign consistency": sign_consistency,
+    "scale falls towards early layers": layer_scales,
+}
+TRAINING: dict[str, dict[str, Any]] = {
+    "start=merged": {"start": "merged"},
+    "cross entropy over classes seen": {"seen": True},
+    "layer_decay": {"layer_decay": DECAY},
+}
+"""By name of the way, what `train` is given."""
+
+
+def train(
+    evaluator: RunEvaluator, *, start: str = "sequential", seen: bool = False, layer_decay: float = 1.0
+) -> MergeCallback:
+    """Train a run's stream anew, with the run's settings but for what is given.
+
+    Args:
+        evaluator: Of the run; its model is trained, from the pre-trained weights.
+        start: Where a task's training starts, as of `MergeCallback`.
+        seen: Whether the loss is over all classes seen so far instead of the task's.
+        layer_decay: As of `CLIPClassifier`.
+
+    Returns:
+        The callback with the merged task vectors.
+    """
+    config, stream = evaluator.config, evaluator.stream
+    kind = SeenClasses if seen else CLIPClassifier
+    options = asdict(config.optimizer) | {"layer_decay": layer_decay}
+    model = kind(evaluator.model.visual, evaluator.model.head, **options)
+    model.load_state_dict(evaluator.base, strict=False)
+    callback, epochs = MergeCallback(PLAIN, start=start), task_epochs(config, len(stream.tasks))
+
+    def trainer(task: Task) -> L.Trainer:
+        return L.Trainer(**harness.QUIET | config.trainer | {"max_epochs": epochs[task.index]})
+
+    fit_stream(
+        model, stream, callbacks=[callback], trainer=trainer, evaluate=False, seed=config.seed
+    )
+    return callback
 
 
 class SeenClasses(CLIPClassifier):
@@ -68,156 +197,6 @@ def seen_classes(stream: TaskStream) -> list[int]:
     return list(dict.fromkeys(label for task in tasks for label in task.classes))
 
 
-# Ways to merge: of the task vectors in order, the change of the weights, its scale in it.
-
-
-def merged_by(method: str) -> Callable[[Vectors], Found]:
-    """Make the way of a method at its published scale."""
-
-    def way(vectors: Vectors) -> Found:
-        scale = get_merger(method).published_scale
-        return {name: scale * value for name, value in merge(vectors, method).items()}
-
-    return way
-
-
-def mean_over_time(vectors: Vectors) -> Found:
-    """The mean of the models that MagMax has after each task."""
-    merger = get_merger(PLAIN)
-    total = {name: torch.zeros_like(value) for name, value in vectors[0].items()}
-    for vector in vectors:
-        merger.update(vector)
-        for name, value in merger.items():
-            total[name] += merger.published_scale * value / len(vectors)
-    return total
-
-
-def sign_consistency(vectors: Vectors) -> Found:
-    """MagMax, each element times the share of the tasks' total magnitude that has one sign.
-
-    The share is ``abs(sum) / sum(abs)``: 1 where all tasks agree, 0 where they cancel out.
-    """
-    found = {}
-    for name, value in merged_by(PLAIN)(vectors).items():
-        stacked = torch.stack([vector[name] for vector in vectors])
-        share = stacked.sum(dim=0).abs() / stacked.abs().sum(dim=0).clamp(min=1e-30)
-        found[name] = value * share
-    return found
-
-
-def layer_scales(vectors: Vectors) -> Found:
-    """MagMax with a scale that falls by `DECAY` from each layer to the one before it."""
-    depths = layer_depths(vectors[0])
-    last = max(depths.values())
-    found = merged_by(PLAIN)(vectors)
-    return {name: value * DECAY ** (last - depths[name]) for name, value in found.items()}
-
-
-MERGING: dict[str, Callable[[Vectors], Found]] = {
-    PLAIN: merged_by(PLAIN),
-    "mean of merged models over time": mean_over_time,
-    "ema": merged_by("ema"),
-    "opcm": merged_by("opcm"),
-    "sign consistency": sign_consistency,
-    "scale falls towards early layers": layer_scales,
-}
-TRAINING: dict[str, dict[str, Any]] = {
-    "start=merged": {"start": "merged"},
-    "cross entropy over classes seen": {"seen": True},
-    "layer_decay": {"layer_decay": DECAY},
-}
-"""By name of the way, what `train` is given."""
-
-
-def measure(folder: Path, ways: Sequence[str]) -> Iterator[tuple[str, float]]:
-    """Measure one run in several ways.
-
-    Args:
-        folder: Of a finished run with sequential task vectors.
-        ways: Names of the ways.
-
-    Yields:
-        The name of each way and its accuracy on all test images in per cent.
-
-    Raises:
-        InputError: If the plain way does not give what the run's results say.
-    """
-    if not ways:
-        return
-    replay = RunEvaluator.of(folder)
-    vectors: Vectors = list(task_vectors(folder / "task_vectors" / "sequential"))
-    for name in ways:
-        if name in MERGING:
-            found = replay.accuracy(MERGING[name](vectors).items(), 1.0)
-        else:
-            merger = train(replay, **TRAINING[name]).merger
-            found = replay.accuracy(merger.items(), merger.published_scale)
-        if name == PLAIN:
-            _check_plain(folder, found)
-        yield name, found
-
-
-def train(
-    replay: RunEvaluator, *, start: str = "sequential", seen: bool = False, layer_decay: float = 1.0
-) -> MergeCallback:
-    """Train a run's stream anew, with the run's settings but for what is given.
-
-    Args:
-        replay: Of the run; its model is trained, from the pre-trained weights.
-        start: Where a task's training starts, as of `MergeCallback`.
-        seen: Whether the loss is over all classes seen so far instead of the task's.
-        layer_decay: As of `CLIPClassifier`.
-
-    Returns:
-        The callback with the merged task vectors.
-    """
-    config, stream = replay.config, replay.stream
-    kind = SeenClasses if seen else CLIPClassifier
-    options = asdict(config.optimizer) | {"layer_decay": layer_decay}
-    model = kind(replay.model.visual, replay.model.head, **options)
-    callback, epochs = MergeCallback(PLAIN, start=start), task_epochs(config, len(stream.tasks))
-    model.load_state_dict(replay.base, strict=False)
-
-    def trainer(task: Task) -> L.Trainer:
-        quiet = dict.fromkeys(("enable_checkpointing", "enable_progress_bar"), False)
-        quiet |= {"enable_model_summary": False, "logger": False}
-        return L.Trainer(**quiet | config.trainer | {"max_epochs": epochs[task.index]})
-
-    fit_stream(
-        model, stream, callbacks=[callback], trainer=trainer, evaluate=False, seed=config.seed
-    )
-    return callback
-
-
-def main(words: Sequence[str] | None = None) -> None:
-    """Measure every run, and print each way with its difference to the plain one, by setting.
-
-    Args:
-        words: Of the command; those of the process if None.
-    """
-    logging.getLogger("lightning").setLevel(logging.ERROR)
-    ways = [*MERGING, *TRAINING]
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished sequential runs")
-    parser.add_argument("--only", nargs="+", choices=ways, default=ways, metavar="WAY")
-    parser.add_argument("--keep", type=Path, metavar="FILE", help="go on with what it holds")
-    arguments = parser.parse_args(words)
-    only = list(dict.fromkeys([PLAIN, *arguments.only]))
-    known: dict[str, dict[str, float]] = {}
-    if arguments.keep and arguments.keep.exists():
-        known = json.loads(arguments.keep.read_text())
-    settings: dict[str, list[dict[str, float]]] = {}
-    for folder in arguments.runs:
-        place = folder.resolve()
-        found = known.setdefault(str(place), {})
-        for name, accuracy in measure(folder, [name for name in only if name not in found]):
-            found[name] = accuracy
-            if arguments.keep:
-                arguments.keep.write_text(json.dumps(known, indent=1))
-        settings.setdefault(place.parts[-3], []).append(found)
-    _print(settings, only)
-
-
 def _check_plain(folder: Path, found: float) -> None:
     expected = finished_results(folder)["methods"][PLAIN]["accuracy"]
     if abs(found - expected) > 1e-6:
@@ -225,28 +204,6 @@ def _check_plain(folder: Path, found: float) -> None:
             f"'{folder}': MagMax of its task vectors has {found:.4f} % here, but results.json says "
             f"{expected:.4f}; expected the images and the number of threads of the run"
         )
-
-
-def _print(settings: Mapping[str, list[dict[str, float]]], only: list[str]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("way", *settings, box=box.SIMPLE_HEAD)
-    for name in only:
-        cells = []
-        for runs in settings.values():
-            values = [run[name] for run in runs]
-            apart = [run[name] - run[PLAIN] for run in runs]
-            difference = "" if name == PLAIN else f"  {_figure(apart, '+')}"
-            cells.append(_figure(values) + difference)
-        table.add_row(name, *cells)
-    Console(width=max(80, 40 + 30 * len(settings)), file=sys.stdout).print(table)
-
-
-def _figure(values: list[float], sign: str = "") -> str:
-    spread = f" ± {rounded(statistics.stdev(values))}" if len(values) > 1 else ""
-    return rounded(statistics.mean(values), sign=sign) + spread
 
 
 if __name__ == "__main__":

@@ -8,10 +8,8 @@ from collections.abc import Sequence
 
 from cl_merge import __version__
 from cl_merge.cli import bench, export, inspect, merge, predict, report, run
-from cl_merge.cli.messages import own_messages, say
-from cl_merge.cli.stopped import Signals, StoppedError, terminated_as_interrupted
-from cl_merge.cli.streams import is_unread, writable_streams
-from cl_merge.cli.threads import share_cores
+from cl_merge.cli.process import Signals, StoppedError, share_cores, terminated_as_interrupted
+from cl_merge.cli.terminal import is_unread, own_terminal, say
 from cl_merge.errors import InputError
 
 
@@ -27,11 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         after Ctrl-C, 141 if nobody reads the output any more, 143 after SIGTERM.
     """
     share_cores()
-    with writable_streams(), terminated_as_interrupted() as signals:
+    with own_terminal(), terminated_as_interrupted() as signals:
         try:
             parsed = _parse(arguments)
-            with own_messages():
-                code = int(parsed.execute(parsed) or 0)
+            code = int(parsed.execute(parsed) or 0)
             return 141 if is_unread() else code
         except InputError as error:
             say(str(error))
@@ -39,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except StoppedError as stopped:
             code, why = _explain(stopped.reason, signals)
             kept = "what was finished is kept; " if code in (130, 143) else ""
-            say(f"{why}; {kept}go on with: {stopped.again}")
+            say(f"{why}; {kept}go on with: {stopped.resume_command}")
             return code
         except (KeyboardInterrupt, SystemExit, OSError) as stop:
             code, why = _explain(stop, signals)
@@ -49,11 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Make the parser of all commands.
-
-    Returns:
-        The parser; what it finds has ``execute``, the function of the command.
-    """
+    """Make the parser of all commands; what it finds has ``execute``, the command's function."""
     made = argparse.ArgumentParser(
         prog="cl-merge", description="Continual learning by model merging."
     )
@@ -77,7 +70,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _explain(reason: BaseException, signals: Signals) -> tuple[int, str]:
-    """The exit code and the words for what stopped a run."""
+    """The exit code and the words for what stopped a command."""
     if signals.terminated and isinstance(reason, (KeyboardInterrupt, SystemExit)):
         return 143, "terminated"
     # Lightning answers Ctrl-C within a fit with an exit of its own.

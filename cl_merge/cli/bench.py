@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cl_merge.cli.messages import show_messages
-from cl_merge.cli.stopped import StoppedError
+from cl_merge.cli.process import StoppedError
+from cl_merge.cli.terminal import show_messages
 from cl_merge.errors import InputError
 
 if TYPE_CHECKING:

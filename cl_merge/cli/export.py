@@ -20,17 +20,13 @@ Class statistics that vote beside the text head are in torch and onnx only; thos
 end in -aligned are in the image tower, and in any format.
 
 examples:
-  cl-merge export runs/digits-magmax --format onnx -o exported/digits
-  cl-merge export runs/photos --method magmax-aligned --format huggingface -o exported/photos
+  cl-merge export runs/digits-magmax --format onnx --out exported/digits
+  cl-merge export runs/photos --method magmax-aligned --format huggingface --out exported/photos
 """
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the command line.
-
-    Args:
-        commands: Where the commands are.
-    """
+    """Add the command to the command line."""
     command = commands.add_parser(
         "export",
         help="write a finished run's model for open_clip, transformers, torch or ONNX",
@@ -40,25 +36,20 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     command.add_argument("run", metavar="RUN", help="folder of a finished run")
     command.add_argument("--format", required=True, metavar="FORMAT", help="see below")
-    command.add_argument("-o", "--output", required=True, metavar="FOLDER", help="a new folder")
+    command.add_argument(
+        "--out", "-o", "--output", required=True, metavar="FOLDER", help="a new folder"
+    )
     command.add_argument("--method", help="another method of the run, with the same weights")
     command.set_defaults(execute=export)
 
 
 def export(parsed: argparse.Namespace) -> None:
-    """Export a run and say where it is.
-
-    Args:
-        parsed: The words of the command.
-
-    Raises:
-        InputError: If it cannot be exported.
-    """
+    """Export a run and say where it is."""
     from rich.console import Console
 
     from cl_merge.benchmarks.export import export as write
 
-    folder = write(parsed.run, parsed.format, parsed.output, method=parsed.method)
+    folder = write(parsed.run, parsed.format, parsed.out, method=parsed.method)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     size = sum(path.stat().st_size for path in files) / 1e6
     Console(highlight=False, soft_wrap=True).print(

@@ -70,7 +70,7 @@ def inspect(parsed: argparse.Namespace) -> int:
     """
     from rich.console import Console
 
-    from cl_merge.cli.progress import byte_progress
+    from cl_merge.cli.terminal import byte_progress
     from cl_merge.merge_files.inspection import inspect_checkpoints
 
     with byte_progress(Console(stderr=True), "reading") as progress:

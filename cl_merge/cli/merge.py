@@ -100,8 +100,7 @@ def merge(parsed: argparse.Namespace) -> None:
     from omegaconf import OmegaConf
     from rich.console import Console
 
-    from cl_merge.cli.messages import show_messages
-    from cl_merge.cli.progress import byte_progress
+    from cl_merge.cli.terminal import byte_progress, show_messages
     from cl_merge.config.reading import parse_arguments
     from cl_merge.merge_files import merge_checkpoints
 

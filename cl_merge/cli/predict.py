@@ -6,11 +6,11 @@ import argparse
 import csv
 import io
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from cl_merge.cli.messages import say
+from cl_merge.cli.terminal import say
 from cl_merge.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,17 +24,13 @@ a folder a file that is no readable image is named and skipped, and the exit cod
 _EXAMPLES = """\
 examples:
   cl-merge predict runs/digits-magmax seven.png eight.png
-  cl-merge predict runs/photos holiday/ --top 3 -o holiday.csv
+  cl-merge predict runs/photos holiday/ --top 3 --out holiday.csv
 """
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the command line.
-
-    Args:
-        commands: Where the commands are.
-    """
+    """Add the command to the command line."""
     command = commands.add_parser(
         "predict",
         help="classify images with the model of a finished run",
@@ -45,7 +41,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     command.add_argument("run", metavar="RUN", help="folder of a finished run")
     command.add_argument("images", metavar="IMAGE", nargs="+", help="images, or folders of images")
     command.add_argument("--top", type=int, default=5, metavar="N", help="classes to name [5]")
-    command.add_argument("-o", "--output", metavar="FILE", help="write CSV there")
+    command.add_argument("--out", "-o", "--output", metavar="FILE", help="write CSV there")
     command.add_argument("--device", help="cpu, cuda or cuda:1 [cuda if there is one]")
     command.add_argument("--batch-size", type=int, default=64, metavar="N", help="[64]")
     command.add_argument("--method", help="another method of the run, with the same weights")
@@ -53,13 +49,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def predict(parsed: argparse.Namespace) -> int:
-    """Classify images and show or write what was found.
-
-    Args:
-        parsed: The words of the command.
-
-    Returns:
-        The exit code: 1 if files were skipped.
+    """Classify images and show or write what was found; 1 if files were skipped.
 
     Raises:
         InputError: If the run cannot be loaded, a number is below 1, an image is not there or
@@ -68,13 +58,11 @@ def predict(parsed: argparse.Namespace) -> int:
     for name, value in (("--top", parsed.top), ("--batch-size", parsed.batch_size)):
         if value < 1:
             raise InputError(f"{name} {value}; expected 1 or more")
-    output = Path(parsed.output).expanduser() if parsed.output else None
+    output = Path(parsed.out).expanduser() if parsed.out else None
     if output is not None and output.exists():
         raise InputError(f"the output '{output}' exists; give another name")
-    places = [Path(image).expanduser() for image in parsed.images]
-    by_place = [(place, _files(place)) for place in places]
-    files = [file for _, found in by_place for file in found]
-    in_folders = {file for place, found in by_place if place.is_dir() for file in found}
+    given = [Path(image).expanduser() for image in parsed.images]
+    files = [(file, path.is_dir()) for path in given for file in _images(path)]
     # What follows loads torch's libraries and a model, which takes seconds: wrong words first.
     import torch
 
@@ -83,89 +71,66 @@ def predict(parsed: argparse.Namespace) -> int:
 
     device = parsed.device or ("cuda" if torch.cuda.is_available() else "cpu")
     classifier = load(parsed.run, method=parsed.method, device=device)
-    top = min(parsed.top, len(classifier.class_names))
-    guesses = _Guesses(classifier, files, in_folders, top, parsed.batch_size)
+    top, skipped = min(parsed.top, len(classifier.class_names)), list[Path]()
+    found = _classified(classifier, files, top, parsed.batch_size, skipped)
     if output is not None:
         text = io.StringIO(newline="")
-        _write_csv(text, guesses, top)
+        _write_csv(text, found, top)
         with atomic_write(output) as temporary:
             temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
-    elif in_folders:
-        _write_csv(sys.stdout, guesses, top)
+    elif any(in_folder for _, in_folder in files):
+        _write_csv(sys.stdout, found, top)
     else:
-        _show_table(guesses, top)
-    return 1 if guesses.skipped else 0
+        _show_table(found, top)
+    return 1 if skipped else 0
 
 
-class _Guesses:
-    """Goes through files a batch at a time.
-
-    Args:
-        classifier: What classifies.
-        files: The files.
-        skippable: Those that are named and left out if they are no images.
-        top: How many classes to name.
-        batch_size: How many images to classify at once.
-
-    Attributes:
-        skipped: How many files were left out so far.
-    """
-
-    def __init__(
-        self,
-        classifier: ImageClassifier,
-        files: Sequence[Path],
-        skippable: set[Path],
-        top: int,
-        batch_size: int,
-    ) -> None:
-        self.skipped = 0
-        self._classifier = classifier
-        self._files = files
-        self._skippable = skippable
-        self._top = top
-        self._size = batch_size
-
-    def __iter__(self) -> Iterator[tuple[Path, list[Guess]]]:
-        for start in range(0, len(self._files), self._size):
-            images, files = [], []
-            for file in self._files[start : start + self._size]:
-                try:
-                    images.append(self._classifier.prepare(file))
-                    files.append(file)
-                except InputError as error:
-                    if file not in self._skippable:
-                        raise
-                    self.skipped += 1
-                    say(f"skipped: {error}")
-            found = self._classifier.predict(images, self._top, batch_size=self._size)
-            yield from zip(files, found, strict=True)
-
-
-def _files(place: Path) -> list[Path]:
+def _images(path: Path) -> list[Path]:
     """The images of a folder, at all depths and in order; of a file itself."""
-    if not place.is_dir():
-        if not place.exists():
-            raise InputError(f"there is no image '{place}'; check the path")
-        return [place]
+    if not path.is_dir():
+        if not path.exists():
+            raise InputError(f"there is no image '{path}'; check the path")
+        return [path]
     found = sorted(
-        file for file in place.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()
+        file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()
     )
     if not found:
-        raise InputError(f"the folder '{place}' has no image ({', '.join(SUFFIXES)})")
+        raise InputError(f"the folder '{path}' has no image ({', '.join(SUFFIXES)})")
     return found
 
 
-def _write_csv(file: TextIO, found: _Guesses, top: int) -> None:
+def _classified(
+    classifier: ImageClassifier,
+    files: Sequence[tuple[Path, bool]],
+    top: int,
+    batch_size: int,
+    skipped: list[Path],
+) -> Iterator[tuple[Path, list[Guess]]]:
+    """Classify files a batch at a time; those of folders that are no images are left out."""
+    for start in range(0, len(files), batch_size):
+        images, kept = [], []
+        for file, in_folder in files[start : start + batch_size]:
+            try:
+                images.append(classifier.prepare(file))
+                kept.append(file)
+            except InputError as error:
+                if not in_folder:
+                    raise
+                say(f"skipped: {error}")
+                skipped.append(file)
+        yield from zip(kept, classifier.predict(images, top, batch_size=batch_size), strict=True)
+
+
+def _write_csv(file: TextIO, found: Iterable[tuple[Path, list[Guess]]], top: int) -> None:
     writer = csv.writer(file, lineterminator="\n")
-    ranks = [f"{what}_{rank}" for rank in range(1, top + 1) for what in ("class", "probability")]
+    ranks = [f"{name}_{rank}" for rank in range(1, top + 1) for name in ("class", "probability")]
     writer.writerow(["file", *ranks])
     for path, guesses in found:
         cells = [cell for guess in guesses for cell in (guess.name, f"{guess.probability:.6f}")]
         writer.writerow([str(path), *cells])
 
 
-def _show_table(found: _Guesses, top: int) -> None:
+def _show_table(found: Iterable[tuple[Path, list[Guess]]], top: int) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table

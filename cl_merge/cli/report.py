@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cl_merge.cli.messages import show_messages
+from cl_merge.cli.terminal import show_messages
 from cl_merge.errors import InputError
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from cl_merge.cli.messages import show_messages
-from cl_merge.cli.stopped import StoppedError
+from cl_merge.cli.process import StoppedError
+from cl_merge.cli.terminal import show_messages
 from cl_merge.errors import InputError
 
 _DESCRIPTION = """\

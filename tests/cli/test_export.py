@@ -17,7 +17,7 @@ def vit(tmp_path_factory):
 def test_it_says_what_it_has_written_and_where(vit, tmp_path, capsys):
     new = tmp_path / "deep" / "new"
     words = ["export", str(vit), "--format", "open_clip", "--method", "magmax-aligned"]
-    assert cli.main([*words, "-o", str(new)]) == 0
+    assert cli.main([*words, "--out", str(new)]) == 0
     names = sorted(path.name for path in new.iterdir())
     assert names == [
         "README.md",

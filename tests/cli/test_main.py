@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from cl_merge import __version__, cli
-from cl_merge.cli.threads import share_cores
+from cl_merge.cli.process import share_cores
 
 
 def interrupted_by_lightning(*_):

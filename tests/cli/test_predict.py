@@ -56,10 +56,11 @@ def test_a_folder_makes_csv_in_order_whatever_the_batch(run, folder, tmp_path, c
         assert [row[1], row[3]] == [first.name, second.name]
         values = [float(row[2]), float(row[4])]
         assert values == pytest.approx([first.probability, second.probability], abs=1e-5)
-    file = tmp_path / "found.csv"
-    assert cli.main(["predict", str(run), str(folder), "--top", "2", "-o", str(file)]) == 0
-    assert [row[:2] for row in rows(file.read_text())] == [row[:2] for row in rows(printed)]
-    assert capsys.readouterr().out == ""
+    for option in ("--out", "-o", "--output"):
+        file = tmp_path / f"{option}.csv"
+        assert cli.main(["predict", str(run), str(folder), "--top", "2", option, str(file)]) == 0
+        assert [row[:2] for row in rows(file.read_text())] == [row[:2] for row in rows(printed)]
+        assert capsys.readouterr().out == ""
 
 
 def test_a_method_with_statistics_and_more_classes_than_there_are(run, folder, capsys):

@@ -11,6 +11,7 @@ from cl_merge.kernels.parallel import usable_cores
     [
         ("trainer.max_epochs=0", "trainer.max_epochs=0; expected a whole number from 1"),
         ("trainer.devices=99", f"trainer.devices=99; expected at most {max(usable_cores(), 2)}: "),
+        ("optimizer.lr=-1", "optimizer.lr=-1.0; expected a finite number above 0"),
         ("optimizer.lr=nan", "optimizer.lr=nan; expected a finite number above 0"),
         ("optimizer.weight_decay=-1", "optimizer.weight_decay=-1.0; expected 0 or more, finite"),
         ("optimizer.label_smoothing=2", "optimizer.label_smoothing=2.0; expected from 0 to 1"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cl_merge import cli
-from cl_merge.cli.stopped import terminated_as_interrupted
+from cl_merge.cli.process import terminated_as_interrupted
 
 RUN = ["stream.tasks=2", "stream.images_per_class=4", "trainer.max_epochs=2000", "compare=false"]
 # What other libraries warn of depends on their versions.
@@ -23,9 +23,11 @@ ENVIRONMENT = os.environ | {
 }
 
 
-def start(folder, *words):
+def start_in_background(folder, *words):
+    """Start a command as the shell of a script does in the background: Ctrl-C is ignored."""
+    command = [sys.executable, "-m", "cl_merge.cli", *words]
     return subprocess.Popen(
-        [sys.executable, "-m", "cl_merge.cli", *words],
+        ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", *command],
         cwd=folder,
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
@@ -46,8 +48,9 @@ def wait_for(path, process):
 def terminated(tmp_path_factory):
     """A run that was asked to end while it trained, twice as ``timeout`` does it."""
     folder = tmp_path_factory.mktemp("terminated")
-    process = start(folder, "run", *RUN, "out=run")
+    process = start_in_background(folder, "run", *RUN, "out=run")
     wait_for(folder / "run" / "logs", process)
+    process.send_signal(signal.SIGINT)
     process.terminate()
     process.terminate()
     begin = time.monotonic()

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 
@@ -13,7 +14,12 @@ from PIL import ExifTags, Image
 
 from cl_merge import load, load_clip
 from cl_merge.benchmarks.datasets.digits import digits
-from cl_merge.benchmarks.export import FORMATS, export, exporting
+from cl_merge.benchmarks.export import FORMATS, export
+from cl_merge.benchmarks.export.card import write_card
+from cl_merge.benchmarks.export.comparing import check_features
+from cl_merge.benchmarks.export.huggingface_folder import misfit
+from cl_merge.benchmarks.export.open_clip_folder import model_config
+from cl_merge.benchmarks.runs.trained_run import read_run, restore
 from cl_merge.errors import InputError, StorageError
 
 LIBRARIES = {
@@ -247,39 +253,26 @@ def test_what_a_format_cannot_hold_is_said_with_those_that_can(glyph, vit, tmp_p
         ({"custom_text": True}, "CLIPModel does not know its custom_text"),
     ],
 )
-def test_architectures_that_transformers_does_not_know_are_said(
-    changed, words, vit, tmp_path, monkeypatch
-):
-    from cl_merge.benchmarks.export import huggingface_folder as module
-
-    known = module.model_config
-
-    def other(config):
-        found = known(config)
-        for key, value in changed.items():
-            found[key] = found[key] | value if isinstance(value, dict) else value
-        return found
-
-    monkeypatch.setattr(module, "model_config", other)
-    said = message(vit, "huggingface", tmp_path / "new")
-    assert words in said
-    assert said.endswith("; formats that can: open_clip, torch, onnx")
+def test_architectures_that_transformers_does_not_know_are_said(changed, words, vit):
+    config = model_config(read_run(vit).config)
+    assert misfit(config) is None
+    for key, value in changed.items():
+        config[key] = config[key] | value if isinstance(value, dict) else value
+    assert words in misfit(config)
 
 
-def test_what_was_written_is_compared_with_the_runs_model(vit, tmp_path, monkeypatch):
-    from cl_merge.benchmarks.export import huggingface_folder as module
+def test_what_was_written_is_compared_with_the_runs_model(vit):
+    restored = restore(read_run(vit))
+    visual, clip = restored.model.visual, restored.clip
 
-    known = module._config
+    def encode_texts(texts):
+        return clip.model.encode_text(clip.tokenizer(texts))
 
-    def wrong(restored):
-        found = known(restored)
-        found.vision_config.hidden_act = "relu"
-        return found
-
-    monkeypatch.setattr(module, "_config", wrong)
-    said = message(vit, "huggingface", tmp_path / "new")
-    assert said.startswith("format huggingface does not give the model's logits: they differ by ")
-    assert list(tmp_path.iterdir()) == []
+    check_features("onnx", visual, encode_texts, restored)
+    with pytest.raises(InputError, match="^format onnx does not give the model's logits: they di"):
+        check_features("onnx", lambda images: visual(images).flip(1), encode_texts, restored)
+    with pytest.raises(InputError, match="^format onnx does not encode texts as model 'local-dir"):
+        check_features("onnx", visual, lambda texts: encode_texts(texts).flip(1), restored)
 
 
 def test_nothing_is_overwritten(vit, tmp_path):
@@ -302,18 +295,17 @@ def test_nothing_is_overwritten(vit, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
-def test_an_export_that_fails_leaves_nothing(vit, tmp_path, monkeypatch):
+def test_an_export_that_fails_leaves_nothing(vit, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
-
-    def full_disk(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(exporting, "write_card", full_disk)
-    with pytest.raises(StorageError, match="No space left on device"):
-        export(vit, "open_clip", empty)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(StorageError, match="File too large"):
+            export(vit, "open_clip", empty)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
-    monkeypatch.undo()
     export(vit, "open_clip", empty)
     assert (empty / "README.md").exists()
 
@@ -322,8 +314,7 @@ def test_an_export_that_fails_leaves_nothing(vit, tmp_path, monkeypatch):
     ("form", "package"), [("onnx", "onnxruntime"), ("huggingface", "transformers")]
 )
 def test_a_missing_library_is_said(form, package, vit, tmp_path, monkeypatch):
-    known = exporting.find_spec
-    monkeypatch.setattr(exporting, "find_spec", lambda n: None if n == package else known(n))
+    monkeypatch.setitem(sys.modules, package, None)
     assert message(vit, form, tmp_path / "new") == (
         f"format {form} needs the package '{package}', which is not installed: "
         'pip install "cl-merge[export]"'
@@ -347,3 +338,18 @@ def test_prompts_that_are_not_the_heads_are_left_out(vit, tmp_path):
     assert set(classes[0]) == {"name", "tasks"}
     assert "another word" not in card(tmp_path / "new")
     assert "not known any more" in card(tmp_path / "new")
+
+
+def test_a_users_data_file_and_folders_are_called_by_their_names(vit, tmp_path):
+    restored = restore(read_run(vit))
+    for data, name in (
+        ("/home/me/cifar10.yaml", "cifar10"),
+        ("cifar10.yaml", "cifar10"),
+        ("/photos/birds.v2", "birds.v2"),
+        ("someone/birds", "someone/birds"),
+    ):
+        restored.run.config.data = data
+        write_card(restored, "torch", [{"name": "zero", "tasks": [0]}], tmp_path)
+        assert f"# local-dir:vit on {name}, magmax\n" in card(tmp_path)
+        assert f"of the data set `{name}`." in card(tmp_path)
+        assert f"| data | {name} |" in card(tmp_path)

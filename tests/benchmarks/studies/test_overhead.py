@@ -10,6 +10,7 @@ import torch
 
 from cl_merge.benchmarks.runs.run import start_run
 from cl_merge.benchmarks.studies import bare_loop, overhead, step_speed
+from cl_merge.benchmarks.studies.harness import Stopwatch
 from cl_merge.benchmarks.studies.overhead import measure_stream, measure_test, read_settings
 from cl_merge.errors import InputError
 
@@ -73,7 +74,7 @@ def test_an_evaluation_is_one_forward_pass_over_the_test_images(run):
 
 def test_figures_are_those_of_the_pairs():
     def watch(wall, cpu):
-        found = overhead.Stopwatch()
+        found = Stopwatch()
         found.wall, found.cpu = wall, cpu
         return found
 
@@ -116,9 +117,7 @@ def test_the_command_prints_a_table_and_writes_the_figures(
 
 @pytest.mark.parametrize("mode", ["32-true", "bf16-mixed"])
 def test_steps_on_random_images_are_the_same_work(mode):
-    arguments = argparse.Namespace(
-        model="glyph", image_size=None, batch_size=4, steps=3, warmup=2, device="cpu"
-    )
+    arguments = argparse.Namespace(model="glyph", batch_size=4, steps=3, warmup=2, device="cpu")
     ours, bare = (step_speed.measure(mode, way, arguments) for way in step_speed.WAYS)
     assert ours["loss"] == pytest.approx(bare["loss"], rel=1e-6)
     assert all(figures["images_per_second"] > 0 for figures in (ours, bare))

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from rich.console import Console
 
-from cl_merge.cli.progress import byte_progress
+from cl_merge.cli.terminal import byte_progress
 
 
 def shown(told, terminal=True):

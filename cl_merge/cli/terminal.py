@@ -1,0 +1,106 @@
+"""What a command writes: lines, the library's messages, a progress bar, whatever the terminal."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def say(message: str) -> None:
+    """Say one line on standard error, whatever control characters names have put into it."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    sys.stderr.write(f"cl-merge: {shown}\n")
+
+
+def show_messages(console: Console) -> None:
+    """Let what the library has to say appear beside the progress bar instead of breaking it."""
+    from rich.logging import RichHandler
+
+    library = logging.getLogger("cl_merge")
+    library.handlers = [
+        RichHandler(console=console, show_time=False, show_level=False, show_path=False)
+    ]
+    library.propagate = False
+    library.setLevel(logging.INFO)
+
+
+@contextmanager
+def byte_progress(console: Console, doing: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
+    """Show how many bytes were read, how fast, and how long the rest takes; on a terminal only.
+
+    Yields:
+        A function that takes the number of bytes to come and returns one that is told, from any
+        thread, of bytes that were read.
+    """
+    from rich import progress as rich
+
+    columns = (
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(),
+        rich.DownloadColumn(),
+        rich.TransferSpeedColumn(),
+        rich.TimeRemainingColumn(),
+    )
+    disable = not console.is_terminal
+    with rich.Progress(*columns, console=console, transient=True, disable=disable) as progress:
+
+        def begin(total: int) -> Callable[[int], None]:
+            task = progress.add_task(doing, total=total)
+            return lambda number: progress.advance(task, number)
+
+        yield begin
+
+
+@contextmanager
+def own_terminal() -> Iterator[None]:
+    """Let any text be written: to a closed stream, in any encoding, with a terminal of no width.
+
+    After it streams, environment and logging are the caller's as they were.
+    """
+    library = logging.getLogger("cl_merge")
+    before = library.handlers, library.propagate, library.level
+
+    def restore_logging() -> None:
+        library.handlers, library.propagate, library.level = before
+
+    with ExitStack() as after:
+        after.callback(restore_logging)
+        for name in ("stdout", "stderr"):
+            stream: TextIO | None = getattr(sys, name)
+            if stream is None:
+                null = after.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                setattr(sys, name, null)
+                after.callback(setattr, sys, name, None)
+            elif stream is getattr(sys, f"__{name}__"):
+                # Names of files may hold bytes that are no text.
+                after.callback(stream.reconfigure, errors=stream.errors)
+                stream.reconfigure(errors="backslashreplace")
+        if os.environ.get("COLUMNS") == "0":
+            # As some schedulers set it; on lines of no width nothing would be shown.
+            del os.environ["COLUMNS"]
+            after.callback(os.environ.__setitem__, "COLUMNS", "0")
+        # To configure a stream is to flush it, which must not fail.
+        after.callback(is_unread)
+        yield
+
+
+def is_unread() -> bool:
+    """Find out whether nobody reads standard output any more, as behind ``| head``.
+
+    If so, nothing more is written to it, so that Python says nothing of it at its end.
+    """
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+        return True
+    return False

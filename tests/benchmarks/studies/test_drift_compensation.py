@@ -1,0 +1,69 @@
+"""Ways to follow drifting features: against what they are on features made up for it."""
+
+import pytest
+import torch
+
+from cl_merge.benchmarks.studies.drift_compensation import WAYS, Streamed, measure
+from cl_merge.class_statistics import ClassGaussians, FeatureMoments, unit
+
+SIZE, CLASSES = 8, 6
+
+
+def streamed(drift):
+    """Two tasks of three classes; after the second, all features are moved by `drift`."""
+    generator = torch.Generator().manual_seed(0)
+    centres = unit(torch.randn(CLASSES, SIZE, generator=generator))
+
+    def images(labels):
+        noise = 0.2 * torch.randn(len(labels), SIZE, generator=generator)
+        return unit(centres[labels] + noise)
+
+    labels = [torch.arange(3).repeat(20), torch.arange(3, 6).repeat(20)]
+    test_labels = torch.arange(CLASSES).repeat(30)
+    base, test = [images(one) for one in labels], images(test_labels)
+    return Streamed(
+        classes=CLASSES,
+        head=centres,
+        labels=labels,
+        base=base,
+        before=base,
+        merged=[base[0], drift(base[1])],
+        final=[drift(features) for features in base],
+        test_base=test,
+        test_final=drift(test),
+        test_labels=test_labels,
+    )
+
+
+def still(features):
+    return features
+
+
+def turned(features):
+    generator = torch.Generator().manual_seed(1)
+    return features @ torch.linalg.qr(torch.randn(SIZE, SIZE, generator=generator)).Q
+
+
+def test_statistics_of_all_images_are_those_of_exact_moments():
+    run = streamed(turned)
+    moments = FeatureMoments(CLASSES, SIZE)
+    for features, labels in zip(run.final, run.labels, strict=True):
+        moments.update(features, labels)
+    found, expected = WAYS["all images (mark)"](run), ClassGaussians.of(moments)
+    assert torch.equal(found.counts, expected.counts)
+    torch.testing.assert_close(found.means, expected.means, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.scatter, expected.scatter, atol=1e-4, rtol=0)
+
+
+def test_without_drift_all_ways_are_the_same():
+    found = measure(streamed(still))
+    for name in WAYS:
+        assert found[name] == pytest.approx(found["base features"], abs=2)
+
+
+def test_what_drifts_is_lost_unless_a_way_follows_it():
+    found = measure(streamed(turned))
+    best = found["all images (mark)"]
+    assert found["base features"] == pytest.approx(best, abs=2)
+    assert found["as they were"] < best - 10
+    assert found["one map, all images (mark)"] > found["as they were"] + 10
