@@ -149,7 +149,11 @@ TRAINING: dict[str, dict[str, Any]] = {
 
 
 def train(
-    evaluator: RunEvaluator, *, start: str = "sequential", seen: bool = False, layer_decay: float = 1.0
+    evaluator: RunEvaluator,
+    *,
+    start: str = "sequential",
+    seen: bool = False,
+    layer_decay: float = 1.0,
 ) -> MergeCallback:
     """Train a run's stream anew, with the run's settings but for what is given.
 
