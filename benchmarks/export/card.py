@@ -102,7 +102,7 @@ def _figures(run: FinishedRun) -> list[tuple[str, str]]:
     return [*rows, ("test images", str(images))] if rows and images else rows
 
 
-def _tasks(run: FinishedRun) -> list[tuple[str, ...]]:
+def _tasks(run: FinishedRun) -> Sequence[Sequence[str]]:
     matrix = run.found.get("matrix") or [[]]
     accuracies = dict(enumerate(matrix[-1]))
     rows = []

@@ -128,8 +128,9 @@ def measure(run: Streamed) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     rows = unit(torch.randn(_PROJECTIONS, run.head.shape[1], generator=generator))
     projected = _gaussians(run, [torch.relu(features @ rows.T) for features in run.base])
-    scores = Discriminant.of(projected).scores(torch.relu(run.test_base @ rows.T))
-    return found | {"random features of base": accuracy(scores)}
+    of_test = torch.relu(run.test_base @ rows.T)
+    found["random features of base"] = accuracy(Discriminant.of(projected).scores(of_test))
+    return found
 
 
 # Each makes the distributions that classify features of the final merged model, or of the base.
