@@ -39,13 +39,14 @@ def still(features):
     return features
 
 
-def turned(features):
-    generator = torch.Generator().manual_seed(1)
-    return features @ torch.linalg.qr(torch.randn(SIZE, SIZE, generator=generator)).Q
+def moved(features):
+    """All features move by as much as classes lie apart."""
+    shift = torch.randn(SIZE, generator=torch.Generator().manual_seed(1))
+    return unit(features + shift / shift.norm())
 
 
 def test_statistics_of_all_images_are_those_of_exact_moments():
-    run = streamed(turned)
+    run = streamed(moved)
     moments = FeatureMoments(CLASSES, SIZE)
     for features, labels in zip(run.final, run.labels, strict=True):
         moments.update(features, labels)
@@ -62,8 +63,8 @@ def test_without_drift_all_ways_are_the_same():
 
 
 def test_what_drifts_is_lost_unless_a_way_follows_it():
-    found = measure(streamed(turned))
+    found = measure(streamed(moved))
     best = found["all images (mark)"]
-    assert found["base features"] == pytest.approx(best, abs=2)
     assert found["as they were"] < best - 10
-    assert found["one map, all images (mark)"] > found["as they were"] + 10
+    for name in ("mean shift", "one map, last task", "drift map", "one map, all images (mark)"):
+        assert found[name] > found["as they were"] + 5, name

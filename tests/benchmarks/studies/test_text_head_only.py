@@ -97,7 +97,7 @@ def test_the_command_shows_each_way_with_its_difference(run, capsys, monkeypatch
     monkeypatch.setattr(sys, "argv", ["text_head_only", str(run)])
     text_head.main()
     printed = capsys.readouterr().out.splitlines()
-    assert printed[1].split() == ["way", "digits-2"]
+    assert printed[1].split() == ["way", run.parts[-3]]
     (plain,) = (line.split()[-1] for line in printed if line.split()[:1] == [PLAIN])
     for name in [*MERGING, *TRAINING][1:]:
         (line,) = (line for line in printed if line.strip().startswith(f"{name} "))
