@@ -14,7 +14,7 @@ from cl_merge.benchmarks.export.card import write_card
 from cl_merge.benchmarks.export.side_files import write_side_files
 from cl_merge.benchmarks.runs.trained_run import FinishedRun, Restored, read_run, restore
 from cl_merge.errors import InputError, unknown_name
-from cl_merge.storage.files import flush_to_disk, storage_errors, whole_folder
+from cl_merge.storage.files import atomic_folder, storage_errors
 from cl_merge.storage.output import check_output
 
 
@@ -118,8 +118,5 @@ def _new_folder(path: Path, run: Path) -> Iterator[Path]:
     real = Path(os.path.realpath(path))
     with storage_errors(path):
         real.parent.mkdir(parents=True, exist_ok=True)
-        with whole_folder(real) as temporary:
+        with atomic_folder(real) as temporary:
             yield temporary
-            for file in sorted(temporary.rglob("*")):
-                flush_to_disk(file)
-        flush_to_disk(real.parent)

@@ -20,7 +20,13 @@ from torch import Tensor
 
 from cl_merge.benchmarks.runs.evaluator import RunEvaluator
 from cl_merge.benchmarks.studies import harness
-from cl_merge.class_statistics import ClassGaussians, Discriminant, StreamStatistics, align, unit
+from cl_merge.class_statistics import (
+    ClassGaussians,
+    Discriminant,
+    StreamStatistics,
+    fused_map,
+    unit,
+)
 from cl_merge.mergers import get_merger
 from cl_merge.task_vectors.module_weights import install, trained_parameters
 from cl_merge.task_vectors.scales import Scales, scaled
@@ -122,7 +128,7 @@ def measure(run: Streamed) -> dict[str, float]:
         voted = learned.vote.combine(text.double(), torch.stack(scores).mean(dim=0))
         found[f"text + {name}"] = accuracy(voted)
         if encoders == "merged":
-            turned = align(learned.gaussians()["merged"], run.head, learned.vote)
+            turned = fused_map(learned.gaussians()["merged"], run.head, learned.vote)
             found["fused head"] = accuracy(unit(run.test_final.double() @ turned.T) @ run.head.T)
     # Random projections and a rectifier before the discriminant (RanPAC, NeurIPS 2023).
     generator = torch.Generator().manual_seed(0)
