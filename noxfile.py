@@ -1,7 +1,7 @@
 """What is checked, each by its name: ``nox -l`` lists it.
 
-``nox -s NAME`` makes an environment of its own; ``nox --no-venv -s NAME`` takes the one that is active,
-with the extras ``dev`` and ``docs`` installed.
+``nox -s NAME`` makes an environment of its own; ``nox --no-venv -s NAME`` takes the one that is
+active, with the extras ``dev`` and ``docs`` installed.
 """
 
 from __future__ import annotations
