@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from typing_extensions import override
@@ -17,7 +16,7 @@ from typing_extensions import override
 from cl_merge.callbacks.auto_scale import AutoScale, Loader, held_out_batches
 from cl_merge.callbacks.buffers import EvaluationBuffers
 from cl_merge.callbacks.fisher import task_importance
-from cl_merge.callbacks.task import EvaluationCallback, attached
+from cl_merge.callbacks.task import WEIGHT_AVERAGING, EvaluationCallback, attached
 from cl_merge.errors import InputError, listing, task_name, unknown_name
 from cl_merge.mergers import Merger, get_merger
 from cl_merge.mergers.stack import StackMerger
@@ -370,9 +369,9 @@ def _check_alone(trainer: L.Trainer, stage: str) -> None:
 def _check_average(trainer: L.Trainer) -> None:
     if trainer.state.fn != TrainerFn.VALIDATING:
         return
-    for other in attached(trainer, WeightAveraging):
+    for other in attached(trainer, *WEIGHT_AVERAGING):
         # From its fit on, it swaps weights in every validation, after this hook.
-        if other._average_model is not None:
+        if getattr(other, "_average_model", None) is not None:
             raise InputError(
                 f"{type(other).__name__} would validate its average instead of what MergeCallback "
                 "puts in; validate with a new Trainer without it: "

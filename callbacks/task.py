@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch import callbacks as lightning_callbacks
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
@@ -25,8 +26,15 @@ _NOTHING_TRAINED = (
     "task: one that has been through a fit has reached its last epoch"
 )
 
+WEIGHT_AVERAGING: tuple[type[Callback], ...] = (
+    (lightning_callbacks.WeightAveraging,)
+    if hasattr(lightning_callbacks, "WeightAveraging")
+    else ()
+)
+"""Lightning's own, which swaps weights in every validation; none before lightning 2.6."""
+
 # What puts other weights into the module when training ends.
-_AVERAGES = (StochasticWeightAveraging, WeightAveraging)
+_AVERAGES = (StochasticWeightAveraging, *WEIGHT_AVERAGING)
 
 
 class TaskCallback(Callback, ABC):
