@@ -85,18 +85,10 @@ class AutoScale:
         changes: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
     ) -> Scales:
-        """Find the scale, leaving the module as it is.
+        """Find the scale of a task that ended, leaving the module as it is.
 
-        Args:
-            trainer: The trainer of the task that ended.
-            module: The module.
-            batches: The held-out images.
-            base: The weights before any training.
-            changes: The merged task vector.
-            buffers: What buffers hold in an evaluation, those that differ from the module's.
-
-        Returns:
-            The scale.
+        The batches are the held-out images, the changes the merged task vector, and the buffers
+        those that are others in an evaluation.
 
         Raises:
             InputError: If there is no held-out image, or the logits cannot be found.

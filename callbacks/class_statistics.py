@@ -224,7 +224,15 @@ class ClassStatistics(EvaluationCallback):
             InputError: If no task has been learned yet, or the base weights are in the checkpoint
                 of a `MergeCallback` that is not there.
         """
-        return self._make_classifier(module, device, self._features)
+        if self.statistics is None:
+            raise InputError("no class statistics: no task has been trained yet")
+        if self.kind in TWO_ENCODERS:
+            self._check_base()
+        base = self.base | self.base_buffers
+        # Whoever keeps it may use it outside of the inference mode of an evaluation.
+        with torch.inference_mode(False), torch.no_grad():
+            head = text_head(module)
+            return Classifier(self.kind, self.statistics, head, self._features, base, device)
 
     def install(self, module: nn.Module) -> None:
         """Multiply statistics of kind ``"aligned"`` into the module's image projection, to stay.
@@ -265,27 +273,24 @@ class ClassStatistics(EvaluationCallback):
             )
 
     @override
-    def begin_task(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *, resumed: bool
-    ) -> None:
-        self._check(pl_module)
-        live = trained_parameters(pl_module)
+    def begin_task(self, trainer: L.Trainer, module: L.LightningModule, *, resumed: bool) -> None:
+        self._check(module)
+        live = trained_parameters(module)
         self._share_base(trainer)
         self._check_base()
         if not self.base:
-            self.base, self.base_buffers = copies(live), copies(floating_buffers(pl_module))
+            self.base, self.base_buffers = copies(live), copies(floating_buffers(module))
         check_same_parameters(self.base, live, "ClassStatistics")
 
     @override
-    def end_task(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def end_task(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        check_same_parameters(self.base, trained_parameters(module), "ClassStatistics")
         merge = _merge_callback(trainer)
-        check_same_parameters(self.base, trained_parameters(pl_module), "ClassStatistics")
-        self.learn(trainer, pl_module, _merged(merge, pl_module) if merge is not None else None)
+        self.learn(trainer, module, _merged(merge, module) if merge else None)
 
     @override
-    def begin_evaluation(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def begin_evaluation(self, trainer: L.Trainer, module: Any) -> None:
         self._share_base(trainer)
-        module: Any = pl_module
         if _lets_others_classify(module):
             if module.classify is not None:
                 raise InputError(
@@ -293,14 +298,15 @@ class ClassStatistics(EvaluationCallback):
                     "ClassStatistics of this trainer, or a function of your own; expected "
                     f"{type(module).__name__}.classify to be None"
                 )
-            classifier = self._make_classifier(module, module.device, own_features)
+            classifier = self.classifier(module, module.device)
+            classifier.features = own_features  # it is given images, whatever a batch is
             module.classify = classifier.of_images
         self._evaluating = True
 
     @override
-    def end_evaluation(self, pl_module: L.LightningModule) -> None:
-        if self._evaluating and _lets_others_classify(pl_module):
-            vars(pl_module)["classify"] = None
+    def end_evaluation(self, module: L.LightningModule) -> None:
+        if self._evaluating and _lets_others_classify(module):
+            vars(module)["classify"] = None
         self._evaluating, self._classifier = False, None
 
     @override
@@ -361,19 +367,6 @@ class ClassStatistics(EvaluationCallback):
                 f"the class statistics are of {self.statistics.classes} classes, but "
                 f"{type(module).__name__} has {classes}; use a new ClassStatistics"
             )
-
-    def _make_classifier(
-        self, module: nn.Module, device: torch.device | None, features: Features
-    ) -> Classifier:
-        if self.statistics is None:
-            raise InputError("no class statistics: no task has been trained yet")
-        if self.kind in TWO_ENCODERS:
-            self._check_base()
-        base = self.base | self.base_buffers
-        # Whoever keeps it may use it outside of the inference mode of an evaluation.
-        with torch.inference_mode(False), torch.no_grad():
-            head = text_head(module)
-            return Classifier(self.kind, self.statistics, head, features, base, device)
 
 
 def _lets_others_classify(module: nn.Module) -> bool:

@@ -121,11 +121,9 @@ class EWC(Regularizer):
     # Hooks, in the order in which they fire.
 
     @override
-    def begin_task(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *, resumed: bool
-    ) -> None:
-        check_same_parameters(self.anchor, trained_parameters(pl_module), "EWC")
-        self._move_state_to(pl_module.device)
+    def begin_task(self, trainer: L.Trainer, module: L.LightningModule, *, resumed: bool) -> None:
+        check_same_parameters(self.anchor, trained_parameters(module), "EWC")
+        self._move_state_to(module.device)
         self._micro_batches = 0
 
     @override
@@ -171,12 +169,12 @@ class EWC(Regularizer):
         pl_module.log("ewc/penalty", 0.5 * self.weight * torch.stack(penalties).sum())
 
     @override
-    def remember(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def remember(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Fold the Fisher of the task at hand into the running average, and move the anchor."""
         # A fit with nothing left to train has taken its module off the device by now.
-        self._move_state_to(pl_module.device)
-        live = trained_parameters(pl_module)
-        estimate = self._estimate(trainer, pl_module)
+        self._move_state_to(module.device)
+        live = trained_parameters(module)
+        estimate = self._estimate(trainer, module)
         if self.fisher:
             for name, average in self.fisher.items():
                 average.mul_(self.decay).add_(estimate[name], alpha=1.0 - self.decay)

@@ -72,27 +72,18 @@ def read_features(
 ) -> TaskFeatures:
     """Read features once over a task's images, under two sets of weights and the same precision.
 
-    Args:
-        trainer: The trainer, in one of its hooks.
-        module: The module, in evaluation mode.
-        features: Makes features and labels of module and batch.
-        base: The base weights and buffers, by name, on the module's device; empty if the module
-            holds them.
-        batches: The images, each exactly once over all processes; None for one more epoch over
-            the training data.
-
-    Raises:
-        InputError: If no process has an image, or features or labels are none.
+    The base holds weights and buffers by name on the module's device; it is empty if the module
+    holds them. The batches have each image exactly once over all processes; None takes one more
+    epoch over the training data.
     """
-    left = own_samples(trainer) if batches is None else None
-    source = (
-        training_batches(trainer, module)
-        if batches is None
-        else (to_module(trainer, module, batch) for batch in batches)
-    )
+    left = None
+    if batches is None:
+        left, batches = own_samples(trainer), training_batches(trainer, module)
+    else:
+        batches = (to_module(trainer, module, batch) for batch in batches)
     parts: list[tuple[Tensor, ...]] = []
     with trainer.precision_plugin.forward_context():
-        for batch in source:
+        for batch in batches:
             merged, labels = _checked(*features(module, batch))
             before = features_under(base, module, features, batch) if base else merged
             read = (unit(before), unit(merged), labels)

@@ -132,11 +132,9 @@ class LwF(Regularizer):
     # Hooks, in the order in which they fire.
 
     @override
-    def begin_task(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *, resumed: bool
-    ) -> None:
-        target = self._find_target(pl_module)
-        if getattr(pl_module, "_compiler_ctx", None) is not None:
+    def begin_task(self, trainer: L.Trainer, module: L.LightningModule, *, resumed: bool) -> None:
+        target = self._find_target(module)
+        if getattr(module, "_compiler_ctx", None) is not None:
             name = self.target or "visual"
             raise InputError(
                 f"LwF reads what '{name}' returns, which torch.compile of the whole module hides; "
@@ -147,13 +145,13 @@ class LwF(Regularizer):
         if not self._teacher:
             return
         check_same_parameters(self._teacher, _changing(target), "LwF")
-        self._teacher = {name: t.to(pl_module.device) for name, t in self._teacher.items()}
+        self._teacher = {name: t.to(module.device) for name, t in self._teacher.items()}
         self._classes = _distilled_classes(trainer, first=self.tasks == 0)
-        self._take_away = extend_training_step(pl_module, partial(self._distilling, pl_module))
+        self._take_away = extend_training_step(module, partial(self._distilling, module))
 
     @override
-    def remember(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        live = _changing(self._find_target(pl_module))
+    def remember(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        live = _changing(self._find_target(module))
         if self._teacher:
             install(self._teacher, live)
         else:

@@ -192,10 +192,7 @@ class MergeCallback(EvaluationCallback):
         return TaskVector(stored(vector, self._store))
 
     def check_names(self, names: Iterable[str]) -> None:
-        """Make sure that all patterns fit parameters; a fit does this by itself.
-
-        Args:
-            names: Of all parameters that train.
+        """Make sure that all patterns fit names of what trains; a fit does this by itself.
 
         Raises:
             InputError: If a pattern fits none; names the nearest.
@@ -240,40 +237,38 @@ class MergeCallback(EvaluationCallback):
         _check_alone(trainer, stage)
 
     @override
-    def begin_task(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *, resumed: bool
-    ) -> None:
-        live = trained_parameters(pl_module)
+    def begin_task(self, trainer: L.Trainer, module: L.LightningModule, *, resumed: bool) -> None:
+        live = trained_parameters(module)
         if not self.base:
             self.base = copies(live, self._device)
-            self._buffers.keep_base(pl_module, self._device)
+            self._buffers.keep_base(module, self._device)
         check_same_parameters(self.base, live, "MergeCallback")
-        self.move_state_to(pl_module.device)
+        self.move_state_to(module.device)
         self.check_names(self.base)
         if self._auto is not None:
             held_out_batches(trainer, self._held_out)  # if there are none, it shows before the work
         # Weights from a checkpoint within a task are where that task stood, and stay.
         if self.tasks and not resumed and self.start == "independent":
             install(live, self.base)
-            install(floating_buffers(pl_module), self._buffers.base)
+            install(floating_buffers(module), self._buffers.base)
         elif self.tasks and not resumed and self.start == "merged":
-            self.install(pl_module)
+            self.install(module)
 
     @override
-    def end_task(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def end_task(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         task = self.tasks
         try:
-            vector = self.task_vector(pl_module)
+            vector = self.task_vector(module)
         except InputError as error:
             raise InputError(f"{task_name(task)}: {error}") from error
         importance = None
         if self.merger.weighted:
-            fisher = task_importance(trainer, pl_module, self._importance_samples, task)
+            fisher = task_importance(trainer, module, self._importance_samples, task)
             importance = {name: fisher[name].to(tensor.device) for name, tensor in vector.items()}
         self.merger.update(vector, importance)
         if task == 0:
             self._tell_memory(vector)
-        self._buffers.fold(pl_module)
+        self._buffers.fold(module)
         if self._directory is not None and trainer.is_global_zero:
             vector.save(self._directory / f"task{task}.safetensors", store=self._store)
             if importance is not None:
@@ -281,21 +276,21 @@ class MergeCallback(EvaluationCallback):
         if self._auto is not None:
             batches, changes = held_out_batches(trainer, self._held_out), dict(self.merger.items())
             self.scales = self._auto.choose(
-                trainer, pl_module, batches, self.base, changes, self._buffers.values()
+                trainer, module, batches, self.base, changes, self._buffers.values()
             )
             self.chosen.append(self.scales)
 
     @override
-    def begin_evaluation(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def begin_evaluation(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         _check_average(trainer)
-        self._trained = copies(self._live(pl_module))
-        self.move_state_to(pl_module.device)
-        self.install(pl_module)
+        self._trained = copies(self._live(module))
+        self.move_state_to(module.device)
+        self.install(module)
 
     @override
-    def end_evaluation(self, pl_module: L.LightningModule) -> None:
+    def end_evaluation(self, module: L.LightningModule) -> None:
         if self._trained is not None:
-            install(self._live(pl_module), self._trained)
+            install(self._live(module), self._trained)
             self._trained = None
 
     @override

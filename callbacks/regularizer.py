@@ -61,18 +61,13 @@ class Regularizer(TaskCallback):
             )
 
     @override
-    def end_task(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.remember(trainer, pl_module)
+    def end_task(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.remember(trainer, module)
         self._tasks += 1
 
     @abstractmethod
-    def remember(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep what later tasks shall stay close to.
-
-        Args:
-            trainer: The trainer of the task that ended.
-            pl_module: The module with the trained weights.
-        """
+    def remember(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Keep what later tasks shall stay close to, of a module with the trained weights."""
 
 
 def extend_training_step(module: L.LightningModule, term: LossTerm) -> Callable[[], None]:

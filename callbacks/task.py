@@ -64,25 +64,18 @@ class TaskCallback(Callback, ABC):
         """Number of tasks that ended so far."""
 
     @abstractmethod
-    def begin_task(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *, resumed: bool
-    ) -> None:
+    def begin_task(self, trainer: L.Trainer, module: L.LightningModule, *, resumed: bool) -> None:
         """Prepare for a task; the module is on its device, nothing has been trained yet.
 
         Args:
             trainer: The task's trainer.
-            pl_module: The module.
+            module: The module in training.
             resumed: Whether the fit resumes a checkpoint within the task.
         """
 
     @abstractmethod
-    def end_task(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take up what a task left; the module still holds the trained weights on its device.
-
-        Args:
-            trainer: The task's trainer.
-            pl_module: The module.
-        """
+    def end_task(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Take up what a task left; the module still holds the trained weights on its device."""
 
     @abstractmethod
     def task_state(self) -> dict[str, Any]:
@@ -195,21 +188,12 @@ class EvaluationCallback(TaskCallback):
     """
 
     @abstractmethod
-    def begin_evaluation(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Prepare the module for an evaluation.
-
-        Args:
-            trainer: Its trainer.
-            pl_module: The module, on the device of the evaluation.
-        """
+    def begin_evaluation(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Prepare the module, which is on its device, for an evaluation."""
 
     @abstractmethod
-    def end_evaluation(self, pl_module: L.LightningModule) -> None:
-        """Leave the module as it was before; also called where no evaluation has begun.
-
-        Args:
-            pl_module: The module.
-        """
+    def end_evaluation(self, module: L.LightningModule) -> None:
+        """Leave the module as it was before; also called where no evaluation has begun."""
 
     # Hooks, in the order in which they fire.
 

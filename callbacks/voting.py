@@ -7,10 +7,11 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl_merge.callbacks.features import Features, features_under
-from cl_merge.class_statistics import EnsembleHead, StatisticsHead, StreamStatistics, fused_map
+from cl_merge.class_statistics import StreamStatistics, fused_map, unit
 from cl_merge.errors import InputError
 from cl_merge.models.zero_shot import ZeroShotHead
 
@@ -32,7 +33,11 @@ class Classifier:
         device: Where it works; None is the CPU.
 
     Attributes:
+        features: The function; may be set.
         fused_map: The map of the features, float64 [D, D], of kind ``"aligned"``.
+
+    Raises:
+        InputError: If text head and statistics differ in their number of classes.
     """
 
     def __init__(
@@ -45,21 +50,25 @@ class Classifier:
         device: torch.device | None,
     ) -> None:
         device = device or torch.device("cpu")
+        if head is not None and len(head.weight) != statistics.classes:
+            raise InputError(
+                f"statistics of {statistics.classes} classes beside a text head of "
+                f"{len(head.weight)}; expected as many"
+            )
         self.fused_map: Tensor | None = None
-        self._features = features
+        self.features = features
         # Copied only if it is elsewhere; from then on it is there for every batch.
         self._base = {n: t.to(device) for n, t in base.items()} if kind in TWO_ENCODERS else {}
         self._text = head
-        self._heads = {
-            encoder: StatisticsHead(discriminant).to(device)
-            for encoder, discriminant in statistics.discriminants().items()
-        }
+        self._vote = statistics.vote
         if head is not None and kind == "aligned":
             merged = statistics.gaussians()["merged"]
             self.fused_map = fused_map(merged, head.weight, statistics.vote)
             self._map = self.fused_map.to(device=device, dtype=torch.float32)
-        elif head is not None:
-            self._ensemble = EnsembleHead(head, list(self._heads.values()), statistics.vote)
+        self._discriminants = {
+            encoder: (found.weight.float().to(device), found.bias.float().to(device))
+            for encoder, found in statistics.discriminants().items()
+        }
 
     def __call__(
         self,
@@ -79,20 +88,19 @@ class Classifier:
         Returns:
             Log-probabilities, or logits of kind ``"aligned"``, float32 [B, K].
         """
-        result: Tensor
-        if self._text is not None and self.fused_map is not None:
-            with torch.autocast(features.device.type, enabled=False):
-                moved = features.float() @ self._map.T
-            result = self._text(moved, classes)
-            return result
+        # As in the text head: half precision would round too coarsely.
+        with torch.autocast(features.device.type, enabled=False):
+            if self._text is not None and self.fused_map is not None:
+                fused: Tensor = self._text(features.float() @ self._map.T, classes)
+                return fused
         of = {"merged": features, "base": features}  # without base weights the module holds them
-        if "base" in self._heads and self._base:
-            of["base"] = features_under(self._base, module, self._features, batch)
-        if self._text is not None:
-            result = self._ensemble(features, [of[encoder] for encoder in self._heads], classes)
-            return result
-        scores = [head(of[encoder], classes) for encoder, head in self._heads.items()]
-        return torch.stack(scores).mean(dim=0).log_softmax(dim=1)
+        if "base" in self._discriminants and self._base:
+            of["base"] = features_under(self._base, module, self.features, batch)
+        scores = [self._scores(encoder, of[encoder], classes) for encoder in self._discriminants]
+        mean = torch.stack(scores).mean(dim=0)
+        if self._text is None:
+            return mean.log_softmax(dim=1)
+        return self._vote.combine(self._text(features, classes), mean)
 
     def of_images(
         self,
@@ -104,6 +112,16 @@ class Classifier:
         """Classify images, float [B, 3, H, W], as `CLIPClassifier.classify` is asked to."""
         # The labels, of which a batch would be made too, play no part.
         return self(module, (images, None), features, classes)
+
+    def _scores(
+        self, encoder: str, features: Tensor, classes: Tensor | Sequence[int] | None
+    ) -> Tensor:
+        weight, bias = self._discriminants[encoder]
+        if classes is not None:
+            rows = torch.as_tensor(classes, dtype=torch.long, device=weight.device)
+            weight, bias = weight[rows], bias[rows]
+        with torch.autocast(features.device.type, enabled=False):
+            return F.linear(unit(features), weight, bias)
 
 
 def text_head(module: nn.Module) -> ZeroShotHead | None:

@@ -103,7 +103,7 @@ class Network(nn.Module):
             F.linear(features[name], self.weights[index], self.biases[index])
             for index, name in enumerate(self._encoders)
         ]
-        return self._vote.combine_seen(text, torch.stack(scores).mean(dim=0), self.seen)
+        return self._vote.combine(text, torch.stack(scores).mean(dim=0), self.seen)
 
 
 def _plain_copy(visual: nn.Module) -> nn.Module:

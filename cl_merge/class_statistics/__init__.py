@@ -3,25 +3,19 @@
 Knows tensors only: no image, no module in training, no trainer.
 """
 
-from cl_merge.class_statistics.discriminant import (
-    Discriminant,
-    StatisticsHead,
-    leave_one_out_scores,
-)
+from cl_merge.class_statistics.discriminant import Discriminant, leave_one_out_scores
 from cl_merge.class_statistics.drift import DriftCompensation
 from cl_merge.class_statistics.fused_head import fused_map, fused_projection
 from cl_merge.class_statistics.moments import ClassGaussians, FeatureMoments, oas_shrinkage, unit
 from cl_merge.class_statistics.stream_statistics import ENCODERS, StreamStatistics
-from cl_merge.class_statistics.vote import EnsembleHead, Vote, choose_vote
+from cl_merge.class_statistics.vote import Vote, choose_vote
 
 __all__ = [
     "ENCODERS",
     "ClassGaussians",
     "Discriminant",
     "DriftCompensation",
-    "EnsembleHead",
     "FeatureMoments",
-    "StatisticsHead",
     "StreamStatistics",
     "Vote",
     "choose_vote",

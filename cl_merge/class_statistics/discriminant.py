@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cl_merge.class_statistics.moments import ClassGaussians
 
@@ -41,52 +39,6 @@ class Discriminant:
     def scores(self, vectors: Tensor) -> Tensor:
         """Score vectors, float [B, D]; the scores are float64 [B, C]."""
         return vectors.double() @ self.weight.T + self.bias
-
-
-class StatisticsHead(nn.Module):
-    """Classify image features by a linear discriminant. Nothing in it trains.
-
-    Args:
-        discriminant: Over C classes and D features.
-
-    Example:
-        >>> weight, bias = torch.eye(2).double(), torch.tensor([0.0, -torch.inf]).double()
-        >>> head = StatisticsHead(Discriminant(weight, bias, shrinkage=0.0))
-        >>> head(torch.tensor([[3.0, 4.0]]))
-        tensor([[0.6000,   -inf]])
-    """
-
-    weight: Tensor
-    bias: Tensor
-
-    def __init__(self, discriminant: Discriminant) -> None:
-        super().__init__()
-        self.register_buffer("weight", discriminant.weight.float())
-        self.register_buffer("bias", discriminant.bias.float())
-
-    def forward(self, features: Tensor, classes: Tensor | Sequence[int] | None = None) -> Tensor:
-        """Score image features against all classes or some of them.
-
-        Args:
-            features: ``[B, D]`` image features of any floating-point type, not normalised.
-            classes: Which ``K`` classes, in the order wanted; all without it.
-
-        Returns:
-            ``[B, K]`` (or ``[B, C]``) scores, float32; minus infinity for classes not seen.
-        """
-        weight, bias = self.weight, self.bias
-        if classes is not None:
-            rows = torch.as_tensor(classes, dtype=torch.long, device=weight.device)
-            weight, bias = weight[rows], bias[rows]
-        # As in the text head: half precision would round the scores too coarsely.
-        with torch.autocast(features.device.type, enabled=False):
-            return F.linear(F.normalize(features.float(), dim=-1), weight.float(), bias.float())
-
-    def extra_repr(self) -> str:
-        """Show the number of classes and features when the module is printed."""
-        classes, features = self.weight.shape
-        seen = int((self.bias > -torch.inf).sum())
-        return f"classes={classes}, seen={seen}, features={features}"
 
 
 def leave_one_out_scores(

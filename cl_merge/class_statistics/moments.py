@@ -12,7 +12,7 @@ from torch import Tensor
 from cl_merge.errors import InputError
 
 # Steps of 2^-20 are a hundredth of what float16 resolves in a unit vector's elements.
-_STEP = 2.0**-20
+STEP = 2.0**-20
 # Whole numbers up to 2^20 in magnitude: so many products sum up exactly in float64 ...
 ROWS_AT_ONCE = 2**13
 # ... and so many in int64, which 2^23 vectors along one axis would just overflow.
@@ -65,11 +65,6 @@ class FeatureMoments(TensorState):
         self.sums = torch.zeros(classes, features, dtype=torch.int64)
         self.products = torch.zeros(features, features, dtype=torch.int64)
 
-    @property
-    def step(self) -> float:
-        """What one stands for in `sums`; its square in `products`."""
-        return _STEP
-
     def update(self, vectors: Tensor, labels: Tensor) -> None:
         """Add vectors.
 
@@ -88,16 +83,13 @@ class FeatureMoments(TensorState):
         _check_number(int(self.counts.sum()) + len(vectors))
         for start in range(0, len(vectors), ROWS_AT_ONCE):
             rows, classes = (x[start : start + ROWS_AT_ONCE] for x in (vectors, labels))
-            whole = (rows.double() / _STEP).round().clamp(-1 / _STEP, 1 / _STEP)
+            whole = (rows.double() / STEP).round().clamp(-1 / STEP, 1 / STEP)
             self.counts += torch.bincount(classes, minlength=len(self.counts))
             self.sums.index_add_(0, classes, whole.long())
             self.products += (whole.T @ whole).long()
 
     def add(self, other: FeatureMoments) -> None:
-        """Add the moments of other vectors, such as those that another machine has seen.
-
-        Args:
-            other: Of as many classes and features.
+        """Add the moments of other vectors, of as many classes and features.
 
         Raises:
             InputError: If it is of another shape, or 2^23 vectors or more come together.
@@ -113,10 +105,7 @@ class FeatureMoments(TensorState):
         self.products += other.products
 
     def reduce(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Sum over processes.
-
-        Args:
-            total: Sums an int64 tensor over all processes.
+        """Sum over processes, by a function that sums an int64 tensor over all of them.
 
         Raises:
             InputError: If all processes together have 2^23 vectors or more.
@@ -150,8 +139,8 @@ class ClassGaussians:
     def of(cls, moments: FeatureMoments) -> ClassGaussians:
         """Read the distributions off exact moments of C classes and D features."""
         counts = moments.counts.double()
-        means = moments.sums.double() * moments.step / counts.clamp(min=1)[:, None]
-        products = moments.products.double() * moments.step**2
+        means = moments.sums.double() * STEP / counts.clamp(min=1)[:, None]
+        products = moments.products.double() * STEP**2
         return cls(counts, means, products - (means * counts[:, None]).T @ means)
 
     @property

@@ -109,7 +109,8 @@ class StreamStatistics:
             self.drift.update(before, both)
         self.vote = Vote(text=0.0)
         if text is not None:
-            self.vote = self._choose({"base": base, "merged": merged}, labels, text, total)
+            features = {"base": base} | ({} if merged is None else {"merged": merged})
+            self.vote = self._choose(features, labels, text, total)
         self.tasks += 1
 
     def gaussians(self) -> dict[str, ClassGaussians]:
@@ -199,14 +200,13 @@ class StreamStatistics:
         return made
 
     def _choose(
-        self, features: Mapping[str, Tensor | None], labels: Tensor, text: Tensor, total: Total
+        self, features: Mapping[str, Tensor], labels: Tensor, text: Tensor, total: Total
     ) -> Vote:
         """Choose leave-one-out, for which an image may not be the only one of its class."""
         usable = self.base.counts[labels] > 1
         scores = [
-            leave_one_out_scores(of[usable], labels[usable], gaussians)
+            leave_one_out_scores(features[encoder][usable], labels[usable], gaussians)
             for encoder, gaussians in self.gaussians().items()
-            if (of := features[encoder]) is not None
         ]
         mean = sum(scores[1:], start=scores[0]) / len(scores)
         return choose_vote(text[usable], mean, labels[usable], total=total)

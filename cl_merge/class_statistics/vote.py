@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-
-from cl_merge.class_statistics.discriminant import StatisticsHead
-from cl_merge.errors import InputError
-from cl_merge.models.zero_shot import ZeroShotHead
+from torch import Tensor
 
 # A point each half octave; beyond these ends one of the two decides alone.
 _WEIGHTS = tuple(2.0 ** (exponent / 2) for exponent in range(-10, 9))
@@ -31,7 +27,7 @@ class Vote:
     text: float = 1.0
     statistics: float = 1.0
 
-    def combine(self, text: Tensor, scores: Tensor) -> Tensor:
+    def combine(self, text: Tensor, scores: Tensor, seen: Tensor | None = None) -> Tensor:
         """Combine the text head's logits with the scores of the statistics.
 
         The statistics say nothing of classes that they have not seen. Those keep the probability
@@ -39,7 +35,9 @@ class Vote:
 
         Args:
             text: Logits, float [B, K].
-            scores: Float [B, K]; minus infinity for classes not seen.
+            scores: Float [B, K].
+            seen: Which classes were seen, bool [B, K] or [K]; by default those whose scores are
+                not minus infinity. Where it is given, all scores must be finite.
 
         Returns:
             Log-probabilities, float [B, K].
@@ -49,75 +47,15 @@ class Vote:
             >>> Vote().combine(text, scores).exp().round(decimals=2)
             tensor([[0.6700, 0.0000, 0.3300]])
         """
-        seen = scores > -torch.inf
-        return self.combine_seen(text, scores.masked_fill(~seen, 0.0), seen)
-
-    def combine_seen(self, text: Tensor, scores: Tensor, seen: Tensor) -> Tensor:
-        """Combine logits and scores where it is known which classes the statistics have seen.
-
-        Args:
-            text: Logits, float [B, K].
-            scores: Float [B, K]; finite, those of classes not seen count for nothing.
-            seen: Which classes were seen, bool [B, K] or [K].
-
-        Returns:
-            As of `combine`.
-        """
+        if seen is None:
+            seen = scores > -torch.inf
+            scores = scores.masked_fill(~seen, 0.0)
         prior = text.log_softmax(dim=1)
         mixed = self.text * text + self.statistics * scores
         # Finite: if no class was seen, infinity less infinity would be NaN, also in gradients.
         share = prior.masked_fill(~seen, torch.finfo(prior.dtype).min).logsumexp(1, keepdim=True)
         within = mixed.masked_fill(~seen, torch.finfo(mixed.dtype).min).log_softmax(dim=1)
         return torch.where(seen, share + within, prior)
-
-
-class EnsembleHead(nn.Module):
-    """The text head and one or several statistics heads, which vote.
-
-    Args:
-        text: The text head over C classes.
-        statistics: Heads over the same classes, each for the features of one encoder; their scores
-            are averaged.
-        vote: How much they count.
-
-    Raises:
-        InputError: If the heads differ in their number of classes, or there are no statistics.
-    """
-
-    def __init__(
-        self, text: ZeroShotHead, statistics: Sequence[StatisticsHead], vote: Vote
-    ) -> None:
-        super().__init__()
-        sizes = {len(head.weight) for head in statistics}
-        if sizes != {len(text.weight)}:
-            raise InputError(
-                f"statistics of {sorted(sizes)} classes beside a text head of {len(text.weight)}; "
-                "expected as many"
-            )
-        self.text = text
-        self.statistics = nn.ModuleList(statistics)
-        self.vote = vote
-
-    def forward(
-        self,
-        features: Tensor,
-        others: Sequence[Tensor],
-        classes: Tensor | Sequence[int] | None = None,
-    ) -> Tensor:
-        """Classify.
-
-        Args:
-            features: ``[B, D]`` image features for the text head.
-            others: For each statistics head the features of its encoder, ``[B, D]``.
-            classes: Which ``K`` classes, in the order wanted; all without it.
-
-        Returns:
-            Log-probabilities, float32 ``[B, K]``.
-        """
-        text = self.text(features, classes)
-        pairs = zip(self.statistics, others, strict=True)
-        scores = torch.stack([head(given, classes) for head, given in pairs]).mean(dim=0)
-        return self.vote.combine(text, scores)
 
 
 def choose_vote(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cl_merge.class_statistics import FeatureMoments, unit
-from cl_merge.class_statistics.moments import MOST_ROWS, ROWS_AT_ONCE
+from cl_merge.class_statistics.moments import MOST_ROWS, ROWS_AT_ONCE, STEP
 from cl_merge.errors import InputError
 
 
@@ -74,8 +74,8 @@ def test_moments_are_the_naive_sums_to_the_rounding_step():
         sums[label] += vector
         products += torch.outer(vector, vector)
     # Each element is off by half a step at most, each product by two of them times at most 1.
-    assert (found.sums * found.step - sums).abs().max() <= 50 * found.step / 2
-    assert (found.products * found.step**2 - products).abs().max() <= 50 * found.step
+    assert (found.sums * STEP - sums).abs().max() <= 50 * STEP / 2
+    assert (found.products * STEP**2 - products).abs().max() <= 50 * STEP
 
 
 def test_the_longest_sums_fit_the_numbers_they_are_kept_in():
