@@ -17,8 +17,9 @@ from cl_merge.callbacks.auto_scale import AutoScale, Loader, held_out_batches
 from cl_merge.callbacks.buffers import EvaluationBuffers
 from cl_merge.callbacks.fisher import task_importance
 from cl_merge.callbacks.task import WEIGHT_AVERAGING, EvaluationCallback, attached
-from cl_merge.errors import InputError, listing, task_name, unknown_name
-from cl_merge.mergers import Merger, get_merger
+from cl_merge.errors import InputError, task_name, unknown_name
+from cl_merge.mergers import Merger
+from cl_merge.mergers.registry import as_merger
 from cl_merge.mergers.stack import StackMerger
 from cl_merge.storage.files import save_tensors
 from cl_merge.storage.quantize import check_store, stored
@@ -128,7 +129,7 @@ class MergeCallback(EvaluationCallback):
         super().__init__()
         if start not in STARTS:
             raise unknown_name("start", start, STARTS)
-        self.merger = _merger(method, options)
+        self.merger = as_merger(method, options)
         self.start = start
         scale = AutoScale() if scale == "auto" else scale
         self._auto = scale if isinstance(scale, AutoScale) else None
@@ -332,17 +333,6 @@ class MergeCallback(EvaluationCallback):
             size, where = 4 * vector.numel() / 2**20, next(iter(vector.values())).device
             message = "method '%s' keeps every task vector in memory: %.1f MiB per task on %s"
             log.info(message, self.merger.name, size, where)
-
-
-def _merger(method: str | Merger, options: Mapping[str, Any]) -> Merger:
-    if not isinstance(method, Merger):
-        return get_merger(method, **options)
-    if options:
-        raise InputError(
-            f"option {listing(options)} beside a ready Merger '{method.name}', which has its own; "
-            f"give options where it is made, or its name: MergeCallback('{method.name}', ...)"
-        )
-    return method
 
 
 def _check_alone(trainer: L.Trainer, stage: str) -> None:

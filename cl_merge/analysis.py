@@ -15,11 +15,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from cl_merge.errors import InputError, unknown_name
-from cl_merge.mergers.base import Accumulators, Merger
-from cl_merge.mergers.chunks import End, Place, Reader
+from cl_merge.kernels.random_bits import random_bits
+from cl_merge.mergers.base import Merger
+from cl_merge.mergers.chunks import Accumulators, ChunkInfo, Reader, ResultInfo
 from cl_merge.mergers.max_magnitude import MaxMagnitude
 from cl_merge.mergers.options import checked_share
-from cl_merge.mergers.random_mix import random_bits
 from cl_merge.mergers.threshold import trim_threshold
 from cl_merge.mergers.ties import Ties
 from cl_merge.seeds import derive_seed
@@ -285,18 +285,18 @@ class _Signs(Ties):
     accumulators: ClassVar = {"positive": torch.bool, "negative": torch.bool}
 
     @override
-    def fold(self, kept: Accumulators, chunk: Tensor, place: Place) -> None:
-        stays = chunk.abs() >= place.survey
-        kept["positive"].logical_or_(stays & (chunk > 0))
-        kept["negative"].logical_or_(stays & (chunk < 0))
+    def fold(self, state: Accumulators, chunk: Tensor, info: ChunkInfo) -> None:
+        stays = chunk.abs() >= info.prepared
+        state["positive"].logical_or_(stays & (chunk > 0))
+        state["negative"].logical_or_(stays & (chunk < 0))
 
     @override
-    def tally(self, kept: Accumulators) -> tuple[int, bool]:
+    def global_count(self, state: Accumulators) -> tuple[int, bool]:
         return 0, False  # nothing is elected
 
     @override
-    def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:
-        out.copy_(kept["positive"]).add_(kept["negative"])
+    def compute(self, state: Accumulators, out: Tensor, info: ResultInfo) -> None:
+        out.copy_(state["positive"]).add_(state["negative"])
 
     def share(self) -> float:
         """Conflicting positions divided by those that count; NaN if none counts."""
@@ -318,16 +318,16 @@ class _Consistency(Merger):
         self.sequential = sequential
 
     @override
-    def fold(self, kept: Accumulators, chunk: Tensor, place: Place) -> None:
-        signs = (chunk - kept["last"]).sign_().to(_COUNT)
-        kept["signs"].add_(signs)
-        kept["updates"].add_(signs.abs_())
+    def fold(self, state: Accumulators, chunk: Tensor, info: ChunkInfo) -> None:
+        signs = (chunk - state["last"]).sign_().to(_COUNT)
+        state["signs"].add_(signs)
+        state["updates"].add_(signs.abs_())
         if self.sequential:  # else it stays zero: every task started from the base
-            kept["last"].copy_(chunk)
+            state["last"].copy_(chunk)
 
     @override
-    def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:
-        torch.div(kept["signs"].abs(), kept["updates"].clamp(min=1), out=out)
+    def compute(self, state: Accumulators, out: Tensor, info: ResultInfo) -> None:
+        torch.div(state["signs"].abs(), state["updates"].clamp(min=1), out=out)
 
 
 class _Origin(MaxMagnitude):
@@ -337,15 +337,15 @@ class _Origin(MaxMagnitude):
     accumulators: ClassVar = {"merged": torch.float32, "task": _COUNT}
 
     @override
-    def fold(self, kept: Accumulators, chunk: Tensor, place: Place) -> None:
-        super().fold(kept, chunk, place)
+    def fold(self, state: Accumulators, chunk: Tensor, info: ChunkInfo) -> None:
+        super().fold(state, chunk, info)
         # Where the merge took this chunk up. A zero is taken up only over zeros: it is no one's.
-        taken = (kept["merged"] == chunk) & (chunk != 0)
-        kept["task"].masked_fill_(taken, place.task + 1)
+        taken = (state["merged"] == chunk) & (chunk != 0)
+        state["task"].masked_fill_(taken, info.task + 1)
 
     @override
-    def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:
-        out.copy_(kept["task"])
+    def compute(self, state: Accumulators, out: Tensor, info: ResultInfo) -> None:
+        out.copy_(state["task"])
 
 
 def _fold(

@@ -2,7 +2,7 @@
 
     python own_merger.py FOLDER
     cl-merge merge FOLDER/base.safetensors FOLDER/task*.safetensors \
-        --method own_merger.py:decay --set rate=0.7 -o FOLDER/merged.safetensors
+        --method own_merger.py:decay --set rate=0.7 --out FOLDER/merged.safetensors
 
 The first command trains two tasks with the method, the second merges what it wrote to FOLDER. Both
 give the same bits.

@@ -16,7 +16,7 @@ from cl_merge.analysis import (
     sign_conflicts,
 )
 from cl_merge.errors import InputError
-from cl_merge.mergers import chunks, merge
+from cl_merge.mergers import Merger, merge
 from cl_merge.task_vectors.task_vector import TaskVector
 
 
@@ -68,8 +68,7 @@ def vectors(request, tasks):
 
 @pytest.fixture(params=[7, 1 << 18], ids=["small chunks", "one chunk"])
 def any_chunk(request, monkeypatch):
-    monkeypatch.setattr(chunks, "CPU_CHUNK", request.param)
-    monkeypatch.setattr(analysis, "_CHUNK", request.param)
+    monkeypatch.setattr(Merger, "chunk_size", request.param)
 
 
 # The pruning curve.
@@ -118,13 +117,6 @@ def test_what_is_kept_is_a_new_float32_vector_with_the_same_metadata(which):
         assert tensor.shape == vector[name].shape
         tensor.fill_(9)
     assert flat(vector).equal(before)
-
-
-def test_random_choice_is_the_same_for_any_chunk(monkeypatch):
-    vector = TaskVector({"weight": torch.ones(100)})
-    kept = keep(vector, 0.5, "random")
-    monkeypatch.setattr(analysis, "_CHUNK", 33)
-    assert keep(vector, 0.5, "random") == kept
 
 
 def test_a_vector_without_entries_stays_as_it_is():

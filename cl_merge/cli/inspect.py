@@ -30,11 +30,7 @@ _MOST_COLUMNS = 11  # of a table that fits a terminal
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the command line.
-
-    Args:
-        commands: Where the commands are.
-    """
+    """Add the command to the command line."""
     command = commands.add_parser(
         "inspect",
         help="norms, zeros, sign conflicts, NaN, and what differs between checkpoints",
@@ -57,17 +53,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def inspect(parsed: argparse.Namespace) -> int:
-    """Inspect as the command line says.
-
-    Args:
-        parsed: The arguments.
-
-    Returns:
-        0, or 1 if the files could not be merged as they are.
-
-    Raises:
-        InputError: If an argument is wrong or a file is damaged.
-    """
+    """Inspect as the command line says; returns 1 if the files could not be merged as they are."""
     from rich.console import Console
 
     from cl_merge.cli.terminal import byte_progress

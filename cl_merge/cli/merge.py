@@ -23,21 +23,17 @@ else a folder that loads as the base's does.
 """
 _EXAMPLES = """\
 examples:
-  cl-merge merge base.safetensors task0.safetensors task1.safetensors -o merged.safetensors
-  cl-merge merge base/ task0/ task1/ task2/ --method ties --set density=0.3 -o merged/
-  cl-merge merge base.pt task*.pt --scale 0.5 --scale 'visual.*attn*=0.3' -o merged.safetensors
-  cl-merge merge base.safetensors task*.safetensors --method mine.py:median -o merged.safetensors
+  cl-merge merge base.safetensors task0.safetensors task1.safetensors --out merged.safetensors
+  cl-merge merge base/ task0/ task1/ task2/ --method ties --set density=0.3 --out merged/
+  cl-merge merge base.pt task*.pt --scale 0.5 --scale 'visual.*attn*=0.3' --out merged.safetensors
+  cl-merge merge base.safetensors task*.safetensors --method mine.py:median --out merged.safetensors
 """
 _ARGUMENTS = ("method", "scale", "include", "exclude", "importance", "overwrite")
 _SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the command line.
-
-    Args:
-        commands: Where the commands are.
-    """
+    """Add the command to the command line."""
     command = commands.add_parser(
         "merge",
         help="merge checkpoints, from files to a file",
@@ -48,7 +44,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add = command.add_argument
     add("base", metavar="BASE", help="the weights before fine-tuning")
     add("tasks", nargs="+", metavar="TASK", help="fine-tuned weights, or task vectors, in order")
-    add("-o", "--output", required=True, metavar="OUT", help="file.safetensors, or a folder")
+    # --output was its name before.
+    add(
+        *("-o", "--out", "--output"),
+        dest="out",
+        required=True,
+        metavar="OUT",
+        help="file.safetensors, or a folder",
+    )
     add("--method", default="magmax", metavar="NAME", help="see below, or FILE.py:NAME [magmax]")
     add(
         "--scale",
@@ -88,15 +91,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def merge(parsed: argparse.Namespace) -> None:
-    """Merge as the command line says, and tell what was done.
-
-    Args:
-        parsed: The arguments.
-
-    Raises:
-        InputError: If an argument or an input is wrong.
-        StorageError: If the output cannot be written.
-    """
+    """Merge as the command line says, and tell what was done."""
     from omegaconf import OmegaConf
     from rich.console import Console
 
@@ -104,17 +99,16 @@ def merge(parsed: argparse.Namespace) -> None:
     from cl_merge.config.reading import parse_arguments
     from cl_merge.merge_files import merge_checkpoints
 
-    scale = read_scale(parsed.scale)
+    scale, shard_bytes = read_scale(parsed.scale), read_size(parsed.shard_size)
     options: Any = OmegaConf.to_container(parse_arguments(parsed.set))
     _check_options(parsed.method, options)
-    shard_bytes = read_size(parsed.shard_size)
     console = Console(stderr=True, highlight=False)
     show_messages(console)
     with byte_progress(console, "merging") as progress:
         done = merge_checkpoints(
             parsed.base,
             parsed.tasks,
-            parsed.output,
+            parsed.out,
             method=parsed.method,
             scale=scale,
             include=parsed.include,
@@ -172,16 +166,7 @@ def _bytes(number: float) -> str:
 
 
 def read_scale(words: list[str] | None) -> float | dict[str, float] | None:
-    """Read what ``--scale`` was given.
-
-    Args:
-        words: Numbers, or patterns with numbers; None for the default.
-
-    Returns:
-        A number, a mapping from patterns to numbers, or None.
-
-    Raises:
-        InputError: If a word is neither, or several are plain numbers.
+    """Read what ``--scale`` was given: numbers, or patterns with numbers; None for the default.
 
     Example:
         >>> read_scale(["visual.*=0.3", "0.5"])
@@ -209,16 +194,7 @@ def read_scale(words: list[str] | None) -> float | dict[str, float] | None:
 
 
 def read_size(word: str) -> int:
-    """Read a number of bytes.
-
-    Args:
-        word: As in ``"5GB"``.
-
-    Returns:
-        Bytes.
-
-    Raises:
-        InputError: If it is no size.
+    """Read a number of bytes, as in ``"5GB"``.
 
     Example:
         >>> read_size("1.5 GB")
@@ -234,16 +210,13 @@ def read_size(word: str) -> int:
 
 
 def _method_help() -> str:
+    import inspect
+
     from cl_merge.mergers import MERGERS
 
     lines = ["methods, their published scales and their options:"]
     for name, merger in MERGERS.items():
-        lines.append(f"  {name:<18}{merger.published_scale:<6g}{_options_of(merger)}".rstrip())
+        found = inspect.signature(merger).parameters.values()
+        options = ", ".join(f"{option.name}={option.default}" for option in found)
+        lines.append(f"  {name:<18}{merger.published_scale:<6g}{options}".rstrip())
     return "\n".join(lines) + "\n"
-
-
-def _options_of(merger: Any) -> str:
-    import inspect
-
-    found = inspect.signature(merger).parameters.values()
-    return ", ".join(f"{option.name}={option.default}" for option in found)

@@ -1,226 +1,168 @@
-"""Read stretches of all inputs of a merge, and check what is in them on the way."""
+"""Read stretches of all inputs of a merge; on the way, count, hash and check what is in them."""
 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from cl_merge.errors import InputError, listing
+from cl_merge.kernels import Chunk, Difference
 from cl_merge.kernels.finite import is_finite, not_finite
-from cl_merge.merge_files.byte_count import ByteCount, Progress
-from cl_merge.merge_files.hashing import BlockHash
+from cl_merge.merge_files.hashing import ContentHash, StretchHash
 from cl_merge.merge_files.plan import Plan, dtype_name
 from cl_merge.mergers.chunks import Reader
 from cl_merge.storage import Weights
-from cl_merge.task_vectors.task_vector import subtract
+
+Progress = Callable[[int], Callable[[int], None]]
+"""Given the number of bytes to come; returns what is told of bytes read, from several threads."""
 
 _CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True, slots=True)
-class Stretch:
-    """A stretch of a task's parameter.
+class ByteCount:
+    """Counts the bytes that are read, on several threads, and tells as many as were announced."""
 
-    Attributes:
-        values: Fine-tuned weights or a task vector, [n].
-        base: The base's weights, [n]; None beside a task vector.
-        importance: float32 [n], where there is one.
-    """
+    def __init__(self, progress: Progress | None, announced: int) -> None:
+        self.read = 0
+        self._to_come = announced
+        self._lock = threading.Lock()
+        self._tell = progress(announced) if progress is not None else None
 
-    values: Tensor
-    base: Tensor | None
-    importance: Tensor | None
+    def took(self, values: Tensor) -> None:
+        """Count values that were read."""
+        with self._lock:
+            self.read += values.nbytes
+            # What turns out to be needed once more was not announced.
+            announced = min(values.nbytes, self._to_come)
+            self._to_come -= announced
+        if self._tell is not None:
+            self._tell(announced)
 
 
 class Inputs:
-    """The base, the tasks and the importances of a merge, as task vectors in float32.
+    """The base, the tasks and the importances of a merge.
 
     Args:
         plan: What is merged.
         progress: Shows how many bytes were read.
         passes: How often the tasks' merged tensors are going to be read.
+        block: Elements that are hashed together.
 
     Attributes:
         count: Counts what is read.
-        hashed: The inputs in order: base, tasks, importances.
+        all: The inputs in order: base, tasks, importances.
+        hashes: Of what each of them holds, complete once all was read.
         differing: Names of tensors that are not merged but differ between base and tasks.
     """
 
-    def __init__(self, plan: Plan, progress: Progress | None, passes: int) -> None:
-        self.hashed = [plan.base, *plan.tasks, *plan.importances]
+    def __init__(self, plan: Plan, progress: Progress | None, passes: int, block: int) -> None:
+        self.all = [plan.base, *plan.tasks, *plan.importances]
+        self.hashes = [ContentHash(weights, block) for weights in self.all]
         self.differing: set[str] = set()
+        self.count = ByteCount(progress, _bytes_to_read(plan, passes))
         self._plan = plan
-        self._names = {id(weights): set(weights.names) for weights in self.hashed}
-        self._local = threading.local()
-        self.count = ByteCount(progress, self._size(passes))
+        self._held = [set(weights.names) for weights in self.all]
 
-    def holds(self, weights: Weights, name: str) -> bool:
-        """Tell whether an input has a tensor; task vectors lack those that did not train."""
-        return name in self._names[id(weights)]
-
-    def reader(self, task: int) -> Reader:
-        """Read one whole task vector, for a survey.
-
-        Args:
-            task: Index of the task.
-
-        Returns:
-            A reader of float32 chunks.
-        """
-        shapes = {name: self._plan.base.shape(name) for name in self._plan.merged}
-
-        def read(name: str, part: slice) -> Tensor:
-            return self.vector(self.read(task, name, part), task)
-
-        return Reader(shapes, read, _CPU)
+    def start_hashes(self, name: str, start: int) -> list[StretchHash | None]:
+        """Begin to hash a stretch of a tensor of each input; None for those that lack it."""
+        # Task vectors lack tensors that did not train.
+        return [
+            content.stretch(name, start) if name in held else None
+            for content, held in zip(self.hashes, self._held, strict=True)
+        ]
 
     def read(
-        self, task: int, name: str, part: slice, hashes: list[BlockHash] | None = None
-    ) -> Stretch:
-        """Read a stretch of a task.
+        self, index: int, name: str, part: slice, hashes: list[StretchHash | None] | None = None
+    ) -> Tensor:
+        """Read a stretch of one of the inputs, in its own dtype, and hash it if that is wanted."""
+        values = self.all[index].read(name, part.start, part.stop)
+        of_input = hashes[index] if hashes is not None else None
+        if of_input is not None:
+            of_input.update(values)
+        self.count.took(values)
+        return values
+
+    def reader(
+        self, task: int, base: Tensor | None = None, hashes: list[StretchHash | None] | None = None
+    ) -> Reader:
+        """Read a task as a task vector.
 
         Args:
             task: Index of the task.
-            name: Name of the parameter.
-            part: Stretch of the flattened parameter.
-            hashes: Take up what is read, the base's with the first task's.
+            base: The stretch of the base that will be asked for, if it was read already.
+            hashes: What takes up the task and its importance as they are read.
 
         Returns:
-            What was read.
+            A reader; it refuses what is not finite.
         """
-        weights, base, importance = self._plan.tasks[task], None, None
-        values = weights.read(name, part.start, part.stop)
-        self._took(values, hashes, 1 + task)
-        if not weights.is_task_vector or (task == 0 and hashes is not None):
-            base = self._plan.base.read(name, part.start, part.stop)
-            if task == 0 or hashes is None:
-                self._took(base, hashes, 0)
-        if self._plan.importances:
-            importance = self._importance(task, name, part, hashes)
-        return Stretch(values, None if weights.is_task_vector else base, importance)
+        is_task_vector = self._plan.tasks[task].is_task_vector
 
-    def vector(self, read: Stretch, task: int) -> Tensor:
-        """Make a task vector of what was read.
+        def chunk(name: str, part: slice) -> Chunk:
+            values = self.read(1 + task, name, part, hashes)
+            if not is_task_vector:
+                return Difference(values, self.read(0, name, part) if base is None else base)
+            vector = values.to(torch.float32)
+            if not is_finite(vector):
+                raise self.broken(task)
+            return vector
 
-        Args:
-            read: What `read` returned.
-            task: Index of the task.
+        def importance(name: str, part: slice) -> Tensor:
+            index = 1 + len(self._plan.tasks) + task
+            values = self.read(index, name, part, hashes).to(torch.float32)
+            if not is_finite(values) or bool((values < 0).any()):
+                raise InputError(
+                    f"'{self.all[index].path}': the importance of '{name}' is negative, NaN or "
+                    "infinite; expected 0 or more"
+                )
+            return values
 
-        Returns:
-            float32 [n], valid until this thread's next call.
+        return Reader(
+            {name: self._plan.base.shape(name) for name in self._plan.merged},
+            chunk,
+            _CPU,
+            importance=importance if self._plan.importances else None,
+            broken=lambda: self.broken(task),
+        )
 
-        Raises:
-            InputError: If a value is not finite.
-        """
-        vector, fine = self._vector(read)
-        if not fine:
-            raise self.broken(task)
-        return vector
-
-    def copied(self, name: str, part: slice, hashes: list[BlockHash]) -> Tensor:
-        """Read a stretch of a tensor that is not merged.
-
-        Args:
-            name: Its name.
-            part: Stretch of the flattened tensor.
-            hashes: Take up what is read.
-
-        Returns:
-            The base's values, in its dtype.
-        """
-        values = self._plan.base.read(name, part.start, part.stop)
-        self._took(values, hashes, 0)
-        for index, weights in enumerate(self.hashed[1:], start=1):
-            if not self.holds(weights, name):
+    def copied(self, name: str, part: slice, hashes: list[StretchHash | None]) -> Tensor:
+        """Read a stretch of a tensor that is not merged, and compare it; returns the base's."""
+        values = self.read(0, name, part, hashes)
+        for index, weights in enumerate(self.all[1:], start=1):
+            if hashes[index] is None:
                 continue
-            theirs = weights.read(name, part.start, part.stop)
-            self._took(theirs, hashes, index)
+            theirs = self.read(index, name, part, hashes)
             is_tuned = index <= len(self._plan.tasks) and not weights.is_task_vector
-            if is_tuned and not _same_bytes(theirs, values):
+            if is_tuned and not torch.equal(theirs.view(torch.uint8), values.view(torch.uint8)):
                 self.differing.add(name)
         return values
 
-    def _vector(self, read: Stretch) -> tuple[Tensor, bool]:
-        """Make a task vector, and tell whether all of it is finite."""
-        if read.base is None:
-            vector = read.values.to(torch.float32)
-            return vector, is_finite(vector)
-        vector = self._buffer(read.values.numel())
-        return vector, subtract(read.values, read.base, vector)
-
-    def _importance(
-        self, task: int, name: str, part: slice, hashes: list[BlockHash] | None
-    ) -> Tensor:
-        weights = self._plan.importances[task]
-        raw = weights.read(name, part.start, part.stop)
-        self._took(raw, hashes, 1 + len(self._plan.tasks) + task)
-        importance = raw.to(torch.float32)
-        if not is_finite(importance) or bool((importance < 0).any()):
-            raise InputError(
-                f"'{weights.path}': the importance of '{name}' is negative, NaN or infinite; "
-                "expected 0 or more"
-            )
-        return importance
-
-    def _size(self, passes: int) -> int:
-        """Number of bytes to be read: each task's survey reads the base once more."""
-        merged = {id(w): _bytes(w, self._plan.merged) for w in self.hashed}
-        copied = sum(_bytes(w, self._plan.copied) for w in self.hashed)
-        survey = sum(
-            merged[id(task)] + (0 if task.is_task_vector else merged[id(self._plan.base)])
-            for task in self._plan.tasks
-        )
-        return sum(merged[id(w)] for w in self.hashed) + copied + (passes - 1) * survey
-
-    def _took(self, raw: Tensor, hashes: list[BlockHash] | None, index: int) -> None:
-        if hashes is not None:
-            hashes[index].update(raw)
-        self.count.took(raw)
-
-    def _buffer(self, size: int) -> Tensor:
-        """Memory that this thread uses again and again, so that it stays in the cache."""
-        buffer: Tensor | None = getattr(self._local, "buffer", None)
-        if buffer is None or buffer.numel() < size:
-            buffer = self._local.buffer = torch.empty(size, dtype=torch.float32)
-        return buffer[:size]
-
     def broken(self, task: int) -> InputError:
-        """Find out which tensors of which input are not finite.
-
-        Args:
-            task: Index of a task whose task vector is not.
-
-        Returns:
-            The error.
-        """
-        weights = self._plan.tasks[task]
-        names = [] if weights.is_task_vector else self._not_finite(self._plan.base)
-        if names:
+        """Make the error for a task vector that is not finite: which tensors of which input."""
+        weights, base = self._plan.tasks[task], self._plan.base
+        if not weights.is_task_vector and (names := self._not_finite(base)):
             return self._broken_base(names)
-        names = self._not_finite(weights)
-        if names:
+        if names := self._not_finite(weights):
             return not_finite(f"'{weights.path}'", names)
-        whole = [(n, slice(0, self._plan.base.shape(n).numel())) for n in self._plan.merged]
-        too_large = [n for n, part in whole if not self._vector(self.read(task, n, part))[1]]
         if weights.is_task_vector:
-            return not_finite(f"'{weights.path}' in float32", too_large)
-        return not_finite(f"the difference of '{weights.path}' and the base in float32", too_large)
+            names = [
+                name
+                for name in self._plan.merged
+                if not is_finite(weights.read(name).to(torch.float32))
+            ]
+            return not_finite(f"'{weights.path}' in float32", names)
+        pairs = {
+            name: Difference(weights.read(name), base.read(name)) for name in self._plan.merged
+        }
+        names = [name for name, pair in pairs.items() if not is_finite(pair.values())]
+        return not_finite(f"the difference of '{weights.path}' and the base in float32", names)
 
     def broken_result(self, name: str) -> InputError:
-        """Find out why a merged tensor is not finite although all task vectors are.
-
-        Args:
-            name: Its name.
-
-        Returns:
-            The error.
-        """
+        """Make the error for a merged tensor that is not finite although all task vectors are."""
         base = self._plan.base
-        names = self._not_finite(base)
-        if names:
+        if names := self._not_finite(base):
             return self._broken_base(names)
         return InputError(
             f"'{name}' overflows {dtype_name(base, name)} after merging; use a smaller scale, or "
@@ -242,12 +184,16 @@ class Inputs:
         ]
 
 
+def _bytes_to_read(plan: Plan, passes: int) -> int:
+    """Everything once; in each pass before, the tasks, and the base beside fine-tuned weights."""
+    base = _bytes(plan.base, plan.merged)
+    once = sum(_bytes(w, plan.base.names) for w in (plan.base, *plan.tasks, *plan.importances))
+    tasks = sum(_bytes(t, plan.merged) + (0 if t.is_task_vector else base) for t in plan.tasks)
+    return once + (passes - 1) * tasks
+
+
 def _bytes(weights: Weights, names: list[str]) -> int:
     held = set(weights.names)
     return sum(
         weights.shape(name).numel() * weights.dtype(name).itemsize for name in names if name in held
     )
-
-
-def _same_bytes(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from cl_merge.errors import InputError
+from cl_merge.kernels import subtract
 from cl_merge.kernels.finite import is_finite
 from cl_merge.kernels.parallel import in_threads
-from cl_merge.merge_files.byte_count import ByteCount, Progress
 from cl_merge.merge_files.hashing import BLOCK
+from cl_merge.merge_files.inputs import ByteCount, Progress
 from cl_merge.merge_files.plan import check_base, dtype_name, floating
-from cl_merge.mergers.chunks import Reader, chunk_size, cut, stretches
+from cl_merge.mergers.chunks import Reader, chunk_size, cut
 from cl_merge.mergers.threshold import trim_threshold
 from cl_merge.storage import Weights, open_weights
-from cl_merge.task_vectors.task_vector import subtract
 
 _CPU = torch.device("cpu")
 
@@ -107,6 +107,7 @@ def inspect_checkpoints(
     *,
     density: float = 0.2,
     progress: Progress | None = None,
+    block_size: int = BLOCK,
 ) -> Inspection:
     """Look into checkpoints and task vectors before merging them.
 
@@ -117,6 +118,7 @@ def inspect_checkpoints(
         base: The weights before fine-tuning; without it, weights are looked at as they are.
         density: Share of each task vector that counts as its largest values.
         progress: Given the number of bytes to be read; returns what is told of bytes that were.
+        block_size: Elements that a thread works on at a time.
 
     Returns:
         What was found.
@@ -134,7 +136,7 @@ def inspect_checkpoints(
         before = stack.enter_context(open_weights(base)) if base is not None else None
         if before is not None:
             check_base(before)
-        return _Look(opened, before, density, progress).run()
+        return _Look(opened, before, density, progress).run(block_size)
 
 
 class _Look:
@@ -150,37 +152,37 @@ class _Look:
         self._tasks = tasks
         self._base = base
         self._density = density
-        self._reports = [_compared(task, base or tasks[0], tasks[0], base) for task in tasks]
         self._shapes = self._common()
         self._broken: list[set[str]] = [set() for _ in tasks]
         self._broken_base: set[str] = set()
         # Each task for its threshold and for the figures, the base for the figures.
         read = [*tasks, *tasks, *([base] if base is not None else [])]
-        self._count = ByteCount(progress, sum(self._size(weights) for weights in read))
+        self._count = ByteCount(progress, sum(self._bytes(weights) for weights in read))
 
-    def run(self) -> Inspection:
+    def run(self, block_size: int) -> Inspection:
         """Read everything twice: for the thresholds, and for the figures."""
-        thresholds = [self._threshold(task) for task in range(len(self._tasks))]
-        blocks = list(cut(self._shapes, "element", BLOCK))
-        figures = in_threads(lambda block: self._figures(*block, thresholds), blocks)
-        total = _Figures(len(self._tasks))
-        for found in figures:
+        tasks, base = self._tasks, self._base
+        thresholds = torch.tensor([self._threshold(task) for task in range(len(tasks))])
+        blocks = list(cut(self._shapes, "element", block_size))
+        total = _Figures(len(tasks))
+        for found in in_threads(lambda block: self._figures(*block, thresholds), blocks):
             total.add(found)
-        for task, report in enumerate(self._reports):
+        reports = [_compared(task, base or tasks[0], tasks[0], base) for task in tasks]
+        for task, report in enumerate(reports):
             total.into(report, task, sum(shape.numel() for shape in self._shapes.values()))
             report.not_finite = [n for n in self._shapes if n in self._broken[task]]
         norms = total.gram.diagonal().sqrt()
-        cosines = total.gram / (norms[:, None] * norms[None, :])
+        moved, conflicts, top_moved, top_conflicts = total.counts.tolist()
         return Inspection(
-            self._reports,
-            self._base.path if self._base is not None else None,
-            [name for name in self._shapes if name in self._broken_base],
-            self._base is not None or all(task.is_task_vector for task in self._tasks),
-            len(self._shapes),
-            cosines.tolist(),
-            _share(total.conflicts, total.moved),
-            _share(total.top_conflicts, total.top_moved),
-            self._density,
+            files=reports,
+            base=base.path if base is not None else None,
+            base_not_finite=[name for name in self._shapes if name in self._broken_base],
+            are_changes=base is not None or all(task.is_task_vector for task in tasks),
+            compared=len(self._shapes),
+            cosines=(total.gram / (norms[:, None] * norms[None, :])).tolist(),
+            conflicts=_share(conflicts, moved),
+            top_conflicts=_share(top_conflicts, top_moved),
+            density=self._density,
         )
 
     def _common(self) -> dict[str, torch.Size]:
@@ -196,7 +198,7 @@ class _Look:
             and len({e.dtype(name) for e in weights if not e.is_task_vector}) < 2
         }
 
-    def _size(self, weights: Weights) -> int:
+    def _bytes(self, weights: Weights) -> int:
         return sum(
             shape.numel() * weights.dtype(name).itemsize for name, shape in self._shapes.items()
         )
@@ -226,21 +228,20 @@ class _Look:
         reader = Reader(self._shapes, lambda name, part: self._vector(task, name, part), _CPU)
         return trim_threshold(reader, self._density)
 
-    def _figures(self, name: str, block: slice, thresholds: list[float]) -> _Figures:
+    def _figures(self, name: str, block: slice, thresholds: Tensor) -> _Figures:
         found = _Figures(len(self._tasks))
         # The tasks' chunks together shall stay in a core's cache.
         size = max(chunk_size(_CPU) // (2 * len(self._tasks)), 1 << 12)
-        for part in stretches(self._shapes[name], "element", size, block):
-            vectors = torch.stack(
-                [self._vector(task, name, part) for task in range(len(self._tasks))]
-            )
-            found.take(name, vectors, thresholds)
+        for _, part in cut({name: self._shapes[name]}, "element", size, block):
+            vectors = [self._vector(task, name, part) for task in range(len(self._tasks))]
+            found.take(name, torch.stack(vectors), thresholds)
             if self._base is not None:
                 base = self._base.read(name, part.start, part.stop)
                 self._count.took(base)
                 if not is_finite(base.float()):
                     self._broken_base.add(name)
-                found.base_squares += _squares(base)
+                wide = base.to(torch.float64).nan_to_num_(0.0, 0.0, 0.0)
+                found.base_squares += float(wide.square_().sum())
         return found
 
 
@@ -253,22 +254,21 @@ class _Figures:
         self.base_squares = 0.0
         self.zeros = torch.zeros(tasks, dtype=torch.int64)
         self.largest = torch.zeros(tasks)
-        self.moved = self.conflicts = self.top_moved = self.top_conflicts = 0
+        # Positions that tasks move, and those in conflict; the same of their largest values.
+        self.counts = torch.zeros(4, dtype=torch.int64)
 
-    def take(self, name: str, vectors: Tensor, thresholds: list[float]) -> None:
+    def take(self, name: str, vectors: Tensor, thresholds: Tensor) -> None:
         """Take up a stretch of all task vectors, float32 [T, n], n > 0; they are changed."""
         wide = vectors.to(torch.float64)
         gram = wide @ wide.T
         self.gram += gram
         self.squares[name] = self.squares.get(name, 0) + gram.diagonal()
         self.zeros += vectors.shape[1] - vectors.count_nonzero(dim=1)
-        moved, conflicts = _both_signs(vectors)
-        self.moved, self.conflicts = self.moved + moved, self.conflicts + conflicts
         magnitudes = vectors.abs()
         self.largest = torch.maximum(self.largest, magnitudes.amax(dim=1))
-        vectors.masked_fill_(magnitudes < torch.tensor(thresholds)[:, None], 0)
-        moved, conflicts = _both_signs(vectors)
-        self.top_moved, self.top_conflicts = self.top_moved + moved, self.top_conflicts + conflicts
+        of_all = _both_signs(vectors)
+        vectors.masked_fill_(magnitudes < thresholds[:, None], 0)
+        self.counts += torch.tensor(of_all + _both_signs(vectors))
 
     def add(self, other: _Figures) -> None:
         """Add the sums of another stretch."""
@@ -278,9 +278,7 @@ class _Figures:
         self.base_squares += other.base_squares
         self.zeros += other.zeros
         self.largest = torch.maximum(self.largest, other.largest)
-        self.moved, self.conflicts = self.moved + other.moved, self.conflicts + other.conflicts
-        self.top_moved += other.top_moved
-        self.top_conflicts += other.top_conflicts
+        self.counts += other.counts
 
     def into(self, report: FileReport, task: int, size: int) -> None:
         """Write one task's figures into its report."""
@@ -301,14 +299,6 @@ def _both_signs(vectors: Tensor) -> tuple[int, int]:
         int((positive | negative).count_nonzero()),
         int((positive & negative).count_nonzero()),
     )
-
-
-def _squares(values: Tensor) -> float:
-    """Sum of the squares of all finite values."""
-    total = float(values.to(torch.float64).square_().sum())
-    if math.isfinite(total):
-        return total
-    return float(values.to(torch.float64).nan_to_num_(0.0, 0.0, 0.0).square_().sum())
 
 
 def _share(part: int, whole: int) -> float:

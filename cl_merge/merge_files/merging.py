@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -13,18 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from cl_merge import __version__
 from cl_merge.errors import InputError, listing
 from cl_merge.kernels.finite import is_finite
 from cl_merge.kernels.parallel import in_threads
-from cl_merge.merge_files.byte_count import Progress
-from cl_merge.merge_files.hashing import BLOCK, BlockHash, ContentHash
-from cl_merge.merge_files.inputs import Inputs
+from cl_merge.merge_files.hashing import BLOCK, StretchHash
+from cl_merge.merge_files.inputs import Inputs, Progress
 from cl_merge.merge_files.plan import Plan, make_plan
-from cl_merge.merge_files.provenance import describe_merge
-from cl_merge.mergers import Merger, get_merger
-from cl_merge.mergers.base import Accumulators
-from cl_merge.mergers.chunks import End, Place, Unit, chunk_size, cut, stretches
+from cl_merge.mergers import Merger
+from cl_merge.mergers.chunks import Unit, chunk_size, cut
+from cl_merge.mergers.folding import Folding, Rule
+from cl_merge.mergers.registry import fresh_merger
 from cl_merge.storage import Weights, Writer, check_output, open_weights, write_weights
 from cl_merge.task_vectors.scales import Scales
 from cl_merge.task_vectors.selection import Selection
@@ -33,7 +35,8 @@ from cl_merge.task_vectors.task_vector import moved
 log = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
-_HOLD = 1 << 26  # bytes
+_HELD_BYTES = 16  # for each element of a block: what waits for a global count
+_NO_HASH = "0" * 32
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ def merge_checkpoints(
     shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     progress: Progress | None = None,
+    block_size: int = BLOCK,
     **options: Any,
 ) -> Merged:
     """Merge fine-tuned checkpoints, or task vectors, into a base, from files to a file.
@@ -98,6 +102,8 @@ def merge_checkpoints(
         shard_bytes: In a folder, the most bytes of one file.
         overwrite: Whether an output file that exists may be replaced.
         progress: Given the number of bytes to be read; returns what is told of bytes that were.
+        block_size: Elements that a thread works on at a time, and that are hashed together: the
+            hashes of inputs in the metadata of the output depend on it, nothing else does.
         **options: Options of the method.
 
     Returns:
@@ -115,7 +121,7 @@ def merge_checkpoints(
                           "merged.safetensors", method="ties", density=0.3)
     """
     begin = time.perf_counter()
-    merger = method if isinstance(method, Merger) else get_merger(method, **options)
+    merger = fresh_merger(method, options)
     check_output(output, [base, *tasks, *importances], overwrite=overwrite)
     if merger.weighted and len(importances) != len(tasks):
         raise InputError(
@@ -124,14 +130,24 @@ def merge_checkpoints(
         )
     if importances and not merger.weighted:
         raise InputError(f"'{merger.name}' takes no importances; leave them out")
+    selection = Selection(include, exclude)
     with ExitStack() as stack:
         opened = [stack.enter_context(open_weights(path)) for path in (base, *tasks, *importances)]
         vectors, weights = opened[1 : len(tasks) + 1], opened[len(tasks) + 1 :]
-        plan = make_plan(opened[0], vectors, Selection(include, exclude), weights)
+        plan = make_plan(opened[0], vectors, selection, weights)
         scales = Scales.read(scale, merger.published_scale)
         scales.check(plan.merged)
-        work = _Work(plan, merger, scales, progress)
-        made = describe_merge(plan, merger, method, scales, Selection(include, exclude))
+        work = _Work(plan, merger, scales, progress, block_size)
+        made = {
+            "format": "pt",  # which transformers insists on
+            "cl_merge.version": __version__,
+            "cl_merge.method": method if isinstance(method, str) else merger.name,
+            "cl_merge.options": json.dumps(merger.options),
+            "cl_merge.scale": json.dumps(scales.plain()),
+            "cl_merge.include": json.dumps(list(selection.include)),
+            "cl_merge.exclude": json.dumps(list(selection.exclude)),
+            "cl_merge.inputs": _described(plan, [_NO_HASH] * len(opened)),
+        }
         entries = {n: (plan.base.dtype(n), plan.base.shape(n)) for n in plan.base.names}
         with write_weights(
             output,
@@ -142,21 +158,55 @@ def merge_checkpoints(
             overwrite=overwrite,
         ) as writer:
             work.run(writer)
-            made = work.with_hashes(made)
+            hashes = [content.hexdigest() for content in work.inputs.hashes]
+            made["cl_merge.inputs"] = _described(plan, hashes)
             writer.amend(made)
-    work.warn()
+    _warn(work.inputs, hashes)
     return Merged(
         Path(output),
         len(plan.merged),
         len(plan.copied),
-        work.bytes_read,
+        work.inputs.count.read,
         time.perf_counter() - begin,
         made,
     )
 
 
+def _described(plan: Plan, hashes: Sequence[str]) -> str:
+    """What the metadata say of the inputs; the same inputs give the same words."""
+    roles = ["base", *["task"] * len(plan.tasks), *["importance"] * len(plan.importances)]
+    inputs = (plan.base, *plan.tasks, *plan.importances)
+    entries = [
+        {
+            # Of "." and "..", too, the name is that of the folder.
+            "file": Path(os.path.abspath(weights.path)).name,
+            "kind": weights.kind,
+            "role": role,
+            "xxh3_128": of_content,
+        }
+        for weights, role, of_content in zip(inputs, roles, hashes, strict=True)
+    ]
+    return json.dumps(entries)
+
+
+def _warn(inputs: Inputs, hashes: list[str]) -> None:
+    """Tell what no one would do on purpose."""
+    seen: dict[str, Weights] = {}
+    for weights, of_content in zip(inputs.all, hashes, strict=True):
+        first = seen.setdefault(of_content, weights)
+        if first.path != weights.path:
+            log.warning("'%s' holds the same as '%s'", weights.path, first.path)
+        elif first is not weights:
+            log.warning("'%s' is given more than once", weights.path)
+    if inputs.differing:
+        log.warning(
+            "tensors that are not merged differ between the inputs; the base's were taken: %s",
+            listing(sorted(inputs.differing)),
+        )
+
+
 class _Work:
-    """One merge under way: the state that its threads share."""
+    """One merge under way."""
 
     def __init__(
         self,
@@ -164,142 +214,98 @@ class _Work:
         merger: Merger,
         scales: Scales,
         progress: Progress | None,
+        block_size: int,
     ) -> None:
-        self.plan = plan
-        self.merger = merger
-        self.scales = scales
+        self._plan = plan
+        self._merger = merger
+        self._scales = scales
+        self._block_size = block_size
+        self._prepares = type(merger).prepare is not Rule.prepare
+        self.inputs = Inputs(plan, progress, passes=2 if self._prepares else 1, block=block_size)
+        self._prepared: list[Any] = [None] * len(plan.tasks)
+        self._counts: list[int] = []
+        self._waiting: list[tuple[str, slice, Folding | None]] = []
         self._lock = threading.Lock()
-        self._surveyed = type(merger).survey is not Merger.survey
-        self._inputs = Inputs(plan, progress, passes=2 if self._surveyed else 1)
-        self._hashes = [ContentHash() for _ in self._inputs.hashed]
-        self._surveys: list[Any] = [None] * len(plan.tasks)
-        self._tallies: list[int] = []
-        self._waiting: list[tuple[str, slice, Accumulators | None]] = []
         self._held = 0
-        for weights, content in zip(self._inputs.hashed, self._hashes, strict=True):
-            for name in weights.names:
-                if weights.shape(name).numel() == 0:  # there are no stretches of it to come
-                    content.add(name, weights.dtype(name), weights.shape(name), 0, b"")
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of the inputs that were read, each time they were."""
-        return self._inputs.count.read
 
     def run(self, writer: Writer) -> None:
         """Read everything, and write every tensor of the output."""
-        if self._surveyed:
-            self._surveys = in_threads(
-                lambda task: self.merger.survey(self._inputs.reader(task)),
-                range(len(self.plan.tasks)),
+        merged, copied = self._plan.merged, self._plan.copied
+        if self._prepares:
+            self._prepared = in_threads(
+                lambda task: self._merger.prepare(self.inputs.reader(task)),
+                range(len(self._plan.tasks)),
             )
-        in_threads(lambda block: self._merge_block(writer, *block), self._blocks())
-        tally = sum(self._tallies)
+        # A thread takes a block at a time: whole parameters where the rule needs them.
+        unit: Unit = "element" if self._merger.unit == "element" else "parameter"
+        in_threads(lambda block: self._merge_block(writer, *block), self._blocks(merged, unit))
+        total = sum(self._counts)
         # The stretches whose result depends on all others, now that it is known.
-        in_threads(lambda waiting: self._finish(writer, *waiting, tally), self._waiting)
-        in_threads(lambda block: self._copy_block(writer, *block), self._copied_blocks())
+        in_threads(lambda waiting: self._finish(writer, *waiting, total), self._waiting)
+        in_threads(lambda block: self._copy_block(writer, *block), self._blocks(copied, "element"))
 
-    def with_hashes(self, made: Mapping[str, str]) -> dict[str, str]:
-        """Complete the provenance, now that everything has been read."""
-        inputs = json.loads(made["cl_merge.inputs"])
-        for entry, content in zip(inputs, self._hashes, strict=True):
-            entry["xxh3_128"] = content.hexdigest()
-        return {**made, "cl_merge.inputs": json.dumps(inputs)}
-
-    def warn(self) -> None:
-        """Tell what no one would do on purpose."""
-        seen: dict[str, Weights] = {}
-        for weights, content in zip(self._inputs.hashed, self._hashes, strict=True):
-            first = seen.setdefault(content.hexdigest(), weights)
-            if first.path != weights.path:
-                log.warning("'%s' holds the same as '%s'", weights.path, first.path)
-            elif first is not weights:
-                log.warning("'%s' is given more than once", weights.path)
-        differing = self._inputs.differing
-        if differing:
-            log.warning(
-                "tensors that are not merged differ between the inputs; the base's were taken: %s",
-                listing(sorted(differing)),
-            )
-
-    def _blocks(self) -> list[tuple[str, slice]]:
-        """What a thread takes at a time: whole parameters where the rule needs them."""
-        shapes = {name: self.plan.base.shape(name) for name in self.plan.merged}
-        unit: Unit = "element" if self.merger.unit == "element" else "parameter"
-        return list(cut(shapes, unit, BLOCK))
-
-    def _copied_blocks(self) -> list[tuple[str, slice]]:
-        shapes = {name: self.plan.base.shape(name) for name in self.plan.copied}
-        return list(cut(shapes, "element", BLOCK))
+    def _blocks(self, names: list[str], unit: Unit) -> list[tuple[str, slice]]:
+        shapes = {name: self._plan.base.shape(name) for name in names}
+        return list(cut(shapes, unit, self._block_size))
 
     def _merge_block(self, writer: Writer, name: str, block: slice) -> None:
-        hashes = [BlockHash() for _ in self._hashes]
-        shape = self.plan.base.shape(name)
-        for part in stretches(shape, self.merger.unit, chunk_size(_CPU), block):
-            kept = self._fold(name, part, hashes)
-            number, awaits = self.merger.tally(kept)
-            self._tallies.append(number)
-            if awaits:
-                self._waiting.append((name, part, self._hold(kept)))
+        hashes = self.inputs.start_hashes(name, block.start)
+        shapes = {name: self._plan.base.shape(name)}
+        size = self._merger.chunk_size or chunk_size(_CPU)
+        for _, part in cut(shapes, self._merger.unit, size, block):
+            base = self.inputs.read(0, name, part, hashes)
+            folding = self._fold(name, part, base, hashes)
+            number, depends = folding.global_count(self._merger)
+            self._counts.append(number)
+            if depends:
+                self._waiting.append((name, part, folding if self._has_room(folding) else None))
             else:
-                self._write(writer, kept, name, part, 0)
-        self._add_hashes(name, block, hashes)
+                self._write(writer, name, part, base, folding, 0)
+        _finish_all(hashes)
 
-    def _hold(self, kept: Accumulators) -> Accumulators | None:
-        """Hold accumulators in memory, as far as there is room; the others are made once more."""
-        size = sum(tensor.nbytes for tensor in kept.values())
+    def _fold(
+        self,
+        name: str,
+        part: slice,
+        base: Tensor,
+        hashes: list[StretchHash | None] | None,
+    ) -> Folding:
+        folding = Folding({name: self._plan.base.shape(name)}, _CPU, part)
+        for task, prepared in enumerate(self._prepared):
+            folding.fold(self._merger, self.inputs.reader(task, base, hashes), prepared)
+        return folding
+
+    def _has_room(self, folding: Folding) -> bool:
+        """Whether it may be held in memory until all is counted; else it is made once more."""
         with self._lock:
-            if self._held + size > _HOLD:
-                return None
-            self._held += size
-        return kept
+            fits = self._held + folding.nbytes() <= _HELD_BYTES * self._block_size
+            self._held += folding.nbytes() if fits else 0
+        return fits
 
     def _finish(
-        self, writer: Writer, name: str, part: slice, kept: Accumulators | None, tally: int
+        self, writer: Writer, name: str, part: slice, folding: Folding | None, total: int
     ) -> None:
-        kept = self._fold(name, part, None) if kept is None else kept
-        self._write(writer, kept, name, part, tally)
-
-    def _fold(self, name: str, part: slice, hashes: list[BlockHash] | None) -> Accumulators:
-        kept: Accumulators = {}
-        size, shape = part.stop - part.start, self.plan.base.shape(name)
-        for task in range(len(self.plan.tasks)):
-            read = self._inputs.read(task, name, part, hashes)
-            for key, dtype in self.merger.new_accumulators(task).items():
-                kept[key] = torch.zeros(size, dtype=dtype)
-            place = Place(name, shape, part.start, task, self._surveys[task], read.importance)
-            fine = None
-            if read.base is not None:
-                fine = self.merger.fold_tuned(kept, read.values, read.base, place)
-            if fine is None:
-                self.merger.fold(kept, self._inputs.vector(read, task), place)
-            elif not fine:
-                raise self._inputs.broken(task)
-        return kept
+        base = self._plan.base.read(name, part.start, part.stop)
+        folding = folding or self._fold(name, part, base, None)
+        self._write(writer, name, part, base, folding, total)
 
     def _write(
-        self, writer: Writer, kept: Accumulators, name: str, part: slice, tally: int
+        self, writer: Writer, name: str, part: slice, base: Tensor, folding: Folding, total: int
     ) -> None:
-        shape, tasks = self.plan.base.shape(name), len(self.plan.tasks)
-        merged = torch.zeros(part.stop - part.start, dtype=torch.float32)
-        self.merger.finish(kept, merged, End(name, shape, part.start, tasks, tally))
-        base = self.plan.base.read(name, part.start, part.stop)
-        result = moved(base, merged, self.scales.of(name))
+        ((_, merged),) = folding.results(self._merger, total)
+        result = moved(base, merged, self._scales.of(name))
         # Types of one byte have no sum.
         if not is_finite(result if result.itemsize > 1 else result.float()):
-            raise self._inputs.broken_result(name)
+            raise self.inputs.broken_result(name)
         writer.write(name, part.start, result)
 
     def _copy_block(self, writer: Writer, name: str, block: slice) -> None:
-        hashes = [BlockHash() for _ in self._hashes]
-        writer.write(name, block.start, self._inputs.copied(name, block, hashes))
-        self._add_hashes(name, block, hashes)
+        hashes = self.inputs.start_hashes(name, block.start)
+        writer.write(name, block.start, self.inputs.copied(name, block, hashes))
+        _finish_all(hashes)
 
-    def _add_hashes(self, name: str, block: slice, hashes: list[BlockHash]) -> None:
-        for weights, content, of_block in zip(
-            self._inputs.hashed, self._hashes, hashes, strict=True
-        ):
-            if self._inputs.holds(weights, name):
-                content.add(
-                    name, weights.dtype(name), weights.shape(name), block.start, of_block.digest()
-                )
+
+def _finish_all(hashes: list[StretchHash | None]) -> None:
+    for of_input in hashes:
+        if of_input is not None:
+            of_input.finish()

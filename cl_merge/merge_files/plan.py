@@ -12,21 +12,13 @@ from cl_merge.task_vectors.selection import Selection
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be merged.
+    """What will be merged."""
 
-    Attributes:
-        base: The weights before fine-tuning.
-        tasks: Fine-tuned weights or task vectors, in the order of the tasks.
-        importances: How much each element of each task matters; empty for most methods.
-        merged: Names of the tensors that are merged, in the order in which the base has them.
-        copied: Names of the others, which are taken from the base.
-    """
-
-    base: Weights
-    tasks: list[Weights]
-    importances: list[Weights]
-    merged: list[str]
-    copied: list[str]
+    base: Weights  # before fine-tuning
+    tasks: list[Weights]  # fine-tuned weights or task vectors, in order
+    importances: list[Weights]  # one for each task, or none
+    merged: list[str]  # names of tensors, in the order of the base
+    copied: list[str]  # names of the others, which are taken from the base
 
 
 def make_plan(
@@ -37,15 +29,6 @@ def make_plan(
 ) -> Plan:
     """Check every input against the base, by what the files say of their tensors.
 
-    Args:
-        base: The weights before fine-tuning.
-        tasks: Fine-tuned weights or task vectors.
-        selection: Which parameters to merge.
-        importances: For methods that need it, one for each task.
-
-    Returns:
-        The plan.
-
     Raises:
         InputError: If there is no task, or names, shapes or dtypes do not match; names the file and
             the tensors.
@@ -53,18 +36,17 @@ def make_plan(
     if not tasks:
         raise InputError("no task to merge; give at least one checkpoint or task vector")
     check_base(base)
-    of_first: set[str] | None = None
+    changed: list[set[str]] = []
     for task in tasks:
         _check_task(task, base)
-        changed = set(selection.names(floating(task)))
-        of_first = changed if of_first is None else of_first
-        if changed != of_first:
+        changed.append(set(selection.names(floating(task))))
+        if changed[-1] != changed[0]:
             raise InputError(
                 f"'{task.path}' changes other tensors than '{tasks[0].path}'; missing: "
-                f"{listing(sorted(of_first - changed))}; extra: "
-                f"{listing(sorted(changed - of_first))}. Choose those of both with include"
+                f"{listing(sorted(changed[0] - changed[-1]))}; extra: "
+                f"{listing(sorted(changed[-1] - changed[0]))}. Choose those of both with include"
             )
-    merged = of_first or set()
+    merged = changed[0]
     if not merged:
         raise InputError(f"nothing to merge: '{tasks[0].path}' holds no floating-point tensor")
     for importance in importances:
@@ -84,14 +66,7 @@ def dtype_name(weights: Weights, name: str) -> str:
 
 
 def check_base(base: Weights) -> None:
-    """Make sure that a base is not a task vector.
-
-    Args:
-        base: What was given for the base.
-
-    Raises:
-        InputError: If it is.
-    """
+    """Refuse a task vector where weights are wanted."""
     if base.is_task_vector:
         raise InputError(
             f"'{base.path}' is a task vector, but the base must hold the weights before fine-tuning"
@@ -114,27 +89,21 @@ def _check_task(task: Weights, base: Weights) -> None:
             "come from one architecture"
         )
     _check_shapes(task, base)
-    if task.is_task_vector:
-        _check_moves_floats(task, base)
-        return
+    integers = [name for name in task.names if not base.dtype(name).is_floating_point]
+    if task.is_task_vector and integers:
+        raise InputError(
+            f"'{task.path}' changes tensors that the base '{base.path}' has as integers: "
+            f"{listing(integers)}. It must be the model that the task vector was made with"
+        )
     dtypes = [
         f"{name} {dtype_name(task, name)} instead of {dtype_name(base, name)}"
         for name in task.names
         if task.dtype(name) != base.dtype(name)
     ]
-    if dtypes:
+    if dtypes and not task.is_task_vector:
         raise InputError(
             f"'{task.path}' has other dtypes than the base '{base.path}': {listing(dtypes)}. "
             "Convert one of the two"
-        )
-
-
-def _check_moves_floats(task: Weights, base: Weights) -> None:
-    others = [name for name in task.names if not base.dtype(name).is_floating_point]
-    if others:
-        raise InputError(
-            f"'{task.path}' changes tensors that the base '{base.path}' has as integers: "
-            f"{listing(others)}. It must be the model that the task vector was made with"
         )
 
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from cl_merge.mergers.base import Accumulators
-from cl_merge.mergers.chunks import End
+from cl_merge.mergers.chunks import Accumulators, ResultInfo
 from cl_merge.mergers.task_arithmetic import TaskArithmetic
 
 
@@ -30,6 +29,6 @@ class Average(TaskArithmetic):
     published_scale = 1.0
 
     @override
-    def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:
+    def compute(self, state: Accumulators, out: Tensor, info: ResultInfo) -> None:
         # By a number CUDA does not divide: it multiplies by the reciprocal, which rounds twice.
-        torch.div(kept["sum"], torch.full_like(kept["sum"][:1], end.tasks), out=out)
+        torch.div(state["sum"], torch.full_like(state["sum"][:1], info.tasks), out=out)

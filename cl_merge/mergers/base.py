@@ -4,42 +4,37 @@ from __future__ import annotations
 
 import inspect
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cl_merge.errors import InputError, listing, task_name
 from cl_merge.kernels.finite import is_finite, not_finite
-from cl_merge.mergers.chunks import End, Place, Reader, Unit, chunk_size, cut, over
+from cl_merge.mergers.chunks import Reader
+from cl_merge.mergers.folding import Folding, Rule
 from cl_merge.task_vectors.task_vector import TaskVector, check_floating, check_same_layout
 
-_GROUP = 1 << 22  # elements
 
-Accumulators = dict[str, Tensor]
-"""What a rule keeps for a stretch of elements: tensors [n] of equal length, by name."""
-
-
-class Merger(ABC):
+class Merger(Rule):
     """Reduces task vectors to one, a task at a time, in memory that does not grow with the tasks.
 
     A subclass is a rule: the accumulators that it keeps for every element, `fold`, which takes up a
-    chunk of a task vector, and `finish`, which reads the merged values off the accumulators. These
+    chunk of a task vector, and `compute`, which reads the merged values off the accumulators. These
     work on flat chunks and touch nothing else, on several threads at once, so that whoever holds
     the data may drive them: this class does it one task at a time over all parameters,
-    `merge_checkpoints` one chunk at a time over all tasks. `survey` and `tally` are for rules that
-    must look at a whole task vector, or at all accumulators, first.
+    `merge_checkpoints` one chunk at a time over all tasks. `prepare` and `global_count` are for
+    rules that must look at a whole task vector, or at all accumulators, first.
 
     Attributes:
         name: Name of the method.
         published_scale: Scale at which its paper applies the merged task vector.
         accumulators: Dtypes of what is kept for every element, by name; all start at zero.
-        unit: What a chunk holds whole: ``"element"``, any stretch of a flattened parameter;
-            ``"row"``, whole rows of matrices; ``"parameter"``, one whole parameter.
+        unit: What a chunk never cuts through: ``"element"``, chunks are any stretches of flattened
+            parameters; ``"row"``, whole rows of matrices; ``"parameter"``, whole parameters.
         weighted: Whether a task vector comes with the importance of each of its elements.
+        chunk_size: Elements of a chunk; None for what suits the device. No result depends on it.
         tasks: Number of task vectors folded so far.
 
     Example:
@@ -48,11 +43,11 @@ class Merger(ABC):
         ...     published_scale = 1.0
         ...     accumulators = {"merged": torch.float32}
         ...
-        ...     def fold(self, kept, chunk, place):
-        ...         torch.maximum(kept["merged"], chunk, out=kept["merged"])
+        ...     def fold(self, state, chunk, info):
+        ...         torch.maximum(state["merged"], chunk, out=state["merged"])
         ...
-        ...     def finish(self, kept, out, end):
-        ...         out.copy_(kept["merged"])
+        ...     def compute(self, state, out, info):
+        ...         out.copy_(state["merged"])
         >>> merger = Largest()
         >>> merger.update({"weight": torch.tensor([1.0, 2.0])})
         >>> merger.update({"weight": torch.tensor([3.0, -1.0])})
@@ -60,99 +55,13 @@ class Merger(ABC):
         tensor([3., 2.])
     """
 
-    name: ClassVar[str]
-    published_scale: ClassVar[float]
-    accumulators: ClassVar[Mapping[str, torch.dtype]] = {}
-    unit: ClassVar[Unit] = "element"
-    weighted: ClassVar[bool] = False
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        # Who folds in another way than the class it derives from must not inherit its short cut.
-        if "fold" in vars(cls) and "fold_tuned" not in vars(cls):
-            cls.fold_tuned = Merger.fold_tuned  # type: ignore[method-assign]
-
     def __init__(self) -> None:
-        self.tasks = 0
-        self._shapes: dict[str, torch.Size] = {}
-        self._device = torch.device("cpu")
-        self._kept: dict[str, Accumulators] = {}
+        self._folding = Folding({})
 
-    # The rule.
-
-    def new_accumulators(self, task: int) -> Mapping[str, torch.dtype]:
-        """Tell what to add to the accumulators before a task is folded.
-
-        Args:
-            task: Index of the task, from 0.
-
-        Returns:
-            Dtypes by name: `accumulators` before the first task, nothing later.
-        """
-        return self.accumulators if task == 0 else {}
-
-    def survey(self, vector: Reader) -> Any:
-        """Look at one whole task vector before its chunks are folded.
-
-        Args:
-            vector: Reads the task vector in chunks.
-
-        Returns:
-            What `fold` shall find in ``place.survey``.
-        """
-        return None
-
-    @abstractmethod
-    def fold(self, kept: Accumulators, chunk: Tensor, place: Place) -> None:
-        """Take up one chunk of one task vector, in place.
-
-        Args:
-            kept: This stretch of the accumulators, each [n].
-            chunk: The values of the task vector, float32 [n]; must not be changed or kept.
-            place: Which task and which stretch this is.
-        """
-
-    def fold_tuned(
-        self, kept: Accumulators, tuned: Tensor, base: Tensor, place: Place
-    ) -> bool | None:
-        """Take up one chunk of fine-tuned weights, to the same bits as `fold` of tuned - base.
-
-        For rules that a compiled loop does in one pass; others leave it as it is.
-
-        Args:
-            kept: This stretch of the accumulators, each [n].
-            tuned: Fine-tuned weights, floating point [n]; must not be changed or kept.
-            base: Those of the base, of the same dtype.
-            place: Which task and which stretch this is.
-
-        Returns:
-            Whether all of tuned - base is finite; None if nothing was done.
-        """
-        return None
-
-    def tally(self, kept: Accumulators) -> tuple[int, bool]:
-        """Count something over all accumulators, after the last task and before the first result.
-
-        Args:
-            kept: A stretch of the accumulators, each [n].
-
-        Returns:
-            A number, of which `finish` is given the sum over all stretches, and whether the result
-            of this stretch depends on that sum.
-        """
-        return 0, False
-
-    @abstractmethod
-    def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:
-        """Read the merged values off the accumulators, which stay as they are.
-
-        Args:
-            kept: A stretch of the accumulators, each [n].
-            out: Where the merged values go, float32 [n].
-            end: Which stretch this is, after how many tasks.
-        """
-
-    # The bookkeeping: one task at a time, over all parameters.
+    @property
+    def tasks(self) -> int:
+        """Number of task vectors folded so far."""
+        return self._folding.tasks
 
     @property
     def options(self) -> dict[str, Any]:
@@ -175,25 +84,12 @@ class Merger(ABC):
                 or the importance is missing or not needed. Nothing has been folded then.
         """
         self._check(vector, importance)
-        reader = Reader.of(vector, self._device if self.tasks else None)
-        device = reader.device
-        survey = self.survey(reader)
+        device = self._folding.device if self.tasks else None
+        reader = Reader.of(vector, device, chunk_size=self.chunk_size, importance=importance)
+        prepared = self.prepare(reader)
         if self.tasks == 0:
-            self._device = device
-            self._shapes = dict(reader.shapes)
-            self._kept = {name: {} for name in vector}
-        self._grow(self.new_accumulators(self.tasks))
-        weights = Reader.of(importance or {}, device)
-
-        def fold(piece: tuple[str, slice]) -> None:
-            name, stretch = piece
-            weight = weights.read(name, stretch) if weights.shapes else None
-            shape = self._shapes[name]
-            place = Place(name, shape, stretch.start, self.tasks, survey, weight)
-            self.fold(_part(self._kept[name], stretch), reader.read(name, stretch), place)
-
-        over(fold, list(cut(self._shapes, self.unit, chunk_size(device))), device)
-        self.tasks += 1
+            self._folding = Folding(reader.shapes, reader.device)
+        self._folding.fold(self, reader, prepared)
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """Make the merged values, a parameter at a time.
@@ -207,9 +103,8 @@ class Merger(ABC):
         """
         if self.tasks == 0:
             raise InputError(f"nothing to merge: '{self.name}' was given no task vector")
-        tally = self._total_tally()
-        for names in self._groups():
-            yield from self._finished(names, tally).items()
+        global_count, _ = self._folding.global_count(self)
+        yield from self._folding.results(self, global_count)
 
     def merged(self) -> TaskVector:
         """Merge what was folded so far; more can be folded afterwards.
@@ -235,7 +130,7 @@ class Merger(ABC):
             "method": self.name,
             "options": self.options,
             "tasks": self.tasks,
-            "accumulators": self._kept,
+            "accumulators": self._folding.accumulators,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None = None) -> None:
@@ -254,17 +149,19 @@ class Merger(ABC):
                 f"the saved state is of method '{theirs[0]}' with options {theirs[1]}, but this "
                 f"merger is '{ours[0]}' with options {ours[1]}; make it with the saved ones"
             )
-        self.tasks = state["tasks"]
         with torch.inference_mode(False):
-            self._kept = {
+            accumulators = {
                 name: {
                     key: tensor.detach().to(device or tensor.device, copy=True)
-                    for key, tensor in kept.items()
+                    for key, tensor in saved.items()
                 }
-                for name, kept in state["accumulators"].items()
+                for name, saved in state["accumulators"].items()
             }
-        self._shapes = {name: _any(kept).shape for name, kept in self._kept.items()}
-        self._device = next((_any(k).device for k in self._kept.values()), torch.device("cpu"))
+        # All accumulators of a parameter have its shape, and all are on one device.
+        firsts = {name: next(iter(made.values())) for name, made in accumulators.items()}
+        on = next((first.device for first in firsts.values()), torch.device("cpu"))
+        self._folding = Folding({name: first.shape for name, first in firsts.items()}, on)
+        self._folding.accumulators, self._folding.tasks = accumulators, state["tasks"]
 
     def _check(
         self,
@@ -274,8 +171,10 @@ class Merger(ABC):
         what = task_name(self.tasks)
         check_floating(vector, what)
         if self.tasks:
-            check_same_layout(vector, self._like(), what, "the tasks before")
-        _check_finite(vector, what)
+            shapes = self._folding.shapes.items()
+            before = {name: torch.empty(shape, device="meta") for name, shape in shapes}
+            check_same_layout(vector, before, what, "the tasks before")
+        _check_finite(vector, what, self.chunk_size)
         if self.weighted != (importance is not None):
             raise InputError(
                 f"{what}: '{self.name}' needs the importance of each element beside the task vector"
@@ -285,79 +184,18 @@ class Merger(ABC):
         if importance is not None:
             what = f"the importance of {what}"
             check_same_layout(importance, vector, what, "the task vector")
-            _check_finite(importance, what)
+            _check_finite(importance, what, self.chunk_size)
             negative = [name for name, tensor in importance.items() if bool((tensor < 0).any())]
             if negative:
                 raise InputError(f"{what} is negative in {listing(negative)}; expected 0 or more")
 
-    def _groups(self) -> Iterator[list[str]]:
-        """Parameters to finish together: enough for all threads, few beside the accumulators."""
-        group, size = [], 0
-        for name, shape in self._shapes.items():
-            group.append(name)
-            size += shape.numel()
-            if size >= _GROUP:
-                yield group
-                group, size = [], 0
-        if group:
-            yield group
 
-    def _finished(self, names: list[str], tally: int) -> dict[str, Tensor]:
-        shapes = {name: self._shapes[name] for name in names}
-        merged = {
-            name: _zeros(shape, torch.float32, self._device) for name, shape in shapes.items()
-        }
-
-        def finish(piece: tuple[str, slice]) -> None:
-            name, stretch = piece
-            end = End(name, shapes[name], stretch.start, self.tasks, tally)
-            self.finish(_part(self._kept[name], stretch), merged[name].view(-1)[stretch], end)
-
-        over(finish, list(cut(shapes, self.unit, chunk_size(self._device))), self._device)
-        return merged
-
-    def _like(self) -> dict[str, Tensor]:
-        return {name: torch.empty(shape, device="meta") for name, shape in self._shapes.items()}
-
-    def _grow(self, accumulators: Mapping[str, torch.dtype]) -> None:
-        for name, kept in self._kept.items():
-            for key, dtype in accumulators.items():
-                kept[key] = _zeros(self._shapes[name], dtype, self._device)
-
-    def _total_tally(self) -> int:
-        if type(self).tally is Merger.tally:
-            return 0
-        pieces = list(cut(self._shapes, self.unit, chunk_size(self._device)))
-        tallies = over(lambda p: self.tally(_part(self._kept[p[0]], p[1])), pieces, self._device)
-        return sum(number for number, _ in tallies)
-
-
-def _check_finite(vector: Mapping[str, Tensor], what: str) -> None:
+def _check_finite(vector: Mapping[str, Tensor], what: str, size: int | None) -> None:
     broken = set()
     for device in {tensor.device for tensor in vector.values()}:
         here = {name: tensor for name, tensor in vector.items() if tensor.device == device}
-        reader = Reader.of(here, device)
-        pieces = list(cut(reader.shapes, "element", chunk_size(device)))
-        good = over(partial(_is_finite, reader), pieces, device)
-        broken |= {name for (name, _), fine in zip(pieces, good, strict=True) if not fine}
+        reader = Reader.of(here, device, chunk_size=size)
+        finite = zip(reader.pieces(), reader.map(is_finite), strict=True)
+        broken |= {name for (name, _), fine in finite if not fine}
     if broken:
         raise not_finite(what, [name for name in vector if name in broken])
-
-
-def _is_finite(reader: Reader, piece: tuple[str, slice]) -> bool:
-    return is_finite(reader.read(*piece))
-
-
-def _part(kept: Accumulators, stretch: slice) -> Accumulators:
-    return {name: tensor.view(-1)[stretch] for name, tensor in kept.items()}
-
-
-def _any(kept: Accumulators) -> Tensor:
-    """Pick one of the accumulators, which all have the parameter's shape and device."""
-    return next(iter(kept.values()))
-
-
-def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    # Tensors made in inference mode cannot be changed outside it, but a merger is used in both.
-    with torch.inference_mode(False):
-        return torch.zeros(shape, dtype=dtype, device=device)

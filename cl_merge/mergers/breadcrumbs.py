@@ -6,8 +6,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from cl_merge.errors import InputError
-from cl_merge.mergers.base import Accumulators
-from cl_merge.mergers.chunks import Place, Reader
+from cl_merge.mergers.chunks import Accumulators, ChunkInfo, Reader
 from cl_merge.mergers.options import checked_number
 from cl_merge.mergers.task_arithmetic import TaskArithmetic
 from cl_merge.mergers.threshold import magnitude_of_rank
@@ -51,14 +50,14 @@ class Breadcrumbs(TaskArithmetic):
             )
 
     @override
-    def survey(self, vector: Reader) -> dict[str, tuple[float, float]]:
+    def prepare(self, vector: Reader) -> dict[str, tuple[float, float]]:
         return {name: self._limits(vector.only(name)) for name in vector.shapes}
 
     @override
-    def fold(self, kept: Accumulators, chunk: Tensor, place: Place) -> None:
-        least, most = place.survey[place.name]
+    def fold(self, state: Accumulators, chunk: Tensor, info: ChunkInfo) -> None:
+        least, most = info.prepared[info.name]
         magnitude = chunk.abs()
-        kept["sum"].add_(chunk.masked_fill((magnitude < least) | (magnitude > most), 0))
+        state["sum"].add_(chunk.masked_fill((magnitude < least) | (magnitude > most), 0))
 
     def _limits(self, parameter: Reader) -> tuple[float, float]:
         """The magnitudes between which values stay."""

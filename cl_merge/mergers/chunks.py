@@ -1,4 +1,4 @@
-"""How parameters are cut into pieces that a rule can work on, and how a whole vector is read."""
+"""How parameters are cut into chunks that a rule can work on, and how a task vector is read."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any, Literal, Self, TypeVar
 import torch
 from torch import Tensor
 
+from cl_merge.errors import InputError
+from cl_merge.kernels import Chunk, Difference
 from cl_merge.kernels.parallel import in_threads
 
 Unit = Literal["element", "row", "parameter"]
-"""What a rule must see whole: nothing, the rows of a matrix, or a parameter."""
+"""What a rule must see at once: single elements, whole rows of matrices, or whole parameters."""
+
+Accumulators = dict[str, Tensor]
+"""What a rule keeps for a stretch of elements: tensors [n] of equal length, by name."""
 
 Result = TypeVar("Result")
 
-# Elements per chunk. On a CPU a chunk and the temporaries of a rule shall stay in the caches;
-# other devices want few launches. Results do not depend on it.
-CPU_CHUNK = 1 << 20
-DEVICE_CHUNK = 1 << 24
-
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ChunkInfo:
     """Where a chunk of a task vector comes from.
 
     Attributes:
@@ -32,7 +32,7 @@ class Place:
         shape: Shape of the whole parameter.
         start: Index of the chunk's first element in the flattened parameter.
         task: Index of the task, from 0.
-        survey: What `Merger.survey` returned for this task.
+        prepared: What `Merger.prepare` returned for this task.
         importance: How much each element matters, float32 [n], for mergers that are ``weighted``.
     """
 
@@ -40,12 +40,12 @@ class Place:
     shape: torch.Size
     start: int
     task: int
-    survey: Any = None
+    prepared: Any = None
     importance: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class End:
+class ResultInfo:
     """Where a chunk of the result belongs, after the last task.
 
     Attributes:
@@ -53,46 +53,61 @@ class End:
         shape: Shape of the whole parameter.
         start: Index of the chunk's first element in the flattened parameter.
         tasks: Number of tasks folded.
-        tally: Sum of what `Merger.tally` returned for all chunks.
+        global_count: Sum of what `Merger.global_count` returned for all chunks.
     """
 
     name: str
     shape: torch.Size
     start: int
     tasks: int
-    tally: int = 0
+    global_count: int = 0
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads one whole task vector in chunks, on several threads.
+    """Reads one task vector in chunks, on several threads.
 
     Attributes:
         shapes: Shapes of the parameters by name.
-        read: Reads a stretch of a flattened parameter, float32 [n], which need only be valid until
-            the thread's next call.
+        chunk: Reads a stretch of a flattened parameter, float32 [n] or a difference of weights; it
+            need only be valid until the thread's next call.
         device: Where the values are.
+        chunk_size: Elements of a chunk; None for what suits the device.
+        importance: Reads a stretch of how much each element matters, float32 [n].
+        broken: Makes the error for a difference that is not finite.
     """
 
     shapes: Mapping[str, torch.Size]
-    read: Callable[[str, slice], Tensor]
+    chunk: Callable[[str, slice], Chunk]
     device: torch.device
+    chunk_size: int | None = None
+    importance: Callable[[str, slice], Tensor] | None = None
+    broken: Callable[[], InputError] | None = None
 
     @classmethod
-    def of(cls, vector: Mapping[str, Tensor], device: torch.device | None = None) -> Self:
+    def of(
+        cls,
+        vector: Mapping[str, Tensor],
+        device: torch.device | None = None,
+        *,
+        chunk_size: int | None = None,
+        importance: Mapping[str, Tensor] | None = None,
+    ) -> Self:
         """Read tensors in memory.
 
         Args:
             vector: Floating-point tensors of any shape and dtype, by parameter name.
             device: Where the chunks shall be; None takes the device of the first tensor.
+            chunk_size: Elements of a chunk; None for what suits the device.
+            importance: How much each element matters, of the same names and shapes.
 
         Returns:
             A reader.
         """
         device = device or next((tensor.device for tensor in vector.values()), torch.device("cpu"))
-        flat = {name: tensor.detach().reshape(-1) for name, tensor in vector.items()}
         shapes = {name: tensor.shape for name, tensor in vector.items()}
-        return cls(shapes, lambda n, part: flat[n][part].to(device, torch.float32), device)
+        weights = None if importance is None else _stretches_of(importance, device)
+        return cls(shapes, _stretches_of(vector, device), device, chunk_size, weights)
 
     @property
     def size(self) -> int:
@@ -100,28 +115,47 @@ class Reader:
         return sum(shape.numel() for shape in self.shapes.values())
 
     def only(self, name: str) -> Reader:
-        """Read one parameter.
+        """Read nothing but the parameter of this name."""
+        return Reader({name: self.shapes[name]}, self.read, self.device, self.chunk_size)
+
+    def read(self, name: str, part: slice) -> Tensor:
+        """Read a stretch of a flattened parameter.
 
         Args:
-            name: Its name.
+            name: Name of the parameter.
+            part: First element, and the one after the last.
 
         Returns:
-            A reader of nothing else.
+            float32 [n]; must not be changed, and is valid until the thread's next call.
         """
-        return Reader({name: self.shapes[name]}, self.read, self.device)
+        chunk = self.chunk(name, part)
+        if isinstance(chunk, Tensor):
+            return chunk
+        values = chunk.values()
+        self.check(chunk)
+        return values
 
-    def map(self, function: Callable[[Tensor], Result]) -> list[Result]:
+    def check(self, used: Chunk) -> None:
+        """Refuse a difference that has turned out not to be finite."""
+        if isinstance(used, Difference) and not used.finite and self.broken is not None:
+            raise self.broken()
+
+    def pieces(self, unit: Unit = "element") -> list[tuple[str, slice]]:
+        """The chunks that `map` reads: name and stretch of the flattened parameter."""
+        return list(cut(self.shapes, unit, self.chunk_size or chunk_size(self.device)))
+
+    def map(self, function: Callable[[Tensor], Result], unit: Unit = "element") -> list[Result]:
         """Apply a function to every chunk.
 
         Args:
             function: Maps a chunk, float32 [n], which it must not change or keep, to what is
                 wanted.
+            unit: What no cut may go through.
 
         Returns:
             The results in the order of parameters and chunks.
         """
-        pieces = list(cut(self.shapes, "element", chunk_size(self.device)))
-        return over(lambda piece: function(self.read(*piece)), pieces, self.device)
+        return over(lambda piece: function(self.read(*piece)), self.pieces(unit), self.device)
 
     def sample(self, count: int, run: int = 256) -> Tensor:
         """Read a part of the values, evenly spread.
@@ -147,57 +181,36 @@ class Reader:
 
 
 def chunk_size(device: torch.device) -> int:
-    """Number of elements of a chunk.
-
-    Args:
-        device: Where the values are.
-
-    Returns:
-        Few on a CPU, many elsewhere.
-    """
-    return CPU_CHUNK if device.type == "cpu" else DEVICE_CHUNK
+    """Number of elements of a chunk, if nobody chooses another one; no result depends on it."""
+    # On a CPU a chunk and the temporaries of a rule shall stay in the caches; other devices want
+    # few launches.
+    return 1 << 20 if device.type == "cpu" else 1 << 24
 
 
-def cut(shapes: Mapping[str, torch.Size], unit: Unit, size: int) -> Iterator[tuple[str, slice]]:
+def cut(
+    shapes: Mapping[str, torch.Size], unit: Unit, size: int, within: slice | None = None
+) -> Iterator[tuple[str, slice]]:
     """Cut parameters into chunks.
 
     Args:
         shapes: Shapes of the parameters by name.
         unit: What no cut may go through.
         size: Elements of a chunk, more where a unit has more.
+        within: Cut this stretch only, which begins and ends where units do.
 
     Yields:
         Name and stretch of the flattened parameter; none for empty parameters.
     """
     for name, shape in shapes.items():
-        for stretch in stretches(shape, unit, size):
-            yield name, stretch
-
-
-def stretches(
-    shape: torch.Size, unit: Unit, size: int, within: slice | None = None
-) -> Iterator[slice]:
-    """Cut one parameter into stretches.
-
-    Args:
-        shape: Its shape.
-        unit: What no cut may go through.
-        size: Elements of a stretch, more where a unit has more.
-        within: Cut this stretch only, which begins and ends where units do.
-
-    Yields:
-        Stretches of the flattened parameter.
-    """
-    numel = shape.numel()
-    step = size
-    if unit == "parameter" or (unit == "row" and len(shape) < 2):
-        step = max(numel, 1)
-    elif unit == "row":
-        row = max(numel // max(shape[0], 1), 1)
-        step = max(size // row, 1) * row
-    whole = within or slice(0, numel)
-    for start in range(whole.start, whole.stop, step):
-        yield slice(start, min(start + step, whole.stop))
+        numel, step = shape.numel(), size
+        if unit == "parameter" or (unit == "row" and len(shape) < 2):
+            step = max(numel, 1)
+        elif unit == "row":
+            row = max(numel // max(shape[0], 1), 1)
+            step = max(size // row, 1) * row
+        area = within or slice(0, numel)
+        for start in range(area.start, area.stop, step):
+            yield name, slice(start, min(start + step, area.stop))
 
 
 def over(
@@ -205,16 +218,14 @@ def over(
     pieces: list[tuple[str, slice]],
     device: torch.device,
 ) -> list[Result]:
-    """Apply a function to every chunk: in threads on a CPU, one after another elsewhere.
-
-    Args:
-        function: Called with name and stretch.
-        pieces: What `cut` made.
-        device: Where the values are.
-
-    Returns:
-        The results in order.
-    """
+    """Apply a function to every chunk: in threads on a CPU, one after another elsewhere."""
     if device.type == "cpu":
         return in_threads(function, pieces)
     return [function(piece) for piece in pieces]
+
+
+def _stretches_of(
+    tensors: Mapping[str, Tensor], device: torch.device
+) -> Callable[[str, slice], Tensor]:
+    flat = {name: tensor.detach().reshape(-1) for name, tensor in tensors.items()}
+    return lambda name, part: flat[name][part].to(device, torch.float32)

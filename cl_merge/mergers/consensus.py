@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from cl_merge.mergers.chunks import End
+from cl_merge.mergers.chunks import ResultInfo
 from cl_merge.mergers.options import checked_count, checked_number
 from cl_merge.mergers.stack import StackMerger
 from cl_merge.mergers.task_arithmetic import TaskArithmetic
@@ -47,10 +47,10 @@ class Consensus(StackMerger):
         self.least = checked_count("least", least, 1)
 
     @override
-    def combine(self, values: Tensor, end: End) -> Tensor:
+    def combine(self, values: Tensor, info: ResultInfo) -> Tensor:
         # One after another: the order in which `sum` adds depends on the number of elements.
         total = torch.zeros_like(values[0])
         for vector in values:
             total += vector
         used = values.abs() > (total - values).abs_().mul_(self.threshold)
-        return total.masked_fill_(used.sum(dim=0) < min(self.least, end.tasks), 0)
+        return total.masked_fill_(used.sum(dim=0) < min(self.least, info.tasks), 0)

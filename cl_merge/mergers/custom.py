@@ -13,8 +13,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from cl_merge.errors import InputError, unknown_name
-from cl_merge.mergers.base import Accumulators, Merger
-from cl_merge.mergers.chunks import End, Place, Unit
+from cl_merge.mergers.base import Merger
+from cl_merge.mergers.chunks import Accumulators, ChunkInfo, ResultInfo, Unit
 from cl_merge.mergers.registry import register
 from cl_merge.mergers.stack import StackMerger
 from cl_merge.task_vectors.task_vector import check_scale
@@ -27,6 +27,7 @@ UNITS = ("element", "parameter")
 _TAKEN = frozenset(
     {
         "base",
+        "block_size",
         "buffers",
         "device",
         "directory",
@@ -134,9 +135,7 @@ def fold_method(
 class _Custom(Merger):
     """A merger around a function; the decorators make subclasses of it."""
 
-    arguments: ClassVar[tuple[str, ...]]
-    """What the function takes before its options, for error messages."""
-
+    arguments: ClassVar[tuple[str, ...]]  # of the function, before its options
     function: ClassVar[Function]
     defaults: ClassVar[dict[str, Any]]
 
@@ -156,19 +155,7 @@ class _Custom(Merger):
         return dict(self._given)
 
     def call(self, like: Tensor, parameter: str, *arguments: Any) -> Tensor:
-        """Call the function and check what it returns.
-
-        Args:
-            like: A tensor of the shape that the result must have.
-            parameter: Name of the parameter, for error messages.
-            *arguments: What the function is given before its options.
-
-        Returns:
-            The result.
-
-        Raises:
-            InputError: If it is no finite floating-point tensor of that shape.
-        """
+        """Call the function; refuse what is no finite floating-point tensor of this shape."""
         where = f"in method '{self.name}', parameter {parameter}"
         try:
             result: object = type(self).function(*arguments, **self._given)
@@ -193,8 +180,8 @@ class _Stacked(_Custom, StackMerger):
     arguments = ("values",)
 
     @override
-    def combine(self, values: Tensor, end: End) -> Tensor:
-        return self.call(values[0], end.name, values)
+    def combine(self, values: Tensor, info: ResultInfo) -> Tensor:
+        return self.call(values[0], info.name, values)
 
 
 class _Folded(_Custom):
@@ -202,17 +189,17 @@ class _Folded(_Custom):
     accumulators: ClassVar = {"merged": torch.float32}
 
     @override
-    def fold(self, kept: Accumulators, chunk: Tensor, place: Place) -> None:
+    def fold(self, state: Accumulators, chunk: Tensor, info: ChunkInfo) -> None:
         # Copies: a function that changes its arguments changes no task vector of the user's.
-        merged, vector = kept["merged"].clone(), chunk.clone()
+        merged, vector = state["merged"].clone(), chunk.clone()
         if self.unit == "parameter":
-            merged, vector = merged.view(place.shape), vector.view(place.shape)
-        result = self.call(merged, place.name, merged, vector, place.task)
-        kept["merged"].copy_(result.reshape(-1))
+            merged, vector = merged.view(info.shape), vector.view(info.shape)
+        result = self.call(merged, info.name, merged, vector, info.task)
+        state["merged"].copy_(result.reshape(-1))
 
     @override
-    def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:
-        out.copy_(kept["merged"])
+    def compute(self, state: Accumulators, out: Tensor, info: ResultInfo) -> None:
+        out.copy_(state["merged"])
 
 
 def _decorator(

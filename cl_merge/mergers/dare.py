@@ -7,13 +7,12 @@ from abc import abstractmethod
 from torch import Tensor
 from typing_extensions import override
 
-from cl_merge.mergers.base import Accumulators, Merger
-from cl_merge.mergers.chunks import Place
-from cl_merge.mergers.election import SignElection
+from cl_merge.kernels.random_bits import random_bits
+from cl_merge.mergers.base import Merger
+from cl_merge.mergers.chunks import Accumulators, ChunkInfo
 from cl_merge.mergers.options import checked_count, checked_share
-from cl_merge.mergers.random_mix import random_bits
 from cl_merge.mergers.task_arithmetic import TaskArithmetic
-from cl_merge.mergers.ties import Ties
+from cl_merge.mergers.ties import SignElection, Ties
 from cl_merge.seeds import derive_seed
 
 
@@ -26,14 +25,14 @@ class _Dropping(Merger):
         self.seed = checked_count("seed", seed)
 
     @override
-    def fold(self, kept: Accumulators, chunk: Tensor, place: Place) -> None:
-        key = derive_seed(self.seed, place.name, place.task)
-        draws = random_bits(key, place.start, chunk.numel(), chunk.device)
+    def fold(self, state: Accumulators, chunk: Tensor, info: ChunkInfo) -> None:
+        key = derive_seed(self.seed, info.name, info.task)
+        draws = random_bits(key, info.start, chunk.numel(), chunk.device)
         dropped = draws > int(self.density * 2.0**63) - 1  # they are 0 to 2^63 - 1
-        self.take(kept, (chunk / self.density).masked_fill_(dropped, 0), place)
+        self.take(state, (chunk / self.density).masked_fill_(dropped, 0), info)
 
     @abstractmethod
-    def take(self, kept: Accumulators, values: Tensor, place: Place) -> None:
+    def take(self, state: Accumulators, values: Tensor, info: ChunkInfo) -> None:
         """Take up what is left of a chunk, float32 [n]."""
 
 
@@ -63,8 +62,8 @@ class Dare(_Dropping, TaskArithmetic):
     name = "dare"
 
     @override
-    def take(self, kept: Accumulators, values: Tensor, place: Place) -> None:
-        kept["sum"].add_(values)
+    def take(self, state: Accumulators, values: Tensor, info: ChunkInfo) -> None:
+        state["sum"].add_(values)
 
 
 class DareTies(_Dropping, SignElection):
@@ -90,5 +89,5 @@ class DareTies(_Dropping, SignElection):
     published_scale = Ties.published_scale
 
     @override
-    def take(self, kept: Accumulators, values: Tensor, place: Place) -> None:
-        self.stand(kept, values, place.task)
+    def take(self, state: Accumulators, values: Tensor, info: ChunkInfo) -> None:
+        self.stand(state, values, info.task)

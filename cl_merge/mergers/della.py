@@ -7,12 +7,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from cl_merge.errors import InputError
-from cl_merge.mergers.base import Accumulators
-from cl_merge.mergers.chunks import Place
-from cl_merge.mergers.election import SignElection
+from cl_merge.kernels.random_bits import random_bits
+from cl_merge.mergers.chunks import Accumulators, ChunkInfo
 from cl_merge.mergers.options import checked_count, checked_number, checked_share
-from cl_merge.mergers.random_mix import random_bits
-from cl_merge.mergers.ties import Ties
+from cl_merge.mergers.ties import SignElection, Ties
 from cl_merge.seeds import derive_seed
 
 
@@ -60,8 +58,8 @@ class Della(SignElection):
             )
 
     @override
-    def fold(self, kept: Accumulators, chunk: Tensor, place: Place) -> None:
-        row = chunk.numel() if len(place.shape) < 2 else place.shape.numel() // place.shape[0]
+    def fold(self, state: Accumulators, chunk: Tensor, info: ChunkInfo) -> None:
+        row = chunk.numel() if len(info.shape) < 2 else info.shape.numel() // info.shape[0]
         order = chunk.abs().view(-1, row).argsort(dim=1, descending=True, stable=True)
         rank = torch.arange(row, device=chunk.device, dtype=torch.float64)
         # In float64, and from the largest on: with epsilon 0, this is 1 - density for all.
@@ -69,8 +67,8 @@ class Della(SignElection):
         probability = torch.empty(order.shape, dtype=torch.float64, device=chunk.device)
         probability.scatter_(1, order, drop.expand_as(order).contiguous())
         probability = probability.view(-1)
-        key = derive_seed(self.seed, place.name, place.task)
-        draws = random_bits(key, place.start, chunk.numel(), chunk.device)
+        key = derive_seed(self.seed, info.name, info.task)
+        draws = random_bits(key, info.start, chunk.numel(), chunk.device)
         dropped = draws.to(torch.float64) < probability * 2.0**63
         values = (chunk / (1 - probability)).to(torch.float32).masked_fill_(dropped, 0)
-        self.stand(kept, values, place.task)
+        self.stand(state, values, info.task)

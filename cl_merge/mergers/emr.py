@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from cl_merge.mergers.base import Accumulators, Merger
-from cl_merge.mergers.chunks import End, Place
+from cl_merge.mergers.base import Merger
+from cl_merge.mergers.chunks import Accumulators, ChunkInfo, ResultInfo
 
 
 class Emr(Merger):
@@ -40,12 +40,12 @@ class Emr(Merger):
     }
 
     @override
-    def fold(self, kept: Accumulators, chunk: Tensor, place: Place) -> None:
-        kept["sum"].add_(chunk)
-        torch.maximum(kept["largest"], chunk, out=kept["largest"])
-        torch.minimum(kept["smallest"], chunk, out=kept["smallest"])
+    def fold(self, state: Accumulators, chunk: Tensor, info: ChunkInfo) -> None:
+        state["sum"].add_(chunk)
+        torch.maximum(state["largest"], chunk, out=state["largest"])
+        torch.minimum(state["smallest"], chunk, out=state["smallest"])
 
     @override
-    def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:
-        torch.where(kept["sum"] > 0, kept["largest"], kept["smallest"], out=out)
-        out.masked_fill_(kept["sum"] == 0, 0)
+    def compute(self, state: Accumulators, out: Tensor, info: ResultInfo) -> None:
+        torch.where(state["sum"] > 0, state["largest"], state["smallest"], out=out)
+        out.masked_fill_(state["sum"] == 0, 0)

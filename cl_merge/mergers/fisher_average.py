@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from cl_merge.mergers.base import Accumulators, Merger
-from cl_merge.mergers.chunks import End, Place
+from cl_merge.mergers.base import Merger
+from cl_merge.mergers.chunks import Accumulators, ChunkInfo, ResultInfo
 
 
 class FisherAverage(Merger):
@@ -42,15 +42,15 @@ class FisherAverage(Merger):
     }
 
     @override
-    def fold(self, kept: Accumulators, chunk: Tensor, place: Place) -> None:
-        assert place.importance is not None  # noqa: S101 - the driver has checked it
-        importance = place.importance.to(torch.float64)
-        kept["importance"].add_(importance)
-        kept["weighted_sum"].addcmul_(importance, chunk.to(torch.float64))
-        kept["sum"].add_(chunk)
+    def fold(self, state: Accumulators, chunk: Tensor, info: ChunkInfo) -> None:
+        assert info.importance is not None  # noqa: S101 - the driver has checked it
+        importance = info.importance.to(torch.float64)
+        state["importance"].add_(importance)
+        state["weighted_sum"].addcmul_(importance, chunk.to(torch.float64))
+        state["sum"].add_(chunk)
 
     @override
-    def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:
-        nowhere = kept["importance"] == 0
-        mean = kept["weighted_sum"] / kept["importance"].masked_fill(nowhere, 1)
-        out.copy_(torch.where(nowhere, kept["sum"].to(torch.float64) / end.tasks, mean))
+    def compute(self, state: Accumulators, out: Tensor, info: ResultInfo) -> None:
+        nowhere = state["importance"] == 0
+        mean = state["weighted_sum"] / state["importance"].masked_fill(nowhere, 1)
+        out.copy_(torch.where(nowhere, state["sum"].to(torch.float64) / info.tasks, mean))

@@ -6,8 +6,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from cl_merge.mergers.average import Average
-from cl_merge.mergers.base import Accumulators
-from cl_merge.mergers.chunks import End
+from cl_merge.mergers.chunks import Accumulators, ResultInfo
 from cl_merge.mergers.matrices import as_matrix, on_one_thread, singular_triplets
 from cl_merge.mergers.options import checked_flag
 
@@ -50,10 +49,10 @@ class Isotropic(Average):
         self.flatten = checked_flag("flatten", flatten)
 
     @override
-    def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:
-        matrix = as_matrix(kept["sum"].view(end.shape), self.flatten)
+    def compute(self, state: Accumulators, out: Tensor, info: ResultInfo) -> None:
+        matrix = as_matrix(state["sum"].view(info.shape), self.flatten)
         if matrix is None:
-            super().finish(kept, out, end)
+            super().compute(state, out, info)
             return
         left, values, right = singular_triplets(matrix.double())
         mean = values.sum() / min(matrix.shape)

@@ -20,14 +20,7 @@ _FILES: dict[tuple[Path, int], ModuleType] = {}
 
 
 def is_location(method: str) -> bool:
-    """Tell a place in a file or module from the name of a method.
-
-    Args:
-        method: What names the method.
-
-    Returns:
-        Whether there is a colon in it.
-    """
+    """Tell a location, ``file.py:name`` or ``module:name``, from the name of a method."""
     return ":" in method
 
 
@@ -82,7 +75,8 @@ def _run_file(where: str) -> ModuleType:
     path = Path(where).expanduser()
     if not path.is_file():
         beside = [file.name for file in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise InputError(f"there is no file '{where}' to take a method from{_near(path, beside)}")
+        hint = nearest(path.name, beside).rstrip(".")
+        raise InputError(f"there is no file '{where}' to take a method from{hint}")
     path = path.resolve()
     key = (path, path.stat().st_mtime_ns)
     if key not in _FILES:
@@ -107,11 +101,6 @@ def _run(path: Path) -> ModuleType:
     return module
 
 
-def _near(path: Path, beside: list[str]) -> str:
-    hint = nearest(path.name, beside)
-    return hint if hint != "." else ""
-
-
 def _import_module(where: str) -> ModuleType:
     if not all(part.isidentifier() for part in where.split(".")):
         raise InputError(
@@ -123,18 +112,16 @@ def _import_module(where: str) -> ModuleType:
             return importlib.import_module(where)
     except ModuleNotFoundError as error:
         missing = error.name or where
-        parent = missing.rpartition(".")[0]
         raise InputError(
             f"there is no module '{missing}' to take a method from"
-            f"{nearest(missing, _siblings(parent))}"
+            f"{nearest(missing, _siblings(missing.rpartition('.')[0]))}"
         ) from error
 
 
 def _siblings(parent: str) -> list[str]:
-    if not parent:
-        return [module.name for module in pkgutil.iter_modules([str(Path.cwd()), *sys.path])]
-    paths = getattr(sys.modules.get(parent), "__path__", [])
-    return [f"{parent}.{module.name}" for module in pkgutil.iter_modules(paths)]
+    paths = getattr(sys.modules.get(parent), "__path__", []) if parent else [".", *sys.path]
+    prefix = f"{parent}." if parent else ""
+    return [prefix + module.name for module in pkgutil.iter_modules(paths)]
 
 
 @contextmanager

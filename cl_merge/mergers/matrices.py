@@ -10,22 +10,10 @@ from torch import Tensor
 
 
 def as_matrix(values: Tensor, flatten: bool) -> Tensor | None:
-    """View a parameter as a matrix, where it is one.
+    """View a parameter as a matrix [rows, columns]; None if it is none or holds nothing.
 
-    Args:
-        values: The parameter, in its shape.
-        flatten: Whether what has more than two dimensions, such as the kernel of a convolution,
-            is a matrix too, of one row for each output channel.
-
-    Returns:
-        A view [rows, columns]; None for what is no matrix or holds nothing.
-
-    Example:
-        >>> kernel = torch.ones(8, 3, 5, 5)
-        >>> as_matrix(kernel, flatten=True).shape
-        torch.Size([8, 75])
-        >>> as_matrix(kernel, flatten=False) is None
-        True
+    With `flatten`, what has more than two dimensions, such as the kernel of a convolution, is a
+    matrix too, of one row for each output channel.
     """
     if values.numel() == 0 or values.dim() < 2 or (values.dim() > 2 and not flatten):
         return None
@@ -45,11 +33,6 @@ def singular_triplets(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         Left vectors [m, r], singular values [r] in descending order and right vectors [r, n], in
         float64.
-
-    Example:
-        >>> left, values, right = singular_triplets(torch.tensor([[3.0, 0.0], [0.0, 0.0]]))
-        >>> values
-        tensor([3.], dtype=torch.float64)
     """
     with on_one_thread():
         double = matrix.double()
@@ -65,14 +48,10 @@ def singular_triplets(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def nearest_orthogonal(matrix: Tensor) -> Tensor:
-    """Find the matrix of orthonormal columns (or rows, of a wide matrix) nearest to one.
+    """Find the matrix of orthonormal columns (or rows, of a wide matrix) nearest to a float64 one.
 
-    Args:
-        matrix: [m, n], float64.
-
-    Returns:
-        P Qᵀ of the decomposition P S Qᵀ, float64 [m, n]. Where the matrix has not its full rank it
-        is orthonormal on what it spans.
+    P Qᵀ of the decomposition P S Qᵀ. Where the matrix has not its full rank it is orthonormal on
+    what it spans.
 
     Reference:
         Schönemann, A Generalized Solution of the Orthogonal Procrustes Problem, Psychometrika 1966.

@@ -9,8 +9,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from cl_merge.kernels import fold_largest
-from cl_merge.mergers.base import Accumulators, Merger
-from cl_merge.mergers.chunks import End, Place
+from cl_merge.mergers.base import Merger
+from cl_merge.mergers.chunks import Accumulators, ChunkInfo, ResultInfo
+from cl_merge.mergers.folding import takes_differences
 
 
 class MaxMagnitude(Merger):
@@ -36,18 +37,10 @@ class MaxMagnitude(Merger):
     accumulators: ClassVar = {"merged": torch.float32}
 
     @override
-    def fold(self, kept: Accumulators, chunk: Tensor, place: Place) -> None:
-        merged = kept["merged"]
-        if fold_largest(merged, chunk) is not None:
-            return
-        torch.where(chunk.abs() >= merged.abs(), chunk, merged, out=merged)
+    @takes_differences
+    def fold(self, state: Accumulators, chunk: Tensor, info: ChunkInfo) -> None:
+        fold_largest(state["merged"], chunk)
 
     @override
-    def fold_tuned(
-        self, kept: Accumulators, tuned: Tensor, base: Tensor, place: Place
-    ) -> bool | None:
-        return fold_largest(kept["merged"], (tuned, base))
-
-    @override
-    def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:
-        out.copy_(kept["merged"])
+    def compute(self, state: Accumulators, out: Tensor, info: ResultInfo) -> None:
+        out.copy_(state["merged"])

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from cl_merge.mergers.base import Accumulators, Merger
-from cl_merge.mergers.chunks import End, Place
+from cl_merge.mergers.base import Merger
+from cl_merge.mergers.chunks import Accumulators, ChunkInfo, ResultInfo
 from cl_merge.mergers.options import checked_number
 
 
@@ -46,12 +46,12 @@ class MovingAverage(Merger):
         self.decay = checked_number("decay", decay, 0, 1)
 
     @override
-    def fold(self, kept: Accumulators, chunk: Tensor, place: Place) -> None:
-        if place.task == 0:
-            kept["merged"].copy_(chunk)
+    def fold(self, state: Accumulators, chunk: Tensor, info: ChunkInfo) -> None:
+        if info.task == 0:
+            state["merged"].copy_(chunk)
         else:
-            kept["merged"].mul_(self.decay).add_(chunk * (1 - self.decay))
+            state["merged"].mul_(self.decay).add_(chunk * (1 - self.decay))
 
     @override
-    def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:
-        out.copy_(kept["merged"])
+    def compute(self, state: Accumulators, out: Tensor, info: ResultInfo) -> None:
+        out.copy_(state["merged"])

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from cl_merge.mergers.base import Accumulators, Merger
-from cl_merge.mergers.chunks import End, Place, Reader, over
+from cl_merge.mergers.base import Merger
+from cl_merge.mergers.chunks import Accumulators, ChunkInfo, Reader, ResultInfo
 from cl_merge.mergers.matrices import as_matrix, on_one_thread, singular_triplets
 from cl_merge.mergers.options import checked_flag, checked_number
 
@@ -71,23 +71,17 @@ class OrthogonalProjection(Merger):
         self.flatten = checked_flag("flatten", flatten)
 
     @override
-    def survey(self, vector: Reader) -> float:
+    def prepare(self, vector: Reader) -> float:
         # Whole parameters, and a sum that is exact but for its last rounding: neither the size of
         # chunks nor the order of parameters changes a bit.
-        wholes = [(name, slice(0, shape.numel())) for name, shape in vector.shapes.items()]
-        squares = over(
-            lambda piece: _sum_of_squares(vector.read(*piece)),
-            [whole for whole in wholes if whole[1].stop],
-            vector.device,
-        )
-        return math.sqrt(math.fsum(squares))
+        return math.sqrt(math.fsum(vector.map(_sum_of_squares, "parameter")))
 
     @override
-    def fold(self, kept: Accumulators, chunk: Tensor, place: Place) -> None:
-        kept["length"].add_(place.survey)
-        merged = as_matrix(kept["sum"].view(place.shape), self.flatten)
-        if merged is None or place.task == 0:
-            kept["sum"].add_(chunk)
+    def fold(self, state: Accumulators, chunk: Tensor, info: ChunkInfo) -> None:
+        state["length"].add_(info.prepared)
+        merged = as_matrix(state["sum"].view(info.shape), self.flatten)
+        if merged is None or info.task == 0:
+            state["sum"].add_(chunk)
             return
         task = chunk.view(merged.shape).double()
         left, values, right = singular_triplets(merged)
@@ -96,21 +90,21 @@ class OrthogonalProjection(Merger):
         with on_one_thread():
             entries = left.T @ task @ right.T
             remaining = task - left @ (entries * _excluded(entries, main)) @ right
-        kept["sum"].add_(remaining.view(-1))
+        state["sum"].add_(remaining.view(-1))
 
     @override
-    def tally(self, kept: Accumulators) -> tuple[int, bool]:
-        above, below = _sum_of_squares(kept["sum"]).as_integer_ratio()
+    def global_count(self, state: Accumulators) -> tuple[int, bool]:
+        above, below = _sum_of_squares(state["sum"]).as_integer_ratio()
         return above * (_UNIT // below), True
 
     @override
-    def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:
-        if end.tasks == 1:
-            out.copy_(kept["sum"])
+    def compute(self, state: Accumulators, out: Tensor, info: ResultInfo) -> None:
+        if info.tasks == 1:
+            out.copy_(state["sum"])
             return
-        length = math.sqrt(end.tally / _UNIT)
-        mean = float(kept["length"][0]) / end.tasks
-        torch.mul(kept["sum"], mean / length if length > 0 else 0.0, out=out)
+        length = math.sqrt(info.global_count / _UNIT)
+        mean = float(state["length"][0]) / info.tasks
+        torch.mul(state["sum"], mean / length if length > 0 else 0.0, out=out)
 
 
 def _excluded(entries: Tensor, main: int) -> Tensor:

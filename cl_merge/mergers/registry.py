@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from cl_merge.errors import InputError, unknown_name
+from cl_merge.errors import InputError, listing, unknown_name
 from cl_merge.mergers.average import Average
 from cl_merge.mergers.base import Merger
 from cl_merge.mergers.breadcrumbs import Breadcrumbs
@@ -110,21 +110,50 @@ def get_merger(method: str, **options: Any) -> Merger:
         >>> get_merger("ties", density=0.3).published_scale
         0.55
     """
-    merger = find_merger(method)
-    known = inspect.signature(merger).parameters
-    for option in options:
-        if option not in known:
-            raise unknown_name(f"option of method '{method}'", option, known)
-    return merger(**options)
+    return _made(find_merger(method), method, options)
 
 
-def merge(vectors: Iterable[TaskVector], method: str = "magmax", **options: Any) -> TaskVector:
+def fresh_merger(method: str | Merger | type[Merger], options: Mapping[str, Any]) -> Merger:
+    """Make a merger of what a user gives for one: a name, a class, or a merger that is ready.
+
+    Args:
+        method: A name or location as for `get_merger`, a class, or a fresh merger.
+        options: Options of the method, which a ready merger has already.
+
+    Returns:
+        A merger that has folded nothing yet.
+
+    Raises:
+        InputError: If the method, an option or a value is wrong, a ready merger is given options,
+            or it has folded tasks before.
+    """
+    if isinstance(method, type) and issubclass(method, Merger):
+        return _made(method, method.name, options)
+    if not isinstance(method, Merger):
+        return get_merger(method, **options)
+    if options:
+        raise InputError(
+            f"the merger '{method.name}' is ready and takes no more options: {listing(options)}; "
+            "give them where it is made, or name the method instead"
+        )
+    if method.tasks:
+        raise InputError(
+            f"the merger '{method.name}' holds {method.tasks} tasks already; give a new one"
+        )
+    return method
+
+
+def merge(
+    vectors: Iterable[TaskVector],
+    method: str | Merger | type[Merger] = "magmax",
+    **options: Any,
+) -> TaskVector:
     """Merge task vectors into one.
 
     Args:
         vectors: The task vectors in the order of their tasks. Given a generator, one at a time is
             in memory.
-        method: One of `MERGERS`, or where to import one from, as for `get_merger`.
+        method: One of `MERGERS`, where to import one from as for `get_merger`, or a fresh `Merger`.
         **options: Options of the method.
 
     Returns:
@@ -141,12 +170,21 @@ def merge(vectors: Iterable[TaskVector], method: str = "magmax", **options: Any)
         >>> merge([first, second], method="magmax")["weight"]
         tensor([ 3., -4.])
     """
-    merger = get_merger(method, **options)
+    merger = fresh_merger(method, options)
     for vector in vectors:
         merger.update(vector)
         del vector  # or it would still be held while a generator makes the next one
     if merger.tasks == 0:
         raise InputError("no task vector to merge; give at least one")
     merged = merger.merged()
-    merged.metadata["method"] = method
+    if isinstance(method, str):
+        merged.metadata["method"] = method
     return merged
+
+
+def _made(merger: type[Merger], method: str, options: Mapping[str, Any]) -> Merger:
+    known = inspect.signature(merger).parameters
+    for option in options:
+        if option not in known:
+            raise unknown_name(f"option of method '{method}'", option, known)
+    return merger(**options)

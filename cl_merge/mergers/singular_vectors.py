@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from cl_merge.mergers.chunks import End
+from cl_merge.mergers.chunks import ResultInfo
 from cl_merge.mergers.matrices import (
     as_matrix,
     nearest_orthogonal,
@@ -57,7 +57,7 @@ class SingularVectors(StackMerger):
         self.flatten = checked_flag("flatten", flatten)
 
     @override
-    def combine(self, values: Tensor, end: End) -> Tensor:
+    def combine(self, values: Tensor, info: ResultInfo) -> Tensor:
         if len(values) == 1:
             return values[0]
         matrices = [as_matrix(value, self.flatten) for value in values.double()]
@@ -70,4 +70,4 @@ class SingularVectors(StackMerger):
         right = nearest_orthogonal(torch.cat([right[:rank] for _, _, right in tasks]))
         strengths = torch.cat([strengths[:rank] for _, strengths, _ in tasks])
         with on_one_thread():
-            return ((left * strengths) @ right).view(end.shape)
+            return ((left * strengths) @ right).view(info.shape)

@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from cl_merge.errors import InputError
-from cl_merge.mergers.chunks import End
+from cl_merge.mergers.chunks import ResultInfo
 from cl_merge.mergers.matrices import on_one_thread
 from cl_merge.mergers.options import checked_number
 from cl_merge.mergers.stack import StackMerger
@@ -55,7 +55,7 @@ class Slerp(StackMerger):
         self.t = checked_number("t", t, 0, 1)
 
     @override
-    def combine(self, values: Tensor, end: End) -> Tensor:
+    def combine(self, values: Tensor, info: ResultInfo) -> Tensor:
         if len(values) == 1:
             return values[0]
         if len(values) > 2:

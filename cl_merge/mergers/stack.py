@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from cl_merge.mergers.base import Accumulators, Merger
-from cl_merge.mergers.chunks import End, Place
+from cl_merge.mergers.base import Merger
+from cl_merge.mergers.chunks import Accumulators, ChunkInfo, ResultInfo
 
 
 class StackMerger(Merger):
@@ -24,7 +24,7 @@ class StackMerger(Merger):
         ...     name = "median"
         ...     published_scale = 1.0
         ...
-        ...     def combine(self, values, end):
+        ...     def combine(self, values, info):
         ...         return values.median(dim=0).values
         >>> merger = Median()
         >>> for value in (1.0, 5.0, 2.0):
@@ -34,13 +34,13 @@ class StackMerger(Merger):
     """
 
     @abstractmethod
-    def combine(self, values: Tensor, end: End) -> Tensor:
+    def combine(self, values: Tensor, info: ResultInfo) -> Tensor:
         """Merge one chunk.
 
         Args:
             values: The values of T task vectors in the order of the tasks, float32 ``[T, n]``, or
                 ``[T, *shape]`` with ``unit = "parameter"``. May be changed.
-            end: Which stretch this is.
+            info: Which stretch this is.
 
         Returns:
             The merged values, floating point ``[n]`` or ``[*shape]``.
@@ -51,15 +51,15 @@ class StackMerger(Merger):
         return {_key(task): torch.float32}
 
     @override
-    def fold(self, kept: Accumulators, chunk: Tensor, place: Place) -> None:
-        kept[_key(place.task)].copy_(chunk)
+    def fold(self, state: Accumulators, chunk: Tensor, info: ChunkInfo) -> None:
+        state[_key(info.task)].copy_(chunk)
 
     @override
-    def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:
-        values = torch.stack([kept[_key(task)] for task in range(end.tasks)])
+    def compute(self, state: Accumulators, out: Tensor, info: ResultInfo) -> None:
+        values = torch.stack([state[_key(task)] for task in range(info.tasks)])
         if self.unit == "parameter":
-            values = values.view(end.tasks, *end.shape)
-        out.copy_(self.combine(values, end).reshape(-1))
+            values = values.view(info.tasks, *info.shape)
+        out.copy_(self.combine(values, info).reshape(-1))
 
 
 def _key(task: int) -> str:

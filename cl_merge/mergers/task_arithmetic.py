@@ -9,8 +9,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from cl_merge.kernels import fold_sum
-from cl_merge.mergers.base import Accumulators, Merger
-from cl_merge.mergers.chunks import End, Place
+from cl_merge.mergers.base import Merger
+from cl_merge.mergers.chunks import Accumulators, ChunkInfo, ResultInfo
+from cl_merge.mergers.folding import takes_differences
 
 
 class TaskArithmetic(Merger):
@@ -36,15 +37,10 @@ class TaskArithmetic(Merger):
     accumulators: ClassVar = {"sum": torch.float32}
 
     @override
-    def fold(self, kept: Accumulators, chunk: Tensor, place: Place) -> None:
-        kept["sum"].add_(chunk)
+    @takes_differences
+    def fold(self, state: Accumulators, chunk: Tensor, info: ChunkInfo) -> None:
+        fold_sum(state["sum"], chunk)
 
     @override
-    def fold_tuned(
-        self, kept: Accumulators, tuned: Tensor, base: Tensor, place: Place
-    ) -> bool | None:
-        return fold_sum(kept["sum"], (tuned, base))
-
-    @override
-    def finish(self, kept: Accumulators, out: Tensor, end: End) -> None:
-        out.copy_(kept["sum"])
+    def compute(self, state: Accumulators, out: Tensor, info: ResultInfo) -> None:
+        out.copy_(state["sum"])

@@ -16,18 +16,13 @@ from cl_merge.mergers.chunks import Reader
 # Values from which the bracket of the threshold is read: a thousandth, but within limits.
 _SMALL_SAMPLE = 1 << 17
 _LARGE_SAMPLE = 1 << 22
-_ROOM = 1 << 24  # values between its ends that may be held in memory
+_ROOM = 1 << 24
 
 
-def trim_threshold(vector: Reader, density: float) -> float:
-    """Find the magnitude from which values stay, exactly and without sorting.
+def trim_threshold(vector: Reader, density: float, room: int = _ROOM) -> float:
+    """Find the magnitude from which the share `density` of the values stays, exactly.
 
-    Args:
-        vector: Reads the vector.
-        density: Share of the d values that stays.
-
-    Returns:
-        The k-th smallest magnitude, k = d - floor(density * d); 0 if k is 0, so that all stay.
+    The k-th smallest magnitude of d, k = d - floor(density * d); 0 if k is 0, so that all stay.
 
     Example:
         >>> values = {"weight": torch.tensor([0.5, -4.0, 3.0, -2.0, 1.0])}
@@ -35,10 +30,10 @@ def trim_threshold(vector: Reader, density: float) -> float:
         2.0
     """
     rank = vector.size - int(density * vector.size)
-    return magnitude_of_rank(vector, rank) if rank > 0 else 0.0
+    return magnitude_of_rank(vector, rank, room) if rank > 0 else 0.0
 
 
-def magnitude_of_rank(vector: Reader, rank: int) -> float:
+def magnitude_of_rank(vector: Reader, rank: int, room: int = _ROOM) -> float:
     """Find the magnitude of a rank, exactly and without sorting.
 
     A sample tells between which two magnitudes it must lie, with near certainty; one pass counts
@@ -48,6 +43,7 @@ def magnitude_of_rank(vector: Reader, rank: int) -> float:
     Args:
         vector: Reads the vector.
         rank: Counted from 1, the smallest.
+        room: Values between the two magnitudes that may be held in memory.
 
     Returns:
         The rank-th smallest magnitude.
@@ -58,16 +54,12 @@ def magnitude_of_rank(vector: Reader, rank: int) -> float:
     sample = vector.sample(min(max(vector.size >> 10, _SMALL_SAMPLE), _LARGE_SAMPLE))
     low, high, share = _sampled_bracket(sample, rank / vector.size)
     # Values of few bits are often equal: those at the two ends are counted, not collected.
-    if share * vector.size <= _ROOM:
-        parts = vector.map(lambda chunk: _bracketed(chunk, low, high))
+    if share * vector.size <= room:
+        parts = vector.map(lambda chunk: bracket(chunk, low, high, chunk.numel() // 8 + 64))
         found = _in_bracket(rank, low, high, parts)
         if found is not None:
             return found
     return _by_bits(vector, rank)
-
-
-Bracketed = tuple[tuple[int, int, int], Tensor | None]
-"""How many magnitudes lie below a bracket, at its lower and at its upper end, and those between."""
 
 
 def _sampled_bracket(sample: Tensor, share: float) -> tuple[float, float, float]:
@@ -87,21 +79,9 @@ def _sampled_bracket(sample: Tensor, share: float) -> tuple[float, float, float]
     return low, high, between / max(size, 1)
 
 
-def _bracketed(chunk: Tensor, low: float, high: float) -> Bracketed:
-    room = chunk.numel() // 8 + 64
-    found = bracket(chunk, low, high, room)
-    if found is not None:
-        return found
-    magnitude = chunk.abs()
-    between = magnitude[(magnitude > low) & (magnitude < high)]
-    if len(between) > room:
-        return (0, 0, 0), None
-    ends = (magnitude < low, magnitude == low, magnitude == high)
-    below, at_low, at_high = (int(end.count_nonzero()) for end in ends)
-    return (below, at_low, at_high), between
-
-
-def _in_bracket(rank: int, low: float, high: float, parts: list[Bracketed]) -> float | None:
+def _in_bracket(
+    rank: int, low: float, high: float, parts: list[tuple[tuple[int, int, int], Tensor | None]]
+) -> float | None:
     """Find the rank-th smallest magnitude in what a pass has counted; None if it is not there."""
     collected = [between for _, between in parts if between is not None]
     if len(collected) < len(parts):

@@ -2,14 +2,59 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+import torch
 from torch import Tensor
 from typing_extensions import override
 
-from cl_merge.mergers.base import Accumulators
-from cl_merge.mergers.chunks import Place, Reader
-from cl_merge.mergers.election import SignElection
+from cl_merge.errors import InputError
+from cl_merge.kernels import Chunk, count_signs, elect, fold_signed
+from cl_merge.mergers.base import Merger
+from cl_merge.mergers.chunks import Accumulators, ChunkInfo, Reader, ResultInfo
+from cl_merge.mergers.folding import takes_differences
 from cl_merge.mergers.options import checked_share
 from cl_merge.mergers.threshold import trim_threshold
+
+_COUNT = torch.int16
+
+
+class SignElection(Merger):
+    """Elect a sign per element, that of the sum over tasks, and average the values that have it.
+
+    Elements whose sum is zero although they have values take the sign of the majority, that of the
+    sum of all signs. A subclass decides which values of a task vector stand for election.
+
+    Reference:
+        Yadav et al., TIES-Merging: Resolving Interference When Merging Models, NeurIPS 2023,
+        algorithm 1, steps 2 and 3.
+    """
+
+    accumulators: ClassVar = {
+        "positive_sum": torch.float32,
+        "negative_sum": torch.float32,
+        "positive_count": _COUNT,
+        "negative_count": _COUNT,
+    }
+    most_tasks: ClassVar[int] = torch.iinfo(_COUNT).max
+
+    def stand(self, state: Accumulators, chunk: Chunk, task: int, threshold: float = 0.0) -> None:
+        """Let values of a task vector whose magnitude reaches a threshold stand for election."""
+        if task >= self.most_tasks:
+            raise InputError(
+                f"'{self.name}' counts up to {self.most_tasks} tasks; merge them in groups"
+            )
+        fold_signed(*_by_sign(state), chunk, threshold)
+
+    @override
+    def global_count(self, state: Accumulators) -> tuple[int, bool]:
+        sums, counts = _by_sign(state)
+        return count_signs(sums, counts[0])
+
+    @override
+    def compute(self, state: Accumulators, out: Tensor, info: ResultInfo) -> None:
+        majority = (info.global_count > 0) - (info.global_count < 0)
+        elect(*_by_sign(state), out, majority)
 
 
 class Ties(SignElection):
@@ -47,15 +92,18 @@ class Ties(SignElection):
         self.density = checked_share("density", density)
 
     @override
-    def survey(self, vector: Reader) -> float:
+    def prepare(self, vector: Reader) -> float:
         return trim_threshold(vector, self.density)
 
     @override
-    def fold(self, kept: Accumulators, chunk: Tensor, place: Place) -> None:
-        self.stand(kept, chunk, place.task, place.survey)
+    @takes_differences
+    def fold(self, state: Accumulators, chunk: Tensor, info: ChunkInfo) -> None:
+        self.stand(state, chunk, info.task, info.prepared)
 
-    @override
-    def fold_tuned(
-        self, kept: Accumulators, tuned: Tensor, base: Tensor, place: Place
-    ) -> bool | None:
-        return self.stand(kept, (tuned, base), place.task, place.survey)
+
+def _by_sign(state: Accumulators) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The sums and the counts, of the positive and of the negative values."""
+    return (
+        (state["positive_sum"], state["negative_sum"]),
+        (state["positive_count"], state["negative_count"]),
+    )

@@ -14,11 +14,7 @@ from cl_merge.errors import InputError, listing
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Find the parameters that a task can change.
 
-    Args:
-        module: Any module.
-
-    Returns:
-        By name, the floating-point parameters that require a gradient; tied ones once.
+    By name, the floating-point parameters that require a gradient; tied ones once.
     """
     return {
         name: parameter
@@ -52,14 +48,7 @@ def check_same_parameters(
 
 
 def floating_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Find the floating-point buffers, batch-norm statistics for instance.
-
-    Args:
-        module: Any module.
-
-    Returns:
-        By name, the buffers that `state_dict` saves too.
-    """
+    """Find the floating-point buffers that `state_dict` saves, such as batch-norm statistics."""
     saved = module.state_dict(keep_vars=True)
     return {
         name: buffer
@@ -71,15 +60,7 @@ def floating_buffers(module: nn.Module) -> dict[str, Tensor]:
 def copies(
     tensors: Mapping[str, Tensor], device: str | torch.device | None = None
 ) -> dict[str, Tensor]:
-    """Copy tensors, so that later changes to them do not show.
-
-    Args:
-        tensors: What to copy.
-        device: Where the copies go; None leaves them where the tensors are.
-
-    Returns:
-        Detached copies, by the same names.
-    """
+    """Copy tensors, detached, to a device or to where they are."""
     return {
         name: tensor.detach().to(device=device or tensor.device, copy=True)
         for name, tensor in tensors.items()
@@ -90,12 +71,7 @@ def copies(
 def install(
     live: Mapping[str, Tensor], values: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 ) -> None:
-    """Write values into live tensors, in place: storage, dtype and device stay as they are.
-
-    Args:
-        live: Parameters or buffers of a module, by name.
-        values: What to write, as a mapping or one pair after another.
-    """
+    """Write values into live tensors, in place: storage, dtype and device stay as they are."""
     for name, value in values.items() if isinstance(values, Mapping) else values:
         live[name].copy_(value)
 
@@ -104,33 +80,18 @@ def install(
 def swapped(
     live: Mapping[str, Tensor], values: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 ) -> Iterator[None]:
-    """Hold other values in live tensors for a while.
-
-    Args:
-        live: Parameters or buffers of a module, by name.
-        values: What to hold in them.
-
-    Yields:
-        Nothing; the former values are back, bit for bit, when the block ends or raises.
-    """
-    kept = copies(live)
+    """Hold other values in live tensors for a while; bit for bit the former ones come back."""
+    before = copies(live)
     try:
         install(live, values)
         yield
     finally:
-        install(live, kept)
+        install(live, before)
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Hold a module in evaluation mode for a while.
-
-    Args:
-        module: Any module; its parts may be in different modes.
-
-    Yields:
-        Nothing; every part is back in its own mode when the block ends or raises.
-    """
+    """Hold a module in evaluation mode for a while; every part comes back in its own mode."""
     training = [part for part in module.modules() if part.training]
     try:
         for part in training:

@@ -97,19 +97,8 @@ def scaled(
 ) -> Iterator[tuple[str, Tensor]]:
     """Add the merged task vector to the base, a parameter at a time.
 
-    Args:
-        base: The weights before any training, floating point.
-        changes: The merged task vector as pairs of name and values, for some or all of the base.
-        scales: Its factors.
-
-    Yields:
-        Name and weights: base + scale * change, and then, as they are, those that do not change.
-
-    Example:
-        >>> import torch
-        >>> base = {"a": torch.tensor([1.0]), "b": torch.tensor([2.0])}
-        >>> list(scaled(base, [("b", torch.tensor([4.0]))], Scales.read(0.5, default=1.0)))
-        [('b', tensor([4.])), ('a', tensor([1.]))]
+    Yields base + scale * change for some or all of the base, then, as they are, the weights that do
+    not change.
     """
     rest = dict(base)
     for name, change in changes:
@@ -118,16 +107,7 @@ def scaled(
 
 
 def check_fits(what: str, pattern: str, names: list[str]) -> None:
-    """Make sure that a pattern fits a name.
-
-    Args:
-        what: What the pattern is for, for the message.
-        pattern: As of `fnmatch`, upper and lower case distinguished.
-        names: The names.
-
-    Raises:
-        InputError: If it fits none; names the nearest name.
-    """
+    """Make sure that a pattern, as of `fnmatch`, fits a name; `what` is what it is for."""
     if not any(fnmatchcase(name, pattern) for name in names):
         raise InputError(
             f"{what}: the pattern '{pattern}' fits no parameter{nearest(pattern, names)} Patterns "

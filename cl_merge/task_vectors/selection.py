@@ -37,17 +37,7 @@ class Selection:
             object.__setattr__(self, key, tuple(patterns))
 
     def names(self, names: Iterable[str]) -> list[str]:
-        """Choose.
-
-        Args:
-            names: Names of parameters.
-
-        Returns:
-            Those that are chosen, in the same order.
-
-        Raises:
-            InputError: If a pattern fits nothing, or nothing is left.
-        """
+        """Choose from names, in their order; refuses patterns that fit nothing or leave nothing."""
         names = list(names)
         for key, patterns in (("include", self.include), ("exclude", self.exclude)):
             for pattern in patterns:

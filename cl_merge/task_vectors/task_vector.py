@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from cl_merge.errors import InputError, listing
-from cl_merge.kernels import difference
+from cl_merge.kernels import subtract, wide
 from cl_merge.kernels.finite import is_finite, not_finite
 from cl_merge.storage.files import load_tensors, save_tensors
 from cl_merge.storage.quantize import check_store
@@ -223,56 +223,17 @@ class TaskVector(Mapping[str, Tensor]):
 
 
 def moved(base: Tensor, change: Tensor, scale: float) -> Tensor:
-    """Add a change to one tensor: base + scale * change.
+    """Compute base + scale * change: a new tensor of the base's dtype and device.
 
-    Args:
-        base: Floating point, any shape.
-        change: The same shape, any floating-point dtype and device.
-        scale: Factor of the change.
-
-    Returns:
-        A new tensor of the base's dtype and device, computed in float32 or wider.
+    It is computed in float32 or wider; the change may be of any floating-point dtype.
     """
     computed = wide(base.dtype)
     result = base.detach().to(computed, copy=True)
     return result.add_(change.detach().to(base.device, computed), alpha=scale).to(base.dtype)
 
 
-def subtract(tuned: Tensor, base: Tensor, out: Tensor) -> bool:
-    """Subtract two tensors in float32 or wider: out = tuned - base.
-
-    Args:
-        tuned: Floating point, any shape.
-        base: The same shape, dtype and device.
-        out: The same shape and device, float32; rounded to where the inputs are wider.
-
-    Returns:
-        Whether all of it is finite.
-    """
-    fine = difference(tuned, base, out)
-    if fine is None:
-        torch.sub(tuned.to(wide(tuned.dtype)), base.to(wide(base.dtype)), out=out)
-        fine = is_finite(out)
-    return fine
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to compute in: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def check_scale(scale: Any) -> float:
-    """Make sure that a scale is a finite number.
-
-    Args:
-        scale: What was given.
-
-    Returns:
-        The scale as a float.
-
-    Raises:
-        InputError: If it is no number, NaN or infinite.
-    """
+    """Make sure that a scale is a finite number."""
     number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
     if number and math.isfinite(scale):
         return float(scale)
@@ -280,15 +241,7 @@ def check_scale(scale: Any) -> float:
 
 
 def check_floating(tensors: Mapping[str, Tensor], what: str) -> None:
-    """Make sure that all tensors are floating point.
-
-    Args:
-        tensors: What to check.
-        what: How the error calls them.
-
-    Raises:
-        InputError: If one is not; names them.
-    """
+    """Make sure that all tensors are floating point; `what` is how the error calls them."""
     check_weights(tensors, what)
     others = [f"{name} ({t.dtype})" for name, t in tensors.items() if not t.is_floating_point()]
     if others:
@@ -296,15 +249,7 @@ def check_floating(tensors: Mapping[str, Tensor], what: str) -> None:
 
 
 def check_weights(tensors: Mapping[str, Tensor], what: str) -> None:
-    """Make sure that something is tensors by name.
-
-    Args:
-        tensors: What to check.
-        what: How the error calls them.
-
-    Raises:
-        InputError: If it is a module, or anything else.
-    """
+    """Make sure that something is tensors by name, and not a module or anything else."""
     expected = "expected tensors by name, such as model.state_dict()"
     if not isinstance(tensors, Mapping):
         raise InputError(f"{what} is of type {type(tensors).__name__}; {expected}")
@@ -318,14 +263,7 @@ def check_same_layout(
 ) -> None:
     """Make sure that two sets of tensors have the same names and shapes.
 
-    Args:
-        tensors: What to check.
-        like: What has the right names and shapes.
-        what: How the error calls `tensors`.
-        than: How the error calls `like`.
-
-    Raises:
-        InputError: If names are missing or extra, or shapes differ; names them.
+    `what` and `than` are how the error calls them.
     """
     missing = [name for name in like if name not in tensors]
     extra = [name for name in tensors if name not in like]

@@ -489,12 +489,12 @@ class Weighing(Merger):
     weighted = True
     accumulators: ClassVar = {"sum": torch.float32, "weight": torch.float32}
 
-    def fold(self, kept, chunk, place):
-        kept["sum"].addcmul_(chunk, place.importance)
-        kept["weight"].add_(place.importance)
+    def fold(self, state, chunk, info):
+        state["sum"].addcmul_(chunk, info.importance)
+        state["weight"].add_(info.importance)
 
-    def finish(self, kept, out, end):
-        torch.div(kept["sum"], kept["weight"].clamp_min(1e-12), out=out)
+    def compute(self, state, out, info):
+        torch.div(state["sum"], state["weight"].clamp_min(1e-12), out=out)
 
 
 def test_mergers_that_weigh_elements_are_given_the_fisher_of_each_task(tmp_path):

@@ -21,12 +21,12 @@ class Weighted(Merger):
     accumulators = {"total": torch.float32, "weight": torch.float32}  # noqa: RUF012
     weighted = True
 
-    def fold(self, kept, chunk, place):
-        kept["total"].addcmul_(chunk, place.importance)
-        kept["weight"].add_(place.importance)
+    def fold(self, state, chunk, info):
+        state["total"].addcmul_(chunk, info.importance)
+        state["weight"].add_(info.importance)
 
-    def finish(self, kept, out, end):
-        torch.div(kept["total"], kept["weight"].clamp(min=1e-9), out=out)
+    def compute(self, state, out, info):
+        torch.div(state["total"], state["weight"].clamp(min=1e-9), out=out)
 
 
 def importance_of(base, seed):

@@ -10,9 +10,7 @@ from hypothesis import strategies as st
 
 from cl_merge.analysis import sign_conflicts
 from cl_merge.errors import InputError
-from cl_merge.merge_files import inspection
 from cl_merge.merge_files.inspection import inspect_checkpoints
-from cl_merge.mergers import chunks
 from cl_merge.task_vectors.task_vector import TaskVector
 
 
@@ -59,9 +57,9 @@ def check_figures(found, vectors, density=0.2):
     stores=st.lists(st.sampled_from(STORES), min_size=1, max_size=4),
     seed=st.integers(0, 99),
     density=st.sampled_from([0.05, 0.2, 0.5, 1.0]),
-    chunk=st.sampled_from([1, 7, 1 << 18]),
+    block=st.sampled_from([1, 10, 1 << 22]),
 )
-def test_figures_of_task_vectors(tmp_path_factory, layout, stores, seed, density, chunk):
+def test_figures_of_task_vectors(tmp_path_factory, layout, stores, seed, density, block):
     folder = tmp_path_factory.mktemp("inspect")
     base = random_weights(layout, seed)
     weights = [tuned(base, 100 * seed + i) for i in range(len(stores))]
@@ -75,10 +73,8 @@ def test_figures_of_task_vectors(tmp_path_factory, layout, stores, seed, density
         else TaskVector.between(base, task)
         for file, store, task in zip(files, stores, weights, strict=True)
     ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunks, "CPU_CHUNK", chunk)
-        patch.setattr(inspection, "BLOCK", 10 if chunk < 10 else 1 << 22)
-        found = inspect_checkpoints(files, write(folder, "base", base, "pt"), density=density)
+    base_file = write(folder, "base", base, "pt")
+    found = inspect_checkpoints(files, base_file, density=density, block_size=block)
     check_figures(found, vectors, density)
     size = math.sqrt(sum(float(base[n].double().square().sum()) for n in vectors[0]))
     if size and found.compared:
@@ -86,12 +82,11 @@ def test_figures_of_task_vectors(tmp_path_factory, layout, stores, seed, density
         assert [file.relative for file in found.files] == close(ratios)
 
 
-def test_figures_with_two_threads_are_the_same(files, two_threads, monkeypatch):
-    monkeypatch.setattr(inspection, "BLOCK", 64)
+def test_figures_with_two_threads_are_the_same(files, two_threads):
     base, tasks = files
-    threaded = inspect_checkpoints(tasks, base)
+    threaded = inspect_checkpoints(tasks, base, block_size=64)
     torch.set_num_threads(1)
-    assert threaded == inspect_checkpoints(tasks, base)
+    assert threaded == inspect_checkpoints(tasks, base, block_size=64)
 
 
 def test_figures_of_weights_without_a_base(files, tasks):

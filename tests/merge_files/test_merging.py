@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from cl_merge import kernels
 from cl_merge.errors import InputError
-from cl_merge.merge_files import hashing, merge_checkpoints, merging
-from cl_merge.mergers import MERGERS, MaxMagnitude, chunks, get_merger
+from cl_merge.merge_files import merge_checkpoints, merging
+from cl_merge.mergers import MERGERS, MaxMagnitude, get_merger
 from cl_merge.task_vectors.task_vector import TaskVector
 
 any_method = pytest.mark.parametrize("method", METHODS)
@@ -90,7 +90,7 @@ def test_the_published_scale_is_the_default(files, out, base, tasks, method):
 
 
 @pytest.fixture
-def outputs(files, out, base, two_threads, monkeypatch):
+def outputs(files, out, base, two_threads):
     """Merge the same files by a method, once for each (block, chunk, threads); the outputs."""
 
     def outputs(method, *sizes):
@@ -100,8 +100,17 @@ def outputs(files, out, base, two_threads, monkeypatch):
         beside = [write(out / "beside", str(i), f, "pt") for i, f in enumerate(importances)]
         paths = [out / f"{i}.safetensors" for i in range(len(sizes))]
         for path, (block, chunk, threads) in zip(paths, sizes, strict=True):
-            patch_sizes(monkeypatch, block, chunk, threads)
-            merge_checkpoints(base_file, task_files, path, method=method, importances=beside)
+            torch.set_num_threads(threads)
+            merger = get_merger(method)
+            merger.chunk_size = chunk
+            merge_checkpoints(
+                base_file,
+                task_files,
+                path,
+                method=merger,
+                importances=beside,
+                block_size=block,
+            )
         return paths
 
     return outputs
@@ -120,15 +129,6 @@ def test_blocks_change_no_value_and_threads_no_byte_of_it(outputs, method):
     assert same_bits(read(whole), read(two))
     # The size of a block is a part of what the hashes mean.
     assert two.read_bytes() == one.read_bytes()
-
-
-def patch_sizes(patch, block, chunk, threads):
-    patch.setattr(chunks, "CPU_CHUNK", chunk)
-    patch.setattr(merging, "BLOCK", block)
-    # With small chunks, nothing is held until the tally of all is known.
-    patch.setattr(merging, "_HOLD", 0 if chunk < 1000 else 1 << 26)
-    patch.setattr(hashing, "BLOCK", block)
-    torch.set_num_threads(threads)
 
 
 @any_method
@@ -286,15 +286,15 @@ def test_a_file_is_replaced_only_where_that_is_allowed(files, out):
 
 
 class Doubled(MaxMagnitude):
-    """Folds in another way than the class that it derives from."""
+    """Folds in another way than the class that it derives from, which takes differences."""
 
     name = "doubled"
 
-    def fold(self, kept, chunk, place):
-        super().fold(kept, 2 * chunk, place)
+    def fold(self, state, chunk, info):
+        super().fold(state, 2 * chunk, info)
 
 
-def test_a_merger_that_folds_otherwise_does_not_inherit_the_short_cut(files, out, base, tasks):
+def test_a_merger_that_folds_otherwise_is_given_tensors(files, out, base, tasks):
     base_file, task_files = files
     merge_checkpoints(base_file, task_files, out / "m.safetensors", method=Doubled(), scale=1.0)
     merge_checkpoints(base_file, task_files, out / "n.safetensors", method="magmax", scale=2.0)

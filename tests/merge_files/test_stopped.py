@@ -41,10 +41,7 @@ from cl_merge.mergers import MaxMagnitude
 class Slow(MaxMagnitude):
     name = "slow"
 
-    def fold_tuned(self, kept, tuned, base, place):
-        return None
-
-    def fold(self, kept, chunk, place):
+    def fold(self, state, chunk, info):
         Path("started").touch()
         time.sleep(0.1)
 """

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from cl_merge.mergers import chunks
+from cl_merge.mergers import Merger
 
 # No deadline: how long one example takes says more about the machine than about the code.
 settings.register_profile("mergers", deadline=None, max_examples=25)
@@ -14,7 +14,7 @@ settings.load_profile("mergers")
 @pytest.fixture(params=[7, 1 << 18], ids=["small chunks", "one chunk"])
 def any_chunk(request, monkeypatch) -> int:
     """Run a test with parameters cut into many chunks, and with none cut."""
-    monkeypatch.setattr(chunks, "CPU_CHUNK", request.param)
+    monkeypatch.setattr(Merger, "chunk_size", request.param)
     return request.param
 
 

@@ -18,7 +18,6 @@ from cl_merge.mergers import (
     MERGERS,
     MaxMagnitude,
     Merger,
-    chunks,
     find_merger,
     fold_method,
     get_merger,
@@ -139,10 +138,11 @@ def test_whole_parameters_come_in_their_shape():
 
 
 @pytest.mark.parametrize("chunk", [7, 1 << 18])
-def test_chunks_and_mixed_inputs_make_no_difference(middle, make_vector, chunk, monkeypatch):
-    monkeypatch.setattr(chunks, "CPU_CHUNK", chunk)
+def test_chunks_and_mixed_inputs_make_no_difference(middle, make_vector, chunk):
+    merger = middle()
+    merger.chunk_size = chunk
     vectors = [make_vector(seed) for seed in range(3)]
-    merged = merge(vectors, "middle")
+    merged = merge(vectors, merger)
     for name, tensor in merged.items():
         expected = torch.stack([v[name].float() for v in vectors]).median(dim=0).values
         assert torch.equal(tensor, expected)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cl_merge.errors import InputError
+from cl_merge.mergers import reference
 from cl_merge.mergers.chunks import Reader
 from cl_merge.mergers.isotropic import Isotropic
 from cl_merge.mergers.matrices import nearest_orthogonal, singular_triplets
@@ -322,7 +323,7 @@ def test_opcm_measures_a_vector_alike_however_it_is_cut_and_ordered(make_vector)
     vector = make_vector(0)
     turned = dict(reversed(vector.items()))
     rule = OrthogonalProjection()
-    assert rule.survey(Reader.of(vector)) == rule.survey(Reader.of(turned))
+    assert rule.prepare(Reader.of(vector)) == rule.prepare(Reader.of(turned))
 
 
 # All.
@@ -426,3 +427,31 @@ def test_options_are_told():
 
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
+
+
+# The readable reference, on matrices of full rank.
+
+
+@pytest.mark.parametrize(
+    ("rule", "function"),
+    [
+        (Isotropic, reference.isotropic),
+        (SingularVectors, reference.singular_vectors),
+        (OrthogonalProjection, reference.opcm),
+    ],
+    ids=["iso-c", "tsv", "opcm"],
+)
+@pytest.mark.parametrize("shape", [(12, 9), (7, 15)])
+def test_rules_on_matrices_match_the_readable_reference(rule, function, shape):
+    stack = torch.randn(3, *shape, generator=seeded(4))
+    merged = run(rule(), [{"w": matrix} for matrix in stack])["w"]
+    torch.testing.assert_close(merged.double(), function(stack.double()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.0, -2.0])
+def test_slerp_matches_the_readable_reference(factor):
+    stack = torch.randn(2, 30, generator=seeded(5))
+    stack[1] = stack[0] * factor if factor != 1 else stack[1]
+    merged = run(Slerp(t=0.3), [{"w": vector} for vector in stack])["w"]
+    expected = reference.slerp(stack.double(), t=0.3)
+    torch.testing.assert_close(merged.double(), expected, rtol=1e-5, atol=1e-5)

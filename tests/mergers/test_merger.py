@@ -14,7 +14,6 @@ from cl_merge.mergers import (
     MaxMagnitude,
     RandomMix,
     Ties,
-    election,
     get_merger,
     merge,
 )
@@ -251,9 +250,11 @@ def test_integer_tensors_are_never_merged():
     )
 
 
-def test_ties_does_not_count_past_the_range_of_its_counters(monkeypatch):
-    monkeypatch.setattr(election, "_MOST_TASKS", 2)
-    assert error_of(merge, [vector(1)] * 3, "ties") == (
+def test_ties_does_not_count_past_the_range_of_its_counters():
+    class FewTasks(Ties):
+        most_tasks = 2
+
+    assert error_of(merge, [vector(1)] * 3, FewTasks()) == (
         "'ties' counts up to 2 tasks; merge them in groups"
     )
 

@@ -1,4 +1,4 @@
-"""Mergers that drop, elect, weigh and compare, each against a reference in float64."""
+"""Mergers that drop, elect, weigh and compare, each against the reference in float64."""
 
 import hashlib
 import json
@@ -8,18 +8,29 @@ import pytest
 import torch
 
 from cl_merge.errors import InputError
-from cl_merge.mergers import get_merger, merge
+from cl_merge.mergers import get_merger, merge, reference
 
 pytestmark = pytest.mark.usefixtures("any_chunk")
+NOTHING = torch.zeros(0, dtype=torch.float64)
 
 
-def flat(vector, name):
-    """One parameter as a list of numbers."""
-    return vector[name].reshape(-1).float().double()
+def flat(vectors, name):
+    """One parameter of all tasks, [T, n] in float64."""
+    return torch.stack([vector[name].reshape(-1).float().double() for vector in vectors])
+
+
+def draws(vectors, name, seed):
+    """SplitMix64 in Python's own integers, as numbers from 0 to 1, [T, n]."""
+    return torch.tensor(
+        [
+            [draw(seed, name, task, i) for i in range(vector[name].numel())]
+            for task, vector in enumerate(vectors)
+        ],
+        dtype=torch.float64,
+    )
 
 
 def draw(seed, name, task, index):
-    """SplitMix64 in Python's own integers, as a number from 0 to 1."""
     text = json.dumps([seed, name, task]).encode()
     key = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
     state = (key + (index + 1) * 0x9E3779B97F4A7C15) % 2**64
@@ -28,22 +39,12 @@ def draw(seed, name, task, index):
     return ((state ^ (state >> 31)) >> 1) / 2**63
 
 
-def elect(columns, majority):
-    """TIES' election of one element among the values of all tasks."""
-    sign = math.copysign(1, sum(columns)) if sum(columns) else majority
-    agreeing = [value for value in columns if value * sign > 0]
-    return sum(agreeing) / len(agreeing) if agreeing else 0.0
-
-
-def elected(per_parameter):
-    """Elect every element; rows [T][n] by parameter."""
-    sums = [sum(column) for rows in per_parameter.values() for column in zip(*rows, strict=True)]
-    majority = sum((total > 0) - (total < 0) for total in sums)
-    majority = (majority > 0) - (majority < 0)
-    return {
-        name: [elect(column, majority) for column in zip(*rows, strict=True)]
-        for name, rows in per_parameter.items()
-    }
+def elected(stacks):
+    """Elect and merge parameters [T, n] by name: the majority is that of all of them together."""
+    stack = torch.cat(list(stacks.values()), dim=1)
+    merged = reference.merge_elected(stack, reference.elect_sign(stack))
+    sizes = [stack.shape[1] for stack in stacks.values()]
+    return dict(zip(stacks, merged.split(sizes), strict=True))
 
 
 def check(method, vectors, expected, tolerance=1e-5, **options):
@@ -52,9 +53,8 @@ def check(method, vectors, expected, tolerance=1e-5, **options):
     for name, tensor in merged.items():
         assert tensor.dtype == torch.float32
         assert tensor.shape == vectors[0][name].shape
-        want = torch.tensor(expected[name], dtype=torch.float64).reshape(-1)
         torch.testing.assert_close(
-            tensor.reshape(-1).double(), want, rtol=tolerance, atol=tolerance
+            tensor.reshape(-1).double(), expected[name], rtol=tolerance, atol=tolerance
         )
 
 
@@ -68,20 +68,10 @@ def vectors(request, tasks, make_vector):
     return [make_vector(10 * tasks + task, grid=request.param) for task in range(tasks)]
 
 
-def dropped(vectors, name, density, seed):
-    return [
-        [
-            float(value) / density if draw(seed, name, task, i) < density else 0.0
-            for i, value in enumerate(flat(vector, name))
-        ]
-        for task, vector in enumerate(vectors)
-    ]
-
-
 @pytest.mark.parametrize(("density", "seed"), [(0.5, 0), (0.1, 7), (1.0, 0)])
 def test_dare_drops_rescales_and_sums(vectors, density, seed):
     expected = {
-        name: [sum(column) for column in zip(*dropped(vectors, name, density, seed), strict=True)]
+        name: reference.dare(flat(vectors, name), density, draws(vectors, name, seed))
         for name in vectors[0]
     }
     check("dare", vectors, expected, density=density, seed=seed)
@@ -89,8 +79,13 @@ def test_dare_drops_rescales_and_sums(vectors, density, seed):
 
 def test_dare_ties_drops_rescales_and_elects(vectors):
     # A power of two: dividing by it is exact, and so are the sums of the grid that cancel.
-    expected = elected({name: dropped(vectors, name, 0.5, 3) for name in vectors[0]})
-    check("dare-ties", vectors, expected, density=0.5, seed=3)
+    kept = {
+        name: reference.keep_and_rescale(
+            flat(vectors, name), draws(vectors, name, seed=3) < 0.5, 0.5
+        )
+        for name in vectors[0]
+    }
+    check("dare-ties", vectors, elected(kept), density=0.5, seed=3)
 
 
 def test_dare_keeps_the_mean():
@@ -113,40 +108,32 @@ def test_dare_draws_anew_for_each_task_parameter_and_seed():
 
 @pytest.mark.parametrize(("beta", "gamma"), [(0.5, 0.1), (0.85, 0.007), (0.0, 0.3), (0.3, 0.0)])
 def test_breadcrumbs_leaves_out_both_ends_of_each_parameter(vectors, beta, gamma):
-    expected = {}
-    for name in vectors[0]:
-        total = torch.zeros(vectors[0][name].numel(), dtype=torch.float64)
-        for vector in vectors:
-            values = flat(vector, name)
-            ordered = sorted(values.abs().tolist())
-            first, last = int(beta * len(values)), len(values) - int(gamma * len(values))
-            for i, value in enumerate(values.tolist()):
-                if ordered[first] <= abs(value) <= ordered[last - 1]:
-                    total[i] += value
-        expected[name] = total.tolist()
-    check("breadcrumbs", vectors, expected, beta=beta, gamma=gamma)
+    expected = {
+        name: reference.breadcrumbs(flat(vectors, name), beta, gamma)
+        for name, tensor in vectors[0].items()
+        if tensor.numel()
+    }
+    check("breadcrumbs", vectors, {"empty": NOTHING} | expected, beta=beta, gamma=gamma)
 
 
 @pytest.mark.parametrize(("density", "epsilon"), [(0.5, 0.5), (0.4, 0.2), (1.0, 0.0)])
 def test_della_drops_by_rank_within_rows_and_elects(vectors, density, epsilon):
-    per_parameter = {}
+    kept = {}
     for name, tensor in vectors[0].items():
         row = tensor.numel() if tensor.ndim < 2 else tensor.numel() // max(len(tensor), 1)
-        per_parameter[name] = []
-        for task, vector in enumerate(vectors):
-            values, kept = flat(vector, name).tolist(), []
-            for i, value in enumerate(values):
-                begin = i // row * row
-                mates = values[begin : begin + row]
-                before = sum(
-                    abs(other) > abs(value) or (abs(other) == abs(value) and begin + j < i)
-                    for j, other in enumerate(mates)
-                )
-                drop = 1 - density - epsilon / 2 + epsilon * before / row
-                stays = draw(2, name, task, i) >= drop
-                kept.append(torch.tensor(value / (1 - drop)).item() if stays else 0.0)
-            per_parameter[name].append(kept)
-    check("della", vectors, elected(per_parameter), density=density, epsilon=epsilon, seed=2)
+        stack = flat(vectors, name)
+        drop = reference.drop_probability(stack, density, epsilon, max(row, 1))
+        stays = draws(vectors, name, seed=2) >= drop
+        # Rounded to float32, as the merger does before it adds up: sums may cancel.
+        kept[name] = reference.keep_and_rescale(stack, stays, 1 - drop).float().double()
+    check("della", vectors, elected(kept), density=density, epsilon=epsilon, seed=2)
+
+
+def test_the_rules_that_drop_and_elect_are_put_together_of_the_same_parts(make_vector):
+    vectors = [{"w": make_vector(seed)["weight"]} for seed in range(4)]
+    stack, drawn = flat(vectors, "w"), draws(vectors, "w", seed=0)
+    check("dare-ties", vectors, {"w": reference.dare_ties(stack, 0.5, drawn)}, density=0.5)
+    check("della", vectors, {"w": reference.della(stack, 0.4, 0.2, drawn, row=5)})
 
 
 def test_della_drops_small_values_more_often():
@@ -160,35 +147,20 @@ def test_della_drops_small_values_more_often():
 
 @pytest.mark.parametrize(("threshold", "least"), [(0.4, 2), (1.0, 1), (0.2, 3)])
 def test_consensus_keeps_what_enough_tasks_use(vectors, threshold, least):
-    expected = {}
-    for name in vectors[0]:
-        expected[name] = []
-        for column in zip(*(flat(vector, name).tolist() for vector in vectors), strict=True):
-            total = sum(column)
-            users = sum(abs(value) > threshold * abs(total - value) for value in column)
-            expected[name].append(total if users >= min(least, len(column)) else 0.0)
+    expected = {
+        name: reference.consensus(flat(vectors, name), threshold, least) for name in vectors[0]
+    }
     check("consensus", vectors, expected, threshold=threshold, least=least)
 
 
 def test_emr_takes_the_largest_value_of_the_elected_sign(vectors):
-    expected = {}
-    for name in vectors[0]:
-        columns = zip(*(flat(vector, name).tolist() for vector in vectors), strict=True)
-        expected[name] = [
-            max(column) if sum(column) > 0 else min(column) if sum(column) < 0 else 0.0
-            for column in columns
-        ]
+    expected = {name: reference.emr(flat(vectors, name)) for name in vectors[0]}
     check("emr", vectors, expected, tolerance=0)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9, 1.0])
 def test_the_moving_average_forgets_exponentially(vectors, decay):
-    expected = {}
-    for name in vectors[0]:
-        average = flat(vectors[0], name)
-        for vector in vectors[1:]:
-            average = decay * average + (1 - decay) * flat(vector, name)
-        expected[name] = average.tolist()
+    expected = {name: reference.ema(flat(vectors, name), decay) for name in vectors[0]}
     check("ema", vectors, expected, decay=decay)
 
 
@@ -203,10 +175,7 @@ def test_the_fisher_average_weighs_each_element(vectors, make_vector):
     for vector, fisher in zip(vectors, fishers, strict=True):
         merger.update(vector, fisher)
     for name, merged in merger.items():
-        rows = torch.stack([flat(vector, name) for vector in vectors])
-        weights = torch.stack([flat(fisher, name) for fisher in fishers])
-        weights[:, weights.sum(dim=0) == 0] = 1
-        want = (rows * weights).sum(dim=0) / weights.sum(dim=0)
+        want = reference.fisher(flat(vectors, name), flat(fishers, name))
         torch.testing.assert_close(merged.reshape(-1).double(), want, rtol=1e-6, atol=1e-6)
 
 

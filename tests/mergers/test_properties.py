@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from merger_cases import ANY_NUMBER, CHANGING_ONE, DROPPING_NOTHING
 
+from cl_merge.kernels.random_bits import random_bits
 from cl_merge.mergers import RandomMix, get_merger, merge
-from cl_merge.mergers import chunks as chunks_module
-from cl_merge.mergers.chunks import End, Place, Reader
-from cl_merge.mergers.random_mix import random_bits
+from cl_merge.mergers.chunks import Reader
+from cl_merge.mergers.folding import Folding
 from cl_merge.seeds import derive_seed
 
 ORDER_FREE = ["average", "task-arithmetic", "ties"]
@@ -59,10 +59,9 @@ def test_merging_one_task_returns_it(method, vectors):
 @given(vectors=vectors(), chunk=st.integers(1, 9))
 def test_the_chunk_size_changes_no_bit(method, vectors, chunk):
     whole = merge(vectors, method)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunks_module, "CPU_CHUNK", chunk)
-        chunked = merge(vectors, method)
-    assert same_bits(whole, chunked)
+    merger = get_merger(method)
+    merger.chunk_size = chunk
+    assert same_bits(whole, merge(vectors, merger))
 
 
 @METHODS
@@ -122,27 +121,22 @@ def test_random_mix_takes_every_value_from_one_of_the_tasks(vectors):
 def test_a_rule_may_be_driven_one_chunk_at_a_time_over_all_tasks(method, vectors):
     """As files will be merged: no accumulator is larger than a chunk."""
     merger = get_merger(method)
-    surveys = [merger.survey(Reader.of(vector)) for vector in vectors]
+    prepared = [merger.prepare(Reader.of(vector)) for vector in vectors]
     parts = {}
     for name, tensor in vectors[0].items():
         step = 2 if merger.unit == "element" else max(tensor.numel(), 1)
         for start in range(0, tensor.numel(), step):
-            chunks = [vector[name].reshape(-1)[start : start + step] for vector in vectors]
-            kept: dict[str, torch.Tensor] = {}
-            for task, (chunk, survey) in enumerate(zip(chunks, surveys, strict=True)):
-                for key, dtype in merger.new_accumulators(task).items():
-                    kept[key] = torch.zeros(len(chunk), dtype=dtype)
-                merger.fold(kept, chunk, Place(name, tensor.shape, start, task, survey))
-            parts[name, start] = kept
-    tally = sum(merger.tally(kept)[0] for kept in parts.values())
+            part = slice(start, min(start + step, tensor.numel()))
+            parts[name, start] = Folding({name: tensor.shape}, within=part)
+            for vector, of_task in zip(vectors, prepared, strict=True):
+                parts[name, start].fold(merger, Reader.of(vector), of_task)
+    total = sum(part.global_count(merger)[0] for part in parts.values())
     expected = merge(vectors, method)
-    for (name, start), kept in parts.items():
-        want = expected[name].reshape(-1)[start : start + len(next(iter(kept.values())))]
-        shape = vectors[0][name].shape
-        for total in (tally,) if merger.tally(kept)[1] else (tally, 0):
-            out = torch.empty_like(want)
-            merger.finish(kept, out, End(name, shape, start, len(vectors), total))
-            assert torch.equal(out, want)
+    for (name, start), part in parts.items():
+        for count in (total,) if part.global_count(merger)[1] else (total, 0):
+            ((_, found),) = part.results(merger, count)
+            want = expected[name].reshape(-1)[start : start + len(found)]
+            assert torch.equal(found, want)
 
 
 def test_random_mix_is_uniform_over_tasks():

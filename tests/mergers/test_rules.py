@@ -6,7 +6,15 @@ import json
 import pytest
 import torch
 
-from cl_merge.mergers import Average, MaxMagnitude, RandomMix, TaskArithmetic, Ties, merge
+from cl_merge.mergers import (
+    Average,
+    MaxMagnitude,
+    RandomMix,
+    TaskArithmetic,
+    Ties,
+    merge,
+    reference,
+)
 from cl_merge.mergers.chunks import Reader
 from cl_merge.mergers.threshold import trim_threshold
 
@@ -23,38 +31,19 @@ def stack(vectors):
     )
 
 
-def naive_max_magnitude(rows):
-    merged = rows[0].clone()
-    for row in rows[1:]:
-        larger = row.abs() >= merged.abs()
-        merged[larger] = row[larger]
-    return merged
-
-
-def naive_ties(rows, density):
-    size = rows.shape[1]
-    rank = size - int(density * size)
-    if rank > 0:
-        thresholds = rows.abs().kthvalue(rank, dim=1, keepdim=True).values
-        rows = rows * (rows.abs() >= thresholds)
-    signs = rows.sum(dim=0).sign()
-    signs[signs == 0] = signs.sum().sign()
-    agreeing = (rows.sign() == signs) & (rows != 0)
-    return (rows * agreeing).sum(dim=0) / agreeing.sum(dim=0).clamp(min=1)
-
-
-def naive_random_mix(vectors, seed):
-    """SplitMix64 in Python's own integers, one element after another."""
-    merged = []
-    for name in sorted(vectors[0]):
-        values = [vector[name].reshape(-1).float().tolist() for vector in vectors]
-        for i in range(vectors[0][name].numel()):
-            value = None
-            for task, of_task in enumerate(values):
-                if splitmix64(key_of(seed, name, task), i) >> 1 <= (2**63 - 1) // (task + 1):
-                    value = of_task[i]
-            merged.append(value)
-    return torch.tensor(merged, dtype=torch.float64)
+def draws(vectors, seed):
+    """SplitMix64 in Python's own integers, as numbers from 0 to 1: [T, d], as in `stack`."""
+    return torch.tensor(
+        [
+            [
+                (splitmix64(key_of(seed, name, task), i) >> 1) / 2**63
+                for name in sorted(vector)
+                for i in range(vector[name].numel())
+            ]
+            for task, vector in enumerate(vectors)
+        ],
+        dtype=torch.float64,
+    )
 
 
 def key_of(seed, name, task):
@@ -91,26 +80,28 @@ def vectors(request, tasks, make_vector):
     return [make_vector(10 * tasks + task, grid=request.param) for task in range(tasks)]
 
 
-def test_max_magnitude_equals_the_naive_reference_exactly(vectors):
-    check(MaxMagnitude(), vectors, naive_max_magnitude(stack(vectors)), tolerance=0)
+def test_max_magnitude_equals_the_reference_exactly(vectors):
+    check(MaxMagnitude(), vectors, reference.magmax(stack(vectors)), tolerance=0)
 
 
-def test_average_matches_the_naive_reference(vectors):
-    check(Average(), vectors, stack(vectors).mean(dim=0), tolerance=1e-6)
+def test_average_matches_the_reference(vectors):
+    check(Average(), vectors, reference.average(stack(vectors)), tolerance=1e-6)
 
 
-def test_task_arithmetic_matches_the_naive_reference(vectors):
-    check(TaskArithmetic(), vectors, stack(vectors).sum(dim=0), tolerance=2e-6)
+def test_task_arithmetic_matches_the_reference(vectors):
+    check(TaskArithmetic(), vectors, reference.task_arithmetic(stack(vectors)), tolerance=2e-6)
 
 
 @pytest.mark.parametrize("seed", [0, 5, -1, 2**70])
-def test_random_mix_equals_the_naive_reference_exactly(vectors, seed):
-    check(RandomMix(seed=seed), vectors, naive_random_mix(vectors, seed), tolerance=0)
+def test_random_mix_equals_the_reference_exactly(vectors, seed):
+    expected = reference.random_mix(stack(vectors), draws(vectors, seed))
+    check(RandomMix(seed=seed), vectors, expected, tolerance=0)
 
 
 @pytest.mark.parametrize("density", [1e-9, 0.05, 0.2, 0.5, 0.999, 1.0])
-def test_ties_matches_the_naive_reference(vectors, density):
-    check(Ties(density=density), vectors, naive_ties(stack(vectors), density), tolerance=1e-6)
+def test_ties_matches_the_reference(vectors, density):
+    expected = reference.ties(stack(vectors), density)
+    check(Ties(density=density), vectors, expected, tolerance=1e-6)
 
 
 def test_zero_sums_take_the_sign_of_the_majority_over_all_parameters():

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from cl_merge.mergers import threshold as selection
 from cl_merge.mergers.chunks import Reader
 from cl_merge.mergers.threshold import trim_threshold
 
@@ -11,8 +10,7 @@ from cl_merge.mergers.threshold import trim_threshold
 @pytest.mark.parametrize("density", [0.01, 0.2, 0.5, 0.9])
 @pytest.mark.parametrize("kind", ["few values", "one value", "bfloat16", "mostly zero", "outliers"])
 @pytest.mark.parametrize("room", [1 << 24, 0], ids=["from a bracket", "by bits"])
-def test_the_threshold_is_exact_for_large_vectors(density, kind, room, monkeypatch):
-    monkeypatch.setattr(selection, "_ROOM", room)
+def test_the_threshold_is_exact_for_large_vectors(density, kind, room):
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(400_000, generator=generator)
     values = {
@@ -24,7 +22,8 @@ def test_the_threshold_is_exact_for_large_vectors(density, kind, room, monkeypat
     }[kind]
     rank = len(values) - int(density * len(values))
     expected = values.abs().kthvalue(rank).values.item()
-    assert trim_threshold(Reader.of({"a": values[:1000], "b": values[1000:]}), density) == expected
+    reader = Reader.of({"a": values[:1000], "b": values[1000:]})
+    assert trim_threshold(reader, density, room) == expected
 
 
 def test_the_threshold_is_exact_where_a_sample_misleads():

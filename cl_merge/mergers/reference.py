@@ -1,0 +1,271 @@
+"""The rules as they stand in the papers: pure functions on a stack of task vectors.
+
+A stack holds one task vector a row, ``[tasks, n]``, all parameters in a row where a rule looks at
+whole task vectors; the rules on matrices take one parameter of all tasks, ``[tasks, rows,
+columns]``. Each function is a few lines to be checked against its paper, on any floating-point
+dtype and device, and holds everything in memory. The mergers give the same up to rounding, in
+constant memory; their tests compare the two in float64.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def magmax(stack: Tensor) -> Tensor:
+    """The value of largest magnitude, the later task's on equality.
+
+    Reference:
+        Marczak et al., MagMax, ECCV 2024, section 4: τ_merged = τ_k, k = argmax_t abs(τ_t).
+    """
+    last = len(stack) - 1 - stack.flip(0).abs().argmax(dim=0)
+    return stack.gather(0, last[None])[0]
+
+
+def average(stack: Tensor) -> Tensor:
+    """The mean over tasks (Wortsman et al., Model Soups, ICML 2022, the uniform soup)."""
+    return stack.mean(dim=0)
+
+
+def task_arithmetic(stack: Tensor) -> Tensor:
+    """The sum over tasks (Ilharco et al., Task Arithmetic, ICLR 2023, section 4)."""
+    return stack.sum(dim=0)
+
+
+def random_mix(stack: Tensor, draws: Tensor) -> Tensor:
+    """Each element from a task drawn uniformly, by reservoir sampling.
+
+    Args:
+        stack: [tasks, n].
+        draws: Uniform numbers from 0 to 1, [tasks, n].
+
+    Reference:
+        Marczak et al., MagMax, ECCV 2024, "RandMix"; Vitter, ACM TOMS 1985, algorithm R.
+    """
+    merged = stack[0]
+    for task in range(1, len(stack)):
+        merged = torch.where(draws[task] <= 1 / (task + 1), stack[task], merged)
+    return merged
+
+
+def trim(stack: Tensor, density: float) -> Tensor:
+    """Set to zero what lies below the k-th magnitude of each task, k = n - floor(density n).
+
+    Reference:
+        Yadav et al., TIES-Merging, NeurIPS 2023, algorithm 1, step 1.
+    """
+    rank = stack.shape[1] - int(density * stack.shape[1])
+    if rank == 0:
+        return stack
+    thresholds = stack.abs().kthvalue(rank, dim=1, keepdim=True).values
+    return torch.where(stack.abs() >= thresholds, stack, 0)
+
+
+def elect_sign(stack: Tensor) -> Tensor:
+    """The sign of the sum over tasks, [n]; that of the majority of all signs where the sum is zero.
+
+    Reference:
+        Yadav et al., TIES-Merging, NeurIPS 2023, algorithm 1, step 2.
+    """
+    signs = stack.sum(dim=0).sign()
+    return torch.where(signs == 0, signs.sum().sign(), signs)
+
+
+def merge_elected(stack: Tensor, signs: Tensor) -> Tensor:
+    """The mean of the values that have the elected sign; zero where there is none.
+
+    Reference:
+        Yadav et al., TIES-Merging, NeurIPS 2023, algorithm 1, step 3.
+    """
+    agree = (stack.sign() == signs) & (stack != 0)
+    return (stack * agree).sum(dim=0) / agree.sum(dim=0).clamp(min=1)
+
+
+def ties(stack: Tensor, density: float = 0.2) -> Tensor:
+    """Trim, elect a sign, merge what has it (Yadav et al., TIES-Merging, NeurIPS 2023)."""
+    trimmed = trim(stack, density)
+    return merge_elected(trimmed, elect_sign(trimmed))
+
+
+def keep_and_rescale(stack: Tensor, stays: Tensor, probability: Tensor | float) -> Tensor:
+    """Divide the values that stay by the probability of staying, and drop the others.
+
+    Reference:
+        Yu et al., Language Models are Super Mario (DARE), ICML 2024, section 3.
+    """
+    return torch.where(stays, stack / probability, 0)
+
+
+def dare(stack: Tensor, density: float, draws: Tensor) -> Tensor:
+    """Keep each value with the probability `density`, rescale it, and sum up over tasks.
+
+    Args:
+        stack: [tasks, n].
+        density: The probability.
+        draws: Uniform numbers from 0 to 1, [tasks, n].
+
+    Reference:
+        Yu et al., Language Models are Super Mario, ICML 2024, section 3.
+    """
+    return keep_and_rescale(stack, draws < density, density).sum(dim=0)
+
+
+def dare_ties(stack: Tensor, density: float, draws: Tensor) -> Tensor:
+    """Keep and rescale as in `dare`, then elect and merge as in `ties`."""
+    kept = keep_and_rescale(stack, draws < density, density)
+    return merge_elected(kept, elect_sign(kept))
+
+
+def della(stack: Tensor, density: float, epsilon: float, draws: Tensor, row: int) -> Tensor:
+    """Drop smaller values of each row with higher probability, then elect and merge.
+
+    Args:
+        stack: [tasks, n].
+        density: Mean probability of a value to stay.
+        epsilon: By how much the probability to drop the smallest exceeds that of the largest.
+        draws: Uniform numbers from 0 to 1, [tasks, n].
+        row: Length of a row of the weight matrix; n is a multiple of it.
+
+    Reference:
+        Deep, Bhardwaj & Poria, DELLA-Merging, 2024, section 3.
+    """
+    dropped = drop_probability(stack, density, epsilon, row)
+    kept = keep_and_rescale(stack, draws >= dropped, 1 - dropped)
+    return merge_elected(kept, elect_sign(kept))
+
+
+def drop_probability(stack: Tensor, density: float, epsilon: float, row: int) -> Tensor:
+    """DELLA's p = p_min + ε r / n, r the rank of a value in its row of length n, 0 the largest."""
+    magnitudes = stack.abs().reshape(-1, row)
+    ranks = magnitudes.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return 1 - density - epsilon / 2 + epsilon * ranks.reshape(stack.shape) / row
+
+
+def breadcrumbs(stack: Tensor, beta: float = 0.85, gamma: float = 0.007) -> Tensor:
+    """Sum up the task vectors of one parameter without their smallest and largest changes.
+
+    Reference:
+        Davari & Belilovsky, Model Breadcrumbs, ECCV 2024, section 3.
+    """
+    size = stack.shape[1]
+    ordered = stack.abs().sort(dim=1).values
+    least = ordered[:, int(beta * size), None]
+    most = ordered[:, size - int(gamma * size) - 1, None]
+    return torch.where((stack.abs() >= least) & (stack.abs() <= most), stack, 0).sum(dim=0)
+
+
+def consensus(stack: Tensor, threshold: float = 0.4, least: int = 2) -> Tensor:
+    """Keep of the sum what at least some number of tasks use.
+
+    Reference:
+        Wang et al., Localizing Task Information, ICML 2024, sections 4 and 5: by its TALL mask, a
+        task uses an element if abs(τ_t) > λ abs(τ - τ_t).
+    """
+    total = stack.sum(dim=0)
+    used = stack.abs() > threshold * (total - stack).abs()
+    return torch.where(used.sum(dim=0) >= min(least, len(stack)), total, 0)
+
+
+def emr(stack: Tensor) -> Tensor:
+    """The largest value that has the sign of the sum.
+
+    Reference:
+        Huang et al., EMR-Merging, NeurIPS 2024, section 3, "elect".
+    """
+    signs = stack.sum(dim=0).sign()
+    return signs * (stack * signs).amax(dim=0).clamp(min=0)
+
+
+def ema(stack: Tensor, decay: float = 0.5) -> Tensor:
+    """The exponential moving average over tasks, which begins with the first.
+
+    Reference:
+        Stojanovski, Roth & Akata, Momentum-based Weight Interpolation, 2022.
+    """
+    merged = stack[0]
+    for vector in stack[1:]:
+        merged = decay * merged + (1 - decay) * vector
+    return merged
+
+
+def fisher(stack: Tensor, importances: Tensor) -> Tensor:
+    """The mean weighted with importances, [tasks, n]; the plain mean where all of them are zero.
+
+    Reference:
+        Matena & Raffel, Fisher-Weighted Averaging, NeurIPS 2022, equation 4.
+    """
+    weights = torch.where(importances.sum(dim=0) == 0, 1, importances)
+    return (weights * stack).sum(dim=0) / weights.sum(dim=0)
+
+
+def slerp(stack: Tensor, t: float = 0.5) -> Tensor:
+    """Interpolate between the two task vectors of one parameter along an arc.
+
+    Reference:
+        Shoemake, Animating Rotation with Quaternion Curves, SIGGRAPH 1985, section 3.3.
+    """
+    first, second = stack
+    cosine = float(first @ second / (first.norm() * second.norm()))
+    merged: Tensor
+    if abs(cosine) <= 0.9995:
+        angle = math.acos(cosine)
+        merged = math.sin((1 - t) * angle) * first + math.sin(t * angle) * second
+        return merged / math.sin(angle)
+    merged = (1 - t) * first + t * second  # nearly parallel, or a vector of zeros: NaN
+    return merged
+
+
+def isotropic(stack: Tensor) -> Tensor:
+    """The sum of matrices [tasks, m, n] with all singular values replaced by their mean.
+
+    Reference:
+        Marczak et al., No Task Left Behind, ICML 2025, "Iso-C".
+    """
+    left, values, right = _svd(stack.sum(dim=0))
+    return values.mean() * (left @ right)
+
+
+def singular_vectors(stack: Tensor) -> Tensor:
+    """The main singular vectors of matrices [tasks, m, n], made orthogonal to those of other tasks.
+
+    Reference:
+        Gargiulo et al., Task Singular Vectors, CVPR 2025, "TSV-Merge".
+    """
+    left, values, right = _svd(stack)
+    rank = max(values.shape[1] // len(stack), 1)
+    lefts, rights = torch.cat(list(left[:, :, :rank]), dim=1), torch.cat(list(right[:, :rank]))
+    return (_orthogonal(lefts) * values[:, :rank].reshape(-1)) @ _orthogonal(rights)
+
+
+def opcm(stack: Tensor, alpha: float = 0.5) -> Tensor:
+    """Add of each matrix [tasks, m, n] what is orthogonal to the sum before, in one length.
+
+    For a model of one matrix; with more of them, the lengths are those of whole task vectors.
+
+    Reference:
+        Tang et al., Merging Models on the Fly Without Retraining, NeurIPS 2025.
+    """
+    total = stack[0]
+    for task in stack[1:]:
+        left, values, right = _svd(total)
+        main = int((values.cumsum(0) <= alpha * values.sum()).count_nonzero())
+        entries = left.T @ task @ right.T
+        excluded = torch.eye(len(values), dtype=torch.bool)
+        excluded[:main, :main] = True
+        total = total + task - left @ (entries * excluded) @ right
+    lengths: Tensor = stack.flatten(1).norm(dim=1)
+    return total * (lengths.mean() / float(total.norm()))
+
+
+def _orthogonal(matrix: Tensor) -> Tensor:
+    """The nearest matrix with orthonormal columns, or rows (Schönemann, Psychometrika 1966)."""
+    left, _, right = _svd(matrix)
+    return left @ right
+
+
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left, values, right
