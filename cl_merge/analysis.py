@@ -16,8 +16,7 @@ from typing_extensions import override
 
 from cl_merge.errors import InputError, unknown_name
 from cl_merge.kernels.random_bits import random_bits
-from cl_merge.mergers.base import Merger
-from cl_merge.mergers.chunks import Accumulators, ChunkInfo, Reader, ResultInfo
+from cl_merge.mergers.base import Accumulators, ChunkInfo, Merger, Reader, ResultInfo
 from cl_merge.mergers.max_magnitude import MaxMagnitude
 from cl_merge.mergers.options import checked_share
 from cl_merge.mergers.threshold import trim_threshold

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from cl_merge.mergers.chunks import Accumulators, ResultInfo
+from cl_merge.mergers.base import Accumulators, ResultInfo
 from cl_merge.mergers.task_arithmetic import TaskArithmetic
 
 

@@ -1,4 +1,4 @@
-"""What all mergers share: the bookkeeping around a rule that works on chunks."""
+"""What all mergers share: the bookkeeping around a rule, and the names to write rules with."""
 
 from __future__ import annotations
 
@@ -12,9 +12,19 @@ from torch import Tensor
 
 from cl_merge.errors import InputError, listing, task_name
 from cl_merge.kernels.finite import is_finite, not_finite
-from cl_merge.mergers.chunks import Reader
-from cl_merge.mergers.folding import Folding, Rule
+from cl_merge.mergers.chunks import Accumulators, ChunkInfo, Reader, ResultInfo, Unit
+from cl_merge.mergers.folding import Folding, Rule, takes_differences
 from cl_merge.task_vectors.task_vector import TaskVector, check_floating, check_same_layout
+
+__all__ = [
+    "Accumulators",
+    "ChunkInfo",
+    "Merger",
+    "Reader",
+    "ResultInfo",
+    "Unit",
+    "takes_differences",
+]
 
 
 class Merger(Rule):

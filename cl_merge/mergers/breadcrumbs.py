@@ -6,7 +6,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from cl_merge.errors import InputError
-from cl_merge.mergers.chunks import Accumulators, ChunkInfo, Reader
+from cl_merge.mergers.base import Accumulators, ChunkInfo, Reader
 from cl_merge.mergers.options import checked_number
 from cl_merge.mergers.task_arithmetic import TaskArithmetic
 from cl_merge.mergers.threshold import magnitude_of_rank

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from cl_merge.mergers.chunks import ResultInfo
+from cl_merge.mergers.base import ResultInfo
 from cl_merge.mergers.options import checked_count, checked_number
 from cl_merge.mergers.stack import StackMerger
 from cl_merge.mergers.task_arithmetic import TaskArithmetic

@@ -24,32 +24,30 @@ UNITS = ("element", "parameter")
 
 # What options cannot be called beside the attributes of a merger: `merge`, `MergeCallback` and
 # `merge_checkpoints` take options and these side by side.
-_TAKEN = frozenset(
-    {
-        "base",
-        "block_size",
-        "buffers",
-        "device",
-        "directory",
-        "exclude",
-        "held_out",
-        "importance_samples",
-        "importances",
-        "include",
-        "method",
-        "name",
-        "output",
-        "overwrite",
-        "progress",
-        "published_scale",
-        "scale",
-        "shard_bytes",
-        "start",
-        "store",
-        "tasks",
-        "vectors",
-    }
-)
+_TAKEN = [
+    "base",
+    "block_size",
+    "buffers",
+    "device",
+    "directory",
+    "exclude",
+    "held_out",
+    "importance_samples",
+    "importances",
+    "include",
+    "method",
+    "name",
+    "output",
+    "overwrite",
+    "progress",
+    "published_scale",
+    "scale",
+    "shard_bytes",
+    "start",
+    "store",
+    "tasks",
+    "vectors",
+]
 
 
 def merge_method(

@@ -8,8 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from cl_merge.kernels.random_bits import random_bits
-from cl_merge.mergers.base import Merger
-from cl_merge.mergers.chunks import Accumulators, ChunkInfo
+from cl_merge.mergers.base import Accumulators, ChunkInfo, Merger
 from cl_merge.mergers.options import checked_count, checked_share
 from cl_merge.mergers.task_arithmetic import TaskArithmetic
 from cl_merge.mergers.ties import SignElection, Ties

@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from cl_merge.errors import InputError
 from cl_merge.kernels.random_bits import random_bits
-from cl_merge.mergers.chunks import Accumulators, ChunkInfo
+from cl_merge.mergers.base import Accumulators, ChunkInfo
 from cl_merge.mergers.options import checked_count, checked_number, checked_share
 from cl_merge.mergers.ties import SignElection, Ties
 from cl_merge.seeds import derive_seed

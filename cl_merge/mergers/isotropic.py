@@ -6,7 +6,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from cl_merge.mergers.average import Average
-from cl_merge.mergers.chunks import Accumulators, ResultInfo
+from cl_merge.mergers.base import Accumulators, ResultInfo
 from cl_merge.mergers.matrices import as_matrix, on_one_thread, singular_triplets
 from cl_merge.mergers.options import checked_flag
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from cl_merge.mergers.base import Merger
-from cl_merge.mergers.chunks import Accumulators, ChunkInfo, ResultInfo
+from cl_merge.mergers.base import Accumulators, ChunkInfo, Merger
 from cl_merge.mergers.options import checked_number
 
 
@@ -51,7 +50,3 @@ class MovingAverage(Merger):
             state["merged"].copy_(chunk)
         else:
             state["merged"].mul_(self.decay).add_(chunk * (1 - self.decay))
-
-    @override
-    def compute(self, state: Accumulators, out: Tensor, info: ResultInfo) -> None:
-        out.copy_(state["merged"])

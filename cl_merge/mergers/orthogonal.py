@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from cl_merge.mergers.base import Merger
-from cl_merge.mergers.chunks import Accumulators, ChunkInfo, Reader, ResultInfo
+from cl_merge.mergers.base import Accumulators, ChunkInfo, Merger, Reader, ResultInfo
 from cl_merge.mergers.matrices import as_matrix, on_one_thread, singular_triplets
 from cl_merge.mergers.options import checked_flag, checked_number
 

@@ -9,9 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from cl_merge.kernels import fold_drawn
-from cl_merge.mergers.base import Merger
-from cl_merge.mergers.chunks import Accumulators, ChunkInfo, ResultInfo
-from cl_merge.mergers.folding import takes_differences
+from cl_merge.mergers.base import Accumulators, ChunkInfo, Merger, takes_differences
 from cl_merge.mergers.options import checked_count
 from cl_merge.seeds import derive_seed
 
@@ -54,7 +52,3 @@ class RandomMix(Merger):
     def fold(self, state: Accumulators, chunk: Tensor, info: ChunkInfo) -> None:
         key = derive_seed(self.seed, info.name, info.task)
         fold_drawn(state["merged"], chunk, key, info.start, limit=_LARGEST // (info.task + 1))
-
-    @override
-    def compute(self, state: Accumulators, out: Tensor, info: ResultInfo) -> None:
-        out.copy_(state["merged"])

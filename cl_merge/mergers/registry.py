@@ -137,9 +137,8 @@ def fresh_merger(method: str | Merger | type[Merger], options: Mapping[str, Any]
             "give them where it is made, or name the method instead"
         )
     if method.tasks:
-        raise InputError(
-            f"the merger '{method.name}' holds {method.tasks} tasks already; give a new one"
-        )
+        tasks = "1 task" if method.tasks == 1 else f"{method.tasks} tasks"
+        raise InputError(f"the merger '{method.name}' holds {tasks} already; give a new one")
     return method
 
 

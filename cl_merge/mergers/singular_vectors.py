@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from cl_merge.mergers.chunks import ResultInfo
+from cl_merge.mergers.base import ResultInfo
 from cl_merge.mergers.matrices import (
     as_matrix,
     nearest_orthogonal,

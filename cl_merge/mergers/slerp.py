@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from cl_merge.errors import InputError
-from cl_merge.mergers.chunks import ResultInfo
+from cl_merge.mergers.base import ResultInfo
 from cl_merge.mergers.matrices import on_one_thread
 from cl_merge.mergers.options import checked_number
 from cl_merge.mergers.stack import StackMerger

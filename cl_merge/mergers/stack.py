@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from cl_merge.mergers.base import Merger
-from cl_merge.mergers.chunks import Accumulators, ChunkInfo, ResultInfo
+from cl_merge.mergers.base import Accumulators, ChunkInfo, Merger, ResultInfo
 
 
 class StackMerger(Merger):

@@ -9,9 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from cl_merge.kernels import fold_sum
-from cl_merge.mergers.base import Merger
-from cl_merge.mergers.chunks import Accumulators, ChunkInfo, ResultInfo
-from cl_merge.mergers.folding import takes_differences
+from cl_merge.mergers.base import Accumulators, ChunkInfo, Merger, takes_differences
 
 
 class TaskArithmetic(Merger):
@@ -40,7 +38,3 @@ class TaskArithmetic(Merger):
     @takes_differences
     def fold(self, state: Accumulators, chunk: Tensor, info: ChunkInfo) -> None:
         fold_sum(state["sum"], chunk)
-
-    @override
-    def compute(self, state: Accumulators, out: Tensor, info: ResultInfo) -> None:
-        out.copy_(state["sum"])

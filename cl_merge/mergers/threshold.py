@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import struct
-import threading
+from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,7 +37,7 @@ def magnitude_of_rank(vector: Reader, rank: int, room: int = _ROOM) -> float:
 
     A sample tells between which two magnitudes it must lie, with near certainty; one pass counts
     what lies below them and collects what lies between, in which it is then found. Should it lie
-    elsewhere, or too much lie between, two passes find it by the bits of the numbers.
+    elsewhere, or too much lie between, more passes find it by counting alone.
 
     Args:
         vector: Reads the vector.
@@ -59,7 +58,7 @@ def magnitude_of_rank(vector: Reader, rank: int, room: int = _ROOM) -> float:
         found = _in_bracket(rank, low, high, parts)
         if found is not None:
             return found
-    return _by_bits(vector, rank)
+    return _by_counting(vector, rank)
 
 
 def _sampled_bracket(sample: Tensor, share: float) -> tuple[float, float, float]:
@@ -98,52 +97,21 @@ def _in_bracket(
     return high if wanted <= len(between) + at_high else None
 
 
-def _by_bits(vector: Reader, rank: int) -> float:
-    """Find the rank-th smallest magnitude, whatever the values.
+def _by_counting(vector: Reader, rank: int) -> float:
+    """Find the rank-th smallest magnitude, whatever the values: bit by bit, in 31 passes.
 
-    The bits of a float32, sign aside, order like its magnitude. One pass counts their upper half;
-    a second one counts the lower half of those values that share the upper half of the one sought.
+    The bits of a float32, sign aside, order like its magnitude.
     """
-    upper = _Counts()
-    vector.map(lambda chunk: upper.add(_magnitude_bits(chunk) >> 16))
-    prefix, below = upper.bin_of(rank)
-    lower = _Counts()
-
-    def add(chunk: Tensor) -> None:
-        bits = _magnitude_bits(chunk)
-        lower.add(bits[bits >> 16 == prefix] & 0xFFFF)
-
-    vector.map(add)
-    suffix, _ = lower.bin_of(rank - below)
-    (magnitude,) = struct.unpack("f", struct.pack("I", prefix << 16 | suffix))
+    low, high = 0, 0x7FFFFFFF
+    while low < high:
+        middle = (low + high) // 2
+        if sum(vector.map(partial(_count, largest=middle))) >= rank:
+            high = middle
+        else:
+            low = middle + 1
+    (magnitude,) = struct.unpack("f", struct.pack("I", low))
     return float(magnitude)
 
 
-def _magnitude_bits(chunk: Tensor) -> Tensor:
-    return chunk.view(torch.int32) & 0x7FFFFFFF
-
-
-class _Counts:
-    """How often each 16-bit number occurs, counted on several threads."""
-
-    def __init__(self) -> None:
-        # In numpy: torch would call up its threads for a table of this size, for every chunk.
-        self._table = np.zeros(1 << 16, dtype=np.int64)
-        self._lock = threading.Lock()
-
-    def add(self, numbers: Tensor) -> None:
-        """Count numbers, an integer tensor [n]."""
-        if numbers.numel() < len(self._table):
-            # Fewer values than bins, as in a bias: do not go through all the bins for them.
-            with self._lock:
-                np.add.at(self._table, numbers.cpu().numpy(), 1)
-            return
-        counts = torch.bincount(numbers, minlength=len(self._table)).cpu().numpy()
-        with self._lock:
-            self._table += counts
-
-    def bin_of(self, rank: int) -> tuple[int, int]:
-        """Find the number that is the rank-th smallest, and how many lie below it."""
-        cumulative = self._table.cumsum()
-        position = int(np.searchsorted(cumulative, rank))
-        return position, int(cumulative[position] - self._table[position])
+def _count(chunk: Tensor, largest: int) -> int:
+    return int(((chunk.view(torch.int32) & 0x7FFFFFFF) <= largest).count_nonzero())

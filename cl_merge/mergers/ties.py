@@ -10,9 +10,14 @@ from typing_extensions import override
 
 from cl_merge.errors import InputError
 from cl_merge.kernels import Chunk, count_signs, elect, fold_signed
-from cl_merge.mergers.base import Merger
-from cl_merge.mergers.chunks import Accumulators, ChunkInfo, Reader, ResultInfo
-from cl_merge.mergers.folding import takes_differences
+from cl_merge.mergers.base import (
+    Accumulators,
+    ChunkInfo,
+    Merger,
+    Reader,
+    ResultInfo,
+    takes_differences,
+)
 from cl_merge.mergers.options import checked_share
 from cl_merge.mergers.threshold import trim_threshold
 

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from cl_merge import kernels
 from cl_merge.errors import InputError
-from cl_merge.merge_files import merge_checkpoints, merging
+from cl_merge.merge_files import merge_checkpoints
+from cl_merge.merge_files.hashing import ContentHash
 from cl_merge.mergers import MERGERS, MaxMagnitude, get_merger
 from cl_merge.task_vectors.task_vector import TaskVector
 
@@ -267,7 +268,7 @@ def test_a_merge_that_fails_leaves_nothing(files, out, monkeypatch):
     def fails(*_):
         raise RuntimeError("halfway")
 
-    monkeypatch.setattr(merging.ContentHash, "hexdigest", fails)
+    monkeypatch.setattr(ContentHash, "hexdigest", fails)
     for name in ("m.safetensors", "folder"):
         with pytest.raises(RuntimeError, match="halfway"):
             merge_checkpoints(*files, out / name)

@@ -7,7 +7,9 @@ import pytest
 import torch
 from merger_cases import ANY_NUMBER
 
+from cl_merge.callbacks import MergeCallback
 from cl_merge.errors import InputError
+from cl_merge.merge_files import merge_checkpoints
 from cl_merge.mergers import (
     MERGERS,
     Average,
@@ -330,3 +332,39 @@ def test_the_device_changes_no_bit(method, make_vector):
     here = {name: tensor.cpu() for name, tensor in merged.items()}
     assert same_bits(here, merge(vectors, method))
     assert same_bits(merge([vectors[0], *there[1:]], method), merge(vectors, method))
+
+
+# What names a method.
+
+
+@pytest.mark.parametrize("method", [Ties(density=1), Ties, "ties"], ids=["ready", "class", "name"])
+def test_a_method_is_a_name_a_class_or_a_merger_that_is_ready(method):
+    merged = merge([vector(1.0, -3.0), vector(3.0, 1.0)], method)
+    assert merged.metadata["method"] == "ties"
+    assert float(merged["w"][0]) in (2.0, 3.0)
+
+
+def test_options_beside_a_ready_merger_are_refused(tmp_path):
+    message = (
+        "the merger 'ties' is ready and takes no more options: density; give them where it is "
+        "made, or name the method instead"
+    )
+    assert error_of(merge, [vector(1)], Ties(), density=0.3) == message
+    assert error_of(merge_checkpoints, "a", ["b"], "c", method=Ties(), density=0.3) == message
+    assert error_of(MergeCallback, Ties(), density=0.3) == message
+
+
+def test_options_of_a_class_are_checked():
+    assert merge([vector(1)], Ties, density=1).metadata["options"] == '{"density": 1.0}'
+    assert error_of(merge, [vector(1)], Ties, densty=1).startswith(
+        "unknown option of method 'ties' 'densty'; did you mean 'density'?"
+    )
+
+
+def test_a_merger_that_holds_tasks_is_refused(tmp_path):
+    used = MaxMagnitude()
+    used.update(vector(1))
+    message = "the merger 'magmax' holds 1 task already; give a new one"
+    assert error_of(merge, [vector(1)], used) == message
+    assert error_of(merge_checkpoints, "a", ["b"], "c", method=used) == message
+    assert error_of(MergeCallback, used) == message

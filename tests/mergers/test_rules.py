@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,3 +151,13 @@ def test_the_threshold_of_a_single_value_is_its_magnitude():
 @pytest.mark.parametrize("density", [0.2, 1.0])
 def test_an_empty_vector_has_threshold_zero(density):
     assert trim_threshold(Reader.of({}), density) == 0.0
+
+
+def test_the_documentation_shows_the_reference_as_it_is(vectors):
+    page = Path(__file__).parents[2] / "docs/concepts/one_task.md"
+    shown = {"torch": torch}
+    exec(page.read_text().split("```python\n")[-1].split("```")[0], shown)
+    rows = stack(vectors)
+    assert torch.equal(shown["magmax"](rows), reference.magmax(rows))
+    for density in (0.2, 1.0):
+        assert torch.equal(shown["ties"](rows, density), reference.ties(rows, density))

@@ -9,7 +9,7 @@ from cl_merge.mergers.threshold import trim_threshold
 
 @pytest.mark.parametrize("density", [0.01, 0.2, 0.5, 0.9])
 @pytest.mark.parametrize("kind", ["few values", "one value", "bfloat16", "mostly zero", "outliers"])
-@pytest.mark.parametrize("room", [1 << 24, 0], ids=["from a bracket", "by bits"])
+@pytest.mark.parametrize("room", [1 << 24, 0], ids=["from a bracket", "by counting"])
 def test_the_threshold_is_exact_for_large_vectors(density, kind, room):
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(400_000, generator=generator)
