@@ -113,19 +113,11 @@ def get_merger(method: str, **options: Any) -> Merger:
     return _made(find_merger(method), method, options)
 
 
-def fresh_merger(method: str | Merger | type[Merger], options: Mapping[str, Any]) -> Merger:
-    """Make a merger of what a user gives for one: a name, a class, or a merger that is ready.
-
-    Args:
-        method: A name or location as for `get_merger`, a class, or a fresh merger.
-        options: Options of the method, which a ready merger has already.
-
-    Returns:
-        A merger that has folded nothing yet.
+def as_merger(method: str | Merger | type[Merger], options: Mapping[str, Any]) -> Merger:
+    """Make a merger of a name, a location or a class, or take one that is ready.
 
     Raises:
-        InputError: If the method, an option or a value is wrong, a ready merger is given options,
-            or it has folded tasks before.
+        InputError: If the method, an option or a value is wrong, or is beside a ready merger.
     """
     if isinstance(method, type) and issubclass(method, Merger):
         return _made(method, method.name, options)
@@ -133,13 +125,19 @@ def fresh_merger(method: str | Merger | type[Merger], options: Mapping[str, Any]
         return get_merger(method, **options)
     if options:
         raise InputError(
-            f"the merger '{method.name}' is ready and takes no more options: {listing(options)}; "
-            "give them where it is made, or name the method instead"
+            f"option {listing(options)} beside a ready Merger '{method.name}', which has its own; "
+            f"give options where it is made, or beside its name, '{method.name}'"
         )
-    if method.tasks:
-        tasks = "1 task" if method.tasks == 1 else f"{method.tasks} tasks"
-        raise InputError(f"the merger '{method.name}' holds {tasks} already; give a new one")
     return method
+
+
+def fresh_merger(method: str | Merger | type[Merger], options: Mapping[str, Any]) -> Merger:
+    """Do as `as_merger`, and refuse a merger that has folded tasks before."""
+    merger = as_merger(method, options)
+    if merger.tasks:
+        tasks = "1 task vector" if merger.tasks == 1 else f"{merger.tasks} task vectors"
+        raise InputError(f"the Merger '{merger.name}' has folded {tasks} already; give a fresh one")
+    return merger
 
 
 def merge(

@@ -330,7 +330,7 @@ def test_other_parameters_than_in_the_first_task_are_named():
         (
             {"method": get_merger("ties"), "density": 0.3},
             "option density beside a ready Merger 'ties', which has its own; give options where it "
-            "is made, or its name: MergeCallback('ties', ...)",
+            "is made, or beside its name, 'ties'",
         ),
     ],
 )

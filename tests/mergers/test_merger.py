@@ -344,10 +344,10 @@ def test_a_method_is_a_name_a_class_or_a_merger_that_is_ready(method):
     assert float(merged["w"][0]) in (2.0, 3.0)
 
 
-def test_options_beside_a_ready_merger_are_refused(tmp_path):
+def test_options_beside_a_ready_merger_are_refused():
     message = (
-        "the merger 'ties' is ready and takes no more options: density; give them where it is "
-        "made, or name the method instead"
+        "option density beside a ready Merger 'ties', which has its own; give options where it is "
+        "made, or beside its name, 'ties'"
     )
     assert error_of(merge, [vector(1)], Ties(), density=0.3) == message
     assert error_of(merge_checkpoints, "a", ["b"], "c", method=Ties(), density=0.3) == message
@@ -361,10 +361,9 @@ def test_options_of_a_class_are_checked():
     )
 
 
-def test_a_merger_that_holds_tasks_is_refused(tmp_path):
+def test_a_merger_that_holds_tasks_is_refused():
     used = MaxMagnitude()
     used.update(vector(1))
-    message = "the merger 'magmax' holds 1 task already; give a new one"
+    message = "the Merger 'magmax' has folded 1 task vector already; give a fresh one"
     assert error_of(merge, [vector(1)], used) == message
     assert error_of(merge_checkpoints, "a", ["b"], "c", method=used) == message
-    assert error_of(MergeCallback, used) == message
