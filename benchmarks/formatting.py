@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 def counted(number: int, what: str) -> str:
     """Write how many there are of something.
@@ -59,3 +61,20 @@ def duration(seconds: float) -> str:
     if hours < 24:
         return f"{minutes // 60} h {minutes % 60} min"
     return f"{hours // 24} d {hours % 24} h"
+
+
+def data_label(data: str) -> str:
+    """Name a data set in a word, whether it is given by name, by its file or by its folder.
+
+    Args:
+        data: As for ``cl-merge run data=``.
+
+    Returns:
+        The last part of a path or hub id without its ending; otherwise the name itself.
+
+    Example:
+        >>> data_label("cifar100"), data_label("mine/cifar10.yaml"), data_label("/photos/birds")
+        ('cifar100', 'cifar10', 'birds')
+    """
+    is_path = "/" in data or data.endswith((".yaml", ".yml"))
+    return Path(data).stem if is_path else data

@@ -1,8 +1,8 @@
-"""What a run shows: the table at its end, and the pictures in its folder."""
+"""What a run says in the terminal: its tasks, and the table at its end."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +13,13 @@ from rich.padding import Padding
 from rich.table import Table
 
 from cl_merge.benchmarks.datasets.catalog import find_data
-from cl_merge.benchmarks.formatting import counted, rounded
+from cl_merge.benchmarks.formatting import counted, data_label, rounded
 from cl_merge.benchmarks.methods.method import grouped_methods
-from cl_merge.benchmarks.reports.figures.style import new_canvas
+from cl_merge.benchmarks.reports.figures.style import shortened
+from cl_merge.benchmarks.reports.run_pictures import PICTURES
 from cl_merge.benchmarks.runs.results import finished_results
-from cl_merge.storage.files import atomic_write
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from cl_merge.benchmarks.methods.method import Training
     from cl_merge.benchmarks.runs.run import Run
     from cl_merge.training.fit import TaskEnd
@@ -35,21 +33,14 @@ _COLUMNS = {
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
-    """Make the table of a run.
-
-    Args:
-        results: The content of ``results.json``.
-
-    Returns:
-        The table; the best accuracy of a merging method is bold.
-    """
+    """Make the table of a run's ``results.json``; the best accuracy of a merging method is bold."""
     methods = results["methods"]
     merging = [name for name in methods if methods[name]["merger"]]
     best = max(merging or methods, key=lambda name: methods[name]["accuracy"])
     table = Table(
         # Names of files may hold what rich takes for its markup.
         title=escape(
-            f"{_short(results['data'], 30)} with {_short(results['model'], 30)}, "
+            f"{shortened(data_label(results['data']), 30)} with {shortened(results['model'], 30)}, "
             f"{counted(len(results['tasks']), 'task')}, seed {results['seed']}: "
             "per cent after the last task"
         ),
@@ -79,12 +70,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
 
 
 def show_start(console: Console, run: Run) -> None:
-    """Say what a run is about to do.
-
-    Args:
-        console: Where to print.
-        run: The run.
-    """
+    """Say what a run is about to do."""
     stream = run.stream
     train = sum(len(task.train) for task in stream.tasks)
     held_out = sum(len(task.held_out) for task in stream.tasks)
@@ -100,14 +86,7 @@ def show_start(console: Console, run: Run) -> None:
 
 
 def show_task(console: Console, run: Run, training: Training, end: TaskEnd) -> None:
-    """Say how good the methods are on everything seen so far.
-
-    Args:
-        console: Where to print.
-        run: The run.
-        training: How these methods are trained.
-        end: The task that was just learned.
-    """
+    """Say how good the methods of a training are on everything seen, after one more task."""
     figures = {
         escape(method.name): run.matrices[method.name].seen()[-1]
         for method in run.trainings[training.name]
@@ -130,12 +109,7 @@ def show_task(console: Console, run: Run, training: Training, end: TaskEnd) -> N
 
 
 def show_results(console: Console, folder: Path) -> None:
-    """Show the table of a finished run.
-
-    Args:
-        console: Where to print.
-        folder: The run's folder.
-    """
+    """Show the table of a finished run."""
     results = finished_results(folder)
     console.print()
     console.print(results_table(results))
@@ -143,88 +117,9 @@ def show_results(console: Console, folder: Path) -> None:
     console.print(
         f"{total['seconds']:.0f} s, at most {total['peak_memory'] / 2**30:.1f} GiB of memory. "
         f"{folder} holds the merged weights, the task vectors, results.json, logs, "
-        f"{' and '.join(_PICTURES)}.",
+        f"{' and '.join(f'{name}.png' for name in reversed(PICTURES))}.",
         markup=False,
     )
-
-
-def draw_pictures(results: Mapping[str, Any], folder: Path) -> None:
-    """Draw the pictures of a run: its method's accuracy matrix, and all methods' curves.
-
-    Args:
-        results: The content of ``results.json``.
-        folder: Where they go.
-    """
-    for name, draw in _PICTURES.items():
-        with atomic_write(folder / name) as temporary:
-            draw(results).savefig(temporary, dpi=150, format="png")
-
-
-def _matrix(results: Mapping[str, Any]) -> Figure:
-    """The accuracy matrix of the run's method as a heat map, zero-shot as its first row."""
-    method = results["method"]
-    matrix = results["methods"][method]["matrix"]
-    rows = [results["methods"]["zero-shot"]["matrix"][0], *matrix]
-    names = [task["name"] for task in results["tasks"]]
-    after = [f"task {i + 1}" for i in range(len(names))] if len(matrix) > 1 else ["all tasks"]
-    figure = new_canvas(2.2 + 0.5 * len(rows), 2.5 + 0.7 * len(names))
-    axes = figure.add_subplot()
-    values = [[float("nan") if value is None else value for value in row] for row in rows]
-    image = axes.imshow(values, vmin=0, vmax=100, cmap="viridis", aspect="auto")
-    axes.set_xticks(range(len(names)), [_short(name) for name in names], rotation=40, ha="right")
-    axes.set_yticks(range(len(rows)), ["zero-shot", *after])
-    axes.set_xlabel("accuracy on task")
-    axes.set_ylabel("after")
-    axes.set_title(f"{method} on {_short(results['data'], 30)}: task-agnostic accuracy, %")
-    if len(names) <= 20:
-        for i, row in enumerate(rows):
-            for j, value in enumerate(row):
-                shade = "white" if value is not None and value < 60 else "black"
-                axes.text(
-                    j, i, _figure(value, 0), ha="center", va="center", color=shade, fontsize=8
-                )
-    figure.colorbar(image, ax=axes)
-    return figure
-
-
-def _curve(results: Mapping[str, Any]) -> Figure:
-    """Accuracy on everything seen after each task, a line per method."""
-    figure = new_canvas(5.0, 8.5)
-    axes = figure.add_subplot()
-    steps = range(1, len(results["tasks"]) + 1)
-    styles = {None: ":", "sequential": "-", "independent": "--", "lwf": "-.", "ewc": (0, (1, 1))}
-    # A merger has one colour, whichever training it merges, and another with class statistics; the
-    # line style tells the training.
-    kinds = {
-        name: (method["merger"] or name, method.get("statistics"))
-        for name, method in results["methods"].items()
-    }
-    colours = {kind: f"C{index % 10}" for index, kind in enumerate(dict.fromkeys(kinds.values()))}
-    for name, method in results["methods"].items():
-        # Joint training has a last point only, which a line through it would not show.
-        axes.plot(
-            steps,
-            [float("nan") if value is None else value for value in method["seen"]],
-            linestyle=styles.get(method["training"], "-"),
-            color=colours[kinds[name]],
-            marker="D" if method.get("statistics") else "o",
-            markersize=3,
-            linewidth=2.5 if name == results["method"] else 1.2,
-            label=name,
-        )
-    axes.set_xticks(list(steps))
-    axes.set_xlabel("tasks learned")
-    axes.set_ylabel("accuracy on everything seen, %")
-    axes.set_title(f"{_short(results['data'], 30)} with {_short(results['model'], 30)}")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
-    return figure
-
-
-_PICTURES: dict[str, Callable[[Mapping[str, Any]], Figure]] = {
-    "accuracy_matrix.png": _matrix,
-    "accuracy_by_task.png": _curve,
-}
 
 
 def _scale(method: Mapping[str, Any]) -> str:
@@ -238,7 +133,3 @@ def _scale(method: Mapping[str, Any]) -> str:
 
 def _figure(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else rounded(value, digits)
-
-
-def _short(text: str, limit: int = 16) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,15 +1,15 @@
-"""What a suite has found: its cells read back, averaged over seeds, beside the paper's figures."""
+"""What a suite has found: its cells read back, averaged over seeds, with the paper's accuracies."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, TypeVar
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -20,19 +20,59 @@ from cl_merge.benchmarks.suites.definition import Setting, Suite
 from cl_merge.benchmarks.suites.execution import LOG
 from cl_merge.benchmarks.suites.plan import BEGUN, DONE, FAILED, FAILURE, Cell, make_plan, state_of
 
-_Key = TypeVar("_Key", bound=Hashable)
 
-METRICS: dict[str, str] = {
-    "accuracy": "accuracy on all test images among all classes after the last task, micro average",
-    "average_accuracy": "the same as the mean over tasks, macro average",
-    "task_aware_accuracy": "accuracy among the classes of the image's own task",
-    "average_incremental_accuracy": "mean over tasks of the accuracy on everything seen so far",
-    "forgetting": "mean over tasks of the best accuracy before the last task less the last",
-    "backward_transfer": "mean over tasks of the accuracy after the last task less that after it",
-    "forward_transfer": "mean over tasks of the accuracy just before it less zero-shot",
-    "seconds": "of the whole run, which serves all methods that share its training",
-    "peak_memory": "bytes, of the run",
-    "stored_bytes": "bytes of task vectors that the run keeps",
+@dataclass(frozen=True)
+class Metric:
+    """Something that is measured of a method, or of the run that it shares with others."""
+
+    title: str  # over a table, with the unit
+    about: str
+    unit: float = 1.0  # what a value is divided by to be in the unit of the title
+    digits: int = 1
+    better: int = 0  # 1 or -1 where more or less of it makes a method better
+
+
+METRICS: dict[str, Metric] = {
+    "accuracy": Metric(
+        "accuracy, %",
+        "accuracy on all test images among all classes after the last task, micro average",
+        better=1,
+    ),
+    "average_accuracy": Metric(
+        "macro average accuracy, %", "the same as the mean over tasks, macro average", better=1
+    ),
+    "task_aware_accuracy": Metric(
+        "task-aware accuracy, %", "accuracy among the classes of the image's own task", better=1
+    ),
+    "average_incremental_accuracy": Metric(
+        "average incremental accuracy, %",
+        "mean over tasks of the accuracy on everything seen so far",
+        better=1,
+    ),
+    "forgetting": Metric(
+        "forgetting, points",
+        "mean over tasks of the best accuracy before the last task less the last",
+        better=-1,
+    ),
+    "backward_transfer": Metric(
+        "backward transfer, points",
+        "mean over tasks of the accuracy after the last task less that after it",
+        better=1,
+    ),
+    "forward_transfer": Metric(
+        "forward transfer, points",
+        "mean over tasks of the accuracy just before it less zero-shot",
+        better=1,
+    ),
+    "seconds": Metric(
+        "time, minutes",
+        "of the whole run, which serves all methods that share its training",
+        unit=60.0,
+    ),
+    "peak_memory": Metric("peak memory, GiB", "bytes, of the run", unit=2.0**30),
+    "stored_bytes": Metric(
+        "stored, MB", "bytes of task vectors that the run keeps", unit=1e6, digits=0
+    ),
 }
 """What a cell can tell, by name; shares are in per cent."""
 
@@ -41,35 +81,20 @@ _WITHOUT_TASKS = ("accuracy", "seconds", "peak_memory", "stored_bytes")
 
 
 @dataclass(frozen=True)
-class Found:
-    """What is known of a cell.
-
-    Attributes:
-        cell: Which.
-        state: `plan.DONE`, `FAILED`, `BEGUN` or `NEW`.
-        place: Folder of its run within the suite's.
-        metrics: What of `METRICS` it has.
-        result: Its part of ``results.json``: matrix, scale and so on; empty unless it is done.
-        tasks: Names of the tasks.
-        reason: Why it failed.
-    """
+class CellResult:
+    """What is known of a cell."""
 
     cell: Cell
-    state: str
-    place: str
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    result: Mapping[str, Any] = field(default_factory=dict)
-    tasks: tuple[str, ...] = ()
-    reason: str = ""
+    state: str  # `plan.DONE`, `FAILED`, `BEGUN` or `NEW`
+    path: str  # of its run's folder within the suite's
+    metrics: Mapping[str, float] = field(default_factory=dict)  # as far as it has them
+    result: Mapping[str, Any] = field(default_factory=dict)  # its part of ``results.json``
+    reason: str = ""  # why it failed
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A figure over seeds.
-
-    Attributes:
-        values: By seed.
-    """
+class SeedValues:
+    """The values of a metric, by seed."""
 
     values: Mapping[int, float]
 
@@ -86,59 +111,40 @@ class Figure:
 
 @dataclass(frozen=True)
 class Entry:
-    """A place in the table: a method on a setting.
-
-    Attributes:
-        setting: The column.
-        method: The row.
-        figures: By name of the metric.
-        paper: The paper's accuracy; None if it has none.
-        rank: 1 for the best mean accuracy of the methods that merge, 2 for the second best, None
-            for the others.
-        cells: One for each seed.
-    """
+    """A method on a setting, over the seeds."""
 
     setting: Setting
     method: str
-    figures: Mapping[str, Figure]
-    paper: float | None
-    rank: int | None
-    cells: tuple[Found, ...]
+    metrics: Mapping[str, SeedValues]
+    paper: float | None  # the paper's accuracy, if it has one
+    ranks: Mapping[str, int]  # by metric 1 and 2 for the best means of the methods that merge
+    cells: tuple[CellResult, ...]  # one for each seed
 
 
 @dataclass(frozen=True)
 class Summary:
-    """All of a suite.
-
-    Attributes:
-        suite: The suite.
-        folder: Where it lies.
-        entries: By setting's name and method.
-    """
+    """All of a suite: its entries by setting's name and method."""
 
     suite: Suite
     folder: Path
     entries: Mapping[tuple[str, str], Entry]
 
     @property
-    def cells(self) -> list[Found]:
+    def cells(self) -> list[CellResult]:
         """Every cell."""
         return [cell for entry in self.entries.values() for cell in entry.cells]
 
 
 def summarize(suite: Suite, folder: str | Path, cells: Sequence[Cell] | None = None) -> Summary:
-    """Read what a suite has found so far.
+    """Read what a suite has found so far; what has not run is in it, too, without metrics.
 
     Args:
         suite: The suite.
         folder: Where its runs lie.
         cells: Its cells, each with the job whose folder holds it; None for those of its plan.
-
-    Returns:
-        The summary; what has not run is in it, too, without figures.
     """
     folder, cache = Path(folder), dict[str, dict[str, Any]]()
-    found: dict[tuple[str, str], list[Found]] = {}
+    found: dict[tuple[str, str], list[CellResult]] = {}
     for cell in make_plan(suite) if cells is None else cells:
         key = (cell.setting.name, cell.method)
         found.setdefault(key, []).append(_read(cell, folder, cache))
@@ -146,53 +152,34 @@ def summarize(suite: Suite, folder: str | Path, cells: Sequence[Cell] | None = N
     entries = {}
     for setting in suite.settings:
         own = {method: found[setting.name, method.name] for method in rows}
-        figures = {method: _figures(of_method) for method, of_method in own.items()}
-        ranks = ranked(
-            {
-                method: figures[method]["accuracy"].mean
-                for method in rows
-                if method.merger and "accuracy" in figures[method]
-            }
-        )
+        metrics = {method: _over_seeds(of_method) for method, of_method in own.items()}
+        ranks = {name: _ranked(name, metrics) for name in METRICS}
         for method in rows:
             entries[setting.name, method.name] = Entry(
                 setting,
                 method.name,
-                figures[method],
+                metrics[method],
                 paper_accuracy(suite, setting, method),
-                ranks.get(method),
+                {name: of_all[method] for name, of_all in ranks.items() if method in of_all},
                 tuple(own[method]),
             )
     return Summary(suite, folder, entries)
 
 
-def ranked(values: Mapping[_Key, float]) -> dict[_Key, int]:
-    """Find the best and the second best.
-
-    Args:
-        values: Of which more is better.
-
-    Returns:
-        1 and 2 for the keys of the two largest values; of equal ones the first comes first.
-
-    Example:
-        >>> ranked({"a": 1.0, "b": 3.0, "c": 2.0})
-        {'b': 1, 'c': 2}
-    """
-    best = sorted(values, key=lambda key: -values[key])[:2]
-    return {key: rank for rank, key in enumerate(best, start=1)}
+def _ranked(name: str, metrics: Mapping[Method, Mapping[str, SeedValues]]) -> dict[Method, int]:
+    """The best and the second best of the methods that merge; the first of equal ones."""
+    better = METRICS[name].better
+    values = {
+        method: better * own[name].mean
+        for method, own in metrics.items()
+        if better and method.merger and name in own
+    }
+    best = sorted(values, key=lambda method: -values[method])[:2]
+    return {method: rank for rank, method in enumerate(best, start=1)}
 
 
 def paper_accuracy(suite: Suite, setting: Setting, method: Method) -> float | None:
-    """What the paper reports.
-
-    Args:
-        suite: Says which of its tables is meant.
-        setting: The column.
-        method: The row.
-
-    Returns:
-        The accuracy in per cent; None if the paper does not have it.
+    """The accuracy in per cent that the paper reports; None if it does not have it.
 
     Example:
         >>> from cl_merge.benchmarks.methods.method import find_method
@@ -218,39 +205,36 @@ def _paper() -> dict[str, Any]:
     return dict(found)
 
 
-def _read(cell: Cell, folder: Path, cache: dict[str, dict[str, Any]]) -> Found:
-    job, place = cell.job, folder / cell.job.place
-    if job.place not in cache:
-        cache[job.place] = read_results(place) or {}
-    results = cache[job.place]
+def _read(cell: Cell, folder: Path, cache: dict[str, dict[str, Any]]) -> CellResult:
+    job, place = cell.job, folder / cell.job.path
+    if job.path not in cache:
+        cache[job.path] = read_results(place) or {}
+    results = cache[job.path]
     result = results.get("methods", {}).get(cell.method)
     if result is None:
         state = state_of(job, folder)
         reason = _failure(place) if state == FAILED else ""
-        return Found(cell, BEGUN if state == DONE else state, job.place, reason=reason)
+        return CellResult(cell, BEGUN if state == DONE else state, job.path, reason=reason)
+    total = results["total"]
     metrics = {name: x for name, x in result["metrics"].items() if x is not None}
-    metrics |= {
-        "seconds": results["total"]["seconds"],
-        "peak_memory": max(results["total"]["peak_memory"], results["total"]["peak_device_memory"]),
-    }
+    metrics["seconds"] = total["seconds"]
+    metrics["peak_memory"] = max(total["peak_memory"], total["peak_device_memory"])
     if result["merger"]:
         vectors = place.glob(f"task_vectors/{result['training']}/*.safetensors")
         metrics["stored_bytes"] = sum(file.stat().st_size for file in vectors)
     joint = TRAININGS[job.training].joint
     if joint and cell.setting.tasks != job.setting.tasks:
         metrics = {name: x for name, x in metrics.items() if name in _WITHOUT_TASKS}
-    tasks = tuple(task["name"] for task in results["tasks"])
-    return Found(cell, DONE, job.place, metrics, result, tasks)
+    return CellResult(cell, DONE, job.path, metrics, result)
 
 
 def _failure(place: Path) -> str:
     return str((read_json(place / FAILURE) or {}).get("reason", f"see {LOG}"))
 
 
-def _figures(cells: Sequence[Found]) -> dict[str, Figure]:
-    figures = {}
-    for name in METRICS:
-        values = {cell.cell.seed: cell.metrics[name] for cell in cells if name in cell.metrics}
-        if values:
-            figures[name] = Figure(values)
-    return figures
+def _over_seeds(cells: Sequence[CellResult]) -> dict[str, SeedValues]:
+    values = {
+        name: {cell.cell.seed: cell.metrics[name] for cell in cells if name in cell.metrics}
+        for name in METRICS
+    }
+    return {name: SeedValues(own) for name, own in values.items() if own}

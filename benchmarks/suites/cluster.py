@@ -31,21 +31,7 @@ def run_on_cluster(
     Raises:
         InputError: If submitit is not installed, or there is no such cluster or parameter.
     """
-    try:
-        import submitit
-    except ModuleNotFoundError as error:
-        raise InputError(
-            'several machines need the package submitit: pip install "cl-merge[cluster]"'
-        ) from error
-    settings = {"timeout_min": _DAY, **options}
-    try:
-        executor = submitit.AutoExecutor(
-            folder=folder / "cluster" / "%j", cluster=settings.pop("cluster", None)
-        )
-        executor.update_parameters(name=f"cl-merge-{folder.name}", **settings)
-    # What submitit raises for a cluster or a parameter that does not exist depends on its version.
-    except Exception as error:
-        raise InputError(f"--cluster: {' '.join(str(error).split())}") from error
+    executor = _executor(folder, options)
     with executor.batch():
         # The machines need not start where this process did.
         sent = [executor.submit(run_job, job, folder.resolve()) for job in jobs]
@@ -61,6 +47,25 @@ def run_on_cluster(
         for handle in left:
             handle.cancel()
         raise
+
+
+def _executor(folder: Path, options: Mapping[str, Any]) -> Any:
+    try:
+        import submitit
+    except ModuleNotFoundError as error:
+        raise InputError(
+            'several machines need the package submitit: pip install "cl-merge[cluster]"'
+        ) from error
+    settings = {"timeout_min": _DAY, **options}
+    try:
+        executor = submitit.AutoExecutor(
+            folder=folder / "cluster" / "%j", cluster=settings.pop("cluster", None)
+        )
+        executor.update_parameters(name=f"cl-merge-{folder.name}", **settings)
+    # What submitit raises for a cluster or a parameter that does not exist depends on its version.
+    except Exception as error:
+        raise InputError(f"cluster: {' '.join(str(error).split())}") from error
+    return executor
 
 
 def _ended_there(handle: Any, job: Job, folder: Path) -> Ended:

@@ -10,11 +10,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from cl_merge.benchmarks.datasets.catalog import find_data
+from cl_merge.benchmarks.datasets.catalog import find_data, is_data_file
+from cl_merge.benchmarks.formatting import data_label
 from cl_merge.benchmarks.methods.method import Method, find_method, whole_path
 from cl_merge.config.reading import parse_arguments, read_yaml
 from cl_merge.errors import InputError, nearest, unknown_name
 
+_FOLDER = "cl_merge.benchmarks.suites"
 _KEYS = ("name", "about", "paper", "settings", "methods", "shown", "seeds", "published", "run")
 _SETTING_KEYS = ("data", "tasks", "run", "joint_tasks")
 _PAPER = ("table1", "table2")
@@ -24,25 +26,19 @@ _PLANNED = ("data", "seed", "out", "method", "compare", "stream.tasks", "merge.b
 
 @dataclass(frozen=True)
 class Setting:
-    """A stream of tasks that methods are compared on: a column of the table.
+    """A data set in a number of tasks that methods are compared on: a column of the table."""
 
-    Attributes:
-        data: The data set, as for ``cl-merge run data=``.
-        tasks: Number of tasks; None leaves it to the data, as with domains.
-        run: Settings of its runs.
-        joint_tasks: By how many tasks the run of joint training counts its test images. That run
-            is the same for any number, and serves all settings of the data set.
-    """
-
-    data: str
-    tasks: int | None = None
-    run: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    data: str  # as for `cl-merge run data=`
+    tasks: int | None = None  # None leaves it to the data set, as with domains
+    run: Mapping[str, Any] = field(default_factory=dict, compare=False)  # settings of its runs
+    # By how many tasks the run of joint training counts its test images. That run is the same for
+    # any number, and serves all settings of the data set.
     joint_tasks: int | None = field(default=None, compare=False)
 
     @property
     def data_name(self) -> str:
         """The data set in a word that can name a folder."""
-        return Path(self.data).stem if "/" in self.data else self.data
+        return data_label(self.data)
 
     @property
     def name(self) -> str:
@@ -52,30 +48,17 @@ class Setting:
 
 @dataclass(frozen=True)
 class Suite:
-    """A table to be filled: settings by methods, over seeds.
-
-    Attributes:
-        name: What its folder is called.
-        about: One line for people.
-        settings: The columns.
-        methods: What names each method, as for `find_method`.
-        shown: Of the methods those that were asked for; the others come along where they share a
-            training with one of them.
-        seeds: Of the runs.
-        paper: Which table of the paper it follows, ``"table1"`` or ``"table2"``; None for neither.
-        published: Whether methods have the options of the published runs, from their recipes.
-        run: Settings of every run.
-    """
+    """A table to be filled: settings by methods, over seeds."""
 
     name: str
     about: str
     settings: tuple[Setting, ...]
-    methods: tuple[str, ...]
-    shown: tuple[str, ...]
+    methods: tuple[str, ...]  # as for `find_method`
+    shown: tuple[str, ...]  # those that were asked for; the others share a training with them
     seeds: tuple[int, ...]
-    paper: str | None = None
-    published: bool = False
-    run: Mapping[str, Any] = field(default_factory=dict)
+    paper: str | None = None  # the table of the paper that it follows
+    published: bool = False  # whether methods have the options of the published runs
+    run: Mapping[str, Any] = field(default_factory=dict)  # settings of every run
 
     @property
     def rows(self) -> list[Method]:
@@ -85,19 +68,11 @@ class Suite:
 
 def suites() -> dict[str, str]:
     """The suites that come along, each with a line about it."""
-    folder = files("cl_merge.benchmarks.suites")
-    names = sorted(Path(f.name).stem for f in folder.iterdir() if f.name.endswith(".yaml"))
-    return {name: find_suite(name).about for name in names}
+    return {name: find_suite(name).about for name in _known()}
 
 
 def find_suite(name: str) -> Suite:
-    """Read a suite.
-
-    Args:
-        name: Of a suite that comes along, or the path of a YAML file.
-
-    Returns:
-        The suite.
+    """Read a suite that comes along, or that of a YAML file.
 
     Raises:
         InputError: If there is none, or something in it is wrong.
@@ -106,14 +81,16 @@ def find_suite(name: str) -> Suite:
         >>> find_suite("table2").seeds
         (5,)
     """
-    folder = files("cl_merge.benchmarks.suites")
-    known = {Path(f.name).stem for f in folder.iterdir() if f.name.endswith(".yaml")}
-    if name in known:
-        text = folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    if name in _known():
+        text = files(_FOLDER).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
         return _parsed(name, OmegaConf.to_container(OmegaConf.create(text)), name)
-    if not name.endswith((".yaml", ".yml")):
-        raise unknown_name("suite", name, [*sorted(known), "FILE.yaml"])
+    if not is_data_file(name):
+        raise unknown_name("suite", name, [*_known(), "FILE.yaml"])
     return _parsed(Path(name).stem, OmegaConf.to_container(read_yaml(name)), name)
+
+
+def _known() -> list[str]:
+    return sorted(Path(f.name).stem for f in files(_FOLDER).iterdir() if f.name.endswith(".yaml"))
 
 
 def narrowed(
@@ -125,18 +102,15 @@ def narrowed(
     seeds: str | None = None,
     run: Sequence[str] = (),
 ) -> Suite:
-    """Choose a part of a suite.
+    """Choose a part of a suite; what is not given stays as it is.
 
     Args:
-        suite: The whole.
+        suite: The suite to choose from.
         data: Only these data sets; one that the suite does not have is added, with `tasks`.
         tasks: Only these numbers of tasks.
         methods: Only these methods; any that `find_method` knows.
         seeds: How many, counted from the suite's first, or a list with commas.
         run: ``key=value`` words, settings of every run.
-
-    Returns:
-        The part.
 
     Raises:
         InputError: If nothing is left, or a name or setting is wrong.
@@ -158,7 +132,7 @@ def narrowed(
             known = ", ".join(str(s.tasks) for s in own if s.tasks is not None)
             has = f"{known} tasks" if known else "the tasks that its recipe makes"
             raise InputError(
-                f"--tasks {','.join(map(str, tasks))}: suite '{suite.name}' has '{name}' in {has}"
+                f"tasks {','.join(map(str, tasks))}: suite '{suite.name}' has '{name}' in {has}"
             )
         settings += chosen
     if not settings:
@@ -178,15 +152,7 @@ def narrowed(
 
 
 def joined(one: Suite, other: Suite) -> Suite:
-    """Put two parts of a suite together, such as what one and the next command asked for.
-
-    Args:
-        one: What comes first, and decides what both have.
-        other: What is added.
-
-    Returns:
-        All settings, methods and seeds of both.
-    """
+    """Put together all settings, methods and seeds of two parts of a suite."""
 
     def union(first: tuple[Any, ...], second: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(dict.fromkeys((*first, *second)))
@@ -203,14 +169,7 @@ def joined(one: Suite, other: Suite) -> Suite:
 
 
 def to_yaml(suite: Suite) -> str:
-    """Write a suite as YAML.
-
-    Args:
-        suite: The suite.
-
-    Returns:
-        YAML that `find_suite` reads back, from a file.
-    """
+    """Write a suite as YAML that `find_suite` reads back from a file."""
     content = {
         "name": suite.name,
         "about": suite.about,
@@ -294,8 +253,8 @@ def _run_settings(words: Sequence[str]) -> Mapping[str, Any]:
         key = word.partition("=")[0]
         if key in _PLANNED:
             raise InputError(
-                f"'{word}': a suite decides {key} for each of its runs; see --data, --tasks, "
-                "--methods, --seeds and --out"
+                f"'{word}': a suite decides {key} for each of its runs; choose data, tasks, "
+                "methods, seeds and out for the whole suite"
             )
     found: Any = OmegaConf.to_container(parse_arguments(words))
     return dict(found)

@@ -26,26 +26,17 @@ FAILURE = "failed.json"
 
 @dataclass(frozen=True)
 class Job:
-    """One run: a training, and all methods of the suite that share it.
-
-    Attributes:
-        setting: What it runs on.
-        seed: Of the run.
-        training: Its name.
-        methods: By name; the first is the run's own.
-        config: The settings of the run, as nested keys.
-        apart: Ending of its folder's name, if others of its training have a run of their own.
-    """
+    """One run: a training, and all methods of the suite that share it."""
 
     setting: Setting
     seed: int
     training: str
-    methods: tuple[str, ...]
-    config: Mapping[str, Any] = field(compare=False)
-    apart: str = ""
+    methods: tuple[str, ...]  # by name; the first is the run's own
+    config: Mapping[str, Any] = field(compare=False)  # the settings of the run
+    apart: str = ""  # ending of its folder's name, if others of its training have another run
 
     @property
-    def place(self) -> str:
+    def path(self) -> str:
         """Its folder within the suite's."""
         # Joint training is the same whatever the number of tasks.
         joint = TRAININGS[self.training].joint
@@ -53,19 +44,12 @@ class Job:
         return f"{name}/seed{self.seed}/{self.training}{self.apart}"
 
     def __str__(self) -> str:
-        return self.place
+        return self.path
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure of the table, before averaging over seeds.
-
-    Attributes:
-        setting: The column.
-        method: The row.
-        seed: Which of the seeds.
-        job: What has to run for it.
-    """
+    """One figure of the table, before averaging over seeds, and the run that it comes from."""
 
     setting: Setting
     method: str
@@ -74,20 +58,13 @@ class Cell:
 
 
 def make_plan(suite: Suite) -> list[Cell]:
-    """List the cells of a suite, each with its job; several cells have the same job.
-
-    Args:
-        suite: The suite.
-
-    Returns:
-        The cells, in the order in which their jobs are best run: the first seed of everything
-        first.
+    """List the cells of a suite, the first seed of everything first; several have the same job.
 
     Example:
         >>> from cl_merge.benchmarks.suites.definition import find_suite, narrowed
         >>> suite = find_suite("table1")
         >>> cells = make_plan(narrowed(suite, data=["cars"], tasks=[10], methods=["magmax"]))
-        >>> [(cell.method, cell.job.place) for cell in cells]
+        >>> [(cell.method, cell.job.path) for cell in cells]
         [('magmax', 'cars-10/seed5/sequential')]
     """
     words = {find_method(word): word for word in suite.methods}
@@ -103,28 +80,13 @@ def make_plan(suite: Suite) -> list[Cell]:
 
 
 def jobs_of(cells: list[Cell]) -> list[Job]:
-    """The jobs of cells, each once.
-
-    Args:
-        cells: A plan.
-
-    Returns:
-        The jobs in the order of the cells.
-    """
-    return list({cell.job.place: cell.job for cell in cells}.values())
+    """The jobs of cells, each once, in the order of the cells."""
+    return list({cell.job.path: cell.job for cell in cells}.values())
 
 
 def state_of(job: Job, folder: str | Path) -> str:
-    """How far a job is.
-
-    Args:
-        job: The job.
-        folder: The suite's folder.
-
-    Returns:
-        `DONE`, `FAILED`, `BEGUN` or `NEW`.
-    """
-    place = Path(folder) / job.place
+    """How far a job is: `DONE`, `FAILED`, `BEGUN` or `NEW`."""
+    place = Path(folder) / job.path
     if finished_methods(place).issuperset(job.methods):
         return DONE
     if (place / FAILURE).exists():
@@ -133,49 +95,38 @@ def state_of(job: Job, folder: str | Path) -> str:
 
 
 def job_config(job: Job) -> RunConfig:
-    """The configuration of a job's run, with the recipe of its data set underneath.
-
-    Args:
-        job: The job.
-
-    Returns:
-        The configuration, as ``cl-merge run`` would read it.
+    """The configuration of a job's run, as ``cl-merge run`` would read it.
 
     Raises:
         InputError: If a setting is wrong.
     """
-    layers = (find_data(job.setting.data).recipe, job.config)
-    recipe: Any = OmegaConf.to_container(
-        OmegaConf.merge(*(OmegaConf.create(dict(x)) for x in layers))
-    )
-    return read_config([], recipe, origin=job.place)
+    recipe = _merged(find_data(job.setting.data).recipe, job.config)
+    return read_config([], recipe, origin=job.path)
 
 
 def on_devices(job: Job, devices: int) -> Job:
     """Let a job train on several devices together, with the same number of images in a step.
 
-    Args:
-        job: The job.
-        devices: How many.
-
-    Returns:
-        The job with a device's share of the batch, and DistributedDataParallel.
-
     Raises:
-        InputError: If the batch cannot be shared out.
+        InputError: If its batch cannot be shared out.
     """
     batch = job_config(job).stream.batch_size
     if devices < 1 or batch % devices:
         raise InputError(
-            f"--ddp {devices}: {job} trains on batches of {batch}, which cannot be shared out "
+            f"ddp {devices}: {job} trains on batches of {batch}, which cannot be shared out "
             f"among {devices}; choose a divisor, or stream.batch_size"
         )
     trainer = {"devices": devices, "strategy": "ddp" if devices > 1 else "auto"}
     settings = {"trainer": trainer, "stream": {"batch_size": batch // devices}}
-    config: Any = OmegaConf.to_container(
-        OmegaConf.merge(OmegaConf.create(dict(job.config)), OmegaConf.create(settings))
+    return replace(job, config=_merged(job.config, settings))
+
+
+def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings over settings, as nested keys."""
+    found: Any = OmegaConf.to_container(
+        OmegaConf.merge(*(OmegaConf.create(dict(layer)) for layer in layers))
     )
-    return replace(job, config=config)
+    return dict(found)
 
 
 def _training(method: Method, suite: Suite) -> str:
@@ -200,36 +151,29 @@ def _job(
     shared = [m for m in words if m.training == training and not _alone(m)]
     methods = [alone] if alone else shared or [find_method("sequential")]
     own = next((m for m in methods if m.merger), methods[0])
-    beside = [m for m in methods if m != own]
-    config: Any = OmegaConf.to_container(
-        OmegaConf.merge(
-            OmegaConf.create(dict(suite.run)),
-            OmegaConf.create(dict(setting.run)),
-            OmegaConf.create(
-                {
-                    "data": setting.data,
-                    "seed": seed,
-                    "method": words.get(own, own.name),
-                    "compare": [words[m] for m in beside],
-                    "stream": {} if setting.tasks is None else {"tasks": setting.tasks},
-                    "merge": _published(own, beside) if suite.published else {},
-                }
-            ),
-        )
-    )
-    names = (own.name, *(m.name for m in beside))
+    others = [m for m in methods if m != own]
+    own_settings = {
+        "data": setting.data,
+        "seed": seed,
+        "method": words.get(own, own.name),
+        "compare": [words[m] for m in others],
+        "stream": {} if setting.tasks is None else {"tasks": setting.tasks},
+        "merge": _published(own, others) if suite.published else {},
+    }
+    config = _merged(suite.run, setting.run, own_settings)
+    names = (own.name, *(m.name for m in others))
     return Job(setting, seed, training, names, config, f"-{own.name}" if alone else "")
 
 
 def _alone(method: Method) -> bool:
-    """Whether a method cannot be shown beside another: its training estimates what it needs."""
+    """Whether a method needs a run of its own: its training estimates what it needs."""
     return bool(method.merger and find_merger(method.merger).weighted)
 
 
-def _published(own: Method, beside: list[Method]) -> dict[str, Any]:
+def _published(own: Method, others: list[Method]) -> dict[str, Any]:
     found: dict[str, Any] = {"options": dict(own.published)} if own.published else {}
     # Methods with class statistics merge with the options of those without.
-    others = {
-        m.plain.name: dict(m.published) for m in beside if m.published and m.plain != own.plain
+    options = {
+        m.plain.name: dict(m.published) for m in others if m.published and m.plain != own.plain
     }
-    return found | ({"beside": others} if others else {})
+    return found | ({"beside": options} if options else {})

@@ -15,13 +15,7 @@ SUITE = "suite.yaml"
 
 
 def hold(folder: Path) -> AbstractContextManager[None]:
-    """Hold a suite's folder against other processes.
-
-    Args:
-        folder: The folder; made if missing.
-
-    Returns:
-        A context that lasts as long.
+    """Hold a suite's folder against other processes, as long as the context lasts.
 
     Raises:
         InputError: If another process has it, or it is the folder of something else.
@@ -29,21 +23,13 @@ def hold(folder: Path) -> AbstractContextManager[None]:
     for file in ("config.yaml", "results.json"):
         if (folder / file).exists():
             raise InputError(
-                f"--out {folder} holds a single run ({file}); name another folder, or a new one"
+                f"'{folder}' holds a single run ({file}); name another folder, or a new one"
             )
     return only_process(folder)
 
 
 def with_former_methods(suite: Suite, folder: Path) -> Suite:
-    """Let the methods that joined the runs of a folder before stay in them.
-
-    Args:
-        suite: What is asked for now.
-        folder: The suite's.
-
-    Returns:
-        The same, with those methods among its own.
-    """
+    """Add the methods that runs of a folder have evaluated before, so that they stay in them."""
     if not (folder / SUITE).exists():
         return suite
     methods = dict.fromkeys((*suite.methods, *read_folder(folder).methods))
@@ -51,11 +37,7 @@ def with_former_methods(suite: Suite, folder: Path) -> Suite:
 
 
 def remember(suite: Suite, folder: Path) -> None:
-    """Add what was asked for to what the folder has.
-
-    Args:
-        suite: What is asked for now.
-        folder: The suite's.
+    """Add to the folder's ``suite.yaml`` what is asked for now.
 
     Raises:
         InputError: If the folder is of another suite, or was begun with other settings of its runs.
@@ -70,12 +52,6 @@ def remember(suite: Suite, folder: Path) -> None:
 
 def read_folder(folder: str | Path) -> Suite:
     """Read what a suite's folder was asked for.
-
-    Args:
-        folder: The folder.
-
-    Returns:
-        The suite.
 
     Raises:
         InputError: If it is no folder of a suite.
@@ -92,14 +68,14 @@ def read_folder(folder: str | Path) -> Suite:
 def _check_same(before: Suite, now: Suite, folder: Path) -> None:
     if before.name != now.name:
         raise InputError(
-            f"--out {folder} holds suite '{before.name}', not '{now.name}'; name another folder"
+            f"'{folder}' holds suite '{before.name}', not '{now.name}'; name another folder"
         )
-    for what, one, other in (
+    for key, one, other in (
         ("run settings", before.run, now.run),
         ("published", before.published, now.published),
     ):
         if one != other:
             raise InputError(
-                f"--out {folder} was begun with {what} {one or 'none'}, not {other or 'none'}; "
+                f"'{folder}' was begun with {key} {one or 'none'}, not {other or 'none'}; "
                 "give the same, or name another folder"
             )

@@ -12,6 +12,8 @@ from cl_merge.cli.terminal import show_messages
 from cl_merge.errors import InputError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from cl_merge.benchmarks.suites.definition import Suite
     from cl_merge.benchmarks.suites.execution import Ended
     from cl_merge.benchmarks.suites.plan import Job
@@ -34,11 +36,7 @@ examples:
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the command line.
-
-    Args:
-        commands: Where the commands are.
-    """
+    """Add the command to the command line."""
     command = commands.add_parser(
         "bench",
         help="fill a table of data sets, methods and seeds",
@@ -61,7 +59,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     command.add_argument("--seeds", metavar="N", help="how many, or a list with commas")
     command.add_argument("--out", metavar="FOLDER", help="folder of the suite [runs/SUITE]")
     command.add_argument(
-        "--dry-run", action="store_true", help="show what would be done, and how long it takes"
+        "--dry-run",
+        action="store_true",
+        help="show what would be done, and how long it takes if earlier runs tell",
     )
     command.add_argument(
         "--parallel", type=int, metavar="N", help="runs side by side [one for each GPU]"
@@ -87,12 +87,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def bench(parsed: argparse.Namespace) -> int:
     """Run a suite, or say what would be run.
 
-    Args:
-        parsed: The words of the command.
-
-    Returns:
-        0, or 1 if a run failed.
-
     Raises:
         InputError: If the suite, a name or a setting is wrong.
         StoppedError: If it was interrupted.
@@ -102,6 +96,7 @@ def bench(parsed: argparse.Namespace) -> int:
     from cl_merge.benchmarks.suites.definition import find_suite, narrowed
     from cl_merge.benchmarks.suites.plan import job_config, jobs_of, make_plan
     from cl_merge.benchmarks.suites.suite_folder import with_former_methods
+    from cl_merge.benchmarks.suites.terminal import show_plan
 
     suite = narrowed(
         find_suite(parsed.suite),
@@ -117,18 +112,16 @@ def bench(parsed: argparse.Namespace) -> int:
         job_config(job)  # a wrong setting shows before anything runs
     console = Console(highlight=False)
     if parsed.dry_run:
-        from cl_merge.benchmarks.suites.estimate import estimate
-        from cl_merge.benchmarks.suites.terminal import show_plan
-
-        show_plan(console, suite, jobs, folder, estimate(jobs, folder))
+        show_plan(console, suite, jobs, folder)
         return 0
     show_messages(console)
     return _fill(console, suite, jobs, folder, parsed)
 
 
 def _fill(
-    console: Any, suite: Suite, jobs: list[Job], folder: Path, parsed: argparse.Namespace
+    console: Console, suite: Suite, jobs: list[Job], folder: Path, parsed: argparse.Namespace
 ) -> int:
+    """Run what is not done yet, and write the report; 1 if a run failed, otherwise 0."""
     from cl_merge.benchmarks.suites.plan import DONE, FAILED, state_of
     from cl_merge.benchmarks.suites.suite_folder import hold, remember
     from cl_merge.benchmarks.suites.terminal import show_begin, show_ended, show_failures
@@ -155,13 +148,14 @@ def _run(jobs: list[Job], folder: Path, parsed: argparse.Namespace) -> Iterator[
     from cl_merge.benchmarks.suites.execution import run_here
     from cl_merge.benchmarks.suites.plan import on_devices
 
-    if parsed.ddp is not None and parsed.parallel not in (None, 1):
-        raise InputError("--ddp runs one job at a time; leave out --parallel")
+    parallel = parsed.parallel
     if parsed.ddp is not None:
-        jobs = [on_devices(job, parsed.ddp) for job in jobs]
+        if parallel not in (None, 1):
+            raise InputError("--ddp runs one job at a time; leave out --parallel")
+        jobs, parallel = [on_devices(job, parsed.ddp) for job in jobs], 1
     if parsed.cluster:
         return run_on_cluster(jobs, folder, _options(parsed.cluster))
-    return run_here(jobs, folder, 1 if parsed.ddp is not None else parsed.parallel)
+    return run_here(jobs, folder, parallel)
 
 
 def _words(text: str) -> list[str]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 import webbrowser
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cl_merge.cli.terminal import show_messages
 from cl_merge.errors import InputError
@@ -16,6 +14,7 @@ from cl_merge.errors import InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from cl_merge.benchmarks.reports.figures import Drawing
     from cl_merge.benchmarks.reports.summary import Summary
 
 _DESCRIPTION = """\
@@ -26,11 +25,7 @@ FORMATS = ("markdown", "csv", "latex")
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the command line.
-
-    Args:
-        commands: Where the commands are.
-    """
+    """Add the command to the command line."""
     command = commands.add_parser(
         "report",
         help="tables, figures and a page to look at, of a suite or a run",
@@ -51,9 +46,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def report(parsed: argparse.Namespace) -> None:
     """Write the report of a folder, or print its table.
 
-    Args:
-        parsed: The words of the command.
-
     Raises:
         InputError: If the folder is of no suite or run, or there is no such metric.
     """
@@ -67,7 +59,8 @@ def report(parsed: argparse.Namespace) -> None:
     if parsed.format:
         sys.stdout.write(_table(_summary(folder), parsed.format, parsed.metric))
         return
-    page = make_report(console, folder, figures=_figures(parsed), metric=parsed.metric)
+    figures = "none" if parsed.no_figures else "all" if parsed.measure else "measured"
+    page = make_report(console, folder, figures=figures, metric=parsed.metric)
     if parsed.open:
         webbrowser.open(page.resolve().as_uri())
 
@@ -75,7 +68,7 @@ def report(parsed: argparse.Namespace) -> None:
 def make_report(
     console: Console, folder: Path, *, figures: str = "measured", metric: str = "accuracy"
 ) -> Path:
-    """Show the table of a suite or a run, and write its report.
+    """Show the table of a suite or a run, write its report, and give the page's path.
 
     Args:
         console: Where to print.
@@ -84,14 +77,10 @@ def make_report(
             ``"none"`` leaves them out.
         metric: Of the table that is shown.
 
-    Returns:
-        The page.
-
     Raises:
         InputError: If the folder is of no suite or run, or there is no such metric.
     """
-    from cl_merge.benchmarks.reports.figures import figures_of
-    from cl_merge.benchmarks.reports.html import pictures_of_run, write_report
+    from cl_merge.benchmarks.reports.html import write_report
     from cl_merge.benchmarks.reports.tables import legend_of, rich_tables, title_of
     from cl_merge.storage.files import atomic_write
 
@@ -101,14 +90,8 @@ def make_report(
     for part in parts:
         console.print(part)
     console.print(legend_of(summary, metric), style="dim", markup=False)
-    drawn: list[Any] = []
-    if figures != "none" and (folder / "results.json").exists():
-        drawn = list(pictures_of_run(folder, summary.suite.settings[0].name))
-    elif figures != "none":
-        with _progress(console) as tell:
-            drawn = list(figures_of(folder, evaluate=figures == "all", progress=tell))
     page = folder / "report.html"
-    write_report(summary, drawn, page)
+    write_report(summary, _drawings(console, summary, folder, figures), page)
     for ending, form in (("md", "markdown"), ("tex", "latex"), ("csv", "csv")):
         with atomic_write(folder / f"table.{ending}") as temporary:
             temporary.write_text(_table(summary, form, "accuracy"), encoding="utf-8")
@@ -121,7 +104,7 @@ def make_report(
 
 
 def _summary(folder: Path) -> Summary:
-    from cl_merge.benchmarks.reports.html import summary_of_run
+    from cl_merge.benchmarks.reports.single_run import summary_of_run
     from cl_merge.benchmarks.reports.summary import summarize
     from cl_merge.benchmarks.suites.suite_folder import read_folder
 
@@ -138,20 +121,23 @@ def _table(summary: Summary, form: str, metric: str) -> str:
     return markdown(summary, metric) if form == "markdown" else latex(summary, metric)
 
 
-def _figures(parsed: argparse.Namespace) -> str:
-    return "none" if parsed.no_figures else "all" if parsed.measure else "measured"
+def _drawings(console: Console, summary: Summary, folder: Path, figures: str) -> list[Drawing]:
+    if figures == "none":
+        return []
+    if (folder / "results.json").exists():
+        from cl_merge.benchmarks.reports.run_pictures import pictures_of_run
 
-
-@contextmanager
-def _progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """Show how far the evaluations for figures are."""
+        return pictures_of_run(folder, summary.suite.settings[0].name)
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from cl_merge.benchmarks.reports.figures import figures_of
+
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TimeRemainingColumn())
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as progress:
-        bar = progress.add_task("figures", total=None)
-        yield lambda what, done, total: progress.update(
-            bar, description=what, completed=done, total=total
-        )
+    disable = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=disable) as shown:
+        bar = shown.add_task("figures", total=None)
+
+        def progress(said: str, done: int, total: int) -> None:
+            shown.update(bar, description=said, completed=done, total=total)
+
+        return figures_of(folder, evaluate=figures == "all", progress=progress)

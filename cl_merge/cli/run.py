@@ -59,12 +59,8 @@ def run(settings: Sequence[str], file: str | None = None) -> None:
     """
     from rich.console import Console
 
-    from cl_merge.benchmarks.reports.run_terminal import (
-        draw_pictures,
-        show_results,
-        show_start,
-        show_task,
-    )
+    from cl_merge.benchmarks.reports.run_pictures import draw_pictures
+    from cl_merge.benchmarks.reports.run_terminal import show_results, show_start, show_task
     from cl_merge.benchmarks.runs.settings import read_settings, unfinished_methods
     from cl_merge.training.journal import is_first_process
 

@@ -75,9 +75,9 @@ def test_folders_may_be_called_what_rich_takes_for_markup(finished, tmp_path, mo
     monkeypatch.setenv("COLUMNS", "300")
     run = shutil.copytree(finished, tmp_path / "[" / "red]" / "o[" / "y]")
     results = json.loads((run / "results.json").read_text())
-    results["data"] = results["tasks"][0]["name"] = "[/x]"
+    results["model"] = results["tasks"][0]["name"] = "[/x]"
     results["methods"]["mine.py:[/y]"] = results["methods"]["magmax"]
-    assert "[/x] with glyph" in printed(results_table(results))
+    assert "digits with [/x]" in printed(results_table(results))
     assert cli.main(["report", str(run), "--no-figures"]) == 0
     assert "[/red]/o[/y]/report.html is the report" in capsys.readouterr().out
     assert cli.main(["run", f"out={str(run)!r}"]) == 0

@@ -5,32 +5,23 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 
 from results_files import write_results_file
 
 from cl_merge.benchmarks.methods.method import find_method
+from cl_merge.benchmarks.reports.figures.figure import Drawing
 from cl_merge.benchmarks.suites.definition import Setting, Suite
 from cl_merge.benchmarks.suites.plan import FAILURE, jobs_of, make_plan
 
 METHODS = ("zero-shot", "joint", "sequential", "magmax", "average", "ties")
 
 
-@dataclass(frozen=True)
-class Numbers:
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str | float | None, ...], ...]
-
-
-@dataclass(frozen=True)
-class Picture:
-    title: str
-    setting: str
-    file: Path
-    caption: str = "what is drawn"
-    alt: str = "a line that falls"
-    data: Numbers = Numbers(("task", "accuracy"), (("1", 91.25), ("2", None)))
+def drawing(title, setting, svg="<svg></svg>", **more) -> Drawing:
+    """A figure of a suite; nothing looks at its canvas."""
+    words = {"caption": "what is drawn", "alt": "a line that falls"}
+    numbers = {"columns": ("task", "accuracy"), "rows": (("1", 91.25), ("2", None))}
+    return Drawing(None, title, setting=setting, svg=svg, **{**words, **numbers, **more})
 
 
 def suite_of(settings, methods=METHODS, seeds=(5, 6, 7), paper="table1", **more) -> Suite:
@@ -48,12 +39,12 @@ def suite_of(settings, methods=METHODS, seeds=(5, 6, 7), paper="table1", **more)
 def fill(folder: Path, suite: Suite, failed: Collection[str] = (), missing: Collection[str] = ()):
     """Write what the runs of a suite would have left; some failed, some were never begun."""
     for job in jobs_of(make_plan(suite)):
-        place = folder / job.place
-        if job.place in missing:
+        place = folder / job.path
+        if job.path in missing:
             continue
         place.mkdir(parents=True)
         (place / "log.txt").write_text("cl-merge run\n")
-        if job.place in failed:
+        if job.path in failed:
             (place / FAILURE).write_text(json.dumps({"reason": "no space left <on> device"}))
             continue
         (place / "config.yaml").write_text(f"method: {job.methods[0]}\ncompare: true\n")
@@ -92,7 +83,7 @@ def results(job, methods: Collection[str]) -> dict:
 def method_results(name: str, job, tasks: int) -> dict:
     method = find_method(name)
     # Random, but the same each time, and about as good as in the paper.
-    die = random.Random(f"{name} {job.place}")
+    die = random.Random(f"{name} {job.path}")
     base = 60 + 3 * (sum(map(ord, name + job.setting.name)) % 8)
 
     def figure(middle: float) -> float:

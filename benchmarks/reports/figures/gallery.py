@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from cl_merge.benchmarks.reports.figures.consistency import CONSISTENCY
-from cl_merge.benchmarks.reports.figures.curve import CURVE
-from cl_merge.benchmarks.reports.figures.figure import Figure, Found, Kind, Measured
-from cl_merge.benchmarks.reports.figures.matrix import MATRIX
-from cl_merge.benchmarks.reports.figures.origins import ORIGINS
-from cl_merge.benchmarks.reports.figures.pruning import PRUNING
-from cl_merge.benchmarks.reports.figures.runs import (
-    Setting,
-    SuiteRun,
-    check_vectors,
-    find_settings,
-)
-from cl_merge.benchmarks.reports.figures.scale import SCALE
-from cl_merge.benchmarks.reports.figures.sign_conflicts import (
+from cl_merge.benchmarks.reports.figures.accuracy import CURVE, MATRIX
+from cl_merge.benchmarks.reports.figures.evaluated import PRUNING, SCALE
+from cl_merge.benchmarks.reports.figures.figure import Drawing, Kind, Measure, Measured
+from cl_merge.benchmarks.reports.figures.style import figure_style, save_drawing
+from cl_merge.benchmarks.reports.figures.suite_runs import SettingRuns, SuiteRun, find_settings
+from cl_merge.benchmarks.reports.figures.task_vectors import (
+    CONSISTENCY,
+    ORIGINS,
     SIGN_CONFLICTS,
     SIGN_CONFLICTS_BY_TASKS,
 )
-from cl_merge.benchmarks.reports.figures.store import Store
-from cl_merge.benchmarks.reports.figures.style import figure_style
-from cl_merge.benchmarks.reports.figures.svg import save_png, save_svg
+from cl_merge.benchmarks.runs.json_files import plain, read_json
 from cl_merge.errors import InputError
+from cl_merge.storage.files import atomic_write
 
 if TYPE_CHECKING:
-    from cl_merge.benchmarks.reports.figures.figure import Measure
     from cl_merge.benchmarks.runs.evaluator import RunEvaluator
 
 log = logging.getLogger(__name__)
@@ -59,13 +52,13 @@ def figures_of(
     settings: Sequence[str] | None = None,
     *,
     evaluate: bool = True,
-    progress: Progress | None = None,
-) -> list[Figure]:
+    progress: Progress = lambda *_: None,
+) -> list[Drawing]:
     """Make the figures of a suite from the runs that have finished.
 
     What has to be measured is kept in ``analysis/SETTING/KIND-seedN.json``, and measured again only
     once a run's ``results.json`` has changed. The figures are drawn anew each time, the same bytes
-    from the same measures.
+    from the same measures, and lie in ``figures/``.
 
     Args:
         folder: The suite's.
@@ -76,153 +69,157 @@ def figures_of(
 
     Returns:
         The figures, setting by setting in the order of `KINDS`; those of a whole data set stand
-        after its last setting. They lie in ``figures/``. A run whose task vectors or images cannot
-        be read is left out of figures that need them, with a warning.
+        after its last setting. A run whose task vectors or images cannot be read is left out of
+        figures that need them, with a warning.
 
     Raises:
         InputError: If there is no such setting.
     """
     folder = Path(folder)
     found = find_settings(folder, settings)
-    measures = _measure_all(folder, found, evaluate, progress)
+    measured = {(k.name, s.name): Measured(s) for k in KINDS for s in found}
+    _measure_all(folder, found, measured, evaluate, progress)
     figures = []
     for data, same in groupby(found, key=lambda setting: setting.data):
         of_data = list(same)
-        for setting in of_data:
+        groups = [(setting.name, [setting], False) for setting in of_data]
+        for name, shown, compares in [*groups, (data, of_data, True)]:
             for kind in KINDS:
-                if not kind.compares:
-                    figures += _draw(kind, folder, setting.name, [_of(measures, kind, setting)])
-        for kind in KINDS:
-            if kind.compares:
-                every = [_of(measures, kind, setting) for setting in of_data]
-                figures += _draw(kind, folder, data, every)
+                if kind.compares == compares:
+                    own = [measured[kind.source or kind.name, setting.name] for setting in shown]
+                    figures += _draw(kind, folder, name, own)
     return figures
 
 
+def _draw(kind: Kind, folder: Path, name: str, measured: Sequence[Measured]) -> list[Drawing]:
+    with figure_style():
+        drawn = kind.draw(*measured)
+        if drawn is None:
+            return []
+        file = folder / "figures" / f"{name}-{kind.name}.svg"
+        svg = save_drawing(drawn.canvas, file, drawn.alt)
+    return [replace(drawn, kind=kind.name, setting=name, svg=svg)]
+
+
 @dataclass(frozen=True)
-class _Job:
-    """A kind that a run has to be measured for."""
+class _Measurement:
+    """A kind that a run has to be measured for, and the file that keeps what was measured."""
 
     kind: Kind
     measure: Measure
-    setting: Setting
+    setting: SettingRuns
     run: SuiteRun
-    store: Store
-
-    @property
-    def fresh(self) -> bool:
-        return self.store.get(self.run) is not None
-
-    @property
-    def images(self) -> int:
-        return 0 if self.fresh or self.kind.estimate is None else self.kind.estimate(self.run)
+    file: Path
 
     def __str__(self) -> str:
         return f"{self.kind.name} of {self.setting.name}, seed {self.run.seed}, {self.run.training}"
 
+    def stored(self) -> Any:
+        """What was measured before; None if nothing was, or it is stale."""
+        kept = self._kept().get(self.run.training, {})
+        return kept.get("found") if kept.get("results") == self.run.fingerprint else None
+
+    def store(self, found: Any) -> None:
+        """Keep what was measured, beside that of other trainings."""
+        of_run = {"results": self.run.fingerprint, "found": plain(found)}
+        trainings = {**self._kept(), self.run.training: of_run}
+        content = {"options": plain(self.kind.options), "trainings": trainings}
+        with atomic_write(self.file) as temporary:
+            text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+    def _kept(self) -> dict[str, Any]:
+        content = read_json(self.file) or {}
+        same = content.get("options") == plain(self.kind.options)
+        kept: dict[str, Any] = content["trainings"] if same else {}
+        return kept
+
+    def images(self) -> int:
+        """How many images have yet to be classified for it."""
+        return 0 if self.kind.images is None or self.stored() else self.kind.images(self.run)
+
+
+def _measurements(folder: Path, setting: SettingRuns) -> list[_Measurement]:
+    kept = folder / "analysis" / setting.name
+    return [
+        _Measurement(kind, kind.measure, setting, run, kept / f"{kind.name}-seed{seed}.json")
+        for seed in dict.fromkeys(run.seed for run in setting.runs)
+        for kind in KINDS
+        for run in setting.runs
+        if kind.measure is not None and run.seed == seed and kind.wants(run)
+    ]
+
 
 def _measure_all(
-    folder: Path, settings: Sequence[Setting], evaluate: bool, progress: Progress | None
-) -> dict[tuple[str, str], dict[str, dict[int, Found]]]:
-    """By kind and setting: what each training and seed showed."""
-    jobs = [job for setting in settings for job in _jobs(folder, setting)]
-    tally = _Tally(sum(job.images for job in jobs) if evaluate else 0, progress)
-    measures: dict[tuple[str, str], dict[str, dict[int, Found]]] = {}
+    folder: Path,
+    settings: Sequence[SettingRuns],
+    measured: dict[tuple[str, str], Measured],
+    evaluate: bool,
+    progress: Progress,
+) -> None:
+    """Fill in by kind and setting what each training and seed showed."""
+    every = [one for setting in settings for one in _measurements(folder, setting)]
+    if not evaluate:
+        every = [one for one in every if one.kind.images is None or one.stored()]
+    count = _ImageCount(sum(one.images() for one in every), progress)
     # One model and one set of images at a time, for all that a setting and seed need of it.
-    for _, same in groupby(jobs, key=lambda job: (job.setting.name, job.run.seed)):
-        replay = _ReplayOnce(tally.add)
-        for job in same:
-            if not job.fresh and job.kind.evaluates and not evaluate:
-                continue
-            found = _measure(job, replay, tally)
+    for _, same in groupby(every, key=lambda one: (one.setting.name, one.run.seed)):
+        evaluator = _EvaluatorOnce(count)
+        for one in same:
+            found = _measure(one, evaluator, count)
             if found is not None:
-                of_setting = measures.setdefault((job.kind.name, job.setting.name), {})
-                of_setting.setdefault(job.run.training, {})[job.run.seed] = found
-    return measures
+                of_setting = measured[one.kind.name, one.setting.name].found
+                of_setting.setdefault(one.run.training, {})[one.run.seed] = found
 
 
-def _jobs(folder: Path, setting: Setting) -> list[_Job]:
-    jobs = []
-    for seed in sorted({run.seed for run in setting.runs}):
-        for kind in KINDS:
-            if kind.measure is None:
-                continue
-            file = folder / "analysis" / setting.name / f"{kind.name}-seed{seed}.json"
-            store = Store(file, kind.options)
-            jobs += [
-                _Job(kind, kind.measure, setting, run, store)
-                for run in setting.runs
-                if run.seed == seed and kind.wants(run)
-            ]
-    return jobs
-
-
-def _measure(job: _Job, replay: _ReplayOnce, tally: _Tally) -> Found | None:
+def _measure(one: _Measurement, evaluator: _EvaluatorOnce, count: _ImageCount) -> Any:
+    """What a run shows, measured now if it was not before; None if it cannot be."""
+    if (found := one.stored()) is not None:
+        return found
     try:
-        if not job.fresh:
-            check_vectors(job.run)
-            tally.begin(job)
-            began = time.monotonic()
-            job.store.get_or_make(job.run, lambda: job.measure(job.run, lambda: replay.of(job.run)))
-            level = logging.INFO if job.kind.evaluates else logging.DEBUG
-            log.log(level, "measured %s in %.1f s", job, time.monotonic() - began)
+        one.run.check_vectors()
+        count.begin(str(one))
+        began = time.monotonic()
+        one.store(one.measure(one.run, lambda: evaluator.of(one.run)))
     except InputError as error:
-        log.warning("no %s: %s", job, error)
-    found: Found | None = job.store.get(job.run)
-    return found
+        log.warning("no %s: %s", one, error)
+        return None
+    level = logging.INFO if one.kind.images else logging.DEBUG
+    log.log(level, "measured %s in %.1f s", one, time.monotonic() - began)
+    return one.stored()
 
 
-class _ReplayOnce:
+class _EvaluatorOnce:
     """Loads the model and the images when they are first needed, for all runs of a seed."""
 
-    def __init__(self, tell: Callable[[int], None]) -> None:
-        self._tell = tell
-        self._replay: RunEvaluator | None = None
+    def __init__(self, count: _ImageCount) -> None:
+        self._count = count
+        self._loaded: RunEvaluator | None = None
 
     def of(self, run: SuiteRun) -> RunEvaluator:
         # What was measured before can be drawn without the parts that train and evaluate.
         from cl_merge.benchmarks.runs.evaluator import RunEvaluator
 
-        if self._replay is None:
-            self._replay = RunEvaluator.of(run.folder, self._tell)
-        self._replay.check_same(run.results)
-        return self._replay
+        if self._loaded is None:
+            self._loaded = RunEvaluator.of(run.folder, self._count.add)
+        self._loaded.check_same(run.results)
+        return self._loaded
 
 
-class _Tally:
-    """Tells how far the evaluations are."""
+class _ImageCount:
+    """Tells how many of the images have been classified."""
 
-    def __init__(self, total: int, progress: Progress | None) -> None:
+    def __init__(self, total: int, progress: Progress) -> None:
         self._total, self._progress = total, progress
-        self._done, self._what = 0, ""
-        self._began: float | None = None
+        self._done, self._said = 0, ""
         if total:
             log.info("figures: %d images to classify", total)
 
-    def begin(self, job: _Job) -> None:
-        self._what = str(job)
+    def begin(self, said: str) -> None:
+        self._said = said
         self.add(0)
 
     def add(self, images: int) -> None:
         self._done += images
-        if self._progress is not None and self._total:
-            self._progress(self._what, self._done, self._total)
-
-
-def _of(
-    measures: Mapping[tuple[str, str], Mapping[str, Mapping[int, Found]]],
-    kind: Kind,
-    setting: Setting,
-) -> Measured:
-    return Measured(setting, measures.get((kind.source or kind.name, setting.name), {}))
-
-
-def _draw(kind: Kind, folder: Path, name: str, measured: Sequence[Measured]) -> list[Figure]:
-    file = folder / "figures" / f"{name}-{kind.name}.svg"
-    with figure_style():
-        drawn = kind.draw(measured)
-        if drawn is None:
-            return []
-        save_svg(drawn.canvas, file, drawn.title, drawn.alt)
-        save_png(drawn.canvas, file.with_suffix(".png"))
-    return [Figure(drawn.title, kind.name, name, file, drawn.caption, drawn.alt, drawn.data)]
+        if self._total:
+            self._progress(self._said, self._done, self._total)

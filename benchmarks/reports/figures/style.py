@@ -1,4 +1,4 @@
-"""How all figures look: sizes, one colour for each merger, one line style for each training.
+"""How all figures look and how they are saved.
 
 Colours are of medium brightness, at least 3 : 1 against white and against a dark page, and told
 apart with any of the common colour visions; markers say the same once more.
@@ -6,18 +6,27 @@ apart with any of the common colour visions; markers say the same once more.
 
 from __future__ import annotations
 
+import math
+import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from io import BytesIO
+from itertools import accumulate
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cl_merge.benchmarks.reports.figures.seeds import Line
+from cl_merge.storage.files import atomic_write
 
 if TYPE_CHECKING:
     import matplotlib.figure
     from matplotlib.axes import Axes
+    from matplotlib.image import AxesImage
+    from numpy.typing import NDArray
 
 WIDTH = 4.6
 """Inches: narrow, so that letters are still 8 pixels high where a page is 360 pixels wide."""
@@ -28,66 +37,40 @@ INK = "#21262b"
 GREY = "#7f7f7f"
 """Lines to compare with."""
 
-_MAGMAX = "#a54a29"
-COLOURS: dict[str, str] = {
-    "magmax": _MAGMAX,
-    "max-abs": _MAGMAX,  # the same rule
-    "average": "#3a6ad7",
-    "task-arithmetic": "#07a978",
-    "random-mix": "#974d8c",
-    "ties": "#ac9106",
-}
-"""By merger; others take one of `OTHERS`."""
+PALETTE = (
+    *("#a54a29", "#3a6ad7", "#07a978", "#974d8c", "#ac9106"),  # mergers of the tables
+    *("#2f97a8", "#d1458b", "#7a5fd0", "#86902a", "#7d7f9e"),  # all else
+)
+_MARKERS = "os^DvPXph*"
+# In pictures of what is merged, in those of what is not, and in those of class statistics.
+_MERGERS = ("magmax", "average", "task-arithmetic", "random-mix", "ties")
+_TRAININGS = {"independent": 5, "lwf": 6, "sequential": 7, "ewc": 8, "joint": 9}
+_STATISTICS = {"base": 5, "both": 6, "aligned": 7}
 
-UNMERGED: dict[str, str] = {
-    "sequential": "#7a5fd0",
-    "independent": "#2f97a8",
-    "lwf": "#a0522d",
-    "ewc": "#86902a",
-}
-"""By training, of what is not merged; never in one picture with mergers."""
-
-STATISTICS: dict[str, str] = {"base": "#2f97a8", "aligned": "#8c6bd1", "both": "#d1458b"}
-"""By kind, of class statistics beside whatever merger; in a panel of their own."""
-
-OTHERS = ("#c2508c", "#4f8f3a", "#2f8fa3", "#8c6bd1", "#c0504d", "#7d7f9e")
-
-_MARKERS = {"magmax": "o", "max-abs": "o", "average": "s", "task-arithmetic": "^"}
-_MARKERS |= {"random-mix": "D", "ties": "v"}
-_UNMERGED_MARKERS = {"sequential": "o", "independent": "s", "lwf": "^", "ewc": "D", "joint": "*"}
-
-Dashes = str | tuple[int, tuple[float, ...]]
-DASHES: dict[str | None, Dashes] = {
-    None: (0, (1, 1.5)),
-    "sequential": "-",
-    "independent": (0, (5, 2)),
+DASHED = (0, (5, 2))
+DOTTED = (0, (1, 1.5))
+_DASHES: dict[str | None, Any] = {
+    None: DOTTED,
+    "independent": DASHED,
     "lwf": (0, (6, 1.5, 1.5, 1.5)),
     "ewc": (0, (2, 1.2)),
-    "joint": "-",
 }
-"""By training."""
 
 
 @contextmanager
-def figure_style() -> Iterator[None]:
-    """Make and save figures in the same style, whatever the user's settings of matplotlib.
-
-    Yields:
-        Nothing; the former settings are back when the block ends.
-    """
+def figure_style(ink: str = INK) -> Iterator[None]:
+    """Make figures in the same style, whatever the user's settings of matplotlib."""
     import matplotlib as mpl
 
     settings: Any = {
-        "font.family": "DejaVu Sans",
         "font.size": 10,
-        "axes.labelsize": 10,
         "axes.titlesize": 10.5,
         "axes.titlelocation": "left",
+        "axes.labelsize": 10,
         "xtick.labelsize": 9.5,
         "ytick.labelsize": 9.5,
         "legend.fontsize": 9.5,
         "legend.frameon": False,
-        "legend.handlelength": 2.2,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,
@@ -97,15 +80,12 @@ def figure_style() -> Iterator[None]:
         "grid.linewidth": 0.6,
         "lines.linewidth": 1.6,
         "lines.markersize": 4,
+        "lines.markeredgewidth": 0,
         "axes.facecolor": "none",
         "figure.facecolor": "none",
         "svg.fonttype": "none",
-        "svg.hashsalt": "cl_merge",
-        "text.color": INK,
-        "axes.edgecolor": INK,
-        "axes.labelcolor": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
+        **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), ink),
+        **dict.fromkeys(("xtick.color", "ytick.color"), ink),
     }
     with mpl.rc_context():
         mpl.rcdefaults()
@@ -114,16 +94,7 @@ def figure_style() -> Iterator[None]:
 
 
 def new_canvas(height: float, width: float = WIDTH) -> matplotlib.figure.Figure:
-    """Make an empty picture.
-
-    Args:
-        height: In inches.
-        width: In inches.
-
-    Returns:
-        A figure of matplotlib, made without pyplot: no window system is needed and no global state
-        is touched.
-    """
+    """Make an empty picture of a size in inches, without pyplot and its global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -132,85 +103,209 @@ def new_canvas(height: float, width: float = WIDTH) -> matplotlib.figure.Figure:
     return canvas
 
 
-def colour_of(merger: str) -> str:
-    """The colour of a merger, the same in every figure.
+def save_drawing(canvas: matplotlib.figure.Figure, file: Path, alt: str) -> str:
+    """Write a picture as SVG, and as PNG on white beside it; returns the SVG."""
+    svg = svg_element(canvas, file.stem, alt)
+    with atomic_write(file) as temporary:
+        temporary.write_text(svg, encoding="utf-8")
+    save_png(canvas, file.with_suffix(".png"))
+    return svg
+
+
+def svg_element(
+    canvas: matplotlib.figure.Figure, name: str, alt: str, ink: str = "currentColor"
+) -> str:
+    """Write a picture as SVG that can stand in a page, the same bytes each time.
 
     Args:
-        merger: Its name.
+        canvas: The picture.
+        name: What no other picture of the page is called; its ids depend on it.
+        alt: What it shows, for those who cannot see it.
+        ink: The colour of letters and axes; by default that of the text around it.
 
     Returns:
-        As ``#rrggbb``.
+        An ``<svg>`` element with a transparent background, which is a file of its own, too.
     """
-    return COLOURS.get(merger) or OTHERS[zlib.crc32(merger.encode()) % len(OTHERS)]
+    import matplotlib as mpl
+
+    written = BytesIO()
+    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with mpl.rc_context({"svg.hashsalt": name}):
+        canvas.savefig(written, format="svg", metadata=no_metadata)
+    svg = written.getvalue().decode()
+    # Groups are numbered alike in every picture, and nothing refers to them.
+    svg = re.sub(r'<g id="[^"]+"', "<g", svg[svg.index("<svg") :]).replace(INK, ink)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(alt)}" ', 1)
+
+
+def save_png(canvas: matplotlib.figure.Figure, file: Path) -> None:
+    """Write a picture as PNG on white."""
+    with atomic_write(file) as temporary:
+        canvas.savefig(
+            temporary, format="png", dpi=200, facecolor="white", metadata={"Software": None}
+        )
 
 
 def look_of(
     merger: str | None, training: str | None, statistics: str | None = None
 ) -> dict[str, Any]:
-    """How the line of a method looks.
+    """How the line of a method looks, as arguments for ``Axes.plot``.
 
-    Args:
-        merger: The merger; None for what is not merged.
-        training: The training; None for zero-shot.
-        statistics: The kind of its class statistics; None for the text head alone.
-
-    Returns:
-        Arguments for ``Axes.plot``: colour, line style, marker.
+    A merger has one colour in every figure, whichever training it merges; class statistics have
+    their own beside whatever merger. The training decides the dashes.
     """
-    own = training or ""
-    marker = _MARKERS.get(merger, "P") if merger else _UNMERGED_MARKERS.get(own)
-    colour = colour_of(merger) if merger else UNMERGED.get(own, GREY)
+    dashes = {"linestyle": _DASHES.get(training, "-")}
     if statistics is not None:
-        marker = marker if merger else "X"
-        colour = STATISTICS.get(statistics, GREY)
-    look = {"color": colour, "linestyle": DASHES.get(training, "-")}
-    return look | ({"marker": marker, "markeredgewidth": 0} if marker else {})
+        index = _STATISTICS.get(statistics, len(PALETTE) - 1)
+    elif merger is not None:
+        # On independent fine-tunings the rule of MagMax has a name of its own.
+        index = _position("magmax" if merger == "max-abs" else merger)
+    elif training is not None:
+        index = _TRAININGS[training]
+    else:
+        return {"color": GREY, **dashes}
+    return {"color": PALETTE[index], "marker": _MARKERS[index], **dashes}
 
 
-def draw_line(
-    axes: Axes, x: Sequence[float], line: Line, label: str, look: Mapping[str, Any]
-) -> None:
-    """Draw a line with the band of its spread.
+def _position(merger: str) -> int:
+    if merger in _MERGERS:
+        return _MERGERS.index(merger)
+    others = len(PALETTE) - len(_MERGERS)
+    return len(_MERGERS) + zlib.crc32(merger.encode()) % others
 
-    Args:
-        axes: Where.
-        x: Positions.
-        line: Means and spreads.
-        label: For the legend.
-        look: Arguments for ``Axes.plot``.
+
+def look_of_training(training: str) -> dict[str, Any]:
+    """How the line of a plain training looks where nothing is merged: as what it is merged with."""
+    return look_of("magmax" if training == "sequential" else "average", training)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line over seeds: mean and sample standard deviation at each point, NaN where unknown."""
+
+    mean: NDArray[np.float64]
+    spread: NDArray[np.float64]
+    seeds: int
+
+
+def over_seeds(values: Sequence[Sequence[float | None]]) -> Line:
+    """Average lines over seeds, point by point; None where a seed has no value.
+
+    Example:
+        >>> over_seeds([[1.0, 2.0], [3.0, None]]).mean.tolist()
+        [2.0, 2.0]
     """
-    axes.plot(x, line.means, label=label, **look)
-    if line.seeds > 1 and np.isfinite(line.spreads).any():
-        axes.fill_between(x, line.lower, line.upper, color=look["color"], alpha=0.18, linewidth=0)
+    points = np.ma.masked_invalid(np.array(values, dtype=float))
+    spread = np.ma.std(points, axis=0, ddof=1)
+    return Line(points.mean(axis=0).filled(np.nan), spread.filled(np.nan), len(values))
 
 
-def whole_steps(axes: Axes) -> None:
-    """Put the ticks of the x axis at whole numbers only.
+def number(value: float, digits: int = 1) -> float | None:
+    """Round a number for a table; None if it is not finite."""
+    return round(float(value), digits) if math.isfinite(value) else None
 
-    Args:
-        axes: Whose.
-    """
-    from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+def seeds_note(seeds: int, band: bool = True) -> str:
+    """Say in a caption what is shown of several seeds."""
+    if seeds < 2:
+        return "One seed."
+    end = "; the band is one standard deviation to each side." if band else "."
+    return f"Mean over {seeds} seeds{end}"
+
+
+def draw_line(axes: Axes, x: Sequence[float], line: Line, label: str, **look: Any) -> None:
+    """Draw a line with the band of its spread."""
+    axes.plot(x, line.mean, label=label, **look)
+    if np.isfinite(line.spread).any():
+        low, high = line.mean - line.spread, line.mean + line.spread
+        axes.fill_between(x, low, high, color=look["color"], alpha=0.18, linewidth=0)
+
+
+def stacked_panels(titles: Iterable[str], height: float) -> tuple[Any, dict[str, Axes]]:
+    """Make a picture of panels above each other with the same axes; the panels by their titles."""
+    names = list(titles)
+    canvas = new_canvas(0.5 + height * len(names))
+    panels = canvas.subplots(len(names), sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axes, title in zip(panels, names, strict=True):
+        axes.set_title(title)
+    return canvas, dict(zip(names, panels, strict=True))
 
 
 def legend_beside(axes: Axes) -> None:
-    """Put the legend to the right of the axes, where it covers nothing.
-
-    Args:
-        axes: With labelled lines.
-    """
+    """Put the legend to the right of the axes, where it covers nothing."""
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), borderaxespad=0, labelspacing=0.45)
 
 
-def legend_below(canvas: matplotlib.figure.Figure, axes: Axes, columns: int = 2) -> None:
-    """Put the legend under the picture.
+def legend_below(canvas: matplotlib.figure.Figure, columns: int = 2) -> None:
+    """Put the legend of a picture's first axes under it."""
+    handles, labels = canvas.axes[0].get_legend_handles_labels()
+    canvas.legend(handles, labels, loc="outside lower center", ncols=columns)
+
+
+def scale_on_top(canvas: matplotlib.figure.Figure, shown: Any, label: str, **more: Any) -> None:
+    """Put the scale of colours over the picture, for an image or another mappable."""
+    bar = canvas.colorbar(shown, ax=canvas.axes, location="top", aspect=40, pad=0.02, **more)
+    bar.set_label(label)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=2)
+
+
+def heat_map(axes: Axes, values: Any) -> AxesImage:
+    """Draw accuracies in per cent as a matrix of colours."""
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    return axes.imshow(
+        values, vmin=0, vmax=100, cmap="viridis", aspect="auto", interpolation="none"
+    )
+
+
+def label_ends(
+    axes: Axes, ends: Sequence[tuple[str, float, float, str]], bold: str = "", size: float = 9
+) -> None:
+    """Write at the right of the axes what each line is, without overlaps.
 
     Args:
-        canvas: The picture.
-        axes: With labelled lines.
-        columns: Of the legend.
+        axes: With the limits that they will have.
+        ends: Of each line its label, the x and the y of its end, and its colour.
+        bold: The label that stands out.
+        size: Of the letters, in points.
     """
-    handles, labels = axes.get_legend_handles_labels()
-    canvas.legend(handles, labels, loc="outside lower center", ncols=columns)
+    canvas: Any = axes.get_figure()
+    canvas.draw_without_rendering()  # settles how high the axes are
+    low, high = axes.get_ylim()
+    gap = 1.25 * size / 72 * canvas.dpi / axes.bbox.height * (high - low)
+    heights = spread_apart([y for _, _, y, _ in ends], gap, high)
+    for (label, x, y, colour), at in zip(ends, heights, strict=True):
+        axes.annotate(
+            label,
+            (x, y),
+            (1.04, at),
+            textcoords=axes.get_yaxis_transform(),
+            color=colour,
+            fontsize=size,
+            fontweight="bold" if label == bold else "normal",
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "relpos": (0, 0.5)},
+        )
+
+
+def spread_apart(values: Sequence[float], gap: float, top: float) -> list[float]:
+    """Move values so that neighbours are at least `gap` apart, in the same order, none over `top`.
+
+    Example:
+        >>> spread_apart([5.0, 1.0, 5.0], 1.0, 9.0)
+        [4.5, 1.0, 5.5]
+    """
+    order = sorted(range(len(values)), key=values.__getitem__)
+    upward = [values[index] for index in order]
+    raised = list(accumulate(upward, lambda below, value: max(value, below + gap)))
+    lowered = list(accumulate(upward[::-1], lambda above, value: min(value, above - gap)))[::-1]
+    middle = [(high + low) / 2 for high, low in zip(raised, lowered, strict=True)]
+    capped = accumulate([top + gap, *middle[::-1]], lambda above, value: min(value, above - gap))
+    places = dict(zip(order[::-1], list(capped)[1:], strict=True))
+    return [places[index] for index in range(len(values))]
+
+
+def shortened(text: str, limit: int = 16) -> str:
+    """Cut a text to so many characters."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"

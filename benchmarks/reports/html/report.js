@@ -43,14 +43,14 @@
   let order = { column: null, up: false };
 
   function figure(shown, paper) {
-    const [, mean, spread, seeds, rank] = shown;
+    const { mean, spread, seeds, rank } = shown;
     const quiet = (text) => make("span", { class: "unseen" }, text);
     const parts = [make("span", { class: rank ? `mean rank${rank}` : "mean" }, mean)];
     if (spread) parts.push(make("span", { class: "spread" }, ` ± ${spread}`));
     if (rank) parts.push(quiet(` (${rank === 1 ? "best" : "second best"})`));
-    if (paper && paper[1]) {
-      const difference = make("span", { class: `difference d${paper[2]}` }, paper[1]);
-      const said = [quiet(", "), `paper ${paper[0]} `, difference];
+    if (paper && paper.difference) {
+      const difference = make("span", { class: `difference d${paper.strength}` }, paper.difference);
+      const said = [quiet(", "), `paper ${paper.value} `, difference];
       parts.push(make("span", { class: "beside" }, ...said));
     }
     if (seeds) parts.push(make("span", { class: "beside" }, quiet(", "), `${seeds} seeds`));
@@ -85,7 +85,7 @@
       return;
     }
     const key = (r) => column === 0
-      ? data.methods[r][0] : data.cells[r][column - 1].figures[metric.value]?.[0];
+      ? data.methods[r][0] : data.cells[r][column - 1].figures[metric.value]?.order;
     const compare = column === 0 ? (a, b) => a.localeCompare(b, "en") : (a, b) => a - b;
     const keys = rows.map((_, r) => key(r));
     const numbers = rows.map((_, r) => r).sort((a, b) => {
@@ -148,7 +148,8 @@
       ["merger", first.merger],
       ["scale", cell.seeds.filter((s) => s.scale !== undefined).map((s) => scale(s.scale))
         .filter((text, i, all) => all.indexOf(text) === i).join("; ")],
-      ["paper", cell.paper && (cell.paper[1] ? `${cell.paper[0]} % (${cell.paper[1]})` : `${cell.paper[0]} %`)],
+      ["paper", cell.paper && `${cell.paper.value} %`
+        + (cell.paper.difference ? ` (${cell.paper.difference})` : "")],
     ].filter(([, text]) => text);
     if (facts.length) {
       parts.push(make("dl", { class: "facts" }, ...facts.map(
@@ -177,7 +178,7 @@
         make("caption", { class: "unseen" }, "All metrics, by seed"),
         make("thead", {}, make("tr", {}, ...head.map((text) => make("th", { scope: "col" }, text)))),
         make("tbody", {}, ...lines.map(([name, [title]]) => {
-          const [, mean, spread, , , values] = cell.figures[name];
+          const { mean, spread, values } = cell.figures[name];
           const texts = [...(many ? [mean, spread] : []), ...values];
           return make("tr", {}, make("th", { scope: "row" }, title),
             ...texts.map((text) => make("td", {}, text || "–")));
@@ -207,17 +208,13 @@
     ];
   }
 
-  const DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
-  function heat([steps, tasks, text], names) {
-    const value = (i) => text.startsWith("..", 2 * i) ? null
-      : (64 * DIGITS.indexOf(text[2 * i]) + DIGITS.indexOf(text[2 * i + 1])) / 10;
-    const count = text.length / 2 / tasks;
+  function heat({ steps, rows: found }, names) {
+    const [count, tasks] = [found.length, found[0].length];
     const label = (i) => count < steps ? "after any" : count === 1 && tasks > 1 ? "after all"
       : `after ${i + 1}`;
     const many = tasks > 12;
-    const line = (_, i) => make("tr", {}, make("th", { scope: "row" }, label(i)),
-      ...Array.from({ length: tasks }, (_, j) => {
-        const v = value(i * tasks + j);
+    const line = (values, i) => make("tr", {}, make("th", { scope: "row" }, label(i)),
+      ...values.map((v) => {
         if (v === null) return make("td", {}, "–");
         return make("td", { style: `--v:${v}` }, v.toFixed(many ? 0 : 1));
       }));
@@ -226,7 +223,7 @@
       make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "task"),
         ...Array.from({ length: tasks },
           (_, j) => make("th", { scope: "col", title: names[j] }, String(j + 1))))),
-      make("tbody", {}, ...Array.from({ length: count }, line)));
+      make("tbody", {}, ...found.map(line)));
   }
 
   function run(seed, i) {

@@ -19,11 +19,11 @@ def test_figures_are_means_and_sample_deviations_over_seeds(two_seeds, write_res
     write_results(jobs["sequential", 0], {"magmax": 50.0, "zero-shot": 30.0})
     write_results(jobs["sequential", 1], {"magmax": 53.0, "zero-shot": 30.0})
     summary = summarize(suite, tmp_path)
-    figure = summary.entries["digits-5", "magmax"].figures["accuracy"]
+    figure = summary.entries["digits-5", "magmax"].metrics["accuracy"]
     assert figure.values == {0: 50.0, 1: 53.0}
     assert figure.mean == 51.5
     assert figure.spread == pytest.approx(3 / math.sqrt(2))
-    assert summary.entries["digits-5", "zero-shot"].figures["accuracy"].spread == 0.0
+    assert summary.entries["digits-5", "zero-shot"].metrics["accuracy"].spread == 0.0
 
 
 def test_best_and_second_best_are_of_those_that_merge(two_seeds, write_results, tmp_path):
@@ -34,7 +34,7 @@ def test_best_and_second_best_are_of_those_that_merge(two_seeds, write_results, 
     write_results(jobs["independent", 0], {"ties": 70.0})
     write_results(jobs["joint", 0], {"joint": 95.0})
     entries = summarize(suite, tmp_path).entries
-    ranks = {method: entry.rank for (_, method), entry in entries.items()}
+    ranks = {method: entry.ranks.get("accuracy") for (_, method), entry in entries.items()}
     assert ranks == {
         "zero-shot": None,
         "joint": None,
@@ -47,10 +47,10 @@ def test_best_and_second_best_are_of_those_that_merge(two_seeds, write_results, 
 def test_each_cell_says_how_far_it_is_and_why_it_failed(two_seeds, write_results, tmp_path):
     suite, jobs = two_seeds
     write_results(jobs["sequential", 0], {"magmax": 50.0, "zero-shot": 30.0})
-    failed = tmp_path / jobs["independent", 0].place
+    failed = tmp_path / jobs["independent", 0].path
     failed.mkdir(parents=True)
     (failed / "failed.json").write_text(json.dumps({"reason": "no space left"}))
-    begun = tmp_path / jobs["joint", 0].place
+    begun = tmp_path / jobs["joint", 0].path
     begun.mkdir(parents=True)
     (begun / "journal.jsonl").touch()
     cells = {(c.cell.method, c.cell.seed): c for c in summarize(suite, tmp_path).cells}
@@ -68,8 +68,8 @@ def test_joint_training_tells_other_numbers_of_tasks_only_what_does_not_depend_o
     (job,) = jobs_of(make_plan(suite))
     write_results(job, {"joint": 88.0}, tasks=5)
     entries = summarize(suite, tmp_path).entries
-    assert "forgetting" in entries["cars-5", "joint"].figures
-    assert set(entries["cars-20", "joint"].figures) == {"accuracy", "seconds", "peak_memory"}
+    assert "forgetting" in entries["cars-5", "joint"].metrics
+    assert set(entries["cars-20", "joint"].metrics) == {"accuracy", "seconds", "peak_memory"}
 
 
 def test_stored_bytes_are_those_of_the_task_vectors(two_seeds, write_results, tmp_path):
@@ -80,12 +80,12 @@ def test_stored_bytes_are_those_of_the_task_vectors(two_seeds, write_results, tm
     (vectors / "task0.safetensors").write_bytes(b"0" * 1000)
     (vectors / "task1.safetensors").write_bytes(b"0" * 234)
     entries = summarize(suite, tmp_path).entries
-    assert entries["digits-5", "magmax"].figures["stored_bytes"].mean == 1234
-    assert "stored_bytes" not in entries["digits-5", "zero-shot"].figures
+    assert entries["digits-5", "magmax"].metrics["stored_bytes"].mean == 1234
+    assert "stored_bytes" not in entries["digits-5", "zero-shot"].metrics
 
 
 def test_every_metric_is_explained():
-    assert all(METRICS.values())
+    assert all(metric.title and metric.about for metric in METRICS.values())
 
 
 @pytest.mark.skipif(not PAPER.exists(), reason="needs the paper's tables in ../shared/paper")

@@ -67,6 +67,15 @@ def test_other_data_and_methods_can_be_added():
     assert part.shown == ("opcm", "magmax")
 
 
+def test_a_file_of_a_data_set_is_called_by_its_stem(tmp_path, monkeypatch):
+    (tmp_path / "cifar10.yaml").write_text("extends: cifar100\nsource: uoft-cs/cifar10\n")
+    monkeypatch.chdir(tmp_path)
+    for given in ("cifar10.yaml", str(tmp_path / "cifar10.yaml")):
+        (setting,) = narrowed(find_suite("offline"), data=[given], tasks=[5]).settings
+        assert setting.name == "cifar10-5"
+        assert setting.data_name == "cifar10"
+
+
 def test_the_numbers_of_tasks_that_a_data_set_lacks_leave_the_others():
     part = narrowed(find_suite("table1"), tasks=[50])
     assert [setting.name for setting in part.settings] == ["cifar100-50", "imagenet-r-50"]
@@ -77,7 +86,7 @@ def test_the_numbers_of_tasks_that_a_data_set_lacks_leave_the_others():
     [
         ({"data": ["cifar10"]}, "unknown data set 'cifar10'; did you mean 'cifar100'?"),
         ({"methods": ["magmx"]}, "unknown method 'magmx'; did you mean 'magmax'?"),
-        ({"data": ["cars"], "tasks": [50]}, "--tasks 50: suite 'table1' has 'cars' in 5, 10, 20"),
+        ({"data": ["cars"], "tasks": [50]}, "tasks 50: suite 'table1' has 'cars' in 5, 10, 20"),
         ({"tasks": [7]}, "nothing is left of suite 'table1', which has cifar100-5"),
         ({"seeds": "many"}, "seeds 'many'; expected how many"),
         ({"seeds": "0"}, "seeds '0'; expected how many"),
@@ -92,7 +101,7 @@ def test_what_cannot_be_chosen_is_said(choice, message):
 
 
 def test_a_data_set_whose_domains_are_its_tasks_has_no_number_of_them_to_choose():
-    message = "^--tasks 5: suite 'offline' has 'pacs' in the tasks that its recipe makes$"
+    message = "^tasks 5: suite 'offline' has 'pacs' in the tasks that its recipe makes$"
     with pytest.raises(InputError, match=message):
         narrowed(find_suite("offline"), data=["digits", "pacs"], tasks=[5])
 

@@ -11,10 +11,9 @@ import time
 import pytest
 from results_files import whole_results
 
-from cl_merge.benchmarks.suites import execution
 from cl_merge.benchmarks.suites.cluster import run_on_cluster
 from cl_merge.benchmarks.suites.definition import find_suite, narrowed
-from cl_merge.benchmarks.suites.execution import run_here
+from cl_merge.benchmarks.suites.execution import Processes, run_here
 from cl_merge.benchmarks.suites.plan import BEGUN, DONE, FAILED, jobs_of, make_plan, state_of
 from cl_merge.errors import InputError
 
@@ -48,70 +47,79 @@ def jobs(monkeypatch, tmp_path):
     names = sorted({name for job in found for name in job.methods})
     results = whole_results({"methods": {name: {"accuracy": 50.0} for name in names}})
     monkeypatch.setenv("RESULTS", json.dumps(results))
-    monkeypatch.setattr(execution, "COMMAND", (sys.executable, str(script)))
     return found
 
 
-def test_each_job_runs_once_and_leaves_its_log(jobs, tmp_path):
-    ended = list(run_here(jobs, tmp_path))
+@pytest.fixture
+def stand_in(jobs, tmp_path):
+    """Runs the stand-in for every job."""
+    return Processes((sys.executable, str(tmp_path / "stand_in.py")))
+
+
+def test_each_job_runs_once_and_leaves_its_log(jobs, stand_in, tmp_path):
+    ended = list(run_here(jobs, tmp_path, processes=stand_in))
     assert [e.job for e in ended] == jobs
     assert {e.state for e in ended} == {DONE}
     assert all(
-        (tmp_path / job.place / "log.txt").read_text().startswith("cl-merge run") for job in jobs
+        (tmp_path / job.path / "log.txt").read_text().startswith("cl-merge run") for job in jobs
     )
 
 
-def test_a_failed_job_is_reported_and_stops_no_other(jobs, tmp_path, monkeypatch):
+def test_a_failed_job_is_reported_and_stops_no_other(jobs, stand_in, tmp_path, monkeypatch):
     monkeypatch.setenv("FAILING", "lwf")
     monkeypatch.setenv("DYING", "ewc")
-    ended = {e.job.training: e for e in run_here(jobs, tmp_path)}
+    ended = {e.job.training: e for e in run_here(jobs, tmp_path, processes=stand_in)}
     assert ended["lwf"].reason == "the disk is on fire"
     assert ended["ewc"].reason == "ended by signal SIGKILL"
     assert {name for name, e in ended.items() if e.state == FAILED} == {"lwf", "ewc"}
-    assert json.loads((tmp_path / ended["lwf"].job.place / "failed.json").read_text())["reason"]
+    assert json.loads((tmp_path / ended["lwf"].job.path / "failed.json").read_text())["reason"]
     monkeypatch.delenv("FAILING")
-    (again,) = run_here([ended["lwf"].job], tmp_path)
+    (again,) = run_here([ended["lwf"].job], tmp_path, processes=stand_in)
     assert again.state == DONE
-    assert not (tmp_path / again.job.place / "failed.json").exists()
+    assert not (tmp_path / again.job.path / "failed.json").exists()
 
 
-def test_jobs_run_side_by_side_with_their_share_of_the_cores(jobs, tmp_path, monkeypatch):
+def test_jobs_run_side_by_side_with_their_share_of_the_cores(jobs, stand_in, tmp_path, monkeypatch):
     monkeypatch.setenv("SECONDS", "1.0")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    list(run_here(jobs[:2], tmp_path, parallel=2))
-    times = [json.loads((tmp_path / job.place / "times.json").read_text()) for job in jobs[:2]]
+    list(run_here(jobs[:2], tmp_path, parallel=2, processes=stand_in))
+    times = [json.loads((tmp_path / job.path / "times.json").read_text()) for job in jobs[:2]]
     assert max(begun for begun, _ in times) < min(end for _, end in times)
     threads = [environment(tmp_path, job)["OMP_NUM_THREADS"] for job in jobs[:2]]
     assert threads == ["4", "4"]
 
 
-def test_each_of_several_gpus_has_a_job_of_its_own(jobs, tmp_path, monkeypatch):
+def test_each_of_several_gpus_has_a_job_of_its_own(jobs, stand_in, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     monkeypatch.setenv("SECONDS", "0.5")
-    list(run_here(jobs[:4], tmp_path))
+    list(run_here(jobs[:4], tmp_path, processes=stand_in))
     seen = [environment(tmp_path, job)["CUDA_VISIBLE_DEVICES"] for job in jobs[:4]]
     assert sorted(seen) == ["2", "2", "5", "5"]
-    list(run_here(jobs[:1], tmp_path, parallel=1))  # one alone may train on both
+    list(
+        run_here(jobs[:1], tmp_path, parallel=1, processes=stand_in)
+    )  # one alone may train on both
     assert environment(tmp_path, jobs[0])["CUDA_VISIBLE_DEVICES"] == "2,5"
 
 
 def test_no_job_runs_before_the_first_is_asked_for_and_none_side_by_side_with_nobody(
     jobs, tmp_path
 ):
-    with pytest.raises(InputError, match="^--parallel 0; expected 1 or more"):
+    with pytest.raises(InputError, match="^parallel 0; expected 1 or more"):
         list(run_here(jobs, tmp_path, parallel=0))
 
 
 @pytest.mark.parametrize("deaf", [False, True])
-def test_an_interruption_ends_the_jobs_and_they_can_go_on(jobs, tmp_path, monkeypatch, deaf):
+def test_an_interruption_ends_the_jobs_and_they_can_go_on(
+    jobs, stand_in, tmp_path, monkeypatch, deaf
+):
     monkeypatch.setenv("SECONDS", "60")
-    monkeypatch.setattr(execution, "PATIENCE", 20.0 if not deaf else 0.5)
     if deaf:
+        stand_in.patience = 0.5
         monkeypatch.setenv("DEAF", "1")
 
     def interrupt():
-        while not (tmp_path / jobs[0].place / "environment.json").exists():
+        while not (tmp_path / jobs[0].path / "environment.json").exists():
             time.sleep(0.05)
         time.sleep(0.2)
         os.kill(os.getpid(), signal.SIGINT)
@@ -119,10 +127,10 @@ def test_an_interruption_ends_the_jobs_and_they_can_go_on(jobs, tmp_path, monkey
     threading.Thread(target=interrupt).start()
     begin = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        list(run_here(jobs, tmp_path))
+        list(run_here(jobs, tmp_path, processes=stand_in))
     assert time.monotonic() - begin < 30
     assert state_of(jobs[0], tmp_path) == BEGUN
-    assert not (tmp_path / jobs[1].place).exists()
+    assert not (tmp_path / jobs[1].path).exists()
 
 
 def test_a_cluster_runs_the_same_jobs(tmp_path, monkeypatch):
@@ -140,21 +148,22 @@ def test_a_cluster_runs_the_same_jobs(tmp_path, monkeypatch):
 
 def test_a_wrong_parameter_of_a_cluster_is_named(jobs, tmp_path):
     pytest.importorskip("submitit")
-    with pytest.raises(InputError, match="^--cluster: .*slurm_partitoin"):
+    with pytest.raises(InputError, match="^cluster: .*slurm_partitoin"):
         list(run_on_cluster(jobs, tmp_path, {"cluster": "local", "slurm_partitoin": "gpu"}))
 
 
 def environment(folder, job):
-    return json.loads((folder / job.place / "environment.json").read_text())
+    return json.loads((folder / job.path / "environment.json").read_text())
 
 
 def test_a_suite_that_is_killed_by_a_scheduler_interrupts_its_runs(tmp_path):
     script = tmp_path / "stand_in.py"
     script.write_text(STAND_IN)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nshift 2; exec {sys.executable} {script} "$@"\n')
+    python.chmod(0o755)
     code = (
-        "import sys; from cl_merge.benchmarks.suites import execution; "
-        f"execution.COMMAND = (sys.executable, {str(script)!r}); "
-        "from cl_merge.cli import main; "
+        f"import sys; from cl_merge.cli import main; sys.executable = {str(python)!r}; "
         f"sys.exit(main(['bench', 'offline', '--data', 'digits', '--out', {str(tmp_path / 's')!r}]))"
     )
     environment = os.environ | {"SECONDS": "60", "RESULTS": "{}"}

@@ -43,7 +43,7 @@ def test_every_cell_has_a_job_that_evaluates_it():
 
 
 def test_joint_training_serves_every_number_of_tasks_whichever_is_asked_for():
-    places = {c.job.place for c in plan("table1", data=["cars"], methods=["joint"])}
+    places = {c.job.path for c in plan("table1", data=["cars"], methods=["joint"])}
     assert places == {"cars/seed5/joint"}
     (all_tasks,) = jobs_of(plan("table1", data=["cars"], methods=["joint"]))
     (twenty,) = jobs_of(plan("table1", data=["cars"], tasks=[20], methods=["joint"]))
@@ -58,7 +58,7 @@ def test_zero_shot_needs_no_run_of_its_own():
 
 def test_a_method_that_estimates_what_matters_has_a_run_of_its_own():
     jobs = jobs_of(plan(data=["digits"], methods=["fisher", "ties"]))
-    assert [(job.place, job.methods[0]) for job in jobs] == [
+    assert [(job.path, job.methods[0]) for job in jobs] == [
         ("digits-5/seed0/independent-fisher", "fisher"),
         ("digits-5/seed0/independent", "max-abs"),
     ]
@@ -92,13 +92,13 @@ def test_several_devices_share_the_batch_of_one():
     assert config.stream.batch_size == 16  # 128 in all, as published
     assert config.trainer["devices"] == 8
     assert config.trainer["strategy"] == "ddp"
-    with pytest.raises(InputError, match="^--ddp 3: cars-10/seed5/sequential trains on batches of"):
+    with pytest.raises(InputError, match="^ddp 3: cars-10/seed5/sequential trains on batches of"):
         on_devices(job, 3)
 
 
 def test_the_folder_tells_how_far_a_job_is(tmp_path):
     (job,) = jobs_of(plan(data=["digits"], methods=["joint"]))
-    place = tmp_path / job.place
+    place = tmp_path / job.path
     assert state_of(job, tmp_path) == NEW
     place.mkdir(parents=True)
     (place / "journal.jsonl").touch()
@@ -111,7 +111,7 @@ def test_the_folder_tells_how_far_a_job_is(tmp_path):
 
 def test_results_without_a_method_that_is_asked_for_are_not_the_end(tmp_path):
     (job,) = jobs_of(plan(data=["digits"], methods=["opcm"]))
-    place = tmp_path / job.place
+    place = tmp_path / job.path
     place.mkdir(parents=True)
     (place / "journal.jsonl").touch()
     others = {name: {} for name in job.methods if name != "opcm"}

@@ -4,21 +4,19 @@ import pytest
 import torch
 from case_suite import make_run, make_suite, make_vectors
 
-from cl_merge.benchmarks.reports.figures.figure import Measured
-from cl_merge.benchmarks.reports.figures.pruning import (
-    SHARES,
-    draw_pruning,
-    estimate_pruning,
-    measure_pruning,
-)
-from cl_merge.benchmarks.reports.figures.runs import find_settings
-from cl_merge.benchmarks.reports.figures.scale import (
+from cl_merge.benchmarks.reports.figures.evaluated import (
     SCALES,
+    SHARES,
+    count_pruning_images,
+    count_scale_images,
+    draw_pruning,
     draw_scale,
-    estimate_scale,
+    measure_pruning,
     measure_scale,
 )
+from cl_merge.benchmarks.reports.figures.figure import Measured
 from cl_merge.benchmarks.reports.figures.style import figure_style
+from cl_merge.benchmarks.reports.figures.suite_runs import find_settings
 
 
 class StandIn:
@@ -63,7 +61,7 @@ def test_pruning_matches_a_sort_of_each_task_vector(run, stand_in):
             assert kept["highest"] == pytest.approx(highest / 10, abs=0.06)
             assert kept["lowest"] == pytest.approx(lowest / 10, abs=0.06)
             assert kept["lowest"] <= kept["random"] <= kept["highest"] + 0.06
-    assert stand_in.images == estimate_pruning(run)
+    assert stand_in.images == count_pruning_images(run)
 
 
 def test_pruning_is_drawn_as_the_mean_over_tasks_and_seeds(tmp_path, stand_in):
@@ -71,15 +69,15 @@ def test_pruning_is_drawn_as_the_mean_over_tasks_and_seeds(tmp_path, stand_in):
     (setting,) = find_settings(tmp_path)
     found = {run.seed: measure_pruning(run, lambda: stand_in) for run in setting.runs}
     with figure_style():
-        drawn = draw_pruning([Measured(setting, {"independent": found})])
+        drawn = draw_pruning(Measured(setting, {"independent": found}))
     expected = [
         sum(sum(f["kept"]["highest"][task][place] for task in range(3)) for f in found.values()) / 6
         for place in range(len(SHARES))
     ]
-    (row,) = [row for row in drawn.data.rows if row[1] == "highest"]
+    (row,) = [row for row in drawn.rows if row[1] == "highest"]
     assert row[2:-1] == pytest.approx(expected, abs=0.051)
     zero_shot = sum(sum(f["zero_shot"]) for f in found.values()) / 6
-    (row,) = [row for row in drawn.data.rows if row[1] == "none (zero-shot)"]
+    (row,) = [row for row in drawn.rows if row[1] == "none (zero-shot)"]
     assert row[2:] == pytest.approx([zero_shot] * (len(SHARES) + 1), abs=0.051)
 
 
@@ -97,7 +95,7 @@ def test_each_merger_is_evaluated_at_each_scale_but_those_that_the_run_knows(run
             expected = {0.0: known["zero-shot"]["accuracy"], 0.5: known[name]["accuracy"]}
             assert accuracy == pytest.approx(expected.get(scale, scale * total), rel=1e-4, abs=1e-3)
         assert of_method["own"] == 0.5
-    assert stand_in.images == estimate_scale(run)
+    assert stand_in.images == count_scale_images(run)
 
 
 def test_scales_are_drawn_as_means_over_seeds(tmp_path, stand_in):
@@ -108,11 +106,11 @@ def test_scales_are_drawn_as_means_over_seeds(tmp_path, stand_in):
         of_training = found.setdefault(run.training, {})
         of_training[run.seed] = measure_scale(run, lambda: stand_in)
     with figure_style():
-        drawn = draw_scale([Measured(setting, found)])
-    assert [row[0] for row in drawn.data.rows] == ["magmax", "lwf-magmax", "average-sequential"]
+        drawn = draw_scale(Measured(setting, found))
+    assert [row[0] for row in drawn.rows] == ["magmax", "lwf-magmax", "average-sequential"]
     seeds = [f["methods"]["magmax"] for f in found["sequential"].values()]
     expected = [
         sum(seed["accuracy"][seed["scales"].index(scale)] for seed in seeds) / 2 for scale in SCALES
     ]
-    assert drawn.data.rows[0][3:] == pytest.approx(expected, abs=0.051)
+    assert drawn.rows[0][3:] == pytest.approx(expected, abs=0.051)
     assert "not a way to choose a scale" in drawn.caption

@@ -11,8 +11,8 @@ from case_suite import make_suite
 from cl_merge import cli
 from cl_merge.analysis import keep
 from cl_merge.benchmarks.reports.figures import KINDS, figures_of
-from cl_merge.benchmarks.reports.figures.pruning import SHARES
-from cl_merge.benchmarks.reports.figures.runs import find_settings
+from cl_merge.benchmarks.reports.figures.evaluated import SHARES
+from cl_merge.benchmarks.reports.figures.suite_runs import find_settings
 from cl_merge.benchmarks.runs.evaluator import RunEvaluator
 from cl_merge.errors import InputError
 from cl_merge.mergers import merge
@@ -59,12 +59,13 @@ def test_every_kind_is_drawn_as_svg_and_png_with_words_and_numbers(trained, draw
     figures, _ = drawn
     assert [figure.kind for figure in figures] == [k.name for k in KINDS if not k.compares]
     for figure in figures:
-        assert figure.file == trained / "figures" / f"digits-2-{figure.kind}.svg"
-        assert figure.file.with_suffix(".png").stat().st_size > 1000
+        file = trained / "figures" / f"digits-2-{figure.kind}.svg"
+        assert file.read_text() == figure.svg
+        assert file.with_suffix(".png").stat().st_size > 1000
         assert figure.title
         assert figure.alt
         assert figure.caption.endswith("One seed.")
-        assert all(len(row) == len(figure.data.columns) for row in figure.data.rows)
+        assert all(len(row) == len(figure.columns) for row in figure.rows)
 
 
 def test_progress_ends_with_as_many_images_as_were_announced(drawn):
@@ -150,12 +151,22 @@ def test_changed_results_are_measured_anew(tmp_path):
         assert same == (training == "sequential")
 
 
+def test_another_option_of_a_kind_makes_its_measures_stale(tmp_path):
+    make_suite(tmp_path, seeds=1)
+    first = figures_of(tmp_path, evaluate=False)
+    file = tmp_path / "analysis/birds-3/consistency-seed0.json"
+    before = json.loads(file.read_text())
+    file.write_text(json.dumps({"options": {"bins": 3}, "trainings": {"sequential": {}}}))
+    assert figures_of(tmp_path, evaluate=False) == first
+    assert json.loads(file.read_text()) == before
+
+
 def test_a_run_without_its_task_vectors_is_left_out_and_named(tmp_path, caplog):
     make_suite(tmp_path, seeds=1)
     shutil.rmtree(tmp_path / "birds-3/seed0/sequential/task_vectors")
     with caplog.at_level(logging.WARNING):
         figures = {figure.kind: figure for figure in figures_of(tmp_path, evaluate=False)}
-    assert figures["sign-conflicts"].data.columns == ("task vectors compared", "independent")
+    assert figures["sign-conflicts"].columns == ("task vectors compared", "independent")
     assert "no origins of birds-3, seed 0, sequential: " in caplog.text
 
 

@@ -7,12 +7,12 @@ import json
 import os
 import shutil
 import statistics
-from pathlib import Path
 
 import pytest
-from report_cases import Numbers, Picture, fill, suite_of
+from report_cases import drawing, fill, suite_of
 
 from cl_merge.benchmarks.methods.method import METHODS as EVERY
+from cl_merge.benchmarks.reports.figures.style import figure_style, new_canvas, svg_element
 from cl_merge.benchmarks.reports.html import write_report
 from cl_merge.benchmarks.reports.summary import METRICS, summarize
 
@@ -62,21 +62,15 @@ def browser(tmp_path_factory):
         yield started
 
 
-def draw(file: Path, seed: int) -> Path:
-    """A picture as matplotlib writes it."""
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.6, 3), layout="constrained")
-    FigureCanvasAgg(figure)
-    with mpl.rc_context({"svg.hashsalt": "x", "svg.fonttype": "none"}):
-        axes = figure.add_subplot()
+def draw(name: str, seed: int) -> str:
+    """A picture as figures are written."""
+    with figure_style():
+        canvas = new_canvas(3)
+        axes = canvas.add_subplot()
         axes.plot([1, 2, 3], [seed, 4, 2], marker="o", label="a line")
         axes.imshow([[1, 2], [3, 4]], extent=(1, 2, 1, 2))
         axes.legend()
-        figure.savefig(file, format="svg")
-    return file
+        return svg_element(canvas, name, "a line that falls")
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +79,9 @@ def folder(tmp_path_factory):
     missing = ["cifar100-10/seed6/sequential", "cifar100-20/seed5/lwf", "cifar100-20/seed6/lwf"]
     missing += ["cifar100-20/seed7/lwf"]
     folder = fill(tmp_path_factory.mktemp("browser") / "made up #1", suite, FAILS, missing)
-    numbers = Numbers(("task", *"abcdefghijklmnop"), (("1", *map(float, range(16))),) * 3)
+    columns, rows = ("task", *"abcdefghijklmnop"), (("1", *map(float, range(16))),) * 3
     figures = [
-        Picture(f"Picture {i} of {name}", name, draw(folder / f"{i}-{name}.svg", i), data=numbers)
+        drawing(f"Picture {i} of {name}", name, draw(f"{i}-{name}", i), columns=columns, rows=rows)
         for name in ("cifar100-5", "cars-5", "cifar100")
         for i in range(3)
     ]
@@ -250,7 +244,7 @@ def choose(browser, metric):
 @pytest.mark.parametrize("metric", ["average_incremental_accuracy", "forward_transfer"])
 def test_the_selector_shows_another_metric_and_says_what_it_is(page, folder, metric):
     choose(page, metric)
-    assert METRICS[metric] in page.find_element("id", "meaning").text
+    assert METRICS[metric].about in page.find_element("id", "meaning").text
     for column, setting in enumerate(COLUMNS):
         means = figures_of(folder, setting, metric)
         for method, text in texts(page, column).items():
@@ -341,7 +335,7 @@ def test_every_figure_shows_within_the_page(page, width):
     device(page, width)
     boxes = page.execute_script(
         "return [...document.querySelectorAll('figure svg')].map(s => {"
-        "const b = s.getBoundingClientRect(), d = s.querySelector('[id$=line2d_1]') || s;"
+        "const b = s.getBoundingClientRect(), d = s.querySelector('path[clip-path]');"
         "const i = d.getBoundingClientRect();"
         "return [b.left, b.right, b.width, b.height, i.width + i.height];})"
     )

@@ -1,19 +1,20 @@
 """What is drawn of results alone: curves and matrices."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from case_suite import make_run, make_suite
 
-from cl_merge.benchmarks.reports.figures.curve import draw_curve
+from cl_merge.benchmarks.reports.figures.accuracy import draw_curve, draw_matrix
 from cl_merge.benchmarks.reports.figures.figure import Measured
-from cl_merge.benchmarks.reports.figures.matrix import draw_matrix
-from cl_merge.benchmarks.reports.figures.runs import find_settings
 from cl_merge.benchmarks.reports.figures.style import figure_style
+from cl_merge.benchmarks.reports.figures.suite_runs import find_settings
 
 
 def draw(suite, function):
     with figure_style():
-        return function([Measured(find_settings(suite)[0], {})])
+        return function(Measured(find_settings(suite)[0]))
 
 
 def results(suite, name):
@@ -24,8 +25,8 @@ def test_the_curve_has_a_line_per_method_and_a_point_of_joint_training(tmp_path)
     make_suite(tmp_path, seeds=2)
     make_run(tmp_path, "birds", "joint", tasks=2)
     drawn = draw(tmp_path, draw_curve)
-    assert drawn.data.columns == ("method", "after 1", "after 2", "after 3", "spread at the end")
-    by_method = {row[0]: row[1:] for row in drawn.data.rows}
+    assert drawn.columns == ("method", "after 1", "after 2", "after 3", "spread at the end")
+    by_method = {row[0]: row[1:] for row in drawn.rows}
     assert set(by_method) == {
         "zero-shot", "joint", "sequential", "independent", "magmax", "max-abs", "average",
         "average-sequential",
@@ -34,8 +35,20 @@ def test_the_curve_has_a_line_per_method_and_a_point_of_joint_training(tmp_path)
     assert by_method["magmax"][:3] == pytest.approx(seen, abs=0.051)
     (joint,) = results(tmp_path, "joint")
     assert by_method["joint"] == (None, None, pytest.approx(joint["accuracy"], abs=0.051), None)
-    labels = [text.get_text() for axes in drawn.canvas.axes for text in axes.get_legend().texts]
-    assert labels.count("zero-shot") == len(drawn.canvas.axes) == 3
+    labels = [text.get_text() for axes in drawn.canvas.axes for text in axes.texts]
+    # In every panel, to compare with; fine-tuning also where its task vectors are merged.
+    assert labels.count("zero-shot") == labels.count("magmax") == len(drawn.canvas.axes) == 3
+    assert labels.count("sequential") == 2
+
+
+def test_labels_at_the_ends_of_lines_do_not_cover_each_other(tmp_path):
+    make_suite(tmp_path, seeds=1)
+    drawn = draw(tmp_path, draw_curve)
+    drawn.canvas.draw_without_rendering()
+    for axes in drawn.canvas.axes:
+        boxes = sorted((text.get_window_extent() for text in axes.texts), key=lambda box: box.y0)
+        assert len(boxes) > 3
+        assert all(one.y1 <= other.y0 + 1 for one, other in pairwise(boxes))
 
 
 def test_bands_are_drawn_for_several_seeds_only(tmp_path):

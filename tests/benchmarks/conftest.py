@@ -12,7 +12,7 @@ def write_results(tmp_path):
     """A function that writes results of a job: accuracies by method."""
 
     def write(job, accuracies, seconds=60.0, tasks=2, folder=tmp_path):
-        place = folder / job.place
+        place = folder / job.path
         place.mkdir(parents=True, exist_ok=True)
         methods = {
             name: {

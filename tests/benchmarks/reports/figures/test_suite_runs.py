@@ -5,7 +5,7 @@ import json
 import pytest
 from case_suite import make_run, make_suite, make_vectors
 
-from cl_merge.benchmarks.reports.figures.runs import check_vectors, find_settings
+from cl_merge.benchmarks.reports.figures.suite_runs import find_settings
 from cl_merge.errors import InputError
 
 
@@ -72,10 +72,10 @@ def test_vectors_come_in_the_order_of_the_tasks(tmp_path):
 def test_missing_vectors_are_named(tmp_path):
     make_suite(tmp_path, seeds=1)
     run = find_settings(tmp_path)[0].runs[0]
-    check_vectors(run)
-    (run.vectors_folder / "task1.safetensors").unlink()
+    run.check_vectors()
+    run.vector_files[1].unlink()
     with pytest.raises(InputError, match=r"sequential' does not hold the 3 task vectors"):
-        check_vectors(run)
+        run.check_vectors()
 
 
 def test_the_fingerprint_changes_with_the_results(tmp_path):

@@ -1,4 +1,4 @@
-"""A single run as a suite of one setting and one seed."""
+"""A single run as a suite of one setting and one seed, for its report."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from cl_merge.benchmarks.formatting import data_label
 from cl_merge.benchmarks.methods.method import find_method
 from cl_merge.benchmarks.reports.summary import Summary, summarize
 from cl_merge.benchmarks.runs.results import finished_results
@@ -17,41 +18,39 @@ from cl_merge.mergers.locate import is_location
 
 
 def summary_of_run(folder: str | Path) -> Summary:
-    """Read a finished run as if it were a suite of its own.
+    """Read a finished run as if it were a suite of its own: one column, a row for each method.
 
     Args:
         folder: The run's, with ``config.yaml`` and ``results.json``.
-
-    Returns:
-        The summary: one column, a row for each method.
 
     Raises:
         InputError: If no run has finished there, or the file of one of its mergers has gone.
     """
     folder = Path(folder)
     results = finished_results(folder)
-    words = _words(folder, results)
-    methods = {find_method(word): word for word in words}
-    training = str(results["methods"][results["method"]].get("training") or "sequential")
-    setting = Setting(results["data"], _tasks(results))
+    methods = {find_method(word): word for word in _words(folder, results)}
+    data = data_label(results["data"])
+    tasks = None if results["scenario"] == "domain" else len(results["tasks"])
+    setting = Setting(results["data"], tasks)
     suite = Suite(
         name=folder.resolve().name,
-        about=f"{results['method']} on {setting.data_name} with {results['model']}, a single run",
+        about=f"{results['method']} on {data} with {results['model']}, a single run",
         settings=(setting,),
         methods=tuple(methods.values()),
         shown=tuple(methods.values()),
         seeds=(int(results["seed"]),),
     )
+    training = str(results["methods"][results["method"]].get("training") or "sequential")
     names = tuple(method.name for method in methods)
-    job = _Here(setting, suite.seeds[0], training, names, config={})
+    job = _JobHere(setting, suite.seeds[0], training, names, config={})
     return summarize(suite, folder, [Cell(setting, name, job.seed, job) for name in names])
 
 
-class _Here(Job):
+class _JobHere(Job):
     """A job whose folder is the suite's."""
 
     @property
-    def place(self) -> str:
+    def path(self) -> str:
         return "."
 
 
@@ -60,11 +59,7 @@ def _words(folder: Path, results: dict[str, Any]) -> list[str]:
     config: Any = OmegaConf.to_container(read_yaml(folder / "config.yaml"))
     compare = config.get("compare")
     given = [config.get("method"), *(compare if isinstance(compare, list) else [compare])]
-    # A merger of the user's has a place in a file, and a name of its own in the results.
-    places = [word for word in given if isinstance(word, str) and is_location(word)]
-    own = {find_method(place).name: place for place in places}
+    # A merger of the user's has a path in a file, and a name of its own in the results.
+    paths = [word for word in given if isinstance(word, str) and is_location(word)]
+    own = {find_method(path).name: path for path in paths}
     return [own.get(name, name) for name in results["methods"]]
-
-
-def _tasks(results: dict[str, Any]) -> int | None:
-    return None if results["scenario"] == "domain" else len(results["tasks"])

@@ -10,20 +10,20 @@ import pytest
 import torch
 from case_suite import make_run, make_suite, make_vectors
 
-from cl_merge.benchmarks.reports.figures.consistency import (
+from cl_merge.benchmarks.reports.figures.figure import Measured
+from cl_merge.benchmarks.reports.figures.style import figure_style
+from cl_merge.benchmarks.reports.figures.suite_runs import SuiteRun, find_settings
+from cl_merge.benchmarks.reports.figures.task_vectors import (
+    draw_conflicts_over_settings,
+    draw_conflicts_over_time,
     draw_consistency,
+    draw_origins,
     measure_consistency,
+    measure_origins,
+    measure_sign_conflicts,
+    parts_of,
     random_consistency,
 )
-from cl_merge.benchmarks.reports.figures.figure import Measured
-from cl_merge.benchmarks.reports.figures.origins import draw_origins, measure_origins, parts_of
-from cl_merge.benchmarks.reports.figures.runs import SuiteRun, find_settings
-from cl_merge.benchmarks.reports.figures.sign_conflicts import (
-    draw_over_settings,
-    draw_over_time,
-    measure_sign_conflicts,
-)
-from cl_merge.benchmarks.reports.figures.style import figure_style
 from cl_merge.task_vectors.task_vector import TaskVector
 
 MEASURES = (measure_sign_conflicts, measure_consistency, measure_origins)
@@ -72,10 +72,10 @@ def naive_conflicts(vectors, density=0.2):
 def test_conflicts_after_each_task_are_means_over_seeds_in_per_cent(tmp_path):
     make_suite(tmp_path, setting="birds-4", tasks=4, seeds=2)
     (measured,) = measure_all(tmp_path, measure_sign_conflicts)
-    drawn = draw_over_time([measured])
+    drawn = draw_conflicts_over_time(measured)
     seeds = [make_vectors(4, seed) for seed in (0, 1)]
-    assert drawn.data.columns == ("task vectors compared", "sequential", "independent")
-    for row, count in zip(drawn.data.rows, (2, 3, 4), strict=True):
+    assert drawn.columns == ("task vectors compared", "sequential", "independent")
+    for row, count in zip(drawn.rows, (2, 3, 4), strict=True):
         expected = 100 * sum(naive_conflicts(vectors[:count]) for vectors in seeds) / 2
         assert row == (count, *[pytest.approx(expected, abs=0.051)] * 2)
 
@@ -83,9 +83,9 @@ def test_conflicts_after_each_task_are_means_over_seeds_in_per_cent(tmp_path):
 def test_settings_of_a_data_set_are_compared_by_their_numbers_of_tasks(tmp_path):
     make_suite(tmp_path, setting="birds-2", tasks=2, seeds=1)
     make_suite(tmp_path, setting="birds-4", tasks=4, seeds=1, trainings=("sequential",))
-    drawn = draw_over_settings(measure_all(tmp_path, measure_sign_conflicts))
+    drawn = draw_conflicts_over_settings(*measure_all(tmp_path, measure_sign_conflicts))
     two, four = (100 * naive_conflicts(make_vectors(tasks)) for tasks in (2, 4))
-    assert drawn.data.rows == (
+    assert drawn.rows == (
         (2, pytest.approx(two, abs=0.051), pytest.approx(two, abs=0.051)),
         (4, pytest.approx(four, abs=0.051), None),
     )
@@ -93,13 +93,13 @@ def test_settings_of_a_data_set_are_compared_by_their_numbers_of_tasks(tmp_path)
 
 def test_one_setting_is_no_comparison(tmp_path):
     make_suite(tmp_path)
-    assert draw_over_settings(measure_all(tmp_path, measure_sign_conflicts)) is None
+    assert draw_conflicts_over_settings(*measure_all(tmp_path, measure_sign_conflicts)) is None
 
 
 def test_a_single_task_has_no_conflict_to_draw(tmp_path):
     make_suite(tmp_path, setting="birds-1", tasks=1)
-    assert draw_over_time(measure_all(tmp_path, measure_sign_conflicts)) is None
-    assert draw_consistency(measure_all(tmp_path, measure_consistency)) is None
+    assert draw_conflicts_over_time(*measure_all(tmp_path, measure_sign_conflicts)) is None
+    assert draw_consistency(*measure_all(tmp_path, measure_consistency)) is None
 
 
 @pytest.mark.parametrize("tasks", range(1, 9))
@@ -124,9 +124,9 @@ def test_consistency_of_random_vectors_is_that_of_random_signs(tmp_path):
     vectors = make_vectors(5, size=2000)
     make_run(tmp_path, "birds-5", "independent", tasks=5, vectors=vectors)
     (measured,) = measure_all(tmp_path, measure_consistency)
-    drawn = draw_consistency([measured])
-    assert len(drawn.data.rows) == 10
-    for _, consistency in drawn.data.rows:
+    drawn = draw_consistency(measured)
+    assert len(drawn.rows) == 10
+    for _, consistency in drawn.rows:
         assert consistency == pytest.approx(random_consistency(5), abs=0.03)
 
 
@@ -155,9 +155,9 @@ def test_origins_match_a_loop_over_elements_by_part_in_the_order_of_the_network(
 
 def test_origins_are_drawn_as_shares_of_each_part(tmp_path):
     make_suite(tmp_path, seeds=2)
-    drawn = draw_origins(measure_all(tmp_path, measure_origins))
-    assert len(drawn.data.rows) == 2 * 5
-    for _, _, *shares in drawn.data.rows:
+    drawn = draw_origins(*measure_all(tmp_path, measure_origins))
+    assert len(drawn.rows) == 2 * 5
+    for _, _, *shares in drawn.rows:
         assert sum(shares) == pytest.approx(100, abs=0.2)
 
 
@@ -199,10 +199,10 @@ import resource, sys, torch
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from case_suite import make_run
-from cl_merge.benchmarks.reports.figures.consistency import measure_consistency
-from cl_merge.benchmarks.reports.figures.origins import measure_origins
-from cl_merge.benchmarks.reports.figures.runs import SuiteRun
-from cl_merge.benchmarks.reports.figures.sign_conflicts import measure_sign_conflicts
+from cl_merge.benchmarks.reports.figures.suite_runs import SuiteRun
+from cl_merge.benchmarks.reports.figures.task_vectors import (
+    measure_consistency, measure_origins, measure_sign_conflicts,
+)
 from cl_merge.task_vectors.task_vector import TaskVector
 
 def peak(tasks):
