@@ -22,7 +22,7 @@ from cl_merge.benchmarks.datasets.epochs import task_epochs
 from cl_merge.benchmarks.datasets.prompts import read_class_names, read_prompts
 from cl_merge.config.reading import read_config, settings_named
 from cl_merge.config.schema import RunConfig, StreamConfig
-from cl_merge.data.concat import Member, join
+from cl_merge.data.concat import NamedSplits, concat
 from cl_merge.data.sources import cached_commit, hub_commit
 from cl_merge.data.task_stream import TaskStream
 from cl_merge.errors import InputError
@@ -205,7 +205,7 @@ def _load_joined(config: RunConfig, entry: DataEntry) -> Loaded:
         settings.append(own)
         commits[member.name] = commit
     with settings_named("stream"):
-        joined, names = join(members)
+        joined, names = concat(members)
     given = config.class_names
     if given is not None:
         given = read_class_names(given, [name for own_names in names for name in own_names])
@@ -224,8 +224,8 @@ def _load_joined(config: RunConfig, entry: DataEntry) -> Loaded:
 _READ = ("image", "label", "train_split", "test_split", "test_fraction", "domain_pattern")
 
 
-def _member(name: str, splits: Mapping[str, datasets.Dataset], stream: StreamConfig) -> Member:
-    return Member(
+def _member(name: str, splits: Mapping[str, datasets.Dataset], stream: StreamConfig) -> NamedSplits:
+    return NamedSplits(
         name,
         splits,
         image=stream.image,

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cl_merge.data.images import ImageTable
 from cl_merge.data.sources import without_bars
-from cl_merge.data.tables import labels_of, table_of, two_splits
+from cl_merge.data.tables import labels_of, two_splits
 from cl_merge.data.tasks import Indices
 from cl_merge.errors import InputError, listing
 
@@ -20,19 +21,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Member:
-    """One of the data sets to join.
-
-    Attributes:
-        name: What it is called; the name of its task.
-        splits: Its splits by name.
-        image: The column with the images.
-        label: The column with the labels.
-        train_split: Name of the split to train on.
-        test_split: Name of the split to test on.
-        test_fraction: Share of the training split to test on instead.
-        split_seed: Which share.
-    """
+class NamedSplits:
+    """A data set to put beside others; its name is that of its task. Options as in `TaskStream`."""
 
     name: str
     splits: Mapping[str, datasets.Dataset]
@@ -43,15 +33,23 @@ class Member:
     test_fraction: float | None = None
     split_seed: int = 0
 
+    def divided(
+        self, splits: Mapping[str, datasets.Dataset]
+    ) -> tuple[datasets.Dataset, datasets.Dataset]:
+        """The images to train on and those to test on, of its splits or of a copy of them."""
+        return two_splits(
+            splits, self.train_split, self.test_split, self.test_fraction, self.split_seed
+        )
 
-def join(members: Sequence[Member]) -> tuple[dict[str, datasets.Dataset], list[list[str]]]:
+
+def concat(data: Sequence[NamedSplits]) -> tuple[dict[str, datasets.Dataset], list[list[str]]]:
     """Put data sets one after another, each with classes of its own.
 
     The images stay where they are, on disk or in memory: none is decoded, and none copied but those
     of a split that was itself selected from another.
 
     Args:
-        members: The data sets.
+        data: The data sets.
 
     Returns:
         Splits ``train`` and ``test`` with columns ``image``, ``label`` (a `ClassLabel` with names
@@ -63,75 +61,63 @@ def join(members: Sequence[Member]) -> tuple[dict[str, datasets.Dataset], list[l
 
     Example::
 
-        splits, _ = join([Member("digits", digits()), Member("photos", read_images("/photos"))])
+        data = [NamedSplits("digits", digits()), NamedSplits("photos", read_images("/photos"))]
+        splits, _ = concat(data)
         stream = TaskStream(splits, scenario="source", domain="source")
     """
     import datasets
 
-    repeated = [name for name, count in Counter(m.name for m in members).items() if count > 1]
-    if repeated or not members:
+    repeated = [name for name, count in Counter(d.name for d in data).items() if count > 1]
+    if repeated or not data:
         raise InputError(
-            f"data sets to join: {listing(m.name for m in members)}; expected at least one, and "
-            "each once"
+            f"data sets to put together: {listing(d.name for d in data)}; expected at least one, "
+            "and each once"
         )
-    read = [_read(member) for member in members]
-    names = [own for *_, own in read]
+    labels, names = zip(*map(_labels, data), strict=True)
     features = {
         "label": datasets.ClassLabel(
-            names=[f"{m.name}: {c}" for m, own in zip(members, names, strict=True) for c in own]
+            names=[f"{d.name}: {c}" for d, own in zip(data, names, strict=True) for c in own]
         ),
-        "source": datasets.ClassLabel(names=[member.name for member in members]),
+        "source": datasets.ClassLabel(names=[d.name for d in data]),
     }
-    first_label = [0, *accumulate(len(own) for own in names)]
-    parts: list[tuple[datasets.Dataset, datasets.Dataset]] = []
-    for index, (member, (splits, labels, _)) in enumerate(zip(members, read, strict=True)):
-        columns: dict[str, dict[str, Indices | int]] = {
-            name: {"label": labels[name] + first_label[index], "source": index} for name in splits
-        }
+    first_label = [0, *accumulate(map(len, names))]
+    parts = []
+    for index, own in enumerate(data):
+        # Columns first, then the division: to add one to a part would copy its images.
         slim = {
-            name: _with_columns(rows, member.image, columns[name], features)
-            for name, rows in splits.items()
+            split: _slim(
+                own.splits[split],
+                own.image,
+                {"label": found + first_label[index], "source": index},
+                features,
+            )
+            for split, found in labels[index].items()
         }
-        parts.append(_two_splits(member, slim))
+        parts.append(own.divided(slim))
     train, test = zip(*parts, strict=True)
     return {
         "train": datasets.concatenate_datasets(list(train)),
         "test": datasets.concatenate_datasets(list(test)),
-    }, names
+    }, list(names)
 
 
-def _read(
-    member: Member,
-) -> tuple[dict[str, datasets.Dataset], dict[str, Indices], list[str]]:
-    """Read the labels of the splits that are used, before any is divided."""
-    # Checks the names of the splits; the division itself comes when all columns are there, since
-    # to add a column to one that is divided would copy its images.
-    _two_splits(member, member.splits)
-    used = [member.train_split, *([] if member.test_fraction else [member.test_split])]
-    splits = {name: member.splits[name] for name in used}
+def _labels(data: NamedSplits) -> tuple[dict[str, Indices], list[str]]:
+    """The labels of each split that is used, before any is divided, and the classes' names."""
+    test_split = data.train_split if data.test_fraction else data.test_split
     try:
-        tables = [
-            table_of(rows, member.image, member.label, where=split)
-            for split, rows in splits.items()
-        ]
-        train, test, names = labels_of(tables[0], tables[-1])
-    except InputError as error:
-        raise InputError(f"data set '{member.name}': {error}") from error
-    return splits, {used[-1]: test, used[0]: train}, names
-
-
-def _two_splits(
-    member: Member, splits: Mapping[str, datasets.Dataset]
-) -> tuple[datasets.Dataset, datasets.Dataset]:
-    try:
-        return two_splits(
-            splits, member.train_split, member.test_split, member.test_fraction, member.split_seed
+        data.divided(data.splits)  # for its errors
+        train, test, names = labels_of(
+            *(
+                ImageTable(data.splits[split], data.image, data.label, where=split)
+                for split in (data.train_split, test_split)
+            )
         )
     except InputError as error:
-        raise InputError(f"data set '{member.name}': {error}") from error
+        raise InputError(f"data set '{data.name}': {error}") from error
+    return {test_split: test, data.train_split: train}, names
 
 
-def _with_columns(
+def _slim(
     rows: datasets.Dataset,
     image: str,
     columns: Mapping[str, Indices | int],

@@ -50,7 +50,7 @@ class ImageTable:
         where: What the split is called in messages.
 
     Raises:
-        InputError: If a column is missing.
+        InputError: If a column is missing; says which argument names it.
     """
 
     def __init__(
@@ -62,14 +62,13 @@ class ImageTable:
         *,
         where: str = "train",
     ) -> None:
-        for column in filter(None, (image, label, domain)):
-            if column not in rows.column_names:
-                raise unknown_name(f"column of the {where} split", column, rows.column_names)
+        self._columns = {"image": image, "label": label, "domain": domain}
+        for kind, column in self._columns.items():
+            if column is not None and column not in rows.column_names:
+                error = unknown_name(f"column of the {where} split", column, rows.column_names)
+                raise InputError(f"{error}; name the one with the {kind}s: {kind}=...")
         self.where = where
         self._rows = rows
-        self._image = image
-        self._label = label
-        self._domain = domain
         self._decoded: dict[int, Image.Image] = {}
 
     def __len__(self) -> int:
@@ -78,72 +77,45 @@ class ImageTable:
     @property
     def has_domains(self) -> bool:
         """Whether a column of domains was named."""
-        return self._domain is not None
+        return self._columns["domain"] is not None
 
-    def values(self, column: str) -> list[str] | Indices:
-        """Read a column of labels or domains without decoding an image.
-
-        Args:
-            column: ``"label"`` or ``"domain"``.
-
-        Returns:
-            Strings, or int64 [N].
-        """
-        name = self._label if column == "label" else self._domain
+    def values(self, kind: str) -> list[str] | Indices:
+        """Read ``"label"`` or ``"domain"`` of all rows: strings, or int64 [N]. Decodes no image."""
+        name = self._columns[kind]
         found = self._rows.select_columns([name]).with_format("numpy")[name][:]
         if np.issubdtype(np.asarray(found).dtype, np.integer):
             return np.asarray(found, dtype=np.int64)
         return [str(value) for value in found]
 
-    def names(self, column: str) -> list[str] | None:
+    def names(self, kind: str) -> list[str] | None:
         """The names that a `ClassLabel` column carries, or None for any other column."""
-        feature = self._rows.features[self._label if column == "label" else self._domain]
+        feature = self._rows.features[self._columns[kind]]
         return list(feature.names) if hasattr(feature, "names") else None
 
     def image(self, row: int) -> Image.Image:
-        """Decode one image.
-
-        Args:
-            row: Which row of the split.
-
-        Returns:
-            The image in RGB.
-
-        Raises:
-            InputError: If the bytes are no image.
-        """
+        """Decode one image to RGB; `InputError` if its bytes are no image."""
         kept = self._decoded.get(row)
         return self._decode(row) if kept is None else kept
 
     def keep_decoded(self, rows: Indices) -> None:
-        """Decode images once and keep them, so that later epochs do not decode again.
-
-        Args:
-            rows: Which rows of the split.
-        """
+        """Decode images once and keep them, so that later epochs do not decode again."""
         for row in rows.tolist():
             if row not in self._decoded:
                 self._decoded[row] = self._decode(row)
 
     def decoded_bytes(self, count: int) -> int:
-        """Estimate what decoded images take, from the first few of the split.
-
-        Args:
-            count: How many images.
-
-        Returns:
-            Their size in bytes.
-        """
+        """Estimate how many bytes so many decoded images take, from the first few of the split."""
         first = [self.image(row) for row in range(min(len(self), 8))]
         return sum(3 * i.width * i.height for i in first) * count // max(len(first), 1)
 
     def _decode(self, row: int) -> Image.Image:
+        column = self._columns["image"]
         try:
-            return as_rgb(self._rows[int(row)][self._image])
+            return as_rgb(self._rows[int(row)][column])
         # Readers of image formats raise whatever damaged bytes lead them to.
         except Exception as error:
             raise InputError(
-                f"row {row} of the {self.where} split, column '{self._image}', is no readable "
+                f"row {row} of the {self.where} split, column '{column}', is no readable "
                 f"image ({error}); remove the row or replace the file"
             ) from error
 
@@ -152,12 +124,6 @@ def as_rgb(image: Image.Image) -> Image.Image:
     """Turn an image of any mode into one of three channels of 8 bits.
 
     Grey values of 16 bits are scaled; Pillow by itself cuts them off at 255, which is white.
-
-    Args:
-        image: The image.
-
-    Returns:
-        The image in RGB.
 
     Example:
         >>> grey = Image.fromarray(np.full((1, 1), 32896, dtype=np.uint16))
@@ -222,13 +188,7 @@ class ImageDataset(Dataset[Sample]):
 
 
 class TensorSamples(Dataset[Sample]):
-    """Samples whose transformed images lie in memory.
-
-    Args:
-        images: float32 [N, 3, H, W].
-        labels: int64 [N].
-        tasks: int64 [N].
-    """
+    """Samples in memory: images, float32 [N, 3, H, W], labels and tasks, int64 [N]."""
 
     def __init__(self, images: Tensor, labels: Tensor, tasks: Tensor) -> None:
         self._samples = TensorDataset(images, labels, tasks)
@@ -241,15 +201,7 @@ class TensorSamples(Dataset[Sample]):
 
     @classmethod
     def of(cls, dataset: ImageDataset, *, num_workers: int = 0) -> TensorSamples:
-        """Transform every image of a data set once.
-
-        Args:
-            dataset: A data set whose transform draws no random numbers.
-            num_workers: Processes that decode and transform.
-
-        Returns:
-            The same samples, in memory.
-        """
+        """Transform every image of a data set once; the transform draws no random numbers."""
         # Making an iterator draws a number; not from the global generator, which training uses.
         own = torch.Generator()
         loader = DataLoader(dataset, batch_size=64, num_workers=num_workers, generator=own)

@@ -82,28 +82,22 @@ class StreamLoader(DataLoader[T]):
         yield from super().__iter__()
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's CPU generators, and put their states back afterwards.
+class ShareSampler(DistributedSampler[int]):
+    """The images of one process, in order: over all processes each image once, none repeated."""
 
-    Args:
-        seed: 0 to 2^64 - 1.
+    @override
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
 
-    Example:
-        >>> with seeded(1):
-        ...     first = random.random()
-        >>> with seeded(1):
-        ...     random.random() == first
-        True
-    """
-    with generators_kept():
-        seed_generators(seed)
-        yield
+    @override
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
 
 
 @contextmanager
 def generators_kept() -> Iterator[None]:
     """Put the states of Python's, NumPy's and torch's CPU generators back after a block."""
+    # Lightning's `isolate_rng` does not where the block raises.
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     try:
         yield
@@ -114,11 +108,7 @@ def generators_kept() -> Iterator[None]:
 
 
 def seed_generators(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's CPU generators.
-
-    Args:
-        seed: 0 to 2^64 - 1.
-    """
+    """Seed Python's, NumPy's and torch's CPU generators with a number from 0 to 2^64 - 1."""
     random.seed(seed)
     # NumPy and torch run the same generator on 32 bits of the seed: each gets a half of its
     # own, or a transform that draws from both would draw the same numbers twice.

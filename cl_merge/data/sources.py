@@ -49,13 +49,7 @@ def read_images(
 
 
 def is_hub_id(source: str | Path) -> bool:
-    """Tell whether images are read from the hub rather than from disk.
-
-    Args:
-        source: As for `read_images`.
-
-    Returns:
-        Whether it has the form of a hub id, and nothing of that name is on disk.
+    """Whether a source of `read_images` has the form of a hub id, and is not on disk.
 
     Example:
         >>> is_hub_id("uoft-cs/cifar100"), is_hub_id("./cifar100"), is_hub_id("images.parquet")
@@ -67,14 +61,7 @@ def is_hub_id(source: str | Path) -> bool:
 
 
 def hub_commit(source: str) -> str | None:
-    """Ask the hub which commit of a data set it would hand out now.
-
-    Args:
-        source: A hub id, with or without a configuration.
-
-    Returns:
-        The commit; None if the hub does not say, as when it cannot be reached.
-    """
+    """Ask the hub which commit of a data set it would hand out now; None if it does not say."""
     from huggingface_hub import HfApi
 
     try:
@@ -85,14 +72,7 @@ def hub_commit(source: str) -> str | None:
 
 
 def cached_commit(splits: Mapping[str, datasets.Dataset]) -> str | None:
-    """Find out which commit of a hub data set was read, from what was read.
-
-    Args:
-        splits: The splits of a data set from the hub or from its cache.
-
-    Returns:
-        The commit; None if nothing says.
-    """
+    """Find out which commit of a hub data set was read, if what was read from its cache says so."""
     files = [file for split in splits.values() for file in split.info.download_checksums or ()]
     commits = {found[1] for file in files if (found := re.search(r"@([0-9a-f]{40})/", file))}
     return commits.pop() if len(commits) == 1 else None

@@ -1,4 +1,4 @@
-"""From the splits of a data set to two tables whose labels and domains are whole numbers."""
+"""From the splits of a data set to two tables whose labels and domains are integers."""
 
 from __future__ import annotations
 
@@ -24,21 +24,7 @@ def two_splits(
     test_fraction: float | None,
     seed: int,
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Choose the images to train on and those to test on.
-
-    Args:
-        splits: The splits by name.
-        train: Name of the split to train on.
-        test: Name of the split to test on.
-        test_fraction: Share of the training split to test on instead.
-        seed: Which share.
-
-    Returns:
-        Training and test images.
-
-    Raises:
-        InputError: If a split is missing, or the share is not between 0 and 1 or leaves no image.
-    """
+    """Choose the images to train on and those to test on: two splits, or two parts of the first."""
     if train not in splits:
         raise InputError(
             f"the data set has no split '{train}'; it has {listing(splits)}: name the one to "
@@ -48,13 +34,13 @@ def two_splits(
         if not 0 < test_fraction < 1:
             raise InputError(f"test_fraction={test_fraction}; expected more than 0, below 1")
         try:
-            held_out = splits[train].train_test_split(test_fraction, seed=seed)
+            parts = splits[train].train_test_split(test_fraction, seed=seed)
         except ValueError as error:
             raise InputError(
                 f"test_fraction={test_fraction} of {len(splits[train])} images leaves "
                 "none to train on; give a smaller share"
             ) from error
-        return held_out["train"], held_out["test"]
+        return parts["train"], parts["test"]
     if test not in splits:
         raise InputError(
             f"the data set has no split '{test}'; it has {listing(splits)}: name the one to test "
@@ -63,71 +49,23 @@ def two_splits(
     return splits[train], splits[test]
 
 
-def table_of(
-    rows: datasets.Dataset, image: str, label: str, domain: str | None = None, *, where: str
-) -> ImageTable:
-    """Make the table of a split, after a look whether its columns are there.
-
-    Args:
-        rows: The split.
-        image: The column with the images.
-        label: The column with the labels.
-        domain: The column with the domains, if there is one.
-        where: What the split is called in messages.
-
-    Returns:
-        The table.
-
-    Raises:
-        InputError: If a column is missing; says which argument names it.
-    """
-    for setting, column in (("image", image), ("label", label), ("domain", domain)):
-        if column is not None and column not in rows.column_names:
-            error = unknown_name(f"column of the {where} split", column, rows.column_names)
-            raise InputError(f"{error}; name the one with the {setting}s: {setting}=...")
-    return ImageTable(rows, image, label, domain, where=where)
-
-
 def labels_of(train: ImageTable, test: ImageTable) -> tuple[Indices, Indices, list[str]]:
-    """Read the labels of both splits.
+    """Read the labels of both splits, int64 [N] and [M], and the names that go with them.
 
-    Args:
-        train: The training images.
-        test: The test images.
-
-    Returns:
-        Global labels of both, int64 [N] and [M], and the names that go with them: those of a
-        `ClassLabel`; of strings, the sorted strings; of numbers, the numbers.
-
-    Raises:
-        InputError: If the test images have a label that the training images do not.
+    The names are those of a `ClassLabel`; of strings, the sorted strings; of numbers, the numbers.
     """
     names = train.names("label")
     if names is None:
         found = train.values("label")
         numbers = isinstance(found, np.ndarray)
-        names = [str(value) for value in (range(int(max(found)) + 1) if numbers else set(found))]
-        names = names if numbers else sorted(names)
+        names = list(map(str, range(int(max(found)) + 1))) if numbers else sorted(set(found))
     return _indices(train, "label", names), _indices(test, "label", names), names
 
 
 def domains_of(
     train: ImageTable, test: ImageTable, scenario: str
 ) -> tuple[Indices, Indices, list[str]]:
-    """Read the domains of both splits.
-
-    Args:
-        train: The training images.
-        test: The test images.
-        scenario: What they are wanted for, for the message where there are none.
-
-    Returns:
-        Domain indices of both, int64 [N] and [M], and the names that go with them.
-
-    Raises:
-        InputError: If no column of domains was named, or the test images have a domain that the
-            training images do not.
-    """
+    """Read the domains of both splits, int64 [N] and [M], and the names that go with them."""
     if not train.has_domains:
         raise InputError(f"scenario={scenario} needs the column of the domains: domain=...")
     names = train.names("domain") or sorted({str(value) for value in train.values("domain")})
@@ -203,21 +141,11 @@ def _indices(table: ImageTable, column: str, names: list[str]) -> Indices:
     return np.asarray([position[value] for value in values], dtype=np.int64)
 
 
-def check_range(values: Indices, number: int, where: str, what: str = "label") -> None:
-    """Make sure that labels, or domains, are those of a head or a list of names.
-
-    Args:
-        values: The labels, whole numbers [N].
-        number: How many classes there are.
-        where: How the error calls what holds them, as in ``"the train split"``.
-        what: How it calls one of them.
-
-    Raises:
-        InputError: If one is below 0 or not below the number; names them.
-    """
+def check_range(values: Indices, number: int, owner: str, kind: str = "label") -> None:
+    """Make sure that labels, or domains, are from 0 to below a number of classes."""
     wrong = sorted({int(v) for v in np.unique(values) if not 0 <= v < number})
     if wrong:
         raise InputError(
-            f"{where} has {what}s outside the head: {listing(map(str, wrong))}; expected "
+            f"{owner} has {kind}s outside the head: {listing(map(str, wrong))}; expected "
             f"0 to {number - 1}"
         )

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 from torchvision.transforms.functional import to_tensor
 from typing_extensions import override
@@ -19,25 +17,27 @@ from typing_extensions import override
 from cl_merge.data.images import (
     CACHE_BYTES,
     ImageDataset,
+    ImageTable,
     Sample,
     TensorSamples,
     Transform,
 )
-from cl_merge.data.sampling import StreamLoader, StreamSampler
+from cl_merge.data.sampling import ShareSampler, StreamLoader, StreamSampler
 from cl_merge.data.sources import read_images
-from cl_merge.data.tables import domains_of, labels_of, table_of, two_splits, with_domains
+from cl_merge.data.tables import domains_of, labels_of, two_splits, with_domains
 from cl_merge.data.tasks import (
     SCENARIOS,
     Indices,
     Order,
     Task,
-    hold_out,
-    limit_per_class,
+    as_integer,
+    held_out_tasks,
+    joint_task,
+    limited_tasks,
     split_by_class,
     split_by_data,
     split_by_domain,
     split_by_source,
-    whole_number,
 )
 from cl_merge.errors import InputError, listing, unknown_name
 from cl_merge.seeds import derive_seed
@@ -154,8 +154,8 @@ class TaskStream(L.LightningDataModule):
             splits, domain = dict(splits) | read, "domain"
         chosen = seed if split_seed is None else split_seed
         train, test = two_splits(splits, train_split, test_split, test_fraction, chosen)
-        self._train = table_of(train, image, label, domain, where=train_split)
-        self._test = table_of(test, image, label, domain, where=test_split)
+        self._train = ImageTable(train, image, label, domain, where=train_split)
+        self._test = ImageTable(test, image, label, domain, where=test_split)
         self._train_labels, self._test_labels, self.class_names = labels_of(self._train, self._test)
         self._transforms = {"train": train_transform, "test": test_transform}
         self.batch_size = batch_size
@@ -165,9 +165,9 @@ class TaskStream(L.LightningDataModule):
         self._seed = seed
         self.tasks = self._split(scenario, tasks, order)
         if images_per_class is not None:
-            self.tasks = _limited(self.tasks, self._train_labels, images_per_class, seed)
+            self.tasks = limited_tasks(self.tasks, self._train_labels, images_per_class, seed)
         if held_out != 0:
-            self.tasks = _held_out(self.tasks, self._train_labels, held_out, seed)
+            self.tasks = held_out_tasks(self.tasks, self._train_labels, held_out, seed)
         self._current = 0
         self._original: list[Task] | None = None
         self._test_samples: ImageDataset | TensorSamples | None = None
@@ -191,10 +191,7 @@ class TaskStream(L.LightningDataModule):
 
     @property
     def row(self) -> int:
-        """The row of the accuracy matrix that is filled after the current task.
-
-        That is the task's index; after joint training, which has seen all tasks, the last row.
-        """
+        """The row of the accuracy matrix after the current task; after joint training the last."""
         return self._current + len(self.test_tasks) - len(self.tasks)
 
     def joint(self) -> TaskStream:
@@ -210,23 +207,12 @@ class TaskStream(L.LightningDataModule):
 
             fit_stream(model, stream.joint(), trainer={"max_epochs": 3})
         """
-        classes = tuple(dict.fromkeys(label for task in self.tasks for label in task.classes))
-        joined = copy.copy(self)
-        joined._original = list(self.test_tasks)
-        joined._current = 0
-        joined._held_out = {}
-        joined.tasks = [
-            Task(
-                index=0,
-                name="joint",
-                classes=classes,
-                class_names=tuple(self.class_names[label] for label in classes),
-                train=np.unique(np.concatenate([task.train for task in self.tasks])),
-                test=np.unique(np.concatenate([task.test for task in self.tasks])),
-                held_out=np.unique(np.concatenate([task.held_out for task in self.tasks])),
-            )
-        ]
-        return joined
+        joint = copy.copy(self)
+        joint._original = list(self.test_tasks)
+        joint._current = 0
+        joint._held_out = {}
+        joint.tasks = [joint_task(self.tasks, self.class_names)]
+        return joint
 
     def select(self, index: int) -> Task:
         """Point at a task.
@@ -253,21 +239,15 @@ class TaskStream(L.LightningDataModule):
         ``loader.sampler.set_epoch(epoch)``.
         """
         self._keep_decoded()
-        dataset = ImageDataset(
-            self._train,
-            self.task.train,
-            self._train_labels,
-            np.full(len(self._train), self.task.index),
-            self._transforms["train"],
-        )
-        # For the seeds of workers; of the task's own, so that what came before it changes nothing.
+        dataset = self._images_of(self.task.train, self.task, "train")
+        # For the seeds of workers: the task's own, so that what came before changes nothing.
         generator = torch.Generator().manual_seed(
             derive_seed("workers", self._seed, self.task.index)
         )
         return StreamLoader(
             dataset,
             batch_size=self.batch_size,
-            sampler=self._sampler(dataset) if self._sampler else self._shuffled(dataset),
+            sampler=self._shuffled(dataset) if self._sampler is None else self._sampler(dataset),
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             generator=generator,
@@ -278,7 +258,7 @@ class TaskStream(L.LightningDataModule):
         """Load the test images of every task, each exactly once over all processes."""
         if self._test_samples is None:
             self._test_samples = self._prepare_test()
-        return self._test_loader(self._test_samples)
+        return self._ordered_loader(self._test_samples)
 
     def held_out_dataloader(self) -> DataLoader[Sample]:
         """Load the held-out training images of all tasks up to the current one, as if for a test.
@@ -300,8 +280,11 @@ class TaskStream(L.LightningDataModule):
             )
         for task in seen:
             if task.index not in self._held_out:
-                self._held_out[task.index] = self._prepare_held_out(task)
-        return self._own_loader(ConcatDataset([self._held_out[t.index] for t in seen]))
+                # The limit is for the images of all tasks, which are in memory together at the end.
+                images = sum(len(other.held_out) for other in self.tasks)
+                dataset = self._images_of(task.held_out, task, "test")
+                self._held_out[task.index] = self._in_memory(dataset, images)
+        return self._ordered_loader(ConcatDataset([self._held_out[t.index] for t in seen]))
 
     def task_dataloader(self) -> DataLoader[Sample]:
         """Load the current task's training images as if for a test, for what is measured on them.
@@ -311,7 +294,7 @@ class TaskStream(L.LightningDataModule):
             the transform of the tests.
         """
         self._keep_decoded()
-        return self._own_loader(self._as_test(self.task.train, self.task.index))
+        return self._ordered_loader(self._images_of(self.task.train, self.task, "test"))
 
     @override
     def predict_dataloader(self) -> DataLoader[Sample]:
@@ -329,77 +312,39 @@ class TaskStream(L.LightningDataModule):
         self.select(state_dict["task"])
 
     def _split(self, scenario: str, tasks: int | None, order: Order) -> list[Task]:
-        if tasks is not None and (whole_number(tasks) or 0) < 1:
+        if tasks is not None and (as_integer(tasks) or 0) < 1:
             raise InputError(f"tasks={tasks}; expected a whole number from 1")
-        if scenario in ("domain", "source"):
-            return self._split_by_column(scenario, tasks, order)
+        labels, names = (self._train_labels, self._test_labels), self.class_names
         if scenario == "class":
-            return split_by_class(
-                self._train_labels,
-                self._test_labels,
-                self.class_names,
-                tasks=tasks or 5,
-                order=order,
-            )
-        return split_by_data(
-            len(self._train), len(self._test), self.class_names, tasks=tasks or 5, seed=self._seed
-        )
-
-    def _split_by_column(self, scenario: str, tasks: int | None, order: Order) -> list[Task]:
-        train, test, names = domains_of(self._train, self._test, scenario)
-        if tasks not in (None, len(names)):
-            what = "domains" if scenario == "domain" else "sources"
+            return split_by_class(*labels, names, tasks=tasks or 5, order=order)
+        if scenario == "data":
+            sizes = len(self._train), len(self._test)
+            return split_by_data(*sizes, names, tasks=tasks or 5, seed=self._seed)
+        *domains, domain_names = domains_of(self._train, self._test, scenario)
+        if tasks not in (None, len(domain_names)):
             raise InputError(
-                f"tasks={tasks}, but the data set has {len(names)} {what} "
-                f"({listing(names)}), and each is a task; leave it out"
+                f"tasks={tasks}, but the data set has {len(domain_names)} {scenario}s "
+                f"({listing(domain_names)}), and each is a task; leave it out"
             )
         if scenario == "domain":
-            return split_by_domain(train, test, self.class_names, names, order=order)
-        return split_by_source(
-            (train, test),
-            (self._train_labels, self._test_labels),
-            self.class_names,
-            names,
-            order=order,
-        )
+            return split_by_domain(*domains, names, domain_names, order=order)
+        return split_by_source((domains[0], domains[1]), labels, names, domain_names, order=order)
 
     def _shuffled(self, dataset: ImageDataset) -> StreamSampler:
-        rank, world = self._place()
+        rank, world = self._rank_and_world()
         return StreamSampler(
             dataset, seed=self._seed, task=self.task.index, num_replicas=world, rank=rank
         )
 
-    def _keep_decoded(self) -> None:
-        """Decode the current task's training images once, if those of all tasks fit in memory."""
-        images = sum(len(task.train) for task in self.tasks)
-        if self._use_cache(lambda: self._train.decoded_bytes(images)):
-            self._train.keep_decoded(self.task.train)
-
-    def _own_loader(self, samples: Dataset[Sample]) -> DataLoader[Sample]:
-        """Load what this process's share is, of fewer images than processes too."""
-        rank, world = self._place()
-        share = range(rank, len(samples), world)  # type: ignore[arg-type]
-        return self._evaluation_loader(samples, share if world > 1 else None)
-
-    def _test_loader(self, samples: Dataset[Sample]) -> DataLoader[Sample]:
-        """Load what `Trainer` tests on; it would pad the shards with repeated images."""
-        rank, world = self._place()
-        if world == 1:
-            return self._evaluation_loader(samples, None)
-        return self._evaluation_loader(
-            samples,
-            UnrepeatedDistributedSampler(samples, num_replicas=world, rank=rank, shuffle=False),
-        )
-
-    def _evaluation_loader(
-        self, samples: Dataset[Sample], sampler: Iterable[Any] | None
-    ) -> DataLoader[Sample]:
+    def _ordered_loader(self, samples: Dataset[Sample]) -> DataLoader[Sample]:
+        """Load in a fixed order this process's share; `Trainer` would repeat images to pad it."""
+        rank, world = self._rank_and_world()
         parts = samples.datasets if isinstance(samples, ConcatDataset) else [samples]
         in_memory = all(isinstance(part, TensorSamples) for part in parts)
         return DataLoader(
             samples,
             batch_size=self.batch_size,
-            sampler=sampler,
+            sampler=ShareSampler(samples, world, rank) if world > 1 else None,
             num_workers=0 if in_memory else self.num_workers,
             pin_memory=torch.cuda.is_available(),
             # A generator of its own: to make an iterator draws a number, and that must not come
@@ -407,72 +352,48 @@ class TaskStream(L.LightningDataModule):
             generator=torch.Generator().manual_seed(self._seed),
         )
 
-    def _place(self) -> tuple[int, int]:
-        """This process's rank, and how many there are."""
+    def _rank_and_world(self) -> tuple[int, int]:
+        """This process's rank, and how many processes there are."""
         trainer = self.trainer
         return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
 
-    def _prepare_held_out(self, task: Task) -> ImageDataset | TensorSamples:
-        dataset = self._as_test(task.held_out, task.index)
-        # The limit is for the images of all tasks, which are in memory together at the end.
-        images = sum(len(other.held_out) for other in self.tasks)
+    def _images_of(self, rows: Indices, task: Task, transform: str) -> ImageDataset:
+        """Training images that belong to a task, with the transform of training or of tests."""
+        tasks = np.full(len(self._train), task.index)
+        return ImageDataset(
+            self._train, rows, self._train_labels, tasks, self._transforms[transform]
+        )
+
+    def _prepare_test(self) -> ImageDataset | TensorSamples:
+        tasks = np.full(len(self._test), -1)
+        for task in self.test_tasks:
+            tasks[task.test] = task.index
+        rows = np.flatnonzero(tasks >= 0)
+        transform = self._transforms["test"]
+        dataset = ImageDataset(self._test, rows, self._test_labels, tasks, transform)
+        return self._in_memory(dataset, len(rows))
+
+    def _in_memory(self, dataset: ImageDataset, images: int) -> ImageDataset | TensorSamples:
+        """Transform the images once, if so many of them fit in memory."""
         if len(dataset) and self._use_cache(lambda: dataset[0].image.nbytes * images):
             return TensorSamples.of(dataset, num_workers=self.num_workers)
         return dataset
 
-    def _as_test(self, rows: Indices, task: int) -> ImageDataset:
-        tasks = np.full(len(self._train), task)
-        transform = self._transforms["test"]
-        return ImageDataset(self._train, rows, self._train_labels, tasks, transform)
-
-    def _prepare_test(self) -> ImageDataset | TensorSamples:
-        task_of_row = np.full(len(self._test), -1)
-        for task in self.test_tasks:
-            task_of_row[task.test] = task.index
-        rows = np.flatnonzero(task_of_row >= 0)
-        dataset = ImageDataset(
-            self._test, rows, self._test_labels, task_of_row, self._transforms["test"]
-        )
-        if len(rows) and self._use_cache(lambda: dataset[0].image.nbytes * len(rows)):
-            return TensorSamples.of(dataset, num_workers=self.num_workers)
-        return dataset
+    def _keep_decoded(self) -> None:
+        """Decode the current task's training images once, if those of all tasks fit in memory."""
+        images = sum(len(task.train) for task in self.tasks)
+        if self._use_cache(lambda: self._train.decoded_bytes(images)):
+            self._train.keep_decoded(self.task.train)
 
     def _use_cache(self, needed: Callable[[], int]) -> bool:
         return needed() <= CACHE_BYTES if self._cache == "auto" else self._cache
 
 
 def check_loading(batch_size: int, num_workers: int, cache: Any) -> None:
-    """Check how images are loaded, which would otherwise show when the first loader is made.
-
-    Args:
-        batch_size: Images per batch and process.
-        num_workers: Processes that load images.
-        cache: Whether images are kept in memory.
-
-    Raises:
-        InputError: If one of them cannot be.
-    """
+    """Check how images are loaded, which would otherwise show when the first loader is made."""
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size}; expected 1 or more")
     if num_workers < 0:
         raise InputError(f"num_workers={num_workers}; expected 0 or more")
     if not (isinstance(cache, bool) or cache == "auto"):
         raise InputError(f"cache={cache}; expected true, false or auto")
-
-
-def _limited(tasks: list[Task], labels: Indices, limit: int, seed: int) -> list[Task]:
-    if limit < 1:
-        raise InputError(f"images_per_class={limit}; expected 1 or more")
-    kept = limit_per_class(labels, limit, seed)
-    return [replace(task, train=np.intersect1d(task.train, kept)) for task in tasks]
-
-
-def _held_out(tasks: list[Task], labels: Indices, share: float, seed: int) -> list[Task]:
-    number = isinstance(share, (int, float)) and not isinstance(share, bool)
-    if not (number and 0 <= share < 1):
-        raise InputError(f"held_out={share}; expected 0 or more, below 1")
-    split = []
-    for task in tasks:
-        chosen = hold_out(labels[task.train], share, derive_seed("held out", seed, task.index))
-        split.append(replace(task, train=task.train[~chosen], held_out=task.train[chosen]))
-    return split

@@ -9,13 +9,14 @@ import itertools
 import operator
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cl_merge.errors import InputError, listing, unknown_name
+from cl_merge.seeds import derive_seed
 
 Indices: TypeAlias = NDArray[np.int64]
 Order: TypeAlias = str | int | Sequence[int] | Sequence[str]
@@ -61,17 +62,10 @@ class Task:
 
 
 def parts(length: int, number: int) -> list[slice]:
-    """Cut a sequence into consecutive parts of nearly equal length.
+    """Cut a sequence into consecutive parts of nearly equal length; together they cover it once.
 
     Part k is ``[floor(length / number * k), floor(length / number * (k + 1)))``, in exact integer
     arithmetic: in floating point some pairs, 100 classes in 97 tasks for one, lose the last one.
-
-    Args:
-        length: Number of elements.
-        number: Number of parts.
-
-    Returns:
-        One slice per part; together they cover the sequence once.
 
     Example:
         >>> parts(7, 3)
@@ -104,7 +98,7 @@ def resolve_order(order: Order, names: Sequence[str], what: str) -> list[int]:
         if order != "natural":
             raise unknown_name(f"{what} order", order, ["natural"])
         return list(range(len(names)))
-    seed = whole_number(order)
+    seed = as_integer(order)
     if seed is not None and seed >= 0:
         return [int(i) for i in np.random.default_rng(seed).permutation(len(names))]
     if not isinstance(order, Iterable):
@@ -152,20 +146,17 @@ def split_by_class(
             "every task needs a class of its own"
         )
     ordered = resolve_order(order, class_names, "class")
-    stream = []
-    for index, part in enumerate(parts(len(ordered), tasks)):
-        classes = ordered[part]
-        stream.append(
-            _task(
-                index,
-                listing([class_names[c] for c in classes]),
-                classes,
-                class_names,
-                np.flatnonzero(np.isin(train_labels, classes)),
-                np.flatnonzero(np.isin(test_labels, classes)),
-            )
+    return [
+        _task(
+            index,
+            listing([class_names[c] for c in ordered[part]]),
+            ordered[part],
+            class_names,
+            np.flatnonzero(np.isin(train_labels, ordered[part])),
+            np.flatnonzero(np.isin(test_labels, ordered[part])),
         )
-    return stream
+        for index, part in enumerate(parts(len(ordered), tasks))
+    ]
 
 
 def split_by_domain(
@@ -288,17 +279,42 @@ def split_by_data(
     ]
 
 
+def joint_task(tasks: Sequence[Task], class_names: Sequence[str]) -> Task:
+    """All images and classes of some tasks in a single one, each once."""
+    classes = tuple(dict.fromkeys(label for task in tasks for label in task.classes))
+    return Task(
+        index=0,
+        name="joint",
+        classes=classes,
+        class_names=tuple(class_names[label] for label in classes),
+        train=np.unique(np.concatenate([task.train for task in tasks])),
+        test=np.unique(np.concatenate([task.test for task in tasks])),
+        held_out=np.unique(np.concatenate([task.held_out for task in tasks])),
+    )
+
+
+def limited_tasks(tasks: Sequence[Task], labels: Indices, limit: int, seed: int) -> list[Task]:
+    """Train on at most `limit` images of each class."""
+    if limit < 1:
+        raise InputError(f"images_per_class={limit}; expected 1 or more")
+    kept = limit_per_class(labels, limit, seed)
+    return [replace(task, train=np.intersect1d(task.train, kept)) for task in tasks]
+
+
+def held_out_tasks(tasks: Sequence[Task], labels: Indices, share: float, seed: int) -> list[Task]:
+    """Hold a share of each task's training images out, of each class."""
+    number = isinstance(share, (int, float)) and not isinstance(share, bool)
+    if not (number and 0 <= share < 1):
+        raise InputError(f"held_out={share}; expected 0 or more, below 1")
+    found = []
+    for task in tasks:
+        chosen = hold_out(labels[task.train], share, derive_seed("held out", seed, task.index))
+        found.append(replace(task, train=task.train[~chosen], held_out=task.train[chosen]))
+    return found
+
+
 def limit_per_class(labels: Indices, limit: int, seed: int) -> Indices:
-    """Choose at most so many images of each class, at random.
-
-    Args:
-        labels: Labels, int64 [N].
-        limit: Images to keep per class; a class with fewer keeps all.
-        seed: Which images.
-
-    Returns:
-        The rows kept, int64, ascending.
-    """
+    """Choose at most `limit` images of each class at random: their rows, ascending."""
     shuffled = np.random.default_rng(seed).permutation(len(labels))
     grouped = shuffled[np.argsort(labels[shuffled], kind="stable")]
     _, counts = np.unique(labels, return_counts=True)
@@ -348,7 +364,7 @@ def _index_of(item: int | str, names: Sequence[str], what: str) -> int:
         if item not in names:
             raise unknown_name(what, item, names)
         return list(names).index(item)
-    index = whole_number(item)
+    index = as_integer(item)
     if index is None or not 0 <= index < len(names):
         raise InputError(
             f"the {what} order names index {item}, but they run from 0 to {len(names) - 1}"
@@ -356,19 +372,8 @@ def _index_of(item: int | str, names: Sequence[str], what: str) -> int:
     return index
 
 
-def whole_number(value: Any) -> int | None:
-    """Read a whole number of Python, numpy or torch.
-
-    Args:
-        value: Anything.
-
-    Returns:
-        The number; None for anything else, truth values among them.
-
-    Example:
-        >>> whole_number(3), whole_number(3.0), whole_number(True)
-        (3, None, None)
-    """
+def as_integer(value: Any) -> int | None:
+    """Read an integer of Python, numpy or torch; None for anything else, booleans among them."""
     try:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:

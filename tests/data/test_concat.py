@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cl_merge.data.concat import Member, join
+from cl_merge.data.concat import NamedSplits, concat
 from cl_merge.data.task_stream import TaskStream
 from cl_merge.errors import InputError
 
@@ -30,8 +30,8 @@ def members():
     # Other columns, other sizes, names for labels, one of them the same, and no test split.
     animals = {"all": table(range(20, 30), ["cat", "one"] * 5, image="photo", label="kind", size=6)}
     return [
-        Member("digits", digits),
-        Member(
+        NamedSplits("digits", digits),
+        NamedSplits(
             "animals",
             animals,
             image="photo",
@@ -43,16 +43,16 @@ def members():
 
 
 def test_labels_go_on_where_those_of_the_last_data_set_end(members):
-    joined, names = join(members)
+    splits, names = concat(members)
     assert names == [["zero", "one"], ["cat", "one"]]
-    label = joined["train"].features["label"]
+    label = splits["train"].features["label"]
     assert label.names == ["digits: zero", "digits: one", "animals: cat", "animals: one"]
-    assert joined["train"].features == joined["test"].features
-    assert joined["train"].column_names == ["image", "label", "source"]
-    assert len(joined["train"]) == 3 + 8
-    assert len(joined["test"]) == 2 + 2
+    assert splits["train"].features == splits["test"].features
+    assert splits["train"].column_names == ["image", "label", "source"]
+    assert len(splits["train"]) == 3 + 8
+    assert len(splits["test"]) == 2 + 2
     seen = set()
-    for split in joined.values():
+    for split in splits.values():
         for row in split:
             value = np.asarray(row["image"])[0, 0, 0]
             seen.add(int(value))
@@ -66,14 +66,14 @@ def test_labels_go_on_where_those_of_the_last_data_set_end(members):
 
 def test_no_image_is_decoded(members, monkeypatch):
     monkeypatch.setattr(datasets.Image, "decode_example", None)
-    joined, _ = join(members)
-    stream = TaskStream(joined, scenario="source", domain="source")
+    splits, _ = concat(members)
+    stream = TaskStream(splits, scenario="source", domain="source")
     assert [len(task.train) for task in stream.tasks] == [3, 8]
 
 
 def test_every_data_set_is_a_task_with_its_own_classes(members):
-    joined, _ = join(members)
-    stream = TaskStream(joined, scenario="source", domain="source", order=["animals", "digits"])
+    splits, _ = concat(members)
+    stream = TaskStream(splits, scenario="source", domain="source", order=["animals", "digits"])
     assert [task.name for task in stream.tasks] == ["animals", "digits"]
     assert [task.classes for task in stream.tasks] == [(2, 3), (0, 1)]
     assert stream.tasks[1].class_names == ("digits: zero", "digits: one")
@@ -82,14 +82,14 @@ def test_every_data_set_is_a_task_with_its_own_classes(members):
 
 
 def test_the_division_of_a_data_set_depends_on_its_own_seed(members):
-    first, same = (join(members)[0]["test"]["label"] for _ in range(2))
+    first, same = (concat(members)[0]["test"]["label"] for _ in range(2))
     assert list(first) == list(same)
     names = {
         seed: [
             np.asarray(image)[0, 0, 0]
-            for image in join([Member(**vars(members[1]) | {"split_seed": seed})])[0]["test"][
-                "image"
-            ]
+            for image in concat([NamedSplits(**vars(members[1]) | {"split_seed": seed})])[0][
+                "test"
+            ]["image"]
         ]
         for seed in range(4)
     }
@@ -97,10 +97,10 @@ def test_the_division_of_a_data_set_depends_on_its_own_seed(members):
 
 
 def test_data_sets_with_one_name_and_missing_columns_are_named(members):
-    with pytest.raises(InputError, match="^data sets to join: digits, digits; expected"):
-        join([members[0], members[0]])
-    wrong = Member("animals", members[1].splits, train_split="all", test_fraction=0.2)
+    with pytest.raises(InputError, match="^data sets to put together: digits, digits; expected"):
+        concat([members[0], members[0]])
+    wrong = NamedSplits("animals", members[1].splits, train_split="all", test_fraction=0.2)
     with pytest.raises(InputError, match="^data set 'animals': unknown column of the all split"):
-        join([wrong])
+        concat([wrong])
     with pytest.raises(InputError, match="^data set 'animals': the data set has no split 'train'"):
-        join([Member("animals", members[1].splits)])
+        concat([NamedSplits("animals", members[1].splits)])

@@ -12,7 +12,7 @@ from tiny import QUIET, classifier, stream
 from torch.utils.data import DistributedSampler
 
 from cl_merge.data.images import ImageDataset
-from cl_merge.data.sampling import Draw, StreamSampler, seeded
+from cl_merge.data.sampling import Draw, StreamSampler, generators_kept, seed_generators
 from cl_merge.seeds import derive_seed
 
 
@@ -150,7 +150,8 @@ def test_the_three_generators_draw_apart_from_each_other():
     """All three are the Mersenne twister: the same seed could give the same bits."""
 
     def low_bits(seed):
-        with seeded(seed):
+        with generators_kept():
+            seed_generators(seed)
             drawn = random.getrandbits(32), int(np.random.randint(1 << 32, dtype=np.uint32))
             return [bits % (1 << 24) for bits in drawn] + [int(torch.rand(()) * (1 << 24))]
 
