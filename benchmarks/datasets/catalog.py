@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,30 +24,22 @@ if TYPE_CHECKING:
 _OWN_KEYS = ("about", "extends", "sources", "facts")
 _FACTS = ("train", "test", "classes", "domains", "tasks")
 
+# Modules with a function of the same name that makes the data set.
+_BUILTIN = "builtin:"
+_MADE_HERE = ("digits", "characters")
+
 
 @dataclass(frozen=True)
 class DataEntry:
-    """What is known of a data set before it is read.
+    """What is known of a data set before it is read."""
 
-    Attributes:
-        name: What it is called: a name of the catalog, the name of a file without its ending, a
-            path or a hub id.
-        source: Where the images come from; None if only a local copy will do, or if it is joined.
-        about: One line for people.
-        recipe: Settings of a run that this data set brings along.
-        facts: What is known of its size: images in ``train`` and ``test``, ``classes``,
-            ``domains``, ``tasks``; as far as it is known.
-        sources: The data sets that it is joined from, in order; none for most.
-        file: The user's file that describes it; None for the catalog's, a path or a hub id.
-    """
-
-    name: str
-    source: str | None
+    name: str  # of the catalog, of a file without its ending, a path or a hub id
+    source: str | None  # of the images; None if only a local copy will do, or if it is joined
     about: str
-    recipe: Mapping[str, Any]
-    facts: Mapping[str, int] = field(default_factory=dict)
-    sources: tuple[str, ...] = ()
-    file: Path | None = None
+    recipe: Mapping[str, Any]  # settings of a run
+    facts: Mapping[str, int] = field(default_factory=dict)  # of its size, as far as it is known
+    sources: tuple[str, ...] = ()  # the data sets that it is joined from, in order
+    file: Path | None = None  # the user's file that describes it
 
 
 def catalog() -> list[str]:
@@ -56,17 +49,9 @@ def catalog() -> list[str]:
 
 
 def find_data(name: str) -> DataEntry:
-    """Look up a data set.
+    """Look up a data set: in the catalog, in a user's YAML file, images on disk, or a hub id.
 
-    Args:
-        name: A name of the catalog, a YAML file such as those of the catalog, a folder or other
-            file with images, or a hub id.
-
-    Returns:
-        Its entry; for images or a hub id one without a recipe.
-
-    Raises:
-        InputError: If a plain word is neither in the catalog nor a path, or a file is wrong.
+    Images and a hub id have no recipe.
 
     Example:
         >>> find_data("digits").source
@@ -75,7 +60,8 @@ def find_data(name: str) -> DataEntry:
     known = catalog()
     if name in known or is_data_file(name):
         return _entry(name)
-    if not _looks_like_a_place(name):
+    path = Path(name).expanduser()
+    if not ("/" in name or path.suffix == ".parquet" or path.exists()):
         raise unknown_name(
             "data set", name, [*known, "a folder", "a YAML file", "OWNER/NAME on the hub"]
         )
@@ -83,31 +69,25 @@ def find_data(name: str) -> DataEntry:
 
 
 def is_data_file(name: str) -> bool:
-    """Tell whether a data set is named by the YAML file that describes it.
-
-    Args:
-        name: What the user wrote.
-
-    Returns:
-        Whether it ends as the name of a YAML file.
-    """
+    """Whether a data set is named by the YAML file that describes it."""
     return name.endswith((".yaml", ".yml"))
 
 
-def find_source(entry: DataEntry) -> str:
-    """Find where a data set lies: a local copy, or what its recipe says.
+def data_name(data: str) -> str:
+    """What a data set is called in tables and on cards: a file by its stem, a path by its end.
 
-    Args:
-        entry: The data set.
-
-    Returns:
-        The folder of its name in the folder that the environment variable ``CL_MERGE_DATA`` names,
-        if that is there; otherwise its source.
-
-    Raises:
-        InputError: If its recipe has no source, since it is nowhere to be had, and there is no
-            local copy.
+    Example:
+        >>> data_name("/photos/birds.yaml"), data_name("/photos"), data_name("uoft-cs/cifar100")
+        ('birds', 'photos', 'uoft-cs/cifar100')
     """
+    path = Path(data)
+    if is_data_file(data):
+        return path.stem
+    return path.name if data.startswith(("/", "~", ".")) else data
+
+
+def find_source(entry: DataEntry) -> str:
+    """Where a data set lies: in the folder ``CL_MERGE_DATA``, or what its recipe says."""
     home = os.environ.get("CL_MERGE_DATA")
     local = Path(home).expanduser() / entry.name if home else None
     if local is not None and local.exists():
@@ -123,35 +103,20 @@ def find_source(entry: DataEntry) -> str:
 
 
 def open_data(source: str, **options: Any) -> Mapping[str, datasets.Dataset]:
-    """Read the images of a data set.
-
-    Args:
-        source: ``builtin:NAME``, a path, or a hub id.
-        **options: Those of `read_images`.
-
-    Returns:
-        The splits by name.
-
-    Raises:
-        InputError: If it cannot be read.
-    """
-    if source.startswith(_BUILTIN):
-        found = source.removeprefix(_BUILTIN)
-        if found not in _MAKERS:
-            raise unknown_name("data set of the package", found, list(_MAKERS))
-        return _MAKERS[found]()
-    return read_images(source, **options)
+    """Read the images of a data set: ``builtin:NAME``, or a source of `read_images`."""
+    if not source.startswith(_BUILTIN):
+        return read_images(source, **options)
+    name = source.removeprefix(_BUILTIN)
+    if name not in _MADE_HERE:
+        raise unknown_name("data set of the package", name, _MADE_HERE)
+    made: Mapping[str, datasets.Dataset] = getattr(
+        import_module(f"cl_merge.benchmarks.datasets.{name}"), name
+    )()
+    return made
 
 
 def is_on_hub(source: str) -> bool:
-    """Tell whether the images of a data set come from the hub.
-
-    Args:
-        source: As for `open_data`.
-
-    Returns:
-        Whether it is a hub id.
-    """
+    """Whether a source of `open_data` is a hub id."""
     return not source.startswith(_BUILTIN) and is_hub_id(source)
 
 
@@ -179,7 +144,7 @@ def _with_parents(name: str, children: tuple[str, ...]) -> tuple[dict[str, Any],
     _check_keys(layer, str(file or f"{name}.yaml"))
     given: Any = OmegaConf.to_container(layer)
     if file is not None:
-        _resolve_places(given, file.parent)
+        _resolve_paths(given, file.parent)
     parent = given.pop("extends", None)
     if parent is None:
         return given, file
@@ -192,25 +157,20 @@ def _with_parents(name: str, children: tuple[str, ...]) -> tuple[dict[str, Any],
     return merged, file
 
 
-def _resolve_places(given: dict[str, Any], folder: Path) -> None:
-    """Find what a user's file names beside itself, wherever the command is called from."""
-    source = given.get("source")
-    if isinstance(source, str):
-        given["source"] = _beside(source, folder)
-    if isinstance(given.get("extends"), str) and is_data_file(given["extends"]):
-        given["extends"] = str(folder / given["extends"])
+def _resolve_paths(given: dict[str, Any], folder: Path) -> None:
+    """Find what a user's file names relative to itself, wherever the command is called from."""
+    for key in ("source", "extends"):
+        name = given.get(key)
+        if isinstance(name, str) and (key == "source" or is_data_file(name)):
+            given[key] = _resolved(name, folder)
     if isinstance(given.get("sources"), list):
-        given["sources"] = [
-            str(folder / Path(str(name)).expanduser())
-            if is_data_file(str(name))
-            else _beside(str(name), folder)
-            for name in given["sources"]
-        ]
+        given["sources"] = [_resolved(str(name), folder) for name in given["sources"]]
 
 
-def _beside(place: str, folder: Path) -> str:
-    path = folder / Path(place).expanduser()
-    return str(path) if path.exists() or place.startswith((".", "~")) else place
+def _resolved(name: str, folder: Path) -> str:
+    path = folder / Path(name).expanduser()
+    is_path = is_data_file(name) or path.exists() or name.startswith((".", "~"))
+    return str(path) if is_path else name
 
 
 def _check_keys(layer: DictConfig, origin: str) -> None:
@@ -234,25 +194,3 @@ def _check(facts: Any, sources: tuple[Any, ...], source: Any, origin: object) ->
         raise InputError(f"{origin}: has both source and sources; expected one of them")
     if source is not None and not isinstance(source, str):
         raise InputError(f"{origin}: source is {source}; expected a path or a hub id")
-
-
-def _digits() -> Mapping[str, datasets.Dataset]:
-    from cl_merge.benchmarks.datasets.digits import digits
-
-    found: Mapping[str, datasets.Dataset] = digits()
-    return found
-
-
-def _characters() -> Mapping[str, datasets.Dataset]:
-    from cl_merge.benchmarks.datasets.character_stream import characters
-
-    found: Mapping[str, datasets.Dataset] = characters()
-    return found
-
-
-_BUILTIN = "builtin:"
-_MAKERS = {"digits": _digits, "characters": _characters}
-
-
-def _looks_like_a_place(name: str) -> bool:
-    return "/" in name or name.endswith(".parquet") or Path(name).expanduser().exists()

@@ -1,282 +1,178 @@
-"""The characters that the embedded model ``glyph`` learns from: shapes from fonts, and captions.
+"""The 62 letters and digits as a data set of small pictures, drawn on the spot.
 
-The fonts are those that matplotlib carries (DejaVu, STIX, Computer Modern), so that every machine
-that can install this package has the same ones. A shape is kept as two distance fields, that of its
-outline and that of its thinned stroke: thickness is then a threshold that costs nothing to vary.
+The embedded model ``glyph`` learned from characters of the same kind. What is drawn here it has not
+seen: the fonts are those held out of its pre-training, a character keeps its size and its position
+on the line (so that c is not C), and five looks go beyond the distortions that it learned from.
+
+``characters.png`` holds the shapes, so that no version of a font or of its renderer changes a
+picture; `cl_merge.benchmarks.studies.glyph_shapes` has made it.
 """
 
 from __future__ import annotations
 
-import re
 import string
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from importlib.resources import files
+from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.ft2font import FT2Font
-from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+import torch.nn.functional as F
+from PIL import Image
 from scipy.ndimage import distance_transform_edt
-from torch import Tensor
+from torch import Generator, Tensor
 
-FIELD = 64
-"""Side of a distance field in pixels."""
-
-INK = 44
-"""The longer side of a character's ink in a field: the margin leaves room for any distortion."""
+if TYPE_CHECKING:
+    import datasets
 
 CHARACTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase
 
-FONTS = {
-    "DejaVuSans": "sans-serif",
-    "DejaVuSans-Bold": "bold sans-serif",
-    "DejaVuSans-Oblique": "oblique sans-serif",
-    "DejaVuSans-BoldOblique": "bold oblique sans-serif",
-    "DejaVuSansMono": "monospace",
-    "DejaVuSansMono-Bold": "bold monospace",
-    "DejaVuSansMono-Oblique": "oblique monospace",
-    "DejaVuSansMono-BoldOblique": "bold oblique monospace",
-    "DejaVuSerif": "serif",
-    "DejaVuSerif-Bold": "bold serif",
-    "DejaVuSerif-Italic": "italic serif",
-    "DejaVuSerif-BoldItalic": "bold italic serif",
-    "STIXGeneral": "serif",
-    "STIXGeneralBol": "bold serif",
-    "STIXGeneralItalic": "italic serif",
-    "STIXGeneralBolIta": "bold italic serif",
-    "cmr10": "serif",
-    "cmb10": "bold serif",
-    "cmss10": "sans-serif",
-    "cmti10": "italic",
-    "cmtt10": "typewriter",
-    "cmmi10": "old-style italic",
-}
-"""matplotlib's fonts with Latin letters and digits, each with the words for its style."""
+LOOKS = ("slanted", "textured", "negative", "noisy", "handwritten")
+"""How pictures differ; a domain each for domain-incremental streams."""
 
-HELD_OUT = ("DejaVuSansMono-Oblique", "STIXGeneralBol", "cmti10")
-"""Fonts that training never draws from, for a figure on characters of unseen shape."""
+SIDE = 32
+"""Height and width of a picture in pixels."""
 
-# Unicode also encodes whole alphabets of another style, and their names say which. Only STIX draws
-# them by hand; DejaVu mostly repeats its other fonts there.
-_ALPHABET = re.compile(
-    r"(?:MATHEMATICAL |(?=DOUBLE-STRUCK|SCRIPT|BLACK-LETTER))(.+) (?:CAPITAL|SMALL|DIGIT) \w+"
-)
+_TRAIN, _TEST = 40, 15  # pictures of each class, in equal parts of each look
+_SEEDS = {"train": 20240, "test": 20241}
+_FONTS = 3
+_FIELD = 64  # side of a shape in pixels
 
 
-@dataclass(frozen=True)
-class Shape:
-    """One character in one style.
-
-    Attributes:
-        character: The ASCII character that it shows.
-        code: The code point to draw, the character itself or a styled variant of it.
-        font: The font's file name without its ending.
-        style: Words for how it looks, such as ``"bold serif"``.
-    """
-
-    character: str
-    code: int
-    font: str
-    style: str
-
-
-def shapes(fonts: Sequence[str] | None = None) -> list[Shape]:
-    """List every shape that the fonts have for the characters.
-
-    Args:
-        fonts: Names from ``FONTS``; by default all but the held-out ones.
+def characters() -> datasets.DatasetDict:
+    """Draw the data set: the same pictures every time, in a few seconds, without a network.
 
     Returns:
-        The shapes, in the order of the fonts and of their code points.
+        Splits ``train`` (40 pictures of each of the 62 classes) and ``test`` (15), with columns
+        ``image`` (RGB, 32 x 32 pixels), ``label`` (`ClassLabel`: digits, capital letters, small
+        letters; the names are their Unicode names, such as ``"small letter a"``) and ``look``
+        (`ClassLabel` of `LOOKS`).
 
     Example:
-        >>> shapes(["cmr10"])[7]
-        Shape(character='7', code=55, font='cmr10', style='serif')
+        >>> characters()["test"].num_rows
+        930
     """
-    if fonts is None:
-        fonts = [font for font in FONTS if font not in HELD_OUT]
-    return [shape for font in fonts for shape in _shapes_of(font)]
+    import datasets
 
-
-def _shapes_of(font: str) -> list[Shape]:
-    found = []
-    for code in sorted(FT2Font(str(_file(font))).get_charmap()):
-        plain = unicodedata.normalize("NFKC", chr(code))
-        if len(plain) != 1 or plain not in CHARACTERS:
-            continue
-        name = unicodedata.name(chr(code))
-        if code < 128:
-            found.append(Shape(plain, code, font, FONTS[font]))
-        elif font.startswith("STIX") and (match := _ALPHABET.fullmatch(name)):
-            found.append(Shape(plain, code, font, match[1].lower()))
-    return found
-
-
-def _file(font: str) -> Path:
-    return Path(matplotlib.get_data_path(), "fonts", "ttf", f"{font}.ttf")
-
-
-class Atlas:
-    """Distance fields of shapes, ready to be drawn in batches.
-
-    Args:
-        listed: The shapes to keep.
-
-    Attributes:
-        shapes: The shapes, in the given order.
-        classes: Index into ``CHARACTERS`` of each shape, int64 of shape ``(shapes,)``.
-    """
-
-    def __init__(self, listed: Sequence[Shape]) -> None:
-        self.shapes = list(listed)
-        self.classes = torch.tensor([CHARACTERS.index(shape.character) for shape in self.shapes])
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-    @cached_property
-    def outlines(self) -> Tensor:
-        """Signed distance to the outline in pixels, positive outside.
-
-        Float32 of shape ``(shapes, 64, 64)``.
-        """
-        fields = [_signed_distance(_mask(shape, 2 * FIELD)) for shape in self.shapes]
-        # Drawn at twice the size, so a distance there is half a pixel here.
-        return torch.nn.functional.avg_pool2d(torch.from_numpy(np.stack(fields)), 2) / 2
-
-    @cached_property
-    def strokes(self) -> Tensor:
-        """Distance to the thinned stroke in pixels, as a pen would follow it.
-
-        Float32 of shape ``(shapes, 64, 64)``.
-        """
-        thin = thinned(torch.from_numpy(np.stack([_mask(s, FIELD) for s in self.shapes])))
-        fields = [distance_transform_edt(~stroke) for stroke in thin.numpy()]
-        return torch.from_numpy(np.stack(fields).astype(np.float32))
-
-
-def _mask(shape: Shape, side: int) -> NDArray[np.bool_]:
-    """Draw a shape as large as the margin allows, centred by its ink."""
-    font = ImageFont.truetype(_file(shape.font), 4 * side)
-    left, top, right, bottom = font.getbbox(chr(shape.code))
-    ink = Image.new("L", (int(right - left), int(bottom - top)))
-    ImageDraw.Draw(ink).text((-left, -top), chr(shape.code), fill=255, font=font)
-    scale = side * INK / FIELD / max(ink.size)
-    ink = ink.resize(
-        (max(1, round(ink.width * scale)), max(1, round(ink.height * scale))), Image.Resampling.BOX
+    outlines, strokes = _distances()
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "label": datasets.ClassLabel(names=[unicode_name(c) for c in CHARACTERS]),
+            "look": datasets.ClassLabel(names=list(LOOKS)),
+        }
     )
-    canvas = Image.new("L", (side, side))
-    canvas.paste(ink, ((side - ink.width) // 2, (side - ink.height) // 2))
-    return np.asarray(canvas) > 127
+    return datasets.DatasetDict(
+        {
+            split: datasets.Dataset.from_dict(
+                _rows(outlines, strokes, count, _SEEDS[split]), features
+            )
+            for split, count in (("train", _TRAIN), ("test", _TEST))
+        }
+    )
 
 
-def _signed_distance(mask: NDArray[np.bool_]) -> NDArray[np.float32]:
-    outside, inside = distance_transform_edt(~mask), distance_transform_edt(mask)
-    return np.asarray(outside - inside, dtype=np.float32)
+def unicode_name(character: str) -> str:
+    """Name a letter or digit, as in ``"small letter a"``."""
+    return unicodedata.name(character).lower().removeprefix("latin ")
 
 
-def thinned(masks: Tensor) -> Tensor:
-    """Thin shapes to strokes one pixel wide that keep their topology.
+def _distances() -> tuple[Tensor, Tensor]:
+    """Distances in pixels to the outline (negative inside) and to the thinned stroke.
 
-    Args:
-        masks: Bool of shape ``(shapes, height, width)``, with an empty border of one pixel.
-
-    Returns:
-        Bool of the same shape.
-
-    Example:
-        >>> bar = torch.zeros(1, 7, 9, dtype=torch.bool)
-        >>> bar[:, 2:5, 1:8] = True
-        >>> thinned(bar)[0].sum(dim=1).tolist()
-        [0, 0, 0, 4, 0, 0, 0]
-
-    Reference: Zhang and Suen, A Fast Parallel Algorithm for Thinning Digital Patterns,
-    Communications of the ACM, 1984.
+    Each float32 [fonts, 62, 64, 64].
     """
-    masks = masks.clone()
-    before = -1
-    while before != (before := int(masks.sum())):
-        for erasable in _ERASABLE:
-            ring = torch.nn.functional.conv2d(masks[:, None].float(), _BITS, padding=1)
-            masks &= ~erasable[ring[:, 0].long()]
-    return masks
+    with files("cl_merge.benchmarks.datasets").joinpath("characters.png").open("rb") as file:
+        sheet = np.asarray(Image.open(file))
+    tiles = sheet.reshape(2, _FONTS, _FIELD, len(CHARACTERS), _FIELD).transpose(0, 1, 3, 2, 4)
+    filled, thinned = tiles.reshape(2, -1, _FIELD, _FIELD)
+    outlines = [distance_transform_edt(~m) - distance_transform_edt(m) for m in filled]
+    strokes = [distance_transform_edt(~stroke) for stroke in thinned]
+    shape = tiles.shape[1:]
+    found = (torch.from_numpy(np.stack(f)).float().view(shape) for f in (outlines, strokes))
+    return next(found), next(found)
 
 
-# The eight neighbours as the bits of a byte, clockwise from the north.
-_BITS = torch.tensor([[[[128.0, 1.0, 2.0], [64.0, 0.0, 4.0], [32.0, 16.0, 8.0]]]])
+def _rows(outlines: Tensor, strokes: Tensor, count: int, seed: int) -> dict[str, list[object]]:
+    """Draw so many pictures of each class; they come look by look."""
+    # Uniform numbers only: those of torch's generator are the same on every machine.
+    random = Generator().manual_seed(seed)
+    labels = torch.arange(len(CHARACTERS)).repeat(count // len(LOOKS))
+    rows: dict[str, list[object]] = {"image": [], "label": [], "look": []}
+    for look, name in enumerate(LOOKS):
+        fields = strokes if name == "handwritten" else outlines
+        pictures = _draw(fields, labels, name, random)
+        levels = (255 * pictures).round().byte().permute(0, 2, 3, 1).numpy()
+        rows["image"] += [Image.fromarray(picture) for picture in levels]
+        rows["label"] += labels.tolist()
+        rows["look"] += [look] * len(labels)
+    return rows
 
 
-def _erasable(first_half: bool) -> Tensor:
-    """Tabulate, for each of the 256 rings, whether a half step takes the pixel in it away."""
-    ring = torch.arange(256)[:, None] >> torch.arange(8) & 1
-    count = ring.sum(dim=1)
-    crossings = ((1 - ring) & ring.roll(-1, dims=1)).sum(dim=1)
-    north, east, south, west = ring[:, ::2].unbind(dim=1)
-    if first_half:
-        kept = (north & east & south) | (east & south & west)
-    else:
-        kept = (north & east & west) | (north & south & west)
-    return (count >= 2) & (count <= 6) & (crossings == 1) & (kept == 0)
+def _draw(fields: Tensor, labels: Tensor, look: str, random: Generator) -> Tensor:
+    """Draw characters with one look, each in its own way; float32 [B, 3, 32, 32], 0 to 1."""
+    count = len(labels)
+    distance = fields[torch.randint(len(fields), (count,), generator=random), labels]
+    thickness = (1.2, 2.6) if look == "handwritten" else (-0.5, 1.0)
+    radius = _uniform(count, *thickness, random)
+    grid = _grid(count, look, random)
+    warped = F.grid_sample(
+        distance[:, None], grid, padding_mode="border", align_corners=False, mode="bilinear"
+    )
+    fine = torch.sigmoid((_column(radius) - warped) / 0.7)
+    ink = F.avg_pool2d(fine, _FIELD // SIDE)
+    pen, paper = _colours(count, look, random)
+    if look == "textured":
+        paper = (paper + 0.5 * _texture(count, random)).clamp(0, 1)
+        pen = (pen + 0.2 * _texture(count, random)).clamp(0, 1)
+    picture = paper + (pen - paper) * ink
+    most = 0.45 if look == "noisy" else 0.06
+    noise = 2 * torch.rand(picture.shape, generator=random) - 1
+    return (picture + noise * _column(_uniform(count, 0.5 * most, most, random))).clamp(0, 1)
 
 
-_ERASABLE = (_erasable(first_half=True), _erasable(first_half=False))
+def _grid(count: int, look: str, random: Generator) -> Tensor:
+    """Where each pixel looks: rotation, shear, size, position, and bending for a hand."""
+    turn, lean = (0.6, 0.9) if look == "slanted" else (0.15, 0.2)
+    angle, shear = _uniform(count, -turn, turn, random), _uniform(count, -lean, lean, random)
+    size, shift = _uniform(count, 0.85, 1.15, random), _uniform(2 * count, -0.08, 0.08, random)
+    cos, sin = angle.cos() / size, angle.sin() / size
+    rows = [cos, shear * cos - sin, shift[:count], sin, shear * sin + cos, shift[count:]]
+    affine = torch.stack(rows, dim=1).view(count, 2, 3)
+    grid = F.affine_grid(affine, [count, 1, _FIELD, _FIELD], align_corners=False)
+    for cells, bend in ((4, 0.18), (7, 0.08)) if look == "handwritten" else ((4, 0.06),):
+        grid = grid + bend * _smooth(count, 2, cells, random).permute(0, 2, 3, 1)
+    return grid
 
 
-def spoken(character: str) -> list[str]:
-    """Name a character in several ways, its Unicode name first.
-
-    Args:
-        character: One of ``CHARACTERS``.
-
-    Returns:
-        Names in lower case; a letter's name always says its case, since the tokenizer drops it.
-
-    Example:
-        >>> spoken("7")
-        ['digit seven', 'number seven', 'number 7', 'digit 7', 'seven']
-        >>> spoken("a")
-        ['small letter a', 'lowercase letter a', 'lowercase a']
-    """
-    name = unicodedata.name(character).lower().removeprefix("latin ")
-    if character.isdigit():
-        word = name.removeprefix("digit ")
-        return [name, f"number {word}", f"number {character}", f"digit {character}", word]
-    case = "uppercase" if character.isupper() else "lowercase"
-    letter = character.lower()
-    return [name, f"{case} letter {letter}", f"{case} {letter}"]
+def _colours(count: int, look: str, random: Generator) -> tuple[Tensor, Tensor]:
+    """Choose ink and paper: dark on light, or light on dark in a negative, with little contrast."""
+    dark, light = (torch.rand(count, 3, 1, 1, generator=random) for _ in range(2))
+    if look == "negative":
+        return 0.35 + 0.3 * light, 0.05 + 0.25 * dark
+    return 0.4 * dark, 0.6 + 0.4 * light
 
 
-CAPTIONS = (
-    "a photo of the {name}",
-    "a photo of a {style} {name}",
-    "an image of the {name}, {style}",
-    "the {name}",
-    "a {style} {name}",
-    "the {name}, {style}",
-    "{name}",
-    "{style} {name}",
-)
+def _texture(count: int, random: Generator) -> Tensor:
+    """Make stripes across blotches, -1 to 1; [B, 3, 32, 32]."""
+    axis = torch.linspace(-1, 1, SIDE)
+    angle, waves = _uniform(count, 0, 3.1416, random), _uniform(count, 2, 14, random)
+    along = _column(angle.cos()) * axis + _column(angle.sin()) * axis[:, None]
+    stripes = (_column(waves) * along + _column(_uniform(count, 0, 6.2832, random))).sin()
+    blotches = F.avg_pool2d(_smooth(count, 3, 6, random), _FIELD // SIDE)
+    return (0.5 * stripes + blotches).clamp(-1, 1)
 
 
-def captions(character: str, style: str) -> list[str]:
-    """Describe a character of a style in several ways.
+def _smooth(count: int, channels: int, cells: int, random: Generator) -> Tensor:
+    """Interpolate uniform noise from a coarse grid; about -1 to 1, [B, channels, 64, 64]."""
+    coarse = 2 * torch.rand(count, channels, cells, cells, generator=random) - 1
+    return F.interpolate(coarse, size=(_FIELD, _FIELD), mode="bicubic", align_corners=True)
 
-    Args:
-        character: One of ``CHARACTERS``.
-        style: Words for how it looks.
 
-    Returns:
-        Captions in a fixed order, as many for every style.
+def _uniform(count: int, low: float, high: float, random: Generator) -> Tensor:
+    return low + (high - low) * torch.rand(count, generator=random)
 
-    Example:
-        >>> captions("7", "bold serif")[1]
-        'a photo of a bold serif digit seven'
-    """
-    return [
-        caption.format(name=name, style=style) for name in spoken(character) for caption in CAPTIONS
-    ]
+
+def _column(values: Tensor) -> Tensor:
+    """One value per picture, shaped to multiply pictures."""
+    return values[:, None, None, None]

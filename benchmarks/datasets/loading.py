@@ -37,38 +37,22 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Wording:
-    """What the classes of one data set are called in which prompts.
+class ClassPrompts:
+    """What the classes of one data set are called in which prompts, as the settings say."""
 
-    Attributes:
-        classes: How many classes it has; None for all that there are.
-        prompts: The setting ``prompts``.
-        class_names: The setting ``class_names``.
-        own_names: The data set's own names; None for those of the stream.
-    """
-
-    classes: int | None
     prompts: Any
     class_names: Any
-    own_names: list[str] | None = None
+    own_names: list[str] | None = None  # the data set's; None for those of the stream
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """What a run reads before it starts.
-
-    Attributes:
-        splits: The images.
-        columns: Settings of the stream that follow from how the images were read.
-        wordings: Of each data set, in the order of the labels.
-        revision: The commits that were read: of one data set, or by name of several; None for
-            images that are not from the hub.
-    """
+class LoadedData:
+    """The images of a run, and what goes with them."""
 
     splits: Mapping[str, datasets.Dataset]
-    columns: Mapping[str, Any]
-    wordings: list[Wording]
-    revision: Any
+    columns: Mapping[str, Any]  # settings of the stream that follow from how images were read
+    prompts: list[ClassPrompts]  # of each data set, in the order of the labels
+    revision: Any  # the commit that was read, or commits by name; None where there is none
 
 
 def load_parts(config: RunConfig) -> tuple[TaskStream, CLIPClassifier]:
@@ -76,15 +60,6 @@ def load_parts(config: RunConfig) -> tuple[TaskStream, CLIPClassifier]:
 
     Seeds the global generators, which may be drawn from when a model is built. Which commit of a
     hub data set was read is written into the configuration.
-
-    Args:
-        config: What to run.
-
-    Returns:
-        The stream, and the pre-trained model with its head.
-
-    Raises:
-        InputError: If something cannot be had or cannot be read as told.
     """
     loaded = load_data(config)
     # Written down with the run: what the hub hands out tomorrow may be something else.
@@ -106,58 +81,31 @@ def load_parts(config: RunConfig) -> tuple[TaskStream, CLIPClassifier]:
         return stream, CLIPClassifier(visual, head, **asdict(config.optimizer))
 
 
-def load_data(config: RunConfig) -> Loaded:
-    """Read the images that a configuration names.
-
-    Args:
-        config: What to run.
-
-    Returns:
-        The images, and what goes with them.
-
-    Raises:
-        InputError: If a data set cannot be had or cannot be read as told.
-    """
+def load_data(config: RunConfig) -> LoadedData:
+    """Read the images that a configuration names, of one data set or of several joined ones."""
     entry = find_data(config.data)
     if entry.sources:
         return _load_joined(config, entry)
     if not (config.stream.revision is None or isinstance(config.stream.revision, str)):
         raise InputError(f"stream.revision={config.stream.revision}; expected a commit")
     splits, revision = _read(config.source or find_source(entry), config.stream.revision, entry)
-    return Loaded(splits, {}, [Wording(None, config.prompts, config.class_names)], revision)
+    return LoadedData(splits, {}, [ClassPrompts(config.prompts, config.class_names)], revision)
 
 
-def make_head(clip: Clip, loaded: Loaded, stream: TaskStream) -> ZeroShotHead:
-    """Make the classifier, the classes of each data set with its own names and prompts.
-
-    Args:
-        clip: The model.
-        loaded: The images and what goes with them.
-        stream: What was made of them.
-
-    Returns:
-        The head, with a row for each class of the stream.
-
-    Raises:
-        InputError: If names or prompts are wrong.
-    """
+def make_head(clip: Clip, data: LoadedData, stream: TaskStream) -> ZeroShotHead:
+    """Make the classifier, the classes of each data set with its own names and prompts."""
     heads = []
-    for wording in loaded.wordings:
-        names = read_class_names(wording.class_names, wording.own_names or stream.class_names)
-        heads.append(zero_shot_head(clip, names, read_prompts(wording.prompts)))
-    if len(heads) == 1 and loaded.wordings[0].own_names is None:
+    for own in data.prompts:
+        names = read_class_names(own.class_names, own.own_names or stream.class_names)
+        heads.append(zero_shot_head(clip, names, read_prompts(own.prompts)))
+    if len(heads) == 1 and data.prompts[0].own_names is None:
         return heads[0]
     # Data sets may share names, such as those of the digits; those of the stream differ.
     return ZeroShotHead(torch.cat([head.weight for head in heads]), stream.class_names)
 
 
 def check_facts(config: RunConfig, stream: TaskStream) -> None:
-    """Warn if what was read differs from what is known of the data set.
-
-    Args:
-        config: What to run.
-        stream: What was read.
-    """
+    """Warn if what was read differs from what is known of the data set."""
     entry = find_data(config.data)
     recipe = _settings_of(entry).stream
     found: dict[str, int] = {"classes": len(stream.class_names)}
@@ -180,7 +128,7 @@ _SPLITTING = ("train_split", "test_split", "test_fraction")
 _WORDS = {"train": "training images", "test": "test images", "classes": "classes"}
 
 
-def _load_joined(config: RunConfig, entry: DataEntry) -> Loaded:
+def _load_joined(config: RunConfig, entry: DataEntry) -> LoadedData:
     if config.source is not None:
         raise InputError(
             f"source={config.source}, but '{entry.name}' joins several data sets "
@@ -193,48 +141,44 @@ def _load_joined(config: RunConfig, entry: DataEntry) -> Loaded:
             f"stream.revision={revisions}, but '{entry.name}' joins several data sets; expected "
             "commits by name, as in stream.revision.NAME=COMMIT"
         )
-    members, settings, commits = [], [], {}
+    data, recipes, commits = [], [], {}
     for name in entry.sources:
-        member = find_data(name)
-        if member.sources:
+        one = find_data(name)
+        if one.sources:
             raise InputError(f"'{entry.name}' joins '{name}', which is itself joined")
-        own = _settings_of(member)
-        pinned = revisions.get(member.name, own.stream.revision)
-        splits, commit = _read(find_source(member), pinned, member, joined=True)
-        members.append(_member(member.name, splits, own.stream))
-        settings.append(own)
-        commits[member.name] = commit
+        recipe = _settings_of(one)
+        pinned = revisions.get(one.name, recipe.stream.revision)
+        splits, commit = _read(find_source(one), pinned, one, joined=True)
+        own = {key: getattr(recipe.stream, key) for key in _READ}
+        data.append(NamedSplits(one.name, splits, split_seed=recipe.stream.split_seed or 0, **own))
+        recipes.append(recipe)
+        if commit is not None:
+            commits[one.name] = commit
     with settings_named("stream"):
-        joined, names = concat(members)
-    given = config.class_names
-    if given is not None:
-        given = read_class_names(given, [name for own_names in names for name in own_names])
-    wordings = []
-    for own, own_names in zip(settings, names, strict=True):
-        prompts = own.prompts if config.prompts is None else config.prompts
-        chosen = own.class_names if given is None else given[: len(own_names)]
-        given = None if given is None else given[len(own_names) :]
-        wordings.append(Wording(len(own_names), prompts, chosen, own_names))
-    found = {name: commit for name, commit in commits.items() if commit is not None}
-    columns: dict[str, Any] = {field: getattr(StreamConfig, field) for field in _READ}
-    return Loaded(joined, columns | {"domain": "source"}, wordings, found or None)
+        joined, names = concat(data)
+    columns = {key: getattr(StreamConfig, key) for key in (*_READ, "domain_pattern")}
+    prompts = _joined_prompts(config, recipes, names)
+    return LoadedData(joined, columns | {"domain": "source"}, prompts, commits or None)
 
 
 # What says how a data set is read; of joined ones each has its own.
-_READ = ("image", "label", "train_split", "test_split", "test_fraction", "domain_pattern")
+_READ = ("image", "label", "train_split", "test_split", "test_fraction")
 
 
-def _member(name: str, splits: Mapping[str, datasets.Dataset], stream: StreamConfig) -> NamedSplits:
-    return NamedSplits(
-        name,
-        splits,
-        image=stream.image,
-        label=stream.label,
-        train_split=stream.train_split,
-        test_split=stream.test_split,
-        test_fraction=stream.test_fraction,
-        split_seed=stream.split_seed or 0,
-    )
+def _joined_prompts(
+    config: RunConfig, recipes: list[RunConfig], names: list[list[str]]
+) -> list[ClassPrompts]:
+    """The prompts of each of the joined data sets: those given for all, or its own."""
+    given = config.class_names
+    if given is not None:
+        given = read_class_names(given, [name for own_names in names for name in own_names])
+    found = []
+    for recipe, own_names in zip(recipes, names, strict=True):
+        prompts = recipe.prompts if config.prompts is None else config.prompts
+        chosen = recipe.class_names if given is None else given[: len(own_names)]
+        given = None if given is None else given[len(own_names) :]
+        found.append(ClassPrompts(prompts, chosen, own_names))
+    return found
 
 
 def _settings_of(entry: DataEntry) -> RunConfig:

@@ -12,24 +12,14 @@ _PACKAGE = "open_clip:"
 
 
 def read_prompts(value: Any) -> list[str]:
-    """Read the setting ``prompts``.
-
-    Args:
-        value: A list of prompts with ``{}`` for the name, or ``open_clip:NAME`` for one of the
-            lists that open_clip comes with, such as ``open_clip:OPENAI_IMAGENET_TEMPLATES``.
-
-    Returns:
-        The prompts.
-
-    Raises:
-        InputError: If there is no such list.
+    """Read the setting ``prompts``: a list, or the name of one that open_clip comes with.
 
     Example:
         >>> read_prompts("open_clip:SIMPLE_IMAGENET_TEMPLATES")[1]
         'a bad photo of the {}.'
     """
     if isinstance(value, str) and value.startswith(_PACKAGE):
-        return [template("{}") for template in _from_open_clip(value, "prompts", "_TEMPLATES")]
+        return [template("{}") for template in _open_clip_templates(value)]
     if isinstance(value, str):
         return [value]
     if isinstance(value, Sequence) and value:
@@ -41,19 +31,10 @@ def read_prompts(value: Any) -> list[str]:
 
 
 def read_class_names(value: Any, names: Sequence[str]) -> list[str]:
-    """Read the setting ``class_names``.
+    """Read the setting ``class_names``, over the data set's own names.
 
-    Args:
-        value: None for the data set's own names; a list with one name for each class, in the order
-            of the labels; or regular expressions, each with what replaces its matches, which are
-            applied to the data set's names one after another, as in ``{_: " "}``.
-        names: The data set's own names.
-
-    Returns:
-        The names for the prompts.
-
-    Raises:
-        InputError: If there is not one for each class.
+    It is None; a list with one name for each class; or regular expressions, each with what replaces
+    its matches, which are applied to the data set's names one after another.
 
     Example:
         >>> read_class_names({"^[0-9]+[.]": "", "_": " "}, ["001.Crested_Auklet"])
@@ -88,13 +69,13 @@ def read_class_names(value: Any, names: Sequence[str]) -> list[str]:
     return [str(name) for name in value]
 
 
-def _from_open_clip(value: str, setting: str, ending: str) -> Sequence[Any]:
+def _open_clip_templates(value: str) -> Sequence[Any]:
     from open_clip import zero_shot_metadata
 
     name = value.removeprefix(_PACKAGE)
-    known = [known for known in vars(zero_shot_metadata) if known.endswith(ending)]
+    known = [known for known in vars(zero_shot_metadata) if known.endswith("_TEMPLATES")]
     if name not in known:
         near = nearest(value, [_PACKAGE + k for k in known])
-        raise InputError(f"{setting}={value}: open_clip has no such list{near}")
+        raise InputError(f"prompts={value}: open_clip has no such list{near}")
     found: Sequence[Any] = getattr(zero_shot_metadata, name)
     return found

@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 import cl_merge.models.towers  # noqa: F401 - registers the image tower
-from cl_merge.benchmarks.datasets.characters import CHARACTERS, HELD_OUT, Atlas, captions, shapes
+from cl_merge.benchmarks.datasets.characters import CHARACTERS
 from cl_merge.benchmarks.studies import harness
 from cl_merge.benchmarks.studies.distortions import SIDE, draw
+from cl_merge.benchmarks.studies.glyph_shapes import HELD_OUT, Atlas, captions, shapes
 from cl_merge.errors import InputError
 from cl_merge.storage.files import save_tensors
 

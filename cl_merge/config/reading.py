@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,8 +21,7 @@ from cl_merge.config.schema import (
     described_keys,
 )
 from cl_merge.config.trainer import check_trainer
-from cl_merge.config.yaml_text import check_yaml
-from cl_merge.errors import InputError, listing, nearest, unknown_name
+from cl_merge.errors import InputError, nearest, unknown_name
 from cl_merge.storage.files import is_no_file
 from cl_merge.storage.quantize import STORES
 from cl_merge.task_vectors.scales import Scales
@@ -76,18 +74,29 @@ def read_config(
     return found  # type: ignore[no-any-return]
 
 
+@contextmanager
+def settings_named(group: str) -> Iterator[None]:
+    """Let the errors of a block name settings where the library names its arguments.
+
+    Example:
+        >>> with settings_named("optimizer"):
+        ...     raise InputError("lr=-1; expected a finite number above 0")
+        Traceback (most recent call last):
+        ...
+        cl_merge.errors.InputError: optimizer.lr=-1; expected a finite number above 0
+    """
+    arguments = "|".join(
+        key.removeprefix(f"{group}.") for key in described_keys() if key.startswith(f"{group}.")
+    )
+    try:
+        yield
+    except InputError as error:
+        error.args = (re.sub(rf"(?<![\w.])(?=({arguments})=)", f"{group}.", str(error)),)
+        raise
+
+
 def logger_options(loggers: Any) -> dict[str, dict[str, Any]] | None:
-    """Read what ``loggers`` says.
-
-    Args:
-        loggers: A name, a list of names, a mapping from names to options of Lightning's loggers;
-            False for none.
-
-    Returns:
-        For each logger its options; None if nothing is said.
-
-    Raises:
-        InputError: If a name is unknown, or it is something else.
+    """Read the setting ``loggers``: for each logger its options; None if nothing is said.
 
     Example:
         >>> logger_options(["csv", "wandb"])
@@ -111,55 +120,17 @@ def logger_options(loggers: Any) -> dict[str, dict[str, Any]] | None:
     return {name: dict(options or {}) for name, options in found.items()}
 
 
-@contextmanager
-def settings_named(group: str) -> Iterator[None]:
-    """Let the errors of a block name settings where the library names its arguments.
-
-    Args:
-        group: A group of settings, such as ``"optimizer"``.
-
-    Raises:
-        InputError: The block's own; ``lr=-1`` reads ``optimizer.lr=-1``.
-
-    Example:
-        >>> with settings_named("optimizer"):
-        ...     raise InputError("lr=-1; expected a finite number above 0")
-        Traceback (most recent call last):
-        ...
-        cl_merge.errors.InputError: optimizer.lr=-1; expected a finite number above 0
-    """
-    arguments = "|".join(
-        key.removeprefix(f"{group}.") for key in described_keys() if key.startswith(f"{group}.")
-    )
-    try:
-        yield
-    except InputError as error:
-        error.args = (re.sub(rf"(?<![\w.])(?=({arguments})=)", f"{group}.", str(error)),)
-        raise
-
-
 def parse_arguments(arguments: Sequence[str]) -> DictConfig:
-    """Read ``key=value`` words.
-
-    Args:
-        arguments: The words.
-
-    Returns:
-        What they say, as a tree.
-
-    Raises:
-        InputError: If a word has no ``=`` or its value cannot be read.
-    """
+    """Read ``key=value`` words into a tree."""
+    found = OmegaConf.create()
     for word in arguments:
         key, equals, _ = word.partition("=")
         if not equals or not key.strip("-"):
             raise InputError(f"'{word}' is no setting; expected key=value, such as stream.tasks=5")
         if key.startswith("-"):
             raise InputError(f"'{word}': settings are written without dashes: {word.lstrip('-')}")
-    found = OmegaConf.create()
-    for word in arguments:
         try:
-            found.merge_with_dotlist([_typed(word)])
+            found.merge_with_dotlist([word])
         # OmegaConf passes on the errors of the YAML reader below it, which have no common base.
         except Exception as error:
             hint = "put quotes around text with brackets, braces or commas"
@@ -168,23 +139,11 @@ def parse_arguments(arguments: Sequence[str]) -> DictConfig:
 
 
 def read_yaml(file: str | Path) -> DictConfig:
-    """Read a YAML file of settings.
-
-    Args:
-        file: Where it lies.
-
-    Returns:
-        What it says.
-
-    Raises:
-        InputError: If it is missing or is no YAML mapping.
-    """
+    """Read a YAML file of settings."""
     if is_no_file(file):
         raise InputError(f"config {file}: is no file; expected one of keys and values")
     try:
-        text = Path(file).read_text(encoding="utf-8")
-        check_yaml(text)
-        found = OmegaConf.load(io.StringIO(text))
+        found = OmegaConf.load(file)
     except OSError as error:
         # OmegaConf raises one, too, for what is neither keys and values nor a list.
         reason = error.strerror or error
@@ -198,23 +157,8 @@ def read_yaml(file: str | Path) -> DictConfig:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """Write a configuration as YAML.
-
-    Args:
-        config: The configuration.
-
-    Returns:
-        YAML that `read_yaml` reads back.
-    """
+    """Write a configuration as YAML that `read_yaml` reads back."""
     return str(OmegaConf.to_yaml(OmegaConf.structured(config)))
-
-
-def _typed(word: str) -> str:
-    # YAML reads 1e-4 as text and 1.0e-4 as a number; people type the former.
-    key, _, value = word.partition("=")
-    if re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value):
-        value = repr(float(value))
-    return f"{key}={value}"
 
 
 def _check_keys(layer: DictConfig, origin: str) -> None:
@@ -232,16 +176,21 @@ def _check_keys(layer: DictConfig, origin: str) -> None:
 
 
 def _merged(config: DictConfig, layer: DictConfig, origin: str) -> DictConfig:
-    try:
-        return OmegaConf.merge(config, layer)  # type: ignore[return-value]
-    except TypeError as error:
-        raise InputError(
-            f"{origin}: a list stands where keys and values are expected, or the other way round "
-            f"({_misplaced(config, layer)})"
-        ) from error
-    except OmegaConfBaseException as error:
-        where = f"{error.full_key}: " if error.full_key else ""
-        raise InputError(f"{origin}: {where}{_first_line(error)}") from error
+    """Put a layer over a configuration, key by key, so that an error can name the key."""
+    for key in layer:
+        try:
+            config = OmegaConf.merge(  # type: ignore[assignment]
+                config, OmegaConf.masked_copy(layer, str(key))
+            )
+        except TypeError as error:
+            raise InputError(
+                f"{origin}: a list stands where keys and values are expected, or the other way "
+                f"round ({key})"
+            ) from error
+        except OmegaConfBaseException as error:
+            where = f"{error.full_key}: " if error.full_key else ""
+            raise InputError(f"{origin}: {where}{_first_line(error)}") from error
+    return config
 
 
 def _resolved(config: DictConfig) -> DictConfig:
@@ -257,21 +206,8 @@ def _resolved(config: DictConfig) -> DictConfig:
     return _merged(OmegaConf.structured(RunConfig), layer, "what a setting refers to")
 
 
-def _misplaced(config: DictConfig, layer: DictConfig) -> str:
-    """Name the keys that cannot be merged for being a list or a mapping."""
-    names = []
-    for key, value in OmegaConf.to_container(layer, resolve=False).items():  # type: ignore[union-attr]
-        try:
-            OmegaConf.merge(config, OmegaConf.create({key: value}))
-        except TypeError:
-            names.append(str(key))
-        except OmegaConfBaseException:  # wrong in another way
-            continue
-    return listing(names)
-
-
 def _check_sizes(value: Any, name: str = "") -> None:
-    """Make sure that whole numbers are such as torch can take and messages can show."""
+    """Make sure that integers are such as torch can take and messages can show."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             _check_sizes(inner, f"{name}.{key}" if name else str(key))

@@ -143,14 +143,7 @@ class RunConfig:
 
 
 def described_keys(group: type = RunConfig, prefix: str = "") -> dict[str, str]:
-    """List every key with what it means.
-
-    Args:
-        group: The dataclass whose keys to list.
-        prefix: What stands before each key.
-
-    Returns:
-        What each key means, by its full name.
+    """What each key means, by its full name.
 
     Example:
         >>> described_keys()["stream.tasks"]
@@ -166,13 +159,7 @@ def described_keys(group: type = RunConfig, prefix: str = "") -> dict[str, str]:
 
 
 def default_of(key: str) -> Any:
-    """The default of a setting.
-
-    Args:
-        key: Its full name.
-
-    Returns:
-        The default; None for a group of settings, and for one that has none.
+    """The default of a setting; None for a group of settings, and for one that has none.
 
     Example:
         >>> default_of("stream.batch_size")

@@ -39,12 +39,6 @@ _WORDS = {
 def check_trainer(arguments: Mapping[str, Any]) -> None:
     """Check names, types and what else goes wrong only when a training has begun.
 
-    Args:
-        arguments: Values by the names of the Trainer's arguments.
-
-    Raises:
-        InputError: If one is no argument of the Trainer, or its value cannot be.
-
     Example:
         >>> check_trainer({"max_epochs": "many"})
         Traceback (most recent call last):
@@ -101,12 +95,12 @@ def _described(hint: Any) -> str:
     if origin in (Union, UnionType):
         words = {word for one in of if (word := _described(one))}
         # Python keeps one Union for all orders of its types, in the order that it met first.
-        return " or ".join(sorted(words, key=_place))
+        return " or ".join(sorted(words, key=_rank))
     if origin is Literal:
         return " or ".join(str(one) for one in of)
     return _WORDS.get(origin or hint, "")
 
 
-def _place(word: str) -> tuple[bool, int, str]:
+def _rank(word: str) -> tuple[bool, int, str]:
     words = list(_WORDS.values())
     return word == "null", words.index(word) if word in words else len(words), word

@@ -28,28 +28,28 @@ class Cost:
     peak_memory: int = 0
     peak_device_memory: int = 0
 
-    def after(self, before: Cost) -> Cost:
-        """The cost of two stretches of the same work, this one the later.
 
-        Args:
-            before: The earlier one.
+class Meter:
+    """Measure from now on; `before` is what the same work took before it was interrupted."""
 
-        Returns:
-            Their times added, the higher of their peaks.
-        """
+    def __init__(self, before: Cost | None = None) -> None:
+        self._before = before or Cost()
+        _reset_peak()
+        self._begin = time.perf_counter()
+
+    def read(self) -> Cost:
+        """What the work has taken so far: times added, the highest of the peaks."""
+        on_device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
         return Cost(
-            before.seconds + self.seconds,
-            max(before.peak_memory, self.peak_memory),
-            max(before.peak_device_memory, self.peak_device_memory),
+            self._before.seconds + time.perf_counter() - self._begin,
+            max(self._before.peak_memory, _peak()),
+            max(self._before.peak_device_memory, on_device),
         )
 
 
 @contextmanager
 def measured() -> Iterator[Cost]:
-    """Measure a block.
-
-    Yields:
-        A `Cost` that is filled in when the block ends.
+    """Measure a block; what it yields is filled in when the block ends.
 
     Example:
         >>> with measured() as cost:
@@ -57,15 +57,13 @@ def measured() -> Iterator[Cost]:
         >>> cost.seconds > 0 and cost.peak_memory > 0
         True
     """
-    _reset_peak()
-    cost, begin = Cost(), time.perf_counter()
+    cost, meter = Cost(), Meter()
     try:
         yield cost
     finally:
-        cost.seconds = time.perf_counter() - begin
-        cost.peak_memory = _peak()
-        if torch.cuda.is_available():
-            cost.peak_device_memory = torch.cuda.max_memory_allocated()
+        found = meter.read()
+        cost.seconds, cost.peak_memory = found.seconds, found.peak_memory
+        cost.peak_device_memory = found.peak_device_memory
 
 
 def _reset_peak() -> None:

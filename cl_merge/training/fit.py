@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,11 @@ from typing_extensions import override
 from cl_merge.data.task_stream import TaskStream
 from cl_merge.data.tasks import Task
 from cl_merge.seeds import derive_seed
-from cl_merge.training.cost import Cost, measured
+from cl_merge.training.cost import Cost, Meter
 from cl_merge.training.journal import only_process
 from cl_merge.training.metrics import AccuracyMatrix
 from cl_merge.training.resume import (
     KeepCheckpoints,
-    Meter,
     StreamFolder,
     describe,
     get_row,
@@ -123,10 +122,9 @@ def fit_stream(
         print(result.accuracy.metrics()["accuracy"])
     """
     result = StreamResult()
-    with ExitStack() as held:
+    with nullcontext() if directory is None else only_process(directory):
         folder = None
         if directory is not None:
-            held.enter_context(only_process(directory))
             folder = StreamFolder(directory)
             folder.check(describe(stream, seed, evaluate))
             folder.restore(model, callbacks)
@@ -137,20 +135,20 @@ def fit_stream(
                 put_row(model, stream, done["row"])
                 metrics, cost = done["metrics"], Cost(**done["cost"])
             else:
-                seed_task(seed, task.index, 0)
+                _seed(seed, task.index, 0)
                 runner = _trainer(trainer, task, seed, callbacks)
                 cost = _train(runner, model, stream, callbacks, folder, checkpoint_seconds)
                 end = TaskEnd(task, runner, model, cost)
                 if evaluate:
-                    seed_task(seed, task.index, "evaluation")
+                    _seed(seed, task.index, "evaluation")
                     end.metrics = _evaluate(runner, model, stream, folder)
                 if on_task_end is not None:
-                    seed_task(seed, task.index, "end")
+                    _seed(seed, task.index, "end")
                     on_task_end(end)
                 metrics = end.metrics
                 if folder is not None:
                     row = get_row(model, stream) if evaluate else None
-                    folder.finish(task.index, metrics, cost, row)
+                    folder.note_finished(task.index, metrics, cost, row)
             result.tasks.append(metrics)
             result.costs.append(cost)
     found = getattr(model, "accuracy", None)
@@ -158,14 +156,8 @@ def fit_stream(
     return result
 
 
-def seed_task(seed: int | None, task: int, part: int | str) -> None:
-    """Seed Python, NumPy and torch for one part of a task of a stream.
-
-    Args:
-        seed: Seed of the run; None leaves the generators alone.
-        task: Index of the task.
-        part: Index of the epoch, or what else it is.
-    """
+def _seed(seed: int | None, task: int, part: int | str) -> None:
+    """Seed Python, NumPy and torch for an epoch, or another part, of a task of a stream."""
     if seed is None:
         return
     # Lightning accepts 32-bit seeds.
@@ -181,7 +173,7 @@ class _Seeding(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        seed_task(self._seed, self._task, trainer.current_epoch)
+        _seed(self._seed, self._task, trainer.current_epoch)
 
 
 def _train(
@@ -194,22 +186,23 @@ def _train(
 ) -> Cost:
     """Train the current task: all of it, what a checkpoint within it left, or nothing."""
     if folder is None:
-        with measured() as cost:
-            runner.fit(model, datamodule=stream)
-        return cost
+        meter = Meter()
+        runner.fit(model, datamodule=stream)
+        return meter.read()
     task = stream.task.index
     trained = folder.cost(task, trained=True)
     if trained is not None:
         return trained
     before = folder.cost(task, trained=False)
     checkpoint = folder.state_file if before is not None else None
-    with Meter(before or Cost()) as meter:
-        # Not among the trainer's arguments: it is no business of its `enable_checkpointing`.
-        keep = KeepCheckpoints(folder, task, checkpoint_seconds, meter)
-        runner.callbacks.append(keep)  # type: ignore[attr-defined]
-        runner.fit(model, datamodule=stream, ckpt_path=checkpoint, weights_only=True)
-    folder.save_trained(task, meter.cost, model, callbacks)
-    return meter.cost
+    meter = Meter(before)
+    # Not among the trainer's arguments: it is no business of its `enable_checkpointing`.
+    keep = KeepCheckpoints(folder, task, checkpoint_seconds, meter)
+    runner.callbacks.append(keep)  # type: ignore[attr-defined]
+    runner.fit(model, datamodule=stream, ckpt_path=checkpoint, weights_only=True)
+    cost = meter.read()
+    folder.save_trained(task, cost, model, callbacks)
+    return cost
 
 
 def _evaluate(

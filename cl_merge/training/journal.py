@@ -28,15 +28,9 @@ class Journal:
     bits: Python writes the shortest text that gives them, and NaN and infinity as ``NaN`` and
     ``Infinity``, which strict readers of JSON refuse.
 
-    Args:
-        path: The file; made with the first record.
-
     Attributes:
-        path: The file.
+        path: The file; made with the first record.
         records: All records, in order.
-
-    Raises:
-        InputError: If a line other than the last is no record, or the file cannot be read.
 
     Example:
         >>> import tempfile
@@ -52,27 +46,16 @@ class Journal:
         self.records, self._length = _read(self.path)
 
     def find(self, **fields: Any) -> dict[str, Any] | None:
-        """Look a record up.
-
-        Args:
-            **fields: What it holds, among other things.
-
-        Returns:
-            The last such record; None if there is none.
-        """
+        """The last record that holds these fields, among others; None if there is none."""
         for record in self.records[::-1]:
             if all(key in record and record[key] == value for key, value in fields.items()):
                 return record
         return None
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add a record; it has reached the disk when this returns.
+        """Add a record of plain values; it has reached the disk when this returns.
 
-        Args:
-            record: Plain values: text, numbers (NaN and infinity too), lists, dictionaries.
-
-        Raises:
-            StorageError: If it cannot be written; then it is not among `records` either.
+        If it cannot be written, a `StorageError` says so, and it is not among `records` either.
         """
         line = json.dumps(record) + "\n"
         self._write(line.encode())
@@ -101,22 +84,8 @@ def is_first_process() -> bool:
 def only_process(folder: str | Path) -> Iterator[None]:
     """Hold a folder against other processes; the ranks of one run count as one.
 
-    The lock goes with the process, however it ends. Who holds a folder may hold it once more.
-
-    Args:
-        folder: The folder; made if missing.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        InputError: If another process holds it, or the file system has no locks.
-        StorageError: If it cannot be written to.
-
-    Example::
-
-        with only_process("stream"):
-            journal = Journal("stream/journal.jsonl")
+    The lock goes with the process, however it ends. Who holds a folder may hold it once more. The
+    folder is made if missing; `InputError` says that another process holds it.
     """
     key = (Path(folder).resolve(), os.getpid(), threading.get_ident())
     if not is_first_process() or key in _held:

@@ -4,58 +4,49 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from cl_merge.data.task_stream import TaskStream
 from cl_merge.errors import InputError, listing
 from cl_merge.storage.files import check_state, load_state, remove_leftovers, save_state
-from cl_merge.training.cost import Cost, measured
+from cl_merge.training.cost import Cost, Meter
 from cl_merge.training.journal import Journal, is_first_process
 from cl_merge.training.metrics import AccuracyMatrix
 
 # A row of the accuracy matrix, [3, T], as lists.
 Row = list[list[int]]
 
-# Where our entry stands in a checkpoint of Lightning's.
+# The key of our entry in a checkpoint of Lightning's.
 _ENTRY = "cl_merge"
+
+_RESTORE = "; restore it, or start again in a new folder"
 
 
 class StreamFolder:
     """The folder of a stream: a journal of what is done, and the state to go on from.
 
-    The state is one file that is replaced in one step: within a task a checkpoint of Lightning's,
-    after its training the weights and the states of the callbacks. Whatever instant a process dies
-    at, the journal and that file fit together.
+    The journal says what the stream is, and for each task what its evaluation found and that it is
+    finished. The state is one file that is replaced in one step: within a task a checkpoint of
+    Lightning's, after its training the weights and the states of the callbacks. Whatever instant a
+    process dies at, the two fit together; files that do not are refused with an `InputError`.
 
     Processes that are launched for a run read what the first one found: all that is written before
     they communicate says the same to them.
-
-    Args:
-        path: The folder; made if missing.
-
-    Attributes:
-        path: The folder.
-        journal: What the stream is, and for each task what its evaluation found and that it is
-            finished.
-
-    Raises:
-        InputError: If the journal or the state cannot be read.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._clean()
+        self.state_file = self.path / "state.ckpt"
+        if is_first_process():
+            remove_leftovers(self.path)
         self.journal = Journal(self.path / "journal.jsonl")
         self._state = {}
         if self.state_file.exists():
@@ -63,20 +54,8 @@ class StreamFolder:
             check_state(self.state_file)
             self._state = load_state(self.state_file)
 
-    @property
-    def state_file(self) -> Path:
-        """Where the state lies."""
-        return self.path / "state.ckpt"
-
     def check(self, description: dict[str, Any]) -> None:
-        """Keep what the stream is, or check that it is what the folder was made for.
-
-        Args:
-            description: What must be the same for the folder to be of use, as plain values.
-
-        Raises:
-            InputError: If something differs, or the state does not fit the journal.
-        """
+        """Write down what the stream is, or check that it is what the folder was made for."""
         records = self.journal.records
         if not records and not self._state:
             self.journal.append({"stream": description})
@@ -84,8 +63,7 @@ class StreamFolder:
         before = records[0].get("stream") if records else None
         if not isinstance(before, dict):
             raise InputError(
-                f"{self.path}: journal.jsonl is missing, or that of something else; restore it, or "
-                "start again in a new folder"
+                f"{self.path}: journal.jsonl is missing, or that of something else{_RESTORE}"
             )
         for key in [*before, *description]:
             if before.get(key) != description.get(key):
@@ -98,36 +76,28 @@ class StreamFolder:
 
     def _check_state(self, finished: int) -> None:
         """Check that the state is that of the last task that is finished, or of the next."""
-        again = "; restore it, or start again in a new folder"
         if not self._state:
             if finished:
                 raise InputError(
                     f"{self.path}: the journal tells of {finished} finished tasks, but state.ckpt "
-                    f"is missing{again}"
+                    f"is missing{_RESTORE}"
                 )
             return
         entry = self._state.get(_ENTRY)
         if not isinstance(entry, dict):
-            raise InputError(f"{self.state_file} is a checkpoint of something else{again}")
+            raise InputError(f"{self.state_file} is a checkpoint of something else{_RESTORE}")
         reached = entry["task"] + entry["trained"]
         if not (finished <= reached and entry["task"] <= finished):
             age = "older" if reached < finished else "newer"
             raise InputError(
                 f"{self.path}: the journal tells of {finished} finished tasks, but state.ckpt is "
-                f"{age}, of task {entry['task']}{again}"
+                f"{age}, of task {entry['task']}{_RESTORE}"
             )
 
     def restore(self, model: L.LightningModule, callbacks: Sequence[Callback]) -> None:
         """Bring a model and callbacks to where the last task that was trained left them.
 
         Within a task it is Lightning that restores them, from the same file.
-
-        Args:
-            model: The model.
-            callbacks: Its callbacks.
-
-        Raises:
-            InputError: If the model is another.
         """
         entry = self._state.get(_ENTRY)
         if entry is not None and entry["trained"]:
@@ -143,37 +113,15 @@ class StreamFolder:
         self._state = {_ENTRY: entry} if entry is not None else {}
 
     def finished(self, task: int) -> dict[str, Any] | None:
-        """What is known of a finished task.
-
-        Args:
-            task: Its index.
-
-        Returns:
-            Its ``metrics``, ``cost`` and ``row``; None if it is not finished.
-        """
+        """``metrics``, ``cost`` and ``row`` of a finished task; None if it is not finished."""
         return self.journal.find(done="task", task=task)
 
     def evaluated(self, task: int) -> dict[str, Any] | None:
-        """What the evaluation after a task found.
-
-        Args:
-            task: Its index.
-
-        Returns:
-            Its ``metrics`` and ``row``; None if it has not been evaluated.
-        """
+        """``metrics`` and ``row`` of the evaluation after a task; None if there was none."""
         return self.journal.find(done="evaluation", task=task)
 
     def cost(self, task: int, *, trained: bool) -> Cost | None:
-        """What a task has taken so far.
-
-        Args:
-            task: Its index.
-            trained: Ask for a task whose training has ended, or for one in the middle of it.
-
-        Returns:
-            The cost; None if the state is not that of such a task.
-        """
+        """What a task has taken that is trained, or is being trained; None if it is not."""
         entry = self._state.get(_ENTRY)
         if entry is None or (entry["task"], entry["trained"]) != (task, trained):
             return None
@@ -182,52 +130,28 @@ class StreamFolder:
     def save_trained(
         self, task: int, cost: Cost, model: L.LightningModule, callbacks: Sequence[Callback]
     ) -> None:
-        """Keep what the training of a task left.
-
-        Args:
-            task: Index of the task.
-            cost: What it took.
-            model: The model.
-            callbacks: Its callbacks.
-
-        Raises:
-            StorageError: If it cannot be written.
-        """
+        """Keep what the training of a task left."""
         states = {callback.state_key: callback.state_dict() for callback in callbacks}
+        entry = {"task": task, "trained": True, "cost": asdict(cost)}
         state = {
-            _ENTRY: {"task": task, "trained": True, "cost": asdict(cost)},
+            _ENTRY: entry,
             "state_dict": model.state_dict(),
             "callbacks": {key: state for key, state in states.items() if state},
         }
         if is_first_process():
             save_state(self.state_file, state)
-        self._state = {_ENTRY: state[_ENTRY]}
+        self._state = {_ENTRY: entry}
 
     def note_evaluation(self, task: int, metrics: dict[str, float], row: Row | None) -> None:
-        """Note what the evaluation after a task found.
-
-        Args:
-            task: Its index.
-            metrics: What was logged.
-            row: Its row of the accuracy matrix; None if there is none.
-        """
+        """Note what the evaluation after a task logged, and its row of the accuracy matrix."""
         self.journal.append({"done": "evaluation", "task": task, "metrics": metrics, "row": row})
 
-    def finish(self, task: int, metrics: dict[str, float], cost: Cost, row: Row | None) -> None:
-        """Note that nothing is left to do for a task.
-
-        Args:
-            task: Its index.
-            metrics: What its evaluation logged.
-            cost: What its training took.
-            row: Its row of the accuracy matrix; None if there is none.
-        """
+    def note_finished(
+        self, task: int, metrics: dict[str, float], cost: Cost, row: Row | None
+    ) -> None:
+        """Note that nothing is left to do for a task."""
         record = {"task": task, "metrics": metrics, "cost": asdict(cost), "row": row}
         self.journal.append({"done": "task"} | record)
-
-    @rank_zero_only
-    def _clean(self) -> None:
-        remove_leftovers(self.path)
 
 
 class KeepCheckpoints(Checkpoint):
@@ -237,12 +161,6 @@ class KeepCheckpoints(Checkpoint):
     end of training, so that a task killed there repeats its last epoch. Nor does any epoch where a
     schedule waits for a plateau, because Lightning tells it the epoch's metric only later, and does
     not make up for it when it goes on: such a task starts anew.
-
-    Args:
-        folder: Where to write.
-        task: Index of the task.
-        seconds: The least time between two checkpoints.
-        meter: Knows what the task has taken.
     """
 
     def __init__(self, folder: StreamFolder, task: int, seconds: float, meter: Meter) -> None:
@@ -266,7 +184,7 @@ class KeepCheckpoints(Checkpoint):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        cost = asdict(self._meter.lap())
+        cost = asdict(self._meter.read())
         checkpoint[_ENTRY] = {"task": self._task, "trained": False, "cost": cost}
 
     def _write(self, trainer: L.Trainer) -> None:
@@ -274,54 +192,14 @@ class KeepCheckpoints(Checkpoint):
         for logger in trainer.loggers:
             logger.save()
         others = trainer.strategy.checkpoint_io
-        trainer.strategy.checkpoint_io = _WholeFiles()
+        trainer.strategy.checkpoint_io = _AtomicFiles()
         try:
             trainer.save_checkpoint(self._folder.state_file)
         finally:
             trainer.strategy.checkpoint_io = others
 
 
-class Meter:
-    """Measure work that was stopped and goes on, lap by lap, for what it took is wanted within.
-
-    Args:
-        before: What it took before.
-
-    Attributes:
-        cost: What it took up to the last lap: times added, the highest of the peaks.
-    """
-
-    def __init__(self, before: Cost) -> None:
-        self.cost = before
-        self._stack = ExitStack()
-
-    def lap(self) -> Cost:
-        """End a lap and begin another; what all took so far."""
-        self._end()
-        self._begin()
-        return self.cost
-
-    def __enter__(self) -> Self:
-        self._begin()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._end()
-
-    def _begin(self) -> None:
-        self._lap = self._stack.enter_context(measured())
-
-    def _end(self) -> None:
-        self._stack.close()
-        self.cost = self._lap.after(self.cost)
-
-
-class _WholeFiles(TorchCheckpointIO):
+class _AtomicFiles(TorchCheckpointIO):
     """Write as we do: Lightning goes through memory and a file elsewhere, which a kill leaves."""
 
     @override

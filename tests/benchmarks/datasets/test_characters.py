@@ -1,81 +1,86 @@
-"""What the embedded model learns from: shapes, captions, drawings."""
+"""The built-in data set of letters and digits."""
 
+import hashlib
+
+import numpy as np
 import pytest
 import torch
-from torch import Generator
 
-from cl_merge.benchmarks.datasets.characters import (
-    CHARACTERS,
-    FIELD,
-    FONTS,
-    HELD_OUT,
-    Atlas,
-    captions,
-    shapes,
-    spoken,
-    thinned,
-)
-from cl_merge.benchmarks.studies.distortions import draw
+from cl_merge import load_clip
+from cl_merge.benchmarks.datasets.catalog import find_data, open_data
+from cl_merge.benchmarks.datasets.characters import CHARACTERS, LOOKS, SIDE, characters
+from cl_merge.models.zero_shot import zero_shot_head
 
 
 @pytest.fixture(scope="module")
-def atlas():
-    return Atlas(shapes(["cmr10"]))
+def drawn():
+    return characters()
 
 
-@pytest.mark.parametrize("font", FONTS)
-def test_every_font_has_every_character(font):
-    assert {shape.character for shape in shapes([font])} == set(CHARACTERS)
+def pixels(split) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in split["image"]])
 
 
-def test_training_never_draws_from_the_held_out_fonts():
-    assert {shape.font for shape in shapes()} == set(FONTS) - set(HELD_OUT)
+def digest(split) -> str:
+    return hashlib.sha256(pixels(split).tobytes()).hexdigest()
 
 
-def test_unicode_names_the_style_of_an_alphabet():
-    styles = {shape.style for shape in shapes(["STIXGeneral"]) if shape.character == "7"}
-    assert {"serif", "double-struck", "monospace", "sans-serif bold"} <= styles
+def test_every_class_has_as_many_pictures_of_every_look(drawn):
+    for split, each in (("train", 8), ("test", 3)):
+        pairs = list(zip(drawn[split]["label"], drawn[split]["look"], strict=True))
+        assert {pairs.count(pair) for pair in set(pairs)} == {each}
+        assert len(set(pairs)) == 62 * len(LOOKS)
+    facts = find_data("characters").facts
+    assert facts == {"train": 62 * 40, "test": 62 * 15, "classes": 62}
 
 
-def test_fields_measure_distances_to_the_ink(atlas):
-    assert atlas.outlines.shape == atlas.strokes.shape == (len(atlas), FIELD, FIELD)
-    assert (atlas.outlines.flatten(1).amin(1) < 0).all()
-    assert (atlas.strokes.flatten(1).amin(1) == 0).all()
-    # Nothing touches the border, however it will be bent.
-    assert (atlas.outlines[:, 0] > 4).all()
-    # A stroke runs inside its outline.
-    assert (atlas.outlines[atlas.strokes == 0] < 1).all()
+def test_class_names_tell_the_two_cases_apart(drawn):
+    names = drawn["train"].features["label"].names
+    assert len(names) == len(set(names)) == len(CHARACTERS)
+    assert (names[0], names[10], names[36]) == ("digit zero", "capital letter a", "small letter a")
 
 
-def test_thinning_keeps_the_topology_of_a_ring():
-    axis = torch.arange(-12, 13)
-    distance = (axis**2 + axis[:, None] ** 2).sqrt()
-    ring = ((distance > 5) & (distance < 10))[None]
-    thin = thinned(ring)
-    assert (thin & ~ring).sum() == 0
-    assert 30 <= thin.sum() <= 60
-    assert torch.equal(thinned(thin), thin)
-    # Each pixel has two neighbours: the ring is closed and one pixel wide.
-    neighbours = torch.nn.functional.conv2d(
-        thin[:, None].float(), torch.ones(1, 1, 3, 3), padding=1
-    )[:, 0]
-    assert (neighbours[thin] >= 3).all()
+def test_the_pictures_are_the_same_every_time_and_all_differ(drawn):
+    again = open_data("builtin:characters")
+    assert [digest(again[split]) for split in again] == [digest(drawn[split]) for split in drawn]
+    everything = np.concatenate([pixels(drawn["train"]), pixels(drawn["test"])])
+    assert everything.shape == (62 * 55, SIDE, SIDE, 3)
+    assert len({picture.tobytes() for picture in everything}) == len(everything)
 
 
-def test_captions_tell_all_characters_apart():
-    names = [name for character in CHARACTERS for name in spoken(character)]
-    assert len(set(names)) == len(names)
-    assert {len(captions("7", style)) for style in ("serif", "bold italic")} == {40}
-    assert captions("A", "serif")[0] == "a photo of the capital letter a"
+def test_looks_look_different(drawn):
+    grey = pixels(drawn["train"]).mean(axis=3)
+    looks = np.asarray(drawn["train"]["look"])
+    of = {name: grey[looks == index] for index, name in enumerate(LOOKS)}
+    border = {name: found[:, 0].mean() for name, found in of.items()}
+    assert border["negative"] < 90 < 150 < min(v for k, v in border.items() if k != "negative")
+    rough = {name: np.abs(np.diff(found[:, :3], axis=2)).mean() for name, found in of.items()}
+    assert rough["noisy"] > 3 * rough["slanted"]
+    assert rough["textured"] > 1.5 * rough["slanted"]
 
 
-def test_a_seed_fixes_every_pixel(atlas):
-    fields, pens = atlas.strokes[:16], torch.full((16,), 3.0)
-    first, same, other = (draw(fields, pens, Generator().manual_seed(seed)) for seed in (1, 1, 2))
-    assert torch.equal(first, same)
-    assert not torch.equal(first, other)
-    assert first.shape == (16, 3, 32, 32)
-    assert first.amin() >= 0
-    assert first.amax() <= 1
-    # There is something to see on each of them.
-    assert (first.flatten(1).std(dim=1) > 0.02).all()
+def test_small_letters_are_small(drawn):
+    # Their outlines are alike, so only the size tells the cases apart.
+    dark = pixels(drawn["train"]).mean(axis=3)
+    labels, looks = (np.asarray(drawn["train"][column]) for column in ("label", "look"))
+
+    def height(character: str) -> float:
+        rows = (labels == CHARACTERS.index(character)) & (looks == LOOKS.index("negative"))
+        ink = dark[rows].max(axis=2)
+        threshold = (ink.min(axis=1) + ink.max(axis=1)) / 2
+        return float((ink > threshold[:, None]).sum(axis=1).mean())
+
+    for letter in "cosvwxz":
+        assert height(letter) < 0.85 * height(letter.upper())
+
+
+def test_the_embedded_model_reads_many_but_not_nearly_all(drawn):
+    clip = load_clip("glyph")
+    head = zero_shot_head(
+        clip, drawn["test"].features["label"].names, find_data("characters").recipe["prompts"]
+    )
+    images = torch.stack([clip.test_transform(image) for image in drawn["test"]["image"]])
+    with torch.inference_mode():
+        found = head(clip.model.visual(images)).argmax(dim=1)
+    accuracy = (found == torch.tensor(drawn["test"]["label"])).float().mean().item()
+    assert 0.5 < accuracy < 0.75
