@@ -177,11 +177,9 @@ def _check_keys(layer: DictConfig, origin: str) -> None:
 
 def _merged(config: DictConfig, layer: DictConfig, origin: str) -> DictConfig:
     """Put a layer over a configuration, key by key, so that an error can name the key."""
-    for key in layer:
+    for key in map(str, layer):
         try:
-            config = OmegaConf.merge(  # type: ignore[assignment]
-                config, OmegaConf.masked_copy(layer, str(key))
-            )
+            merged = OmegaConf.merge(config, OmegaConf.masked_copy(layer, key))
         except TypeError as error:
             raise InputError(
                 f"{origin}: a list stands where keys and values are expected, or the other way "
@@ -190,6 +188,7 @@ def _merged(config: DictConfig, layer: DictConfig, origin: str) -> DictConfig:
         except OmegaConfBaseException as error:
             where = f"{error.full_key}: " if error.full_key else ""
             raise InputError(f"{origin}: {where}{_first_line(error)}") from error
+        config = merged  # type: ignore[assignment]
     return config
 
 

@@ -320,15 +320,15 @@ class TaskStream(L.LightningDataModule):
         if scenario == "data":
             sizes = len(self._train), len(self._test)
             return split_by_data(*sizes, names, tasks=tasks or 5, seed=self._seed)
-        *domains, domain_names = domains_of(self._train, self._test, scenario)
+        train, test, domain_names = domains_of(self._train, self._test, scenario)
         if tasks not in (None, len(domain_names)):
             raise InputError(
                 f"tasks={tasks}, but the data set has {len(domain_names)} {scenario}s "
                 f"({listing(domain_names)}), and each is a task; leave it out"
             )
         if scenario == "domain":
-            return split_by_domain(*domains, names, domain_names, order=order)
-        return split_by_source((domains[0], domains[1]), labels, names, domain_names, order=order)
+            return split_by_domain(train, test, names, domain_names, order=order)
+        return split_by_source((train, test), labels, names, domain_names, order=order)
 
     def _shuffled(self, dataset: ImageDataset) -> StreamSampler:
         rank, world = self._rank_and_world()
