@@ -65,7 +65,7 @@ class CLIPClassifier(L.LightningModule):
         visual: The image encoder; its names are those of open_clip's, so weights go back and forth.
         head: The frozen classifier.
         accuracy: Where tests are counted; made when a `TaskStream` is first tested, or set by hand.
-        classify: What classifies in the place of the head, if not None: a function of this module,
+        classify: What classifies instead of the head, if not None: a function of this module,
             images [B, 3, H, W], their features [B, D] and classes that returns logits, as `forward`
             does. `ClassStatistics` sets it for the time of an evaluation.
 
@@ -116,7 +116,7 @@ class CLIPClassifier(L.LightningModule):
         self.accuracy: AccuracyMatrix | None = None
         self.classify: Classify | None = None
         self._task: Task | None = None
-        self._told = False
+        self._warmup_explained = False
         self.register_buffer("_position", torch.arange(len(head.class_names)), persistent=False)
         self._position: Tensor
 
@@ -195,13 +195,13 @@ class CLIPClassifier(L.LightningModule):
         stream = self._stream()
         self._task = stream.task if stream else None
         if self._task is not None:
-            # The place of every class among the rows of the task's head.
+            # The position of every class among the rows of the task's head.
             self._position.fill_(-1)
             self._position[list(self._task.classes)] = torch.arange(
                 len(self._task.classes), device=self._position.device
             )
-        if self.trainer.is_global_zero and not self._told:
-            self._tell_unfinished_warmup()
+        if self.trainer.is_global_zero and not self._warmup_explained:
+            self._explain_unfinished_warmup()
 
     def task_logits(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Classify a training batch among the classes of the current task.
@@ -311,17 +311,17 @@ class CLIPClassifier(L.LightningModule):
         A GPU has to be waited for, so that its later epochs, which bring the same labels, are left
         out; unchecked, it would end in an assertion that names nothing.
         """
-        again = labels.device.type != "cpu" and self.current_epoch > 0
-        if self._stream() is not None or again or labels.is_floating_point() or not len(labels):
+        checked = labels.device.type != "cpu" and self.current_epoch > 0
+        if self._stream() is not None or checked or labels.is_floating_point() or not len(labels):
             return
         lowest, highest = (int(value) for value in labels.aminmax())
         if lowest < 0 or highest >= len(self.head.class_names):
             check_range(labels.cpu().numpy(), len(self.head.class_names), "the batch")
 
-    def _tell_unfinished_warmup(self) -> None:
+    def _explain_unfinished_warmup(self) -> None:
         steps, warmup = int(self.trainer.estimated_stepping_batches), self.hparams["warmup_steps"]
         if steps < warmup:
-            self._told = True
+            self._warmup_explained = True
             log.info(
                 "a task takes %d steps and its warm-up %d: the learning rate ends at %.0f %% of "
                 "its peak, see warmup_steps",

@@ -42,23 +42,14 @@ _LOGIT_SCALE = 50.0
 
 
 def build_lite(image_size: int | None = None) -> tuple[nn.Module, Callable[[list[str]], Tensor]]:
-    """Build the `lite` model from the packages of the extra ``lite``; needs no network.
+    """Build the `lite` model and its tokenizer from packages, without a network.
 
-    ``model.visual`` is EfficientNet-Lite0 followed by the projection, a linear layer without bias,
+    The model is an ``open_clip.CustomTextCLIP`` in evaluation mode with 384 features; the tokenizer
+    maps N texts to token numbers [N, L], padded to the longest. ``model.visual`` is
+    EfficientNet-Lite0 followed by the projection, a linear layer without bias,
     ``visual.head.proj``: it is part of the image tower and trains with it. The tower has batch
     normalisation, whose statistics a few images of a few classes would spoil: keep it in evaluation
-    mode while fine-tuning.
-
-    Args:
-        image_size: Height and width of the input, 224 without it. The tower is convolutional, so
-            any size will do.
-
-    Returns:
-        An ``open_clip.CustomTextCLIP`` in evaluation mode with 384 features, and its tokenizer,
-        which maps ``N`` texts to token numbers ``[N, L]``, padded to the longest.
-
-    Raises:
-        InputError: If a package of the extra is missing or holds other weights than expected.
+    mode while fine-tuning. It is convolutional, so that any image size will do; 224 by default.
 
     Example:
         >>> model, tokenizer = build_lite(128)  # doctest: +SKIP
@@ -82,15 +73,9 @@ def build_lite(image_size: int | None = None) -> tuple[nn.Module, Callable[[list
 
 
 def projection(names: Tensor, classifier: Tensor, ridge: float = _RIDGE) -> Tensor:
-    """Regress the rows of a classifier on the embeddings of its classes' names.
+    """Regress a classifier, ``W`` [C, D], on the embeddings of its classes' names, ``E`` [C, T].
 
-    Args:
-        names: ``[C, T]`` text embeddings ``E`` of the class names.
-        classifier: ``[C, D]`` weights ``W`` of the classifier.
-        ridge: The weight of ``|P|^2``.
-
-    Returns:
-        ``P``, ``[T, D]``, float32: it maps image features to the space of the embeddings.
+    Returns ``P``, float32 [T, D], with `ridge` as the weight of ``|P|^2``.
 
     Example:
         >>> import torch
@@ -187,13 +172,10 @@ def _load_text_weights(encoder: nn.Module, file: Path) -> None:
 
 
 def _load_image_weights(trunk: nn.Module, file: Path) -> Tensor:
-    """Load the ImageNet weights into timm's tower, whose names for the same tensors differ.
+    """Load the ImageNet weights into timm's tower; returns those of the classifier, [1000, 1280].
 
-    Both list their tensors in the order of the layers, so they are matched by position, and each
-    pair must agree in shape and in the last part of the name, such as ``running_mean``.
-
-    Returns:
-        The weights of the ImageNet classifier, ``[1000, 1280]``, which the tower does without.
+    timm has other names for the same tensors. Both list them in the order of the layers, so they
+    are matched by position, and each pair must agree in shape and in the last part of the name.
     """
     weights: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
     wanted = {key: tuple(value.shape) for key, value in trunk.state_dict().items()}

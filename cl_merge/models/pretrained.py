@@ -94,7 +94,7 @@ def load_clip(model: str = "glyph", *, image_size: int | None = None) -> Clip:
         ICML 2021; Ilharco et al., OpenCLIP, 2021.
     """
     if image_size is not None and image_size < 1:
-        raise InputError(f"image_size must be at least 1 pixel, not {image_size}")
+        raise InputError(f"image_size={image_size}; expected 1 or more, in pixels")
     if model == "lite":
         from cl_merge.models.lite import build_lite
 
@@ -103,30 +103,15 @@ def load_clip(model: str = "glyph", *, image_size: int | None = None) -> Clip:
 
 
 class Source(NamedTuple):
-    """Where open_clip finds a model.
+    """Where open_clip finds a model."""
 
-    Attributes:
-        config: open_clip's name of the architecture, or ``local-dir:`` or ``hf-hub:`` and where.
-        weights: A tag or a file; None if the config's folder has them.
-        quick_gelu: Whether to force QuickGELU; if not, the config decides.
-    """
-
-    config: str
-    weights: str | None = None
-    quick_gelu: bool = False
+    config: str  # open_clip's name of the architecture, or local-dir: or hf-hub: and where
+    weights: str | None = None  # a tag or a file; None if the config's folder has them
+    quick_gelu: bool = False  # whether to force QuickGELU; if not, the config decides
 
 
 def resolve(model: str) -> Source:
-    """Find out what a name given to :func:`load_clip` stands for; reads and downloads no weights.
-
-    Args:
-        model: Any name that :func:`load_clip` takes, but ``"lite"``.
-
-    Returns:
-        What to ask of open_clip.
-
-    Raises:
-        InputError: If nothing has that name. The message has the nearest name that exists.
+    """Find out what a name given to `load_clip` stands for; reads and downloads no weights.
 
     Example:
         >>> resolve("ViT-B-16:openai")

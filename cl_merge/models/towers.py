@@ -34,14 +34,9 @@ class GlyphResNet(nn.Module):
 
     Group normalisation sees one image at a time: nothing but parameters changes in training, so
     that the difference of two trained networks is all that there is to merge, and an image's
-    features do not depend on its batch.
-
-    Args:
-        widths: Channels of each stage; multiples of 8. Each stage halves the resolution.
-        depths: Residual blocks of each stage.
-        num_classes: Width of the classifier; 0 leaves it out.
-        global_pool: ``"avg"`` pools the last feature map; ``""`` leaves it as it is.
-        in_chans: Channels of the image.
+    features do not depend on its batch. The arguments are those of timm: channels (multiples of 8)
+    and residual blocks of each stage, which halves the resolution; 0 classes leave the classifier
+    out, ``global_pool=""`` the pooling.
 
     Example:
         >>> import torch
@@ -75,37 +70,18 @@ class GlyphResNet(nn.Module):
         self.reset_classifier(num_classes, global_pool)
 
     def reset_classifier(self, num_classes: int, global_pool: str = "avg") -> None:
-        """Replace pooling and classifier, as timm's users and open_clip do.
-
-        Args:
-            num_classes: Width of the new classifier; 0 leaves it out.
-            global_pool: ``"avg"``, or ``""`` for no pooling.
-        """
+        """Replace pooling and classifier, as timm's users and open_clip do."""
         self.num_classes = num_classes
         pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.global_pool = pool if global_pool else nn.Identity()
         self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Compute the last feature map.
-
-        Args:
-            images: Float images of shape ``(batch, channels, height, width)``.
-
-        Returns:
-            A map of shape ``(batch, num_features, height / 8, width / 8)``, not negative.
-        """
+        """Compute the last feature map, not negative: [B, num_features, height / 8, width / 8]."""
         return nn.functional.relu(self.norm(self.stages(self.stem(images))))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute the pooled features, or the logits where there is a classifier.
-
-        Args:
-            images: Float images of shape ``(batch, channels, height, width)``.
-
-        Returns:
-            Features ``(batch, num_features)`` or logits ``(batch, num_classes)``.
-        """
+        """Compute pooled features [B, num_features], or logits where there is a classifier."""
         logits: Tensor = self.fc(self.global_pool(self.forward_features(images)))
         return logits
 
@@ -131,14 +107,9 @@ class _Block(nn.Module):
 
 @register_model
 def glyph_resnet(pretrained: bool = False, **kwargs: Any) -> GlyphResNet:
-    """Build the image tower of the embedded model ``glyph``.
+    """Build the image tower of the embedded model ``glyph``, with random weights.
 
-    Args:
-        pretrained: Accepted because timm passes it; the weights come with the whole CLIP.
-        **kwargs: Arguments of :class:`GlyphResNet` and of timm's builder.
-
-    Returns:
-        The tower, with random weights.
+    timm passes `pretrained`; the weights come with the CLIP as a whole.
     """
     model: GlyphResNet = build_model_with_cfg(GlyphResNet, "glyph_resnet", pretrained, **kwargs)
     return model

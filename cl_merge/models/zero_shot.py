@@ -118,7 +118,7 @@ def zero_shot_head(
     names = _checked_class_names(class_names)
     templates = _checked_templates(templates)
     if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, not {batch_size}")
+        raise InputError(f"batch_size={batch_size}; expected 1 or more")
     prompts = [template.replace("{}", name) for name in names for template in templates]
     model: Any = clip.model.eval()
     device = model.logit_scale.device

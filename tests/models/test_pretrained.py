@@ -338,7 +338,7 @@ def test_unreachable_hub_names_the_model_and_the_way_without(monkeypatch, tiny, 
 @pytest.mark.parametrize("size", [0, -32])
 def test_image_size_below_one(size):
     assert message_of("glyph", image_size=size) == (
-        f"image_size must be at least 1 pixel, not {size}"
+        f"image_size={size}; expected 1 or more, in pixels"
     )
 
 

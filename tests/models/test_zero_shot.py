@@ -141,7 +141,7 @@ def test_wrong_templates_are_named(clip, templates, message):
 
 
 def test_a_batch_size_below_one_is_refused(clip):
-    with pytest.raises(InputError, match=r"^batch_size must be at least 1, not 0$"):
+    with pytest.raises(InputError, match=r"^batch_size=0; expected 1 or more$"):
         zero_shot_head(clip, NAMES, TEMPLATES, batch_size=0)
 
 
