@@ -20,7 +20,7 @@ from cl_merge.errors import InputError, nearest, unknown_name
 if TYPE_CHECKING:
     import datasets
 
-# What a file of a data set may say beside the settings of a run.
+# What the file of a data set may hold besides settings of a run.
 _OWN_KEYS = ("about", "extends", "sources", "facts")
 _FACTS = ("train", "test", "classes", "domains", "tasks")
 

@@ -40,19 +40,9 @@ def read_config(
     *,
     origin: str = "the recipe of the data set",
 ) -> RunConfig:
-    """Put a configuration together: defaults, then a recipe, then a file, then arguments.
+    """Put a configuration together and check it: defaults, a recipe, a file, then arguments.
 
-    Args:
-        arguments: ``key=value`` words, such as ``stream.tasks=10``.
-        recipe: What is underneath, such as what the data set sets by itself.
-        file: A YAML file.
-        origin: Where the recipe comes from, for messages.
-
-    Returns:
-        The configuration, checked.
-
-    Raises:
-        InputError: If a key or a value is wrong; names the nearest valid key.
+    Messages name where a wrong key or value comes from: `origin` is that of the recipe.
 
     Example:
         >>> read_config(["stream.tasks=10", "seed=3"], {}).stream.tasks

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NamedSplits:
-    """A data set to put beside others; its name is that of its task. Options as in `TaskStream`."""
+    """A data set to join with others; its name is that of its task. Options as in `TaskStream`."""
 
     name: str
     splits: Mapping[str, datasets.Dataset]
@@ -48,16 +48,10 @@ def concat(data: Sequence[NamedSplits]) -> tuple[dict[str, datasets.Dataset], li
     The images stay where they are, on disk or in memory: none is decoded, and none copied but those
     of a split that was itself selected from another.
 
-    Args:
-        data: The data sets.
-
     Returns:
         Splits ``train`` and ``test`` with columns ``image``, ``label`` (a `ClassLabel` with names
         ``DATA SET: CLASS``) and ``source`` (a `ClassLabel` with the names of the data sets); and
         the names of each data set's own classes, in the order of the labels.
-
-    Raises:
-        InputError: If two data sets have the same name, or one cannot be read as told.
 
     Example::
 

@@ -195,13 +195,10 @@ class TaskStream(L.LightningDataModule):
         return self._current + len(self.test_tasks) - len(self.tasks)
 
     def joint(self) -> TaskStream:
-        """Join all tasks into one, for training that sees everything at once.
+        """A stream of the single task ``"joint"``, for training that sees everything at once.
 
-        Test images still count for the task that they came from, so that the accuracy matrix has
-        as many columns as ever, and its last row alone.
-
-        Returns:
-            A stream with the single task ``"joint"``, which shares the images with this one.
+        It shares the images with this one. Test images still count for the task that they came
+        from, so that the accuracy matrix has as many columns as ever, and its last row alone.
 
         Example::
 
@@ -215,17 +212,7 @@ class TaskStream(L.LightningDataModule):
         return joint
 
     def select(self, index: int) -> Task:
-        """Point at a task.
-
-        Args:
-            index: Position in the stream, from 0.
-
-        Returns:
-            The task.
-
-        Raises:
-            InputError: If there is no such task.
-        """
+        """Point at the task of an index, from 0, and return it; `InputError` if there is none."""
         if not 0 <= index < len(self.tasks):
             raise InputError(f"no task {index}: the stream has tasks 0 to {len(self.tasks) - 1}")
         self._current = index

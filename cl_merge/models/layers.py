@@ -14,8 +14,8 @@ _LAST = re.compile(r"(?:.*\.)?(?:proj|head\..*)")
 def layer_depths(names: Iterable[str]) -> dict[str, int]:
     """Number the layers of an encoder, from its input to its output.
 
-    Each numbered block is a layer. What stands before the first one, such as a stem and embeddings,
-    is layer 0; what stands behind, such as a last norm and the projection, is the last layer.
+    Each numbered block is a layer. What comes before the first one, such as a stem and embeddings,
+    is layer 0; what comes after, such as a last norm and the projection, is the last layer.
 
     Args:
         names: Names of parameters, in the order of the module.

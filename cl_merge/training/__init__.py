@@ -1,1 +1,1 @@
-"""Training a whole stream: one fit per task, what is kept to resume, and its metrics."""
+"""Training a stream: one fit per task, what is kept to resume, and its metrics."""

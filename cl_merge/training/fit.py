@@ -1,4 +1,4 @@
-"""A whole stream: one fit per task, an evaluation after each."""
+"""Training a stream: one fit per task, an evaluation after each."""
 
 from __future__ import annotations
 
@@ -80,12 +80,12 @@ def fit_stream(
     new for every task, such as `ModelCheckpoint`, `EarlyStopping` or a `CSVLogger`, are built by a
     function given as `trainer`.
 
-    With a `directory`, a stream that died at any instant goes on when it is called again in the
-    same way, with the model as it was before the first task: finished tasks are skipped, a task in
-    progress goes on at the end of an epoch; its last epoch is repeated, for callbacks that work at
-    a task's end need a real one. A task with a schedule that waits for a plateau starts anew. With
-    a seed, and on a CPU, weights, merged weights and metrics are those of a stream that was not
-    interrupted, bit for bit.
+    With a `directory`, a stream that was stopped at any instant resumes when this is called again in
+    the same way, with the model as it was before the first task: finished tasks are skipped, and a
+    task in progress resumes at the end of an epoch. Its last epoch is always repeated, for callbacks
+    that work at a task's end need a real one; a task with a schedule that waits for a plateau starts
+    anew. With a seed, and on a CPU, weights, merged weights and metrics are those of a stream that
+    was not interrupted, bit for bit.
 
     Under DDP every process is given the same `directory`; the first one writes to it.
 
@@ -99,8 +99,8 @@ def fit_stream(
             likewise, so that their random numbers do not depend on what ran before. None leaves the
             generators alone.
         on_task_end: Called after each task's evaluation. If it did not return, it is called again
-            when the stream goes on; the evaluation is not repeated.
-        directory: Where to keep what is needed to go on: the journal ``journal.jsonl`` and the
+            when the stream resumes; the evaluation is not repeated.
+        directory: Where to keep what is needed to resume: the journal ``journal.jsonl`` and the
             state ``state.ckpt``. None keeps nothing.
         checkpoint_seconds: The least time between two checkpoints within a task, which are written
             at the ends of its epochs but the last; 0 writes one after each.
@@ -184,7 +184,7 @@ def _train(
     folder: StreamFolder | None,
     checkpoint_seconds: float,
 ) -> Cost:
-    """Train the current task: all of it, what a checkpoint within it left, or nothing."""
+    """Train the current task: all of it, the rest after a checkpoint, or nothing."""
     if folder is None:
         meter = Meter()
         runner.fit(model, datamodule=stream)
@@ -199,7 +199,8 @@ def _train(
     # Not among the trainer's arguments: it is no business of its `enable_checkpointing`.
     keep = KeepCheckpoints(folder, task, checkpoint_seconds, meter)
     runner.callbacks.append(keep)  # type: ignore[attr-defined]
-    runner.fit(model, datamodule=stream, ckpt_path=checkpoint, weights_only=True)
+    # Without code: the folder has read the checkpoint with `weights_only` before.
+    runner.fit(model, datamodule=stream, ckpt_path=checkpoint)
     cost = meter.read()
     folder.save_trained(task, cost, model, callbacks)
     return cost

@@ -1,4 +1,4 @@
-"""A journal of what is done, so that work that was stopped goes on where it was."""
+"""A journal of finished work, so that what was stopped can resume."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _held: set[tuple[Path, int, int]] = set()
 
 
 class Journal:
-    """A file of JSON lines that only grows; a line is there whole or not at all.
+    """A file of JSON lines that only grows; a line is complete or not there at all.
 
     Every process reads it, the first one writes it. What the last line lost in a crash is left out
     when it is read, and cut off before the next line is written. Numbers come back as the same

@@ -236,7 +236,7 @@ class AccuracyMatrix(Metric):
             "average_accuracy": average_accuracy(matrix),
             "task_aware_accuracy": micro_accuracy(self.correct(aware=True), total),
         }
-        whole = sorted(self.rows) == list(range(len(total)))
+        complete = sorted(self.rows) == list(range(len(total)))
         over_time = {
             "average_incremental_accuracy": average_incremental_accuracy(correct, total),
             "backward_transfer": backward_transfer(matrix),
@@ -244,7 +244,7 @@ class AccuracyMatrix(Metric):
         }
         if zero_shot is not None:
             over_time["forward_transfer"] = forward_transfer(matrix, zero_shot.accuracy()[-1])
-        return found | {name: x if whole else float("nan") for name, x in over_time.items()}
+        return found | {name: x if complete else float("nan") for name, x in over_time.items()}
 
     def _stack(self, which: int) -> Tensor:
         return torch.stack([self.rows[task][which] for task in sorted(self.rows)])

@@ -1,4 +1,4 @@
-"""What a stream keeps on disk, so that a run that was killed goes on as if it had not been."""
+"""The files of a stream, with which one that was killed resumes as if it had not been."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ class KeepCheckpoints(Checkpoint):
     The last epoch gets none on purpose: what works at a task's end, such as merging, needs a real
     end of training, so that a task killed there repeats its last epoch. Nor does any epoch where a
     schedule waits for a plateau, because Lightning tells it the epoch's metric only later, and does
-    not make up for it when it goes on: such a task starts anew.
+    not make up for it when it resumes: such a task starts anew.
     """
 
     def __init__(self, folder: StreamFolder, task: int, seconds: float, meter: Meter) -> None:
@@ -225,7 +225,7 @@ def _awaits_metric(trainer: L.Trainer) -> bool:
 
 
 def describe(stream: TaskStream, seed: int | None, evaluate: bool) -> dict[str, Any]:
-    """What a stream is, as far as going on depends on it, as plain values."""
+    """What must be the same for a stream to resume, as plain values."""
     number = len(stream.tasks)
     found: dict[str, Any] = {"seed": seed, "evaluate": evaluate, "number of tasks": number}
     for task in stream.tasks:

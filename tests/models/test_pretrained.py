@@ -228,11 +228,6 @@ def test_folder_without_weights_never_gives_a_random_model(folder, tmp_path):
     )
 
 
-def test_glyph_without_weights_never_gives_a_random_model(monkeypatch, tmp_path):
-    monkeypatch.setattr("cl_merge.models.pretrained.files", lambda package: tmp_path)
-    assert message_of("glyph") == f"model folder '{tmp_path}' has no open_clip_config.json"
-
-
 def test_folder_with_a_broken_config(folder, tmp_path):
     (tmp_path / "open_clip_config.json").write_text("{")
     (tmp_path / "open_clip_model.safetensors").touch()
