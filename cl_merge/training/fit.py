@@ -80,12 +80,12 @@ def fit_stream(
     new for every task, such as `ModelCheckpoint`, `EarlyStopping` or a `CSVLogger`, are built by a
     function given as `trainer`.
 
-    With a `directory`, a stream that was stopped at any instant resumes when this is called again in
-    the same way, with the model as it was before the first task: finished tasks are skipped, and a
-    task in progress resumes at the end of an epoch. Its last epoch is always repeated, for callbacks
-    that work at a task's end need a real one; a task with a schedule that waits for a plateau starts
-    anew. With a seed, and on a CPU, weights, merged weights and metrics are those of a stream that
-    was not interrupted, bit for bit.
+    With a `directory`, a stream that was stopped at any instant resumes when this is called again
+    in the same way, with the model as it was before the first task: finished tasks are skipped, and
+    a task in progress resumes at the end of an epoch. Its last epoch is always repeated, for
+    callbacks that work at a task's end need a real one; a task with a schedule that waits for a
+    plateau starts anew. With a seed, and on a CPU, weights, merged weights and metrics are those of
+    a stream that was not interrupted, bit for bit.
 
     Under DDP every process is given the same `directory`; the first one writes to it.
 
