@@ -73,19 +73,6 @@ def is_data_file(name: str) -> bool:
     return name.endswith((".yaml", ".yml"))
 
 
-def data_name(data: str) -> str:
-    """What a data set is called in tables and on cards: a file by its stem, a path by its end.
-
-    Example:
-        >>> data_name("/photos/birds.yaml"), data_name("/photos"), data_name("uoft-cs/cifar100")
-        ('birds', 'photos', 'uoft-cs/cifar100')
-    """
-    path = Path(data)
-    if is_data_file(data):
-        return path.stem
-    return path.name if data.startswith(("/", "~", ".")) else data
-
-
 def find_source(entry: DataEntry) -> str:
     """Where a data set lies: in the folder ``CL_MERGE_DATA``, or what its recipe says."""
     home = os.environ.get("CL_MERGE_DATA")

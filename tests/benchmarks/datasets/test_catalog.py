@@ -7,7 +7,6 @@ import pytest
 
 from cl_merge.benchmarks.datasets.catalog import (
     catalog,
-    data_name,
     find_data,
     find_source,
     is_on_hub,
@@ -200,11 +199,6 @@ def test_a_file_of_the_users_works_like_a_name_of_the_catalog(tmp_path, monkeypa
     assert config.seed == 4
     other = find_data("here/other.yaml")
     assert (other.source, other.recipe["stream"]["label"]) == ("owner/name", "fine_label")
-
-
-@pytest.mark.parametrize("name", ["/x/cifar10.yaml", "cifar10.yaml", "~/data/cifar10", "cifar10"])
-def test_a_data_set_is_called_by_the_name_of_its_file(name):
-    assert data_name(name) == "cifar10"
 
 
 def test_joined_data_sets_are_found_from_the_file_that_names_them(tmp_path):
