@@ -53,13 +53,10 @@ def pictures_of_run(folder: Path, setting: str) -> list[Drawing]:
     Args:
         folder: The run's.
         setting: The name of its setting in the report.
-
-    Raises:
-        InputError: If no run has finished there.
     """
     with figure_style():
         return [
-            replace(own, setting=setting, svg=svg_element(own.canvas, own.kind, own.alt))
+            replace(own, setting=setting, svg=svg_element(own.canvas, own.kind, own.title))
             for own in _pictures(finished_results(folder), columns=1)
         ]
 
@@ -106,7 +103,6 @@ def _draw_matrix(results: Mapping[str, Any]) -> Drawing:
         f"Accuracy matrix of {method}",
         "Accuracy on each task (column) after each task (row), among all classes; the first row is "
         "zero-shot.",
-        f"Heat map of the accuracy of {method} on each task after each task.",
         ("after task", *(str(number + 1) for number in range(tasks))),
         tuple((str(number + 1), *row) for number, row in enumerate(matrix)),
     )

@@ -65,14 +65,10 @@ METRICS: dict[str, Metric] = {
         better=1,
     ),
     "seconds": Metric(
-        "time, minutes",
-        "of the whole run, which serves all methods that share its training",
-        unit=60.0,
+        "time, minutes", "of the whole run, which serves all methods that share its training", 60.0
     ),
-    "peak_memory": Metric("peak memory, GiB", "bytes, of the run", unit=2.0**30),
-    "stored_bytes": Metric(
-        "stored, MB", "bytes of task vectors that the run keeps", unit=1e6, digits=0
-    ),
+    "peak_memory": Metric("peak memory, GiB", "bytes, of the run", 2.0**30),
+    "stored_bytes": Metric("stored, MB", "bytes of task vectors that the run keeps", 1e6, 0),
 }
 """What a cell can tell, by name; shares are in per cent."""
 

@@ -53,11 +53,7 @@ def shown(entry: Entry, metric: str) -> Shown:
 
 
 def rows_of(summary: Summary, metric: str) -> Iterator[tuple[str, str, list[Shown]]]:
-    """Go through the rows of a table: group, method, and what stands in each setting's column.
-
-    Raises:
-        InputError: If there is no such metric.
-    """
+    """Go through the rows of a table: group, method, and what stands in each setting's column."""
     if metric not in METRICS:
         raise unknown_name("metric", metric, list(METRICS))
     trainings = {method.name: method.training for method in summary.suite.rows}
@@ -68,11 +64,7 @@ def rows_of(summary: Summary, metric: str) -> Iterator[tuple[str, str, list[Show
 
 
 def rich_tables(summary: Summary, metric: str = "accuracy", width: int = 80) -> list[Table]:
-    """Make the table for a terminal, in as many parts as fit its width in characters.
-
-    Raises:
-        InputError: If there is no such metric.
-    """
+    """Make the table for a terminal, in as many parts as fit its width in characters."""
     rows = list(rows_of(summary, metric))
     names = [_heading(setting) for setting in summary.suite.settings]
     edges, gap = 2, 3  # characters that the box and the padding take
@@ -120,11 +112,7 @@ def title_of(summary: Summary, metric: str) -> str:
 
 
 def legend_of(summary: Summary, metric: str) -> str:
-    """Explain the metric and the marks that a table has.
-
-    Raises:
-        InputError: If there is no such metric.
-    """
+    """Explain the metric and the marks that a table has."""
     every = [cell for _, _, cells in rows_of(summary, metric) for cell in cells]
     parts = [METRICS[metric].about]
     if any(cell.spread for cell in every):
@@ -139,11 +127,7 @@ def legend_of(summary: Summary, metric: str) -> str:
 
 
 def markdown(summary: Summary, metric: str = "accuracy") -> str:
-    """Write the table as Markdown: the best in bold, the second best in italics.
-
-    Raises:
-        InputError: If there is no such metric.
-    """
+    """Write the table as Markdown: the best in bold, the second best in italics."""
     rows = list(rows_of(summary, metric))
     names = [setting.name for setting in summary.suite.settings]
     lines = [
@@ -152,19 +136,13 @@ def markdown(summary: Summary, metric: str = "accuracy") -> str:
         f"|---|{'---:|' * len(names)}",
     ]
     for _, method, cells in rows:
-        marks = [{1: "**", 2: "*"}.get(cell.rank or 0, "") for cell in cells]
-        texts = [f"{m}{_plain(cell)}{m}" for m, cell in zip(marks, cells, strict=True)]
-        lines.append(f"| {method} | {' | '.join(texts)} |")
+        lines.append(f"| {method} | {' | '.join(map(_for_markdown, cells))} |")
     legend = legend_of(summary, metric).replace("underlined", "in italics")
     return "\n".join([*lines, "", legend, ""])
 
 
 def latex(summary: Summary, metric: str = "accuracy") -> str:
-    r"""Write the table as LaTeX, for the package ``booktabs``: the second best is underlined.
-
-    Raises:
-        InputError: If there is no such metric.
-    """
+    r"""Write the table as LaTeX, for the package ``booktabs``: the second best is underlined."""
     rows = list(rows_of(summary, metric))
     names = [_escaped(setting.name) for setting in summary.suite.settings]
     lines = [
@@ -178,8 +156,7 @@ def latex(summary: Summary, metric: str = "accuracy") -> str:
         if group != last:
             lines.append(r"\midrule")
             last = group
-        texts = " & ".join(_for_latex(cell) for cell in cells)
-        lines.append(rf"{_escaped(method)} & {texts} \\")
+        lines.append(rf"{_escaped(method)} & {' & '.join(map(_for_latex, cells))} \\")
     legend = legend_of(summary, metric).replace("%", r"\%")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", f"% {legend}", ""])
 
@@ -211,31 +188,32 @@ def csv_text(summary: Summary) -> str:
     return file.getvalue()
 
 
-def _plain(cell: Shown) -> str:
-    spread = f" ± {cell.spread}" if cell.spread else ""
-    return f"{cell.mean}{spread}{_note(cell)}" if cell.mean else _STATES[cell.state]
+def _plain(cell: Shown, mark: str = "{}", spread: str = " ± ", quiet: str = "{}") -> str:
+    """A cell as text, with what marks its mean and what says the rest in a low voice."""
+    if not cell.mean:
+        return _STATES[cell.state]
+    note = ", ".join(filter(None, (cell.difference, cell.seeds)))
+    text = mark.format(cell.mean) + (spread + cell.spread if cell.spread else "")
+    return text + (quiet.format(f" ({note})") if note else "")
 
 
-def _note(cell: Shown) -> str:
-    said = ", ".join(filter(None, (cell.difference, cell.seeds)))
-    return f" ({said})" if said else ""
+def _for_markdown(cell: Shown) -> str:
+    mark = {1: "**", 2: "*"}.get(cell.rank or 0, "")
+    return f"{mark}{_plain(cell)}{mark}"
 
 
 def _for_terminal(cell: Shown) -> str:
     if not cell.mean:
         return f"[{'red' if cell.state == FAILED else 'dim'}]{_STATES[cell.state]}[/]"
-    mark = {1: "bold", 2: "underline"}.get(cell.rank or 0)
-    text = f"{cell.mean} ± {cell.spread}" if cell.spread else cell.mean
-    return f"{f'[{mark}]{text}[/]' if mark else text}[dim]{_note(cell)}[/]"
+    style = {1: "bold", 2: "underline"}.get(cell.rank or 0, "default")
+    return _plain(cell, f"[{style}]{{}}", quiet="[/][dim]{}[/]")
 
 
 def _for_latex(cell: Shown) -> str:
     if not cell.mean:
-        return _STATES[cell.state].replace("-", "--") or "--"
-    spread = rf" $\pm$ {cell.spread}" if cell.spread else ""
-    mark = {1: r"\textbf", 2: r"\underline"}.get(cell.rank or 0)
-    mean = f"{mark}{{{cell.mean}}}" if mark else cell.mean
-    return f"{mean}{spread}{_note(cell)}"
+        return "--" if cell.state in (DONE, NEW) else _STATES[cell.state]
+    mark = {1: r"\textbf{{{}}}", 2: r"\underline{{{}}}"}.get(cell.rank or 0, "{}")
+    return _plain(cell, mark, r" $\pm$ ")
 
 
 def _escaped(text: str) -> str:

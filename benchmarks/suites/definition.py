@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,6 @@ from cl_merge.config.reading import parse_arguments, read_yaml
 from cl_merge.errors import InputError, nearest, unknown_name
 
 _FOLDER = "cl_merge.benchmarks.suites"
-_KEYS = ("name", "about", "paper", "settings", "methods", "shown", "seeds", "published", "run")
-_SETTING_KEYS = ("data", "tasks", "run", "joint_tasks")
 _PAPER = ("table1", "table2")
 # What a plan decides for each run.
 _PLANNED = ("data", "seed", "out", "method", "compare", "stream.tasks", "merge.beside")
@@ -170,29 +168,11 @@ def joined(one: Suite, other: Suite) -> Suite:
 
 def to_yaml(suite: Suite) -> str:
     """Write a suite as YAML that `find_suite` reads back from a file."""
-    content = {
-        "name": suite.name,
-        "about": suite.about,
-        "paper": suite.paper,
-        "settings": [
-            {"data": s.data, "tasks": s.tasks, "joint_tasks": s.joint_tasks, "run": dict(s.run)}
-            for s in suite.settings
-        ],
-        "methods": list(suite.methods),
-        "shown": list(suite.shown),
-        "seeds": list(suite.seeds),
-        "published": suite.published,
-        "run": dict(suite.run),
-    }
-    return str(OmegaConf.to_yaml(OmegaConf.create(content)))
+    return str(OmegaConf.to_yaml(OmegaConf.create(asdict(suite))))
 
 
 def _parsed(name: str, content: Any, where: str) -> Suite:
-    if not isinstance(content, Mapping):
-        raise InputError(f"suite {where}: expected keys and values")
-    for key in content:
-        if key not in _KEYS:
-            raise InputError(f"suite {where}: unknown key '{key}'{nearest(str(key), _KEYS)}")
+    _check_keys(content, Suite, f"suite {where}")
     for key in ("settings", "methods"):
         if not isinstance(content.get(key), list) or not content[key]:
             raise InputError(f"suite {where}: '{key}' must be a list with at least one entry")
@@ -218,10 +198,7 @@ def _parsed(name: str, content: Any, where: str) -> Suite:
 def _settings(entry: Any, where: str) -> list[Setting]:
     if not isinstance(entry, Mapping) or "data" not in entry:
         raise InputError(f"suite {where}: each setting needs data: NAME, found {entry}")
-    for key in entry:
-        if key not in _SETTING_KEYS:
-            hint = nearest(str(key), _SETTING_KEYS)
-            raise InputError(f"suite {where}: unknown key '{key}' in a setting{hint}")
+    _check_keys(entry, Setting, f"a setting of suite {where}")
     data, numbers = str(entry["data"]), entry.get("tasks")
     find_data(data)
     numbers = numbers if isinstance(numbers, list) else [numbers]
@@ -230,6 +207,15 @@ def _settings(entry: Any, where: str) -> list[Setting]:
             raise InputError(f"suite {where}: tasks of '{data}' must be numbers, found {number}")
     joint = entry.get("joint_tasks", numbers[0])
     return [Setting(data, number, entry.get("run") or {}, joint) for number in numbers]
+
+
+def _check_keys(content: Any, kind: type[Suite | Setting], where: str) -> None:
+    if not isinstance(content, Mapping):
+        raise InputError(f"{where}: expected keys and values")
+    known = [own.name for own in fields(kind)]
+    for key in content:
+        if key not in known:
+            raise InputError(f"{where}: unknown key '{key}'{nearest(str(key), known)}")
 
 
 def _seeds(text: str | None, default: tuple[int, ...]) -> tuple[int, ...]:

@@ -95,21 +95,13 @@ def state_of(job: Job, folder: str | Path) -> str:
 
 
 def job_config(job: Job) -> RunConfig:
-    """The configuration of a job's run, as ``cl-merge run`` would read it.
-
-    Raises:
-        InputError: If a setting is wrong.
-    """
+    """The configuration of a job's run, as ``cl-merge run`` would read it."""
     recipe = _merged(find_data(job.setting.data).recipe, job.config)
     return read_config([], recipe, origin=job.path)
 
 
 def on_devices(job: Job, devices: int) -> Job:
-    """Let a job train on several devices together, with the same number of images in a step.
-
-    Raises:
-        InputError: If its batch cannot be shared out.
-    """
+    """Let a job train on several devices together, with the same number of images in a step."""
     batch = job_config(job).stream.batch_size
     if devices < 1 or batch % devices:
         raise InputError(

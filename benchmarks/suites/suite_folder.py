@@ -15,11 +15,7 @@ SUITE = "suite.yaml"
 
 
 def hold(folder: Path) -> AbstractContextManager[None]:
-    """Hold a suite's folder against other processes, as long as the context lasts.
-
-    Raises:
-        InputError: If another process has it, or it is the folder of something else.
-    """
+    """Hold a suite's folder against other processes, as long as the context lasts."""
     for file in ("config.yaml", "results.json"):
         if (folder / file).exists():
             raise InputError(
@@ -37,11 +33,7 @@ def with_former_methods(suite: Suite, folder: Path) -> Suite:
 
 
 def remember(suite: Suite, folder: Path) -> None:
-    """Add to the folder's ``suite.yaml`` what is asked for now.
-
-    Raises:
-        InputError: If the folder is of another suite, or was begun with other settings of its runs.
-    """
+    """Add to the folder's ``suite.yaml`` what is asked for now."""
     if (folder / SUITE).exists():
         before = read_folder(folder)
         _check_same(before, suite, folder)
@@ -51,11 +43,7 @@ def remember(suite: Suite, folder: Path) -> None:
 
 
 def read_folder(folder: str | Path) -> Suite:
-    """Read what a suite's folder was asked for.
-
-    Raises:
-        InputError: If it is no folder of a suite.
-    """
+    """Read what a suite's folder was asked for."""
     file = Path(folder) / SUITE
     if not file.exists():
         raise InputError(

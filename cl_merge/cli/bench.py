@@ -85,12 +85,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def bench(parsed: argparse.Namespace) -> int:
-    """Run a suite, or say what would be run.
-
-    Raises:
-        InputError: If the suite, a name or a setting is wrong.
-        StoppedError: If it was interrupted.
-    """
+    """Run a suite, or say what would be run."""
     from rich.console import Console
 
     from cl_merge.benchmarks.suites.definition import find_suite, narrowed

@@ -44,11 +44,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def report(parsed: argparse.Namespace) -> None:
-    """Write the report of a folder, or print its table.
-
-    Raises:
-        InputError: If the folder is of no suite or run, or there is no such metric.
-    """
+    """Write the report of a folder, or print its table."""
     from rich.console import Console
 
     folder = Path(parsed.folder).expanduser()
@@ -76,9 +72,6 @@ def make_report(
         figures: ``"all"`` measures what has not been measured, ``"measured"`` draws what has been,
             ``"none"`` leaves them out.
         metric: Of the table that is shown.
-
-    Raises:
-        InputError: If the folder is of no suite or run, or there is no such metric.
     """
     from cl_merge.benchmarks.reports.html import write_report
     from cl_merge.benchmarks.reports.tables import legend_of, rich_tables, title_of

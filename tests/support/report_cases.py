@@ -19,7 +19,7 @@ METHODS = ("zero-shot", "joint", "sequential", "magmax", "average", "ties")
 
 def drawing(title, setting, svg="<svg></svg>", **more) -> Drawing:
     """A figure of a suite; nothing looks at its canvas."""
-    words = {"caption": "what is drawn", "alt": "a line that falls"}
+    words = {"caption": "what is drawn"}
     numbers = {"columns": ("task", "accuracy"), "rows": (("1", 91.25), ("2", None))}
     return Drawing(None, title, setting=setting, svg=svg, **{**words, **numbers, **more})
 

@@ -101,7 +101,6 @@ def draw_accuracies(
         f"Accuracy while learning {title}",
         "Accuracy after each task on the test images of all tasks so far, among all classes of the "
         f"data set. Dotted: zero-shot, on the same images. {seeds_note(seeds)}",
-        _curve_alt(curves, tasks),
         *_curve_table(curves, tasks),
     )
 
@@ -156,15 +155,6 @@ def _panels(methods: _Results, curves: Mapping[str, _Curve]) -> dict[str, dict[s
     }
 
 
-def _curve_alt(curves: Mapping[str, _Curve], tasks: int) -> str:
-    ends = sorted(
-        ((float(c.line.mean[-1]), name) for name, c in curves.items() if c.line.mean[-1] > 0),
-        reverse=True,
-    )
-    said = ", ".join(f"{name} {value:.1f} %" for value, name in ends)
-    return f"Lines of accuracy against tasks learned. After all {tasks}: {said}."
-
-
 def _curve_table(curves: Mapping[str, _Curve], tasks: int) -> tuple[Any, Any]:
     after = sorted({max(1, round(tasks * part / 4)) for part in range(5)})
     rows = tuple(
@@ -206,7 +196,6 @@ def draw_matrix(measured: Measured) -> Drawing | None:
         "Accuracy on each task (column) after each task (row), among all classes of the data set; "
         "the first row is zero-shot. Right of the diagonal are tasks that are still to come. "
         + seeds_note(max(map(len, methods.values())), band=False),
-        _matrix_alt(matrices),
         *_matrix_table(matrices),
     )
 
@@ -227,11 +216,6 @@ def _matrices(
             means[name] = np.mean(square, axis=0)
     zero_shot = means.pop("zero-shot", np.full((1, tasks), np.nan))[:1]
     return {name: np.concatenate([zero_shot, matrix]) for name, matrix in means.items()}
-
-
-def _matrix_alt(matrices: Mapping[str, NDArray[np.float64]]) -> str:
-    said = ", ".join(f"{name} {_mean(values[-1]):.1f} %" for name, values in matrices.items())
-    return f"Heat maps of accuracy by task and time. Mean over tasks after the last: {said}."
 
 
 def _matrix_table(matrices: Mapping[str, NDArray[np.float64]]) -> tuple[Any, Any]:

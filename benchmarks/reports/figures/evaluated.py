@@ -87,14 +87,8 @@ def draw_pruning(measured: Measured) -> Drawing | None:
     axes.set_xlabel("share of the task vector kept, %")
     canvas.supylabel("accuracy on the task, %", fontsize=10)
     seeds = max(choices["highest"].seeds for choices, _ in lines.values())
-    said, rows = [], []
+    rows: list[tuple[str | float | None, ...]] = []
     for training, (choices, zero_shot) in lines.items():
-        at = SHARES.index(0.2)
-        parts = ", ".join(f"{which} {line.mean[at]:.1f} %" for which, line in choices.items())
-        said.append(
-            f"{training} training: zero-shot {zero_shot:.1f} %; with 20 % kept {parts}; unpruned "
-            f"{choices['highest'].mean[-1]:.1f} %"
-        )
         rows += [(training, w, *map(number, line.mean)) for w, line in choices.items()]
         rows.append((training, "none (zero-shot)", *[number(zero_shot)] * len(x)))
     return Drawing(
@@ -103,20 +97,12 @@ def draw_pruning(measured: Measured) -> Drawing | None:
         "Pre-trained weights plus one task vector of which only the parameters of highest or "
         "lowest magnitude, or random ones, are kept; accuracy on the test images of that task, "
         f"among its own classes, as the mean over tasks. {seeds_note(seeds)}",
-        f"Accuracy against the share kept. {'. '.join(said)}.",
         ("training", "kept", *(f"{value:g} %" for value in x)),
         tuple(rows),
     )
 
 
-def count_pruning_images(run: SuiteRun) -> int:
-    """How many images `measure_pruning` classifies."""
-    return run.test_images * (1 + len(KEPT) * len(SHARES))
-
-
-PRUNING = Kind(
-    "pruning", draw_pruning, measure_pruning, count_pruning_images, options={"shares": SHARES}
-)
+PRUNING = Kind("pruning", draw_pruning, measure_pruning, evaluates=True, options={"shares": SHARES})
 
 
 def _accuracy(evaluator: RunEvaluator, vector: TaskVector, task: int) -> float:
@@ -198,10 +184,8 @@ def draw_scale(measured: Measured) -> Drawing | None:
     axes.set_xlabel("scale of the merged task vector")
     canvas.supylabel("accuracy after the last task, %", fontsize=10)
     seeds = max(own.line.seeds for own in lines.values())
-    said, rows = [], []
+    rows = []
     for name, own in lines.items():
-        best = int(np.argmax(own.line.mean))
-        said.append(f"{name} {own.line.mean[best]:.1f} % at {own.scales[best]:g}")
         at = [number(own.line.mean[own.scales.index(scale)]) for scale in SCALES]
         rows.append((name, own.scale, own.accuracy and number(own.accuracy), *at))
     return Drawing(
@@ -210,23 +194,16 @@ def draw_scale(measured: Measured) -> Drawing | None:
         "Accuracy on all test images among all classes, after the last task. Large markers: the "
         "scale that each method was run with. This is an analysis on test images, and not a way to "
         f"choose a scale: that needs images that are not tested on. {seeds_note(seeds)}",
-        f"Accuracy against scale. Highest: {', '.join(said)}.",
         ("method", "own scale", "at its own", *(f"at {scale:g}" for scale in SCALES)),
         tuple(rows),
     )
-
-
-def count_scale_images(run: SuiteRun) -> int:
-    """How many images `measure_scale` classifies, at most."""
-    points = [{*SCALES} - {*_known_accuracies(run, result)} for result in run.merging.values()]
-    return run.test_images * sum(map(len, points))
 
 
 SCALE = Kind(
     "scale",
     draw_scale,
     measure_scale,
-    count_scale_images,
+    evaluates=True,
     trainings=(),
     options={"scales": SCALES},
 )

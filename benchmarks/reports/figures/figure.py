@@ -32,8 +32,8 @@ class Drawing:
     canvas: matplotlib.figure.Figure = field(compare=False, repr=False)
     title: str
     caption: str  # what is drawn and how it was measured
-    alt: str  # what it shows, for those who cannot see it
-    columns: tuple[str, ...]  # heads of its table of numbers
+    # Its numbers as a table, which says the same to those who cannot see it.
+    columns: tuple[str, ...]
     rows: tuple[tuple[str | float | None, ...], ...]
     kind: str = ""
     setting: str = ""  # its name; that of the data set where the figure compares its settings
@@ -67,7 +67,7 @@ class Kind:
     draw: Callable[..., Drawing | None]
     # None if the results of its runs are enough.
     measure: Measure | None = None
-    images: Callable[[SuiteRun], int] | None = None  # how many of them `measure` will classify
+    evaluates: bool = False  # whether that needs the model and its images
     trainings: tuple[str, ...] = PLAIN  # which are measured; none for all that merge
     options: Mapping[str, Any] = field(default_factory=dict)  # others make the measures stale
     compares: bool = False

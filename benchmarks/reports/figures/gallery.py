@@ -44,7 +44,7 @@ KINDS: tuple[Kind, ...] = (
 """All figures, in the order of a report."""
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being measured, how many images were classified and how many will be."""
+"""Called with what is being measured, how many measurements are done and how many there are."""
 
 
 def figures_of(
@@ -97,7 +97,7 @@ def _draw(kind: Kind, folder: Path, name: str, measured: Sequence[Measured]) -> 
         if drawn is None:
             return []
         file = folder / "figures" / f"{name}-{kind.name}.svg"
-        svg = save_drawing(drawn.canvas, file, drawn.alt)
+        svg = save_drawing(drawn.canvas, file, drawn.title)
     return [replace(drawn, kind=kind.name, setting=name, svg=svg)]
 
 
@@ -134,10 +134,6 @@ class _Measurement:
         kept: dict[str, Any] = content["trainings"] if same else {}
         return kept
 
-    def images(self) -> int:
-        """How many images have yet to be classified for it."""
-        return 0 if self.kind.images is None or self.stored() else self.kind.images(self.run)
-
 
 def _measurements(folder: Path, setting: SettingRuns) -> list[_Measurement]:
     kept = folder / "analysis" / setting.name
@@ -160,66 +156,42 @@ def _measure_all(
     """Fill in by kind and setting what each training and seed showed."""
     every = [one for setting in settings for one in _measurements(folder, setting)]
     if not evaluate:
-        every = [one for one in every if one.kind.images is None or one.stored()]
-    count = _ImageCount(sum(one.images() for one in every), progress)
+        every = [one for one in every if not one.kind.evaluates or one.stored()]
     # One model and one set of images at a time, for all that a setting and seed need of it.
-    for _, same in groupby(every, key=lambda one: (one.setting.name, one.run.seed)):
-        evaluator = _EvaluatorOnce(count)
-        for one in same:
-            found = _measure(one, evaluator, count)
-            if found is not None:
-                of_setting = measured[one.kind.name, one.setting.name].found
-                of_setting.setdefault(one.run.training, {})[one.run.seed] = found
+    loaded: dict[tuple[str, int], RunEvaluator] = {}
+    for done, one in enumerate(every):
+        progress(str(one), done, len(every))
+        found = _measure(one, loaded)
+        if found is not None:
+            of_setting = measured[one.kind.name, one.setting.name].found
+            of_setting.setdefault(one.run.training, {})[one.run.seed] = found
+    progress("figures", len(every), len(every))
 
 
-def _measure(one: _Measurement, evaluator: _EvaluatorOnce, count: _ImageCount) -> Any:
+def _measure(one: _Measurement, loaded: dict[tuple[str, int], RunEvaluator]) -> Any:
     """What a run shows, measured now if it was not before; None if it cannot be."""
     if (found := one.stored()) is not None:
         return found
     try:
         one.run.check_vectors()
-        count.begin(str(one))
         began = time.monotonic()
-        one.store(one.measure(one.run, lambda: evaluator.of(one.run)))
+        one.store(one.measure(one.run, lambda: _evaluator(one, loaded)))
     except InputError as error:
         log.warning("no %s: %s", one, error)
         return None
-    level = logging.INFO if one.kind.images else logging.DEBUG
+    level = logging.INFO if one.kind.evaluates else logging.DEBUG
     log.log(level, "measured %s in %.1f s", one, time.monotonic() - began)
     return one.stored()
 
 
-class _EvaluatorOnce:
-    """Loads the model and the images when they are first needed, for all runs of a seed."""
+def _evaluator(one: _Measurement, loaded: dict[tuple[str, int], RunEvaluator]) -> RunEvaluator:
+    """The model and the images of a setting and seed, loaded when they are first needed."""
+    # What was measured before can be drawn without the parts that train and evaluate.
+    from cl_merge.benchmarks.runs.evaluator import RunEvaluator
 
-    def __init__(self, count: _ImageCount) -> None:
-        self._count = count
-        self._loaded: RunEvaluator | None = None
-
-    def of(self, run: SuiteRun) -> RunEvaluator:
-        # What was measured before can be drawn without the parts that train and evaluate.
-        from cl_merge.benchmarks.runs.evaluator import RunEvaluator
-
-        if self._loaded is None:
-            self._loaded = RunEvaluator.of(run.folder, self._count.add)
-        self._loaded.check_same(run.results)
-        return self._loaded
-
-
-class _ImageCount:
-    """Tells how many of the images have been classified."""
-
-    def __init__(self, total: int, progress: Progress) -> None:
-        self._total, self._progress = total, progress
-        self._done, self._said = 0, ""
-        if total:
-            log.info("figures: %d images to classify", total)
-
-    def begin(self, said: str) -> None:
-        self._said = said
-        self.add(0)
-
-    def add(self, images: int) -> None:
-        self._done += images
-        if self._total:
-            self._progress(self._said, self._done, self._total)
+    key = one.setting.name, one.run.seed
+    if key not in loaded:
+        loaded.clear()
+        loaded[key] = RunEvaluator.of(one.run.folder)
+    loaded[key].check_same(one.run.results)
+    return loaded[key]

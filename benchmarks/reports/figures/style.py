@@ -103,9 +103,9 @@ def new_canvas(height: float, width: float = WIDTH) -> matplotlib.figure.Figure:
     return canvas
 
 
-def save_drawing(canvas: matplotlib.figure.Figure, file: Path, alt: str) -> str:
+def save_drawing(canvas: matplotlib.figure.Figure, file: Path, title: str) -> str:
     """Write a picture as SVG, and as PNG on white beside it; returns the SVG."""
-    svg = svg_element(canvas, file.stem, alt)
+    svg = svg_element(canvas, file.stem, title)
     with atomic_write(file) as temporary:
         temporary.write_text(svg, encoding="utf-8")
     save_png(canvas, file.with_suffix(".png"))
@@ -113,14 +113,14 @@ def save_drawing(canvas: matplotlib.figure.Figure, file: Path, alt: str) -> str:
 
 
 def svg_element(
-    canvas: matplotlib.figure.Figure, name: str, alt: str, ink: str = "currentColor"
+    canvas: matplotlib.figure.Figure, name: str, title: str, ink: str = "currentColor"
 ) -> str:
     """Write a picture as SVG that can stand in a page, the same bytes each time.
 
     Args:
         canvas: The picture.
         name: What no other picture of the page is called; its ids depend on it.
-        alt: What it shows, for those who cannot see it.
+        title: What it shows, for those who cannot see it.
         ink: The colour of letters and axes; by default that of the text around it.
 
     Returns:
@@ -135,7 +135,7 @@ def svg_element(
     svg = written.getvalue().decode()
     # Groups are numbered alike in every picture, and nothing refers to them.
     svg = re.sub(r'<g id="[^"]+"', "<g", svg[svg.index("<svg") :]).replace(INK, ink)
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(alt)}" ', 1)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
 
 
 def save_png(canvas: matplotlib.figure.Figure, file: Path) -> None:

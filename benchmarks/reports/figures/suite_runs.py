@@ -125,9 +125,6 @@ def find_settings(folder: str | Path, names: Sequence[str] | None = None) -> lis
     Returns:
         The settings, sorted by data set and number of tasks. A folder with nothing but joint
         training is no setting of its own.
-
-    Raises:
-        InputError: If a setting has no folder at all.
     """
     folder = Path(folder)
     there = sorted(path.name for path in folder.iterdir() if any(path.glob("seed*")))

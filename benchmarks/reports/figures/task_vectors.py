@@ -110,12 +110,10 @@ def _draw_conflicts(
     if len(x) > 8:
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     legend_below(canvas)
-    ends = ", ".join(f"{name} training {line.mean[-1]:.1f} %" for name, line in lines.items())
     return Drawing(
         canvas,
         title,
         f"{caption} {seeds_note(max(line.seeds for line in lines.values()))}",
-        f"Share of positions in conflict against {label}. At {x[-1]}: {ends}.",
         (label, *lines),
         tuple(
             (float(at), *(number(line.mean[i]) for line in lines.values()))
@@ -158,11 +156,6 @@ def draw_consistency(measured: Measured) -> Drawing | None:
     axes.set_ylabel("consistency of direction")
     legend_below(canvas, 3)
     seeds = max(line.seeds for line in lines.values())
-    ends = "; ".join(
-        f"{name} training from {line.mean[0]:.2f} for the smallest to {line.mean[-1]:.2f} for "
-        "the largest"
-        for name, line in lines.items()
-    )
     bins = [f"{100 * i // _BINS}-{100 * (i + 1) // _BINS} %" for i in range(_BINS)]
     return Drawing(
         canvas,
@@ -171,7 +164,6 @@ def draw_consistency(measured: Measured) -> Drawing | None:
         "the absolute sum of the signs of a parameter's updates by the tasks, divided by their "
         "number: 1 if every task moved it the same way. An update is the change by one task alone. "
         f"Dotted: what {setting.tasks} random signs give. {seeds_note(seeds)}",
-        f"Consistency of direction against magnitude: {ends}; random signs give {chance:.2f}.",
         ("magnitude", *lines),
         tuple(
             (name, *(number(line.mean[i], 3) for line in lines.values()))
@@ -232,13 +224,6 @@ def draw_origins(measured: Measured) -> Drawing | None:
     ticks = sorted({1, tasks, (tasks + 1) // 2})
     scale_on_top(canvas, by_task, "task that the parameter comes from", ticks=ticks)
     seeds = max(len(measured.over_seeds(training)) for training in shares)
-    said = []
-    for training, (_, values) in shares.items():
-        mean = values.mean(axis=0)
-        said.append(
-            f"{training} training: on average over the parts {mean[0]:.0f} % from the first task "
-            f"and {mean[-1]:.0f} % from the last of {tasks}"
-        )
     thirds = np.array_split(np.arange(tasks), min(3, tasks))
     heads = [f"tasks {t[0] + 1}-{t[-1] + 1}" if len(t) > 1 else f"task {t[0] + 1}" for t in thirds]
     return Drawing(
@@ -247,7 +232,6 @@ def draw_origins(measured: Measured) -> Drawing | None:
         "The task whose value the max-magnitude merge keeps, as a share of the parameters of each "
         "part of the network, from the input at the top to the output. Parameters that no task "
         f"changed are left out. {seeds_note(seeds, band=False)}",
-        f"Stacked bars by part of the network. {'; '.join(said)}.",
         ("training", "part", *heads),
         tuple(
             (training, part, *(number(values[i, third].sum()) for third in thirds))

@@ -308,7 +308,7 @@ def test_a_run_brings_its_own_pictures(folder):
     page = written(summary, run / "report.html", pictures)
     assert page.wrong == []
     labels = [own["aria-label"] for own, _ in page.all("svg")]
-    assert labels == [picture.alt for picture in pictures]
+    assert labels == [picture.title for picture in pictures]
     matrix = json.loads((run / "results.json").read_text())["methods"]["magmax"]["matrix"]
     sections = {own["id"]: text for own, text in page.all("section")}
     assert f"5 {' '.join(f'{v:.6g}' for v in matrix[-1])}" in sections["setting-cifar100-5"]
