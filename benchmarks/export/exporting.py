@@ -14,8 +14,8 @@ from cl_merge.benchmarks.export.card import write_card
 from cl_merge.benchmarks.export.side_files import write_side_files
 from cl_merge.benchmarks.runs.trained_run import FinishedRun, Restored, read_run, restore
 from cl_merge.errors import InputError, unknown_name
+from cl_merge.storage import check_output
 from cl_merge.storage.files import atomic_folder, storage_errors
-from cl_merge.storage.output import check_output
 
 
 class Format(NamedTuple):

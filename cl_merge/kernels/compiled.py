@@ -6,8 +6,7 @@ import ctypes
 import functools
 import logging
 import os
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
+from importlib.util import find_spec
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -22,13 +21,12 @@ def library() -> ctypes.CDLL | None:
     """
     if os.environ.get("CL_MERGE_KERNELS") == "0":
         return None
-    files = [Path(__file__).with_name("_loops" + ending) for ending in EXTENSION_SUFFIXES]
-    built = [file for file in files if file.is_file()]
-    if not built:
+    found = find_spec("cl_merge.kernels._loops")
+    if found is None or found.origin is None:
         log.info("the compiled loops were not built at installation: merging takes longer")
         return None
     try:
-        return _declared(ctypes.CDLL(str(built[0])))
+        return _declared(ctypes.CDLL(found.origin))
     except OSError as error:
         log.info("merging without compiled loops, which takes longer: %s", error)
         return None

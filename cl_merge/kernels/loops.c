@@ -12,7 +12,13 @@
    of them fuses operations or reorders sums of floats. */
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__has_attribute)
 #if __has_attribute(target_clones)
-#define LOOP __attribute__((target_clones("avx512f", "avx2", "default")))
+/* Random numbers need its products of 64 bits, for which older compilers cannot choose a version. */
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define WIDEST "arch=x86-64-v4"
+#else
+#define WIDEST "avx512f"
+#endif
+#define LOOP __attribute__((target_clones(WIDEST, "avx2", "default")))
 #endif
 #elif defined(_WIN32)
 #define LOOP __declspec(dllexport)

@@ -118,6 +118,8 @@ def publish(hidden: Path, path: Path, overwrite: bool = True) -> None:
     It must not be open any more. Only a file, where that is allowed, and an empty folder are
     replaced; anything else raises an `OSError`.
     """
+    if not hidden.exists():  # `remove_leftovers_of` takes it for that of a killed process
+        raise FileNotFoundError(errno.ENOENT, "another process writes to the same name")
     for each in [*hidden.rglob("*"), hidden]:
         flush_to_disk(each)
     if hidden.is_dir():

@@ -27,9 +27,6 @@ class TorchWeights(Weights):
 
     The tensors are mapped from the file; those of files older than PyTorch 1.6 are in memory.
 
-    Args:
-        path: The file.
-
     Raises:
         InputError: If it is damaged, holds code, or holds no state dict.
     """
@@ -41,36 +38,27 @@ class TorchWeights(Weights):
         content = _load(path)
         lightning = isinstance(content, Mapping) and _LIGHTNING in content
         self.kind = "Lightning checkpoint" if lightning else "torch checkpoint"
-        tensors = _without_wrapper(_tensors(path, _state(path, content)))
+        self._tensors = _without_wrapper(_tensors(path, _state(path, content)))
         # Addresses in a map are in the order of the file.
-        self.names = sorted(tensors, key=lambda name: tensors[name].data_ptr())
-        self._layout = {name: (t.dtype, t.shape) for name, t in tensors.items()}
-        self._tensors = tensors
+        self.names = sorted(self._tensors, key=lambda name: self._tensors[name].data_ptr())
 
     @override
     def shape(self, name: str) -> torch.Size:
-        return self._layout[name][1]
+        return self._tensors[name].shape
 
     @override
     def dtype(self, name: str) -> torch.dtype:
-        return self._layout[name][0]
+        return self._tensors[name].dtype
 
     @override
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        if name in self._layout and not self._tensors:
+        if not self._tensors:
             raise RuntimeError(f"'{self.path}' was closed")
         tensor = self._tensors[name]
-        start, stop, _ = slice(start, stop).indices(tensor.numel())
-        if start >= stop:
-            return torch.empty(0, dtype=tensor.dtype)
-        if not tensor.is_contiguous():
-            # A transposed matrix, say: copies the rows that the stretch touches, no more.
-            size = tensor.numel() // len(tensor)
-            first = start // size
-            tensor = tensor[first : -(-stop // size)]
-            start, stop = start - first * size, stop - first * size
+        if not tensor.is_contiguous():  # a transposed matrix, say: copied once
+            tensor = self._tensors[name] = tensor.contiguous()
         stretch = tensor.reshape(-1)[start:stop]
-        # A slice with steps keeps them; one element of it even counts as contiguous.
+        # One element counts as contiguous whatever its stride.
         if stretch.data_ptr() % stretch.element_size() or stretch.stride(0) != 1:
             return stretch.clone(memory_format=torch.contiguous_format)
         return stretch

@@ -12,9 +12,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from cl_merge.errors import InputError
-from cl_merge.storage.codes import SCHEMES
 from cl_merge.storage.files import save_tensors
-from cl_merge.storage.quantize import STORES, decode_groups, is_small, quantize_named
+from cl_merge.storage.quantize import SCHEMES, STORES, decode_groups, is_small, quantize_named
 from cl_merge.storage.safetensors_weights import SafetensorsFile, SafetensorsWeights
 from cl_merge.storage.weights import QUANTIZED_VERSION, TASK_VECTOR, Weights
 
@@ -84,11 +83,11 @@ class QuantizedWeights(Weights):
         self._weights = weights
         self.metadata = dict(weights.metadata)
         self.metadata.pop(TASK_VECTOR, None)
-        self.store = _read_store(path, self.metadata.get(STORE))
-        self._scheme = SCHEMES.get(self.store)
+        store = _read_store(path, self.metadata.get(STORE))
+        self._scheme = SCHEMES.get(store)
         self._shapes = _read_shapes(path, self.metadata.pop(_SHAPES, None))
         self.names = list(self._shapes)
-        self._check()
+        self._check(store)
 
     @override
     def shape(self, name: str) -> torch.Size:
@@ -116,11 +115,11 @@ class QuantizedWeights(Weights):
     def close(self) -> None:
         self._weights.close()
 
-    def _check(self) -> None:
+    def _check(self, store: str) -> None:
         """Make sure that the file holds what the shapes ask for, and that the scales are sound."""
         there = set(self._weights.names)
         for name, shape in self._shapes.items():
-            for key, dtype, size in _layout(name, shape, self.store):
+            for key, dtype, size in _layout(name, shape, store):
                 if key not in there:
                     raise _damaged(self.path, f"'{key}' is missing")
                 there.remove(key)

@@ -7,13 +7,14 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
 from typing_extensions import Buffer
 
+from cl_merge.errors import InputError
 from cl_merge.storage.files import (
     hidden_name,
     publish,
@@ -29,7 +30,6 @@ from cl_merge.storage.layouts import (
     shard_names,
     side_files,
 )
-from cl_merge.storage.output import check_output, is_file
 from cl_merge.storage.safetensors_format import Entry, Header, raw_bytes, size_of
 from cl_merge.storage.weights import Weights
 
@@ -80,20 +80,20 @@ def write_weights(
     check_output(path, overwrite=overwrite)
     metadata = {**metadata, "format": "pt"}
     headers = _headers(path, entries, metadata, like, shard_bytes)
-    target = path if is_file(path) else Path(os.path.realpath(path))
+    target = path if _is_file(path) else Path(os.path.realpath(path))
     hidden = hidden_name(target)
-    files: list[_File] = []
+    files: list[_NewFile] = []
     with storage_errors(path):
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers_of(target)
         _check_space(target.parent, sum(header.size for header in headers.values()))
     try:
         with storage_errors(path):
-            if not is_file(path):
+            if not _is_file(path):
                 hidden.mkdir()
                 _write_side_files(hidden, headers, like)
             for name, header in headers.items():
-                files.append(_File(hidden if is_file(path) else hidden / name, header))
+                files.append(_NewFile(hidden if _is_file(path) else hidden / name, header))
         writer = Writer(path, files, metadata)
         yield writer
         writer.check_complete()
@@ -108,13 +108,36 @@ def write_weights(
         raise
 
 
+def check_output(
+    path: str | Path, inputs: Iterable[str | Path] = (), overwrite: bool = False
+) -> None:
+    """Make sure that `write_weights` can write to a path and harms none of the inputs.
+
+    Raises:
+        InputError: If something is there already, other than a file that may be replaced, or the
+            path is, or lies within, an input, a file or folder.
+    """
+    path = Path(path)
+    for given in inputs:
+        source = Path(given)
+        folder = source.parent if source.name.endswith(INDEX) else source
+        if _real(path).is_relative_to(_real(folder)) or _is_same(path, source):
+            raise InputError(
+                f"the output '{path}' is, or lies within, the input '{source}'; give another place"
+            )
+    if _is_file(path):
+        _check_file(path, overwrite)
+    else:
+        _check_folder(path)
+
+
 class Writer:
     """Takes the values of the tensors that are being written.
 
     Made by `write_weights`.
     """
 
-    def __init__(self, path: Path, files: Sequence[_File], metadata: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, files: Sequence[_NewFile], metadata: Mapping[str, str]) -> None:
         self._path = path
         self._files = files
         self._metadata = dict(metadata)
@@ -184,7 +207,7 @@ class Writer:
                 file.write(file.header.encode(self._metadata), 0)
 
 
-class _File:
+class _NewFile:
     """One new safetensors file, written at any offset from any thread."""
 
     def __init__(self, path: Path, header: Header) -> None:
@@ -211,7 +234,7 @@ def _headers(
     shard_bytes: int,
 ) -> dict[str, Header]:
     """Plan the files, by name."""
-    if is_file(path):
+    if _is_file(path):
         return {path.name: Header(entries, metadata)}
     stem = output_stem(like.file_name if like is not None and like.folder is not None else "")
     sizes = {name: size_of(entry) for name, entry in entries.items()}
@@ -239,3 +262,37 @@ def _write_side_files(folder: Path, headers: Mapping[str, Header], like: Weights
     if like is not None and like.folder is not None:
         for file in side_files(like.folder):
             (folder / file.name).write_bytes(file.read_bytes())
+
+
+def _is_file(path: Path) -> bool:
+    """Tell whether an output is one file, and not a folder, by its name."""
+    return path.suffix.lower() == ".safetensors"
+
+
+def _check_file(path: Path, overwrite: bool) -> None:
+    if path.is_dir():
+        raise InputError(f"the output '{path}' is a folder; give the name of a file")
+    if os.path.lexists(path) and not overwrite:
+        raise InputError(f"the output '{path}' exists; give another name, or allow overwriting")
+
+
+def _check_folder(path: Path) -> None:
+    if not os.path.lexists(path):
+        return
+    if not path.is_dir():
+        raise InputError(
+            f"the output '{path}' is a file; give a name that ends in .safetensors, or a folder"
+        )
+    if any(path.iterdir()):
+        raise InputError(f"the output folder '{path}' is not empty; give a new or an empty folder")
+    # The whole folder is put in its place in one step, which another disk cannot take.
+    if os.path.ismount(path):
+        raise InputError(f"the output '{path}' is where a disk is mounted; give a folder within it")
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    return path.exists() and other.exists() and path.samefile(other)

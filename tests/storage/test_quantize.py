@@ -10,10 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cl_merge.errors import InputError
-from cl_merge.storage import codes as codes_module
 from cl_merge.storage import open_weights
 from cl_merge.storage.files import load_tensors, save_tensors
-from cl_merge.storage.quantize import STORES, check_store, dequantize, quantize, stored
+from cl_merge.storage.quantize import (
+    SCHEMES,
+    STORES,
+    check_store,
+    decode,
+    dequantize,
+    quantize,
+    stored,
+)
 from cl_merge.task_vectors.task_vector import TaskVector
 
 # Written out again, so that a slip in the table of the library shows: group, lowest and highest
@@ -336,11 +343,11 @@ def test_the_device_does_not_matter(store):
 
 def test_every_byte_is_read_as_its_codes():
     for store, (_, _, high, *_) in RULES.items():
-        scheme = codes_module.SCHEMES[store]
+        scheme = SCHEMES[store]
         packed = torch.arange(256).to(torch.uint8)
         groups = 256 // scheme.group_bytes
         values = torch.empty(groups * scheme.group)
-        codes_module.decode(packed, torch.ones(groups).bfloat16(), scheme, values)
+        decode(packed, torch.ones(groups).bfloat16(), scheme, values)
         size = 1 << scheme.bits
         expected = [b // size**i % size for b in range(256) for i in range(8 // scheme.bits)]
         assert values.tolist() == [code - size if code > high else code for code in expected]

@@ -478,6 +478,24 @@ def test_a_folder_that_fills_meanwhile_is_not_replaced(tmp_path):
     assert files(tmp_path) == ["out", "out/theirs"]
 
 
+@pytest.mark.parametrize("name", ["m.safetensors", "out"])
+def test_of_two_that_write_to_one_name_at_once_the_later_one_wins(tmp_path, write, name):
+    path = tmp_path / name
+    with (
+        pytest.raises(StorageError, match="another process writes to the same name"),
+        write_weights(path, {f"t{i}": (torch.float32, (4,)) for i in range(3)}, {}) as writer,
+    ):
+        write_and_be_overtaken(writer, path, write)
+    assert load_file(path if path.is_file() else path / "model.safetensors").keys() == {"theirs"}
+    assert [each.name for each in tmp_path.iterdir()] == [name]
+
+
+def write_and_be_overtaken(writer, path, write):
+    write(path, {"theirs": torch.ones(2)})
+    for number in range(3):
+        writer.write(f"t{number}", 0, torch.ones(4))
+
+
 def write_and_interfere(writer, theirs):
     writer.write("a", 0, torch.ones(4))
     theirs.parent.mkdir(exist_ok=True)
