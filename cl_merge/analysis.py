@@ -19,8 +19,7 @@ from cl_merge.kernels.random_bits import random_bits
 from cl_merge.mergers.base import Accumulators, ChunkInfo, Merger, Reader, ResultInfo
 from cl_merge.mergers.max_magnitude import MaxMagnitude
 from cl_merge.mergers.options import checked_share
-from cl_merge.mergers.threshold import trim_threshold
-from cl_merge.mergers.ties import Ties
+from cl_merge.mergers.threshold import magnitude_of_rank, trim_threshold
 from cl_merge.seeds import derive_seed
 from cl_merge.task_vectors.task_vector import TaskVector
 
@@ -277,21 +276,25 @@ def origin_counts(vectors: Iterable[TaskVector]) -> dict[str, list[int]]:
 # What comes out is a figure for every element instead of a weight.
 
 
-class _Signs(Ties):
-    """Count which signs are left at an element after trimming: 0, 1 or 2."""
+class _Signs(Merger):
+    """Count which signs are left at an element after trimming as in TIES: 0, 1 or 2."""
 
     name = "sign-conflicts"
     accumulators: ClassVar = {"positive": torch.bool, "negative": torch.bool}
+
+    def __init__(self, *, density: float) -> None:
+        super().__init__()
+        self.density = checked_share("density", density)
+
+    @override
+    def prepare(self, vector: Reader) -> float:
+        return trim_threshold(vector, self.density)
 
     @override
     def fold(self, state: Accumulators, chunk: Tensor, info: ChunkInfo) -> None:
         stays = chunk.abs() >= info.prepared
         state["positive"].logical_or_(stays & (chunk > 0))
         state["negative"].logical_or_(stays & (chunk < 0))
-
-    @override
-    def global_count(self, state: Accumulators) -> tuple[int, bool]:
-        return 0, False  # nothing is elected
 
     @override
     def compute(self, state: Accumulators, out: Tensor, info: ResultInfo) -> None:
@@ -392,9 +395,4 @@ def _quantiles(vector: TaskVector, bins: int) -> list[float]:
 
 def _magnitude(vector: TaskVector, rank: int) -> float:
     """Find the rank-th smallest magnitude, counted from 1, over float32 tensors; 0 for rank 0."""
-    size = vector.numel()
-    if size == 0:
-        return 0.0
-    # Half an entry more than the density that leaves this rank: rounding cannot shift it.
-    density = (size - rank + 0.5) / size
-    return trim_threshold(Reader.of(vector), density)
+    return magnitude_of_rank(Reader.of(vector), rank) if rank > 0 and vector.numel() else 0.0

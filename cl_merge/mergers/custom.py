@@ -102,19 +102,7 @@ def fold_method(
     As `merge_method`, but for functions of three positional arguments: what was merged so far,
     float32 ``[n]``, zeros before the first task; the values of the new task, ``[n]``; and its
     index, from 0. They return what is merged now, ``[n]``. With ``unit="parameter"`` all are in the
-    parameter's shape.
-
-    Args:
-        name: Name of the method; None takes that of the function, with ``-`` for ``_``.
-        scale: Scale at which the merged task vector is applied unless the user says otherwise.
-        unit: What the function sees at a time: ``"element"``, any stretch of values, or
-            ``"parameter"``, a whole parameter in its shape.
-
-    Returns:
-        The decorator.
-
-    Raises:
-        InputError: If the function takes other arguments, or the name is that of a built-in method.
+    parameter's shape. Arguments, options and errors are those of `merge_method`.
 
     Example:
         >>> from cl_merge.mergers import MERGERS, merge

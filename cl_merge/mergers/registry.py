@@ -54,15 +54,7 @@ BUILT_IN = frozenset(MERGERS)
 
 
 def register(method: str, merger: type[Merger]) -> None:
-    """Make a user's method known by its name.
-
-    Args:
-        method: Name of the method; one that a user's method had before now means this one.
-        merger: Its class.
-
-    Raises:
-        InputError: If a built-in method has that name.
-    """
+    """Make a user's method known by its name, in place of one that had the name before."""
     if method in BUILT_IN:
         raise InputError(f"'{method}' is a built-in method; give yours another name")
     MERGERS[method] = merger
