@@ -8,13 +8,6 @@ from pathlib import Path
 def counted(number: int, what: str) -> str:
     """Write how many there are of something.
 
-    Args:
-        number: How many.
-        what: Of what, a word that takes an s.
-
-    Returns:
-        Words.
-
     Example:
         >>> counted(1, "task"), counted(5, "task")
         ('1 task', '5 tasks')
@@ -25,14 +18,6 @@ def counted(number: int, what: str) -> str:
 def rounded(value: float, digits: int = 1, sign: str = "") -> str:
     """Write a figure, and never a negative zero.
 
-    Args:
-        value: The figure.
-        digits: After the point.
-        sign: ``+`` for one before positive figures too.
-
-    Returns:
-        The text.
-
     Example:
         >>> rounded(-1.25), rounded(-0.01), rounded(-0.01, sign="+")
         ('-1.2', '0.0', '+0.0')
@@ -42,12 +27,6 @@ def rounded(value: float, digits: int = 1, sign: str = "") -> str:
 
 def duration(seconds: float) -> str:
     """Say how long something takes.
-
-    Args:
-        seconds: How long.
-
-    Returns:
-        Words.
 
     Example:
         >>> duration(4.2), duration(200), duration(5000), duration(200000)

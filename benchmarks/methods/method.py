@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
@@ -18,19 +18,12 @@ from cl_merge.mergers.locate import is_location
 
 @dataclass(frozen=True)
 class Training:
-    """One way through the tasks; methods that need the same one share it.
+    """One way through the tasks; methods that need the same one share it."""
 
-    Attributes:
-        name: As in results and in the folder of a run.
-        start: Where a task starts to train, ``"sequential"`` or ``"independent"``.
-        regularizer: ``"lwf"``, ``"ewc"`` or None.
-        joint: Whether all tasks are one.
-    """
-
-    name: str
-    start: str = "sequential"
-    regularizer: str | None = None
-    joint: bool = False
+    name: str  # as in results and in the folder of a run
+    start: str = "sequential"  # where a task starts to train, or "independent"
+    regularizer: str | None = None  # "lwf" or "ewc"
+    joint: bool = False  # whether all tasks are one
 
     @property
     def plain(self) -> bool:
@@ -40,46 +33,34 @@ class Training:
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table.
+    """One row of the table; the fields but the first and the last are those of its YAML."""
 
-    Attributes:
-        name: As in tables and in ``results.json``.
-        training: Which training it needs; None if it needs none.
-        merger: Which merger reduces its task vectors; None if it evaluates the weights as trained.
-        statistics: Which class statistics vote, a kind of `ClassStatistics`; None for the text head
-            alone.
-        text: Whether the text head votes with them.
-        about: One line for people.
-        paper: Its name in the tables of the MagMax paper; None if it is not there.
-        published: Options of the merger as in the paper's runs, where they differ from what the
-            merger does by itself.
-    """
-
-    name: str
-    training: str | None
-    merger: str | None = None
-    statistics: str | None = field(default=None, repr=False)
-    text: bool = field(default=True, repr=False)
-    about: str = field(default="", compare=False, repr=False)
-    paper: str | None = field(default=None, compare=False, repr=False)
+    name: str  # as in tables and in results.json
+    training: str | None  # which training it needs
+    merger: str | None = None  # what reduces its task vectors; None for the weights as trained
+    statistics: str | None = field(default=None, repr=False)  # a kind of ClassStatistics
+    text: bool = field(default=True, repr=False)  # whether the text head votes with them
+    about: str = field(default="", compare=False, repr=False)  # one line for people
+    paper: str | None = field(default=None, compare=False, repr=False)  # its name in the paper
+    # Options of the merger as in the paper's runs, where they differ from its defaults.
     published: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    # What merges the same without class statistics; None where nothing is different.
+    without_statistics: Method | None = field(default=None, compare=False, repr=False)
 
     @property
     def plain(self) -> Method:
         """The method that merges the same with the text head alone; itself where nothing merges."""
-        if self.statistics is None or self.merger is None:
-            return self
-        return replace(self, name=_without_statistics(self.name)[0], statistics=None)
-
-    @property
-    def encoders(self) -> int:
-        """How many encoders an image passes to be classified."""
-        return 2 if self.merger and self.statistics == "both" else 1
+        return self.without_statistics or self
 
     @property
     def options(self) -> list[str]:
         """Names of the options of its merger."""
         return list(inspect.signature(find_merger(self.merger)).parameters) if self.merger else []
+
+    @property
+    def weighted(self) -> bool:
+        """Whether it weighs the elements of task vectors, by importances that a fit estimates."""
+        return self.merger is not None and find_merger(self.merger).weighted
 
     def make_merger(
         self, common: Mapping[str, Any], options: Mapping[str, Any] | None = None
@@ -89,9 +70,6 @@ class Method:
         Args:
             common: Values for options that some mergers have; others ignore them.
             options: Options of this very merger, which win.
-
-        Returns:
-            A fresh merger.
 
         Raises:
             InputError: If it has no such option, or a value is wrong.
@@ -120,9 +98,6 @@ _FOR_SEQUENCES = {"ema", "opcm"}
 # What a name ends in when class statistics vote, and which.
 _STATISTICS = {"statistics": "both", "aligned": "aligned"}
 
-LEARNING_COST = 2
-"""Forward passes of an image that class statistics learn: under the base and the merged weights."""
-
 # In the order of the tables. With every method but MagMax the paper merges independent
 # fine-tunings; the same mergers of sequential task vectors come close, so they are shown too.
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -140,14 +115,18 @@ GROUPS: dict[str, tuple[str, ...]] = {
 """The rows of a table in groups, as people read them."""
 
 
-def _recipe(name: str) -> Method:
-    text = files("cl_merge.benchmarks.methods").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
-    recipe: Any = OmegaConf.to_container(OmegaConf.create(text))
-    return Method(name, **recipe)
+def _methods() -> dict[str, Method]:
+    found: dict[str, Method] = {}
+    for name in (name for names in GROUPS.values() for name in names):
+        file = files("cl_merge.benchmarks.methods").joinpath(f"{name}.yaml")
+        recipe: Any = OmegaConf.to_container(OmegaConf.create(file.read_text(encoding="utf-8")))
+        other = recipe.pop("without_statistics", None)
+        found[name] = Method(name, **recipe, without_statistics=found[other] if other else None)
+    return found
 
 
-METHODS: dict[str, Method] = {name: _recipe(name) for names in GROUPS.values() for name in names}
-"""The methods of the tables by name, each from its file in ``recipes/``."""
+METHODS: dict[str, Method] = _methods()
+"""The methods of the tables by name, each from its YAML file in this folder."""
 
 
 def find_method(name: str) -> Method:
@@ -174,13 +153,10 @@ def find_method(name: str) -> Method:
     """
     if name in METHODS:
         return METHODS[name]
-    plain, statistics = _without_statistics(name)
-    if statistics is not None:
-        return _with_statistics(name, find_method(plain), statistics)
-    merger, training = name, None
-    for ending in _PLAIN:
-        if name.endswith(f"-{ending}"):
-            merger, training = name.removesuffix(f"-{ending}"), ending
+    plain, ending = _split_ending(name, _STATISTICS)
+    if ending is not None:
+        return _with_statistics(name, find_method(plain), ending)
+    merger, training = _split_ending(name, _PLAIN)
     if not is_location(merger) and merger not in MERGERS:
         raise unknown_name("method", name, [*METHODS, *(m for m in MERGERS if m not in METHODS)])
     label = _label(merger)
@@ -192,13 +168,7 @@ def find_method(name: str) -> Method:
 
 
 def whole_path(name: str) -> str:
-    """Name the file of a method from the root.
-
-    Args:
-        name: What names a method.
-
-    Returns:
-        The same; if it is a place in a file, with the whole path of the file.
+    """Name the file of a method from the root; names that are no file stay as they are.
 
     Example:
         >>> whole_path("ties"), whole_path("/home/../tmp/own.py:median")
@@ -210,7 +180,7 @@ def whole_path(name: str) -> str:
     return f"{Path(where).expanduser().resolve()}:{method}"
 
 
-def methods_beside(name: str, compare: bool | str | list[str]) -> list[Method]:
+def compared_methods(name: str, compare: bool | str | list[str]) -> list[Method]:
     """Choose the rows of a run's table.
 
     Args:
@@ -223,11 +193,10 @@ def methods_beside(name: str, compare: bool | str | list[str]) -> list[Method]:
         The methods, in the order of the tables.
 
     Raises:
-        InputError: If a method is unknown or cannot be shown beside another, or `compare` is
-            something else.
+        InputError: If a method is unknown, or `compare` is something else.
 
     Example:
-        >>> [method.name for method in methods_beside("lwf-magmax", ["lwf"])]
+        >>> [method.name for method in compared_methods("lwf-magmax", ["lwf"])]
         ['zero-shot', 'lwf', 'lwf-magmax']
     """
     own = find_method(name)
@@ -239,7 +208,7 @@ def methods_beside(name: str, compare: bool | str | list[str]) -> list[Method]:
         wanted |= {m.name: m for m in METHODS.values() if m.training in trainings}
     elif isinstance(compare, (str, list)):
         for other in [compare] if isinstance(compare, str) else compare:
-            wanted |= {(method := _beside(other, own)).name: method}
+            wanted |= {(method := find_method(other)).name: method}
     elif compare:
         raise InputError(f"compare={compare}; expected true, false, all, or a list of methods")
     others = [method for method in wanted.values() if method.name not in METHODS]
@@ -266,8 +235,8 @@ def grouped_methods(trainings: Mapping[str, str | None]) -> dict[str, list[str]]
     for name, training in trainings.items():
         if name not in METHODS:
             other = "independent training" if training == "independent" else "sequential training"
-            voted = _without_statistics(name)[1] is not None
-            grouped["class statistics" if voted else other].append(name)
+            votes = _split_ending(name, _STATISTICS)[1] is not None
+            grouped["class statistics" if votes else other].append(name)
     return {title: group for title, group in grouped.items() if group}
 
 
@@ -276,7 +245,7 @@ def published_scale(method: Method) -> float | None:
     return find_merger(method.merger).published_scale if method.merger else None
 
 
-def _with_statistics(name: str, plain: Method, statistics: str) -> Method:
+def _with_statistics(name: str, plain: Method, ending: str) -> Method:
     """The method that merges as another one does, and has class statistics beside it."""
     if plain.statistics is not None:
         raise InputError(
@@ -288,43 +257,32 @@ def _with_statistics(name: str, plain: Method, statistics: str) -> Method:
             f"method={name}: class statistics stand beside a merged model, and '{plain.name}' "
             "merges nothing; expected a method that merges, as in magmax-statistics"
         )
-    own = f"{plain.name}-{name.rpartition('-')[2]}"
+    own = f"{plain.name}-{ending}"
     return METHODS.get(own) or replace(
         plain,
         name=own,
-        statistics=statistics,
+        statistics=_STATISTICS[ending],
         about=f"{plain.about}, with class statistics",
         paper=None,
+        without_statistics=plain,
     )
 
 
-def _without_statistics(name: str) -> tuple[str, str | None]:
-    """The method under one with class statistics, and their kind."""
-    plain, _, ending = name.rpartition("-")
-    return (plain, _STATISTICS[ending]) if plain and ending in _STATISTICS else (name, None)
+def _split_ending(name: str, endings: Collection[str]) -> tuple[str, str | None]:
+    """What stands before an ending such as ``-aligned``, and the ending; None without."""
+    before, _, ending = name.rpartition("-")
+    return (before, ending) if before and ending in endings else (name, None)
 
 
 def _label(merger: str) -> str:
-    """What a merger is called in tables: a user's own one by its own name, not by its place."""
+    """What a merger is called in tables: a user's own one by its own name, not by its file."""
     if not is_location(merger):
         return merger
     label = find_merger(merger).name
     other = label in METHODS or (label in MERGERS and MERGERS[label] is not find_merger(merger))
-    if other or _without_statistics(label)[1] is not None:
+    if other or _split_ending(label, _STATISTICS)[1] is not None:
         raise InputError(
             f"'{merger}' calls itself '{label}', which is the name of another method; give it "
             "another name"
         )
     return label
-
-
-def _beside(name: str, own: Method) -> Method:
-    method = find_method(name)
-    # The callback of a training estimates what such a merger needs; there is one for each training.
-    shared = method.plain == own.plain
-    if method.merger and not shared and find_merger(method.merger).weighted:
-        raise InputError(
-            f"compare={name}: '{method.name}' weighs the elements of each task vector by what they "
-            f"matter, and can only be the method of a run of its own: method={name}"
-        )
-    return method

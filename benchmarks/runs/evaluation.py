@@ -1,81 +1,257 @@
-"""The evaluation of one method of a run: a row of its accuracy matrix."""
+"""The evaluation of a run's methods from what its folder stores, whenever that was stored."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from typing_extensions import override
 
+from cl_merge.benchmarks.methods.method import Method
 from cl_merge.benchmarks.runs.progress import RunProgress
-from cl_merge.benchmarks.runs.run import Run
+from cl_merge.benchmarks.runs.run import Run, make_merger
+from cl_merge.benchmarks.runs.run_log import RunLog
 from cl_merge.benchmarks.runs.trainers import evaluation_trainer
-from cl_merge.callbacks import ClassStatistics, MergeCallback
+from cl_merge.callbacks import ClassStatistics
+from cl_merge.callbacks.auto_scale import AutoScale
+from cl_merge.class_statistics import StreamStatistics
 from cl_merge.data.task_stream import TaskStream
-from cl_merge.mergers import Merger
-from cl_merge.task_vectors.module_weights import floating_buffers, swapped, trained_parameters
-from cl_merge.task_vectors.scales import scaled
+from cl_merge.errors import InputError
+from cl_merge.mergers import Average, Merger
+from cl_merge.storage.files import load_tensors
+from cl_merge.task_vectors.module_weights import (
+    copies,
+    floating_buffers,
+    install,
+    trained_parameters,
+)
+from cl_merge.task_vectors.scales import Scales, scaled
+from cl_merge.task_vectors.task_vector import TaskVector
+from cl_merge.training.journal import is_first_process
+
+_WHOLE = Scales.read(1.0, 1.0)
 
 
-def fill_row(
-    run: Run,
-    stream: TaskStream,
-    name: str,
-    progress: RunProgress,
-    merging: MergeCallback | Merger | None = None,
-    statistics: ClassStatistics | None = None,
-) -> None:
-    """Fill a row of a method's matrix, unless it has it: of the live weights, or of others.
+class Evaluation:
+    """The methods of a run that share a training, evaluated from what that training has stored.
+
+    It does not matter when: after each task while the run trains, when a run that was stopped goes
+    on, or months later for methods that join it. What the folder has already is not done again.
+    Mergers and class statistics stay in memory from task to task.
 
     Args:
         run: The run.
-        stream: Its tasks, at the one that was learned last.
-        name: The method.
+        methods: Methods of the run that share a training; or those that train nothing.
         progress: Shows how far the run is.
-        merging: As of `weights_of`.
-        statistics: What votes with the text head; None for the text head alone.
+        log: Gets what is found.
     """
-    matrix, row = run.matrices[name], stream.row
-    if row in matrix.rows:
-        return
-    run.model.accuracy = matrix
-    voting = [statistics] if statistics is not None else []
-    with weights_of(run, name, merging, statistics) as callbacks:
-        evaluation_trainer(run.config.trainer, [*callbacks, *voting, progress]).test(
-            run.model, datamodule=stream, verbose=False
+
+    def __init__(
+        self, run: Run, methods: Sequence[Method], progress: RunProgress, log: RunLog
+    ) -> None:
+        self._run, self._progress, self._log = run, progress, log
+        self.methods = methods
+        self.training = methods[0].training
+        self.stream = run.stream_of(self.training)
+        self._tested = run.tested_tasks(self.training)
+        self._mergers: dict[str, Merger] = {}
+        self._statistics = {
+            m.name: self._class_statistics(m, m.statistics) for m in methods if m.statistics
+        }
+
+    def after_task(self, task: int) -> None:
+        """Evaluate every method after a task of the training's stream, which is stored."""
+        for method in self.methods:
+            self.evaluate(method, task)
+
+    def evaluate(self, method: Method, task: int) -> None:
+        """Evaluate a method after a task, as far as the folder does not say how good it is.
+
+        Classifies with the base plus the scaled merge of the task vectors up to that task; with the
+        base plus the task vector where nothing is merged, and with the base where nothing is
+        trained. A scale that is to be chosen is chosen first, then class statistics learn the task.
+
+        Args:
+            method: One of the methods.
+            task: Index of the task; those before it have been evaluated.
+        """
+        run, voting = self._run, self._statistics.get(method.name)
+        self.stream.select(task)
+        row, matrix = self.stream.row, run.matrices[method.name]
+        choose = run.scale(method, task) is None and method.merger is not None
+        learn = voting is not None and voting.tasks <= task
+        test = task in self._tested and row not in matrix.rows
+        if not (choose or learn or test):
+            return
+        where = f"task {task + 1}/{len(self.stream.tasks)}, " if self.training else ""
+        self._progress.describe(f"{where}evaluating {method.name}")
+        if choose:
+            self._choose_scale(method, task)
+        with self._holding(self._weights(method, task)):
+            if voting is not None and learn:
+                self._learn(method, voting)
+            if test:
+                run.model.accuracy = matrix
+                callbacks = [voting] if voting is not None else []
+                evaluation_trainer(run.config.trainer, [*callbacks, self._progress]).test(
+                    run.model, datamodule=self.stream, verbose=False
+                )
+                self._log.evaluation(method, row)
+                run.folder.add_row(method.name, row, matrix.rows[row])
+
+    def install(self, method: Method) -> None:
+        """Put the weights that a method classifies with after the last task into the model."""
+        install(self._live(), self._weights(method, len(self.stream.tasks) - 1))
+        voting = self._statistics.get(method.name)
+        if voting is not None and voting.kind == "aligned":
+            voting.install(self._run.model)
+
+    @contextmanager
+    def _holding(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[None]:
+        """Hold weights in the model for a while; those of the training are back afterwards."""
+        kept = copies(self._live())
+        try:
+            install(self._live(), weights)
+            yield
+        finally:
+            install(self._live(), kept)  # looked up anew: to change devices makes new buffers
+
+    def _live(self) -> dict[str, Tensor]:
+        return trained_parameters(self._run.model) | floating_buffers(self._run.model)
+
+    def _weights(self, method: Method, task: int) -> Iterator[tuple[str, Tensor]]:
+        """The parameters and buffers that a method classifies with after a task."""
+        run = self._run
+        yield from run.buffers.items()
+        scales = run.scale(method, task)
+        if scales is not None:
+            yield from scaled(run.base, self._merged(method, task).items(), scales)
+            yield from self._merged_buffers(task)
+        elif self.training is not None and method.statistics is None:
+            yield from scaled(run.base, self._vector(task).items(), _WHOLE)
+            yield from self._unmerged(task).items()
+        else:
+            yield from run.base.items()
+
+    def _merged(self, method: Method, task: int) -> Merger:
+        """The merger of a method with the task vectors up to a task; methods may share it."""
+        plain = method.plain
+        if plain.name not in self._mergers:
+            self._mergers[plain.name] = make_merger(self._run.config, plain)[0]
+        merger = self._mergers[plain.name]
+        while merger.tasks <= task:
+            following = merger.tasks
+            importance = self._importance(plain, following) if merger.weighted else None
+            merger.update(self._placed(self._vector(following)), importance)
+        return merger
+
+    def _vector(self, task: int) -> TaskVector:
+        return TaskVector.load(self._stored("task", task))
+
+    def _unmerged(self, task: int) -> dict[str, Tensor]:
+        """What moved in a task and is not in its task vector; runs of before did not store it."""
+        file = self._stored("unmerged", task)
+        return load_tensors(file)[0] if file.exists() else {}
+
+    def _importance(self, method: Method, task: int) -> dict[str, Tensor]:
+        file = self._stored("importance", task)
+        if not file.exists():
+            raise InputError(
+                f"'{file}' is missing: method '{method.name}' weighs elements by what a training "
+                "estimates where one of the run's methods needs it from the first; begin a new run "
+                "with that method"
+            )
+        return self._placed(load_tensors(file)[0])
+
+    def _stored(self, what: str, task: int) -> Path:
+        return self._run.folder.task_vectors(str(self.training)) / f"{what}{task}.safetensors"
+
+    def _merged_buffers(self, task: int) -> Iterator[tuple[str, Tensor]]:
+        """What buffers hold in a merged model, as ``merge.buffers`` says, if not the base's."""
+        run, choice = self._run, self._run.config.merge.buffers
+        if choice == "average":
+            average = Average()
+            for each in range(task + 1):
+                stored = self._unmerged(each)
+                average.update({name: stored.get(name, b) for name, b in run.buffers.items()})
+            yield from average.items()
+        elif choice != "base":
+            stored = self._unmerged(task)
+            yield from ((name, stored[name]) for name in run.buffers if name in stored)
+
+    def _choose_scale(self, method: Method, task: int) -> None:
+        run, stream = self._run, self.stream
+
+        def choose(trainer: L.Trainer, module: L.LightningModule) -> None:
+            changes = dict(self._merged(method, task).items())
+            base = {name: value.to(module.device) for name, value in run.base.items()}
+            buffers = run.buffers | dict(self._merged_buffers(task))
+            found = AutoScale(run.config.merge.groups).choose(
+                trainer, module, stream.held_out_dataloader(), base, changes, buffers
+            )
+            run.folder.add_chosen_scale(method.plain.name, task, found.plain())
+
+        self._within_trainer(choose)
+
+    def _class_statistics(self, method: Method, kind: str) -> ClassStatistics:
+        images = self.stream.task_dataloader
+        made = ClassStatistics(kind, text=method.text, images=images)
+        if method.merger is not None:  # otherwise the model holds the pre-trained weights
+            made.base, made.base_buffers = self._run.base, self._run.buffers
+        file = self._run.folder.statistics(method.name)
+        made.statistics = StreamStatistics.load(file) if file.exists() else None
+        return made
+
+    def _learn(self, method: Method, statistics: ClassStatistics) -> None:
+        self._within_trainer(statistics.learn)
+        run, found = self._run, statistics.statistics
+        if found is not None and is_first_process():
+            metadata = {"method": method.name, "model": run.config.model}
+            found.save(run.folder.statistics(method.name), metadata)
+
+    def _within_trainer(self, work: Callable[[L.Trainer, L.LightningModule], object]) -> None:
+        """Do something where a trainer has set up devices and processes."""
+        evaluation_trainer(self._run.config.trainer, [_Within(self.stream, work)]).predict(
+            self._run.model, _NoBatches(), return_predictions=False
         )
-    run.folder.add_row(name, row, matrix.rows[row])
+
+    def _placed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors where the run merges: on ``merge.device``, or where it trains."""
+        return {name: tensor.to(self._device) for name, tensor in tensors.items()}
+
+    @cached_property
+    def _device(self) -> torch.device:
+        config = self._run.config
+        if config.merge.device is not None:
+            return torch.device(config.merge.device)
+        return evaluation_trainer(config.trainer).strategy.root_device
 
 
-@contextmanager
-def weights_of(
-    run: Run,
-    name: str,
-    merging: MergeCallback | Merger | None,
-    statistics: ClassStatistics | None = None,
-) -> Iterator[list[L.Callback]]:
-    """Hold the weights that a method classifies with in the model for a while.
+class _Within(Callback):
+    """Do some work in a hook of a trainer, with the model on its device."""
 
-    Args:
-        run: The run.
-        name: The method.
-        merging: What merges; None for the pre-trained weights under statistics, and for the weights
-            as they are without.
-        statistics: Its class statistics, if it has any.
+    def __init__(
+        self, stream: TaskStream, work: Callable[[L.Trainer, L.LightningModule], object]
+    ) -> None:
+        self._stream, self._work = stream, work
 
-    Yields:
-        The callbacks that a trainer needs to do so, where they do it.
-    """
-    if isinstance(merging, MergeCallback):
-        yield [merging]
-    elif merging is not None:
-        with swapped(
-            trained_parameters(run.model), scaled(run.base, merging.items(), run.scales[name])
-        ):
-            yield []
-    elif statistics is not None:
-        live = trained_parameters(run.model) | floating_buffers(run.model)
-        with swapped(live, run.base | run.buffers):
-            yield []
-    else:
-        yield []
+    @override
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stream.trainer = trainer  # how many processes share the images
+        # What is kept outlives the inference mode of a prediction.
+        with torch.inference_mode(False):
+            self._work(trainer, pl_module)
+
+
+class _NoBatches:
+    """Nothing to predict, of a length that is not known before: the hooks fire all the same."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())

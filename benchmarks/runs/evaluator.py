@@ -1,4 +1,4 @@
-"""A finished run's model and images once more, to evaluate what it has left."""
+"""The model and images of a finished run, to evaluate what it has left."""
 
 from __future__ import annotations
 
@@ -27,32 +27,17 @@ from cl_merge.training.metrics import AccuracyMatrix
 
 @dataclass(frozen=True)
 class RunEvaluator:
-    """The model and the test images of a finished run, to evaluate other weights on.
-
-    Attributes:
-        config: The run's.
-        stream: Its tasks.
-        model: With the pre-trained weights.
-        base: Those weights, by parameter name.
-        tell: Called with the number of images after each evaluation.
-    """
+    """The model and the test images of a finished run, to evaluate other weights on."""
 
     config: RunConfig
     stream: TaskStream
-    model: CLIPClassifier
-    base: dict[str, Tensor]
-    tell: Callable[[int], None] = lambda _: None
+    model: CLIPClassifier  # with the pre-trained weights
+    base: dict[str, Tensor]  # those weights, by parameter name
+    tell: Callable[[int], None] = lambda _: None  # hears the number of images evaluated each time
 
     @classmethod
     def of(cls, folder: str | Path, tell: Callable[[int], None] = lambda _: None) -> RunEvaluator:
-        """Load what a run was made with.
-
-        Args:
-            folder: Of the run.
-            tell: Called with the number of images after each evaluation.
-
-        Returns:
-            The replay.
+        """Load what the run in a folder was made with.
 
         Raises:
             InputError: If it cannot be loaded.
@@ -62,10 +47,7 @@ class RunEvaluator:
         return cls(config, stream, model, copies(trained_parameters(model)), tell)
 
     def check_same(self, results: dict[str, Any]) -> None:
-        """Make sure that the images are those that a run was tested on.
-
-        Args:
-            results: The content of its ``results.json``.
+        """Make sure that the images are those that a run was tested on, by its results.
 
         Raises:
             InputError: If classes or numbers of images differ; says for which tasks.
@@ -107,29 +89,21 @@ class RunEvaluator:
         return row
 
     def accuracy(self, changes: Iterable[tuple[str, Tensor]], scale: float) -> float:
-        """Evaluate on all test images among all classes.
-
-        Args:
-            changes: As of `counts`.
-            scale: As of `counts`.
-
-        Returns:
-            Accuracy in per cent, micro average.
-        """
+        """The accuracy on all test images among all classes in per cent, micro average."""
         correct, _, total = self.counts(changes, scale).sum(dim=1)
         return 100.0 * int(correct) / int(total)
 
     def _loader(self, task: int | None) -> DataLoader[Any]:
-        whole = self.stream.test_dataloader()
+        every = self.stream.test_dataloader()
         if task is None:
-            return whole
+            return every
         # The test loader shows the rows of all tasks in ascending order.
         rows = np.unique(np.concatenate([other.test for other in self.stream.tasks]))
-        places = np.searchsorted(rows, np.sort(self.stream.tasks[task].test))
+        chosen = np.searchsorted(rows, np.sort(self.stream.tasks[task].test))
         return DataLoader(
-            Subset(whole.dataset, places.tolist()),
+            Subset(every.dataset, chosen.tolist()),
             batch_size=self.stream.batch_size,
-            num_workers=whole.num_workers,
+            num_workers=every.num_workers,
         )
 
     @cached_property

@@ -66,8 +66,8 @@ def results(run: Run) -> dict[str, Any]:
 def _method_results(run: Run, method: Method, zero_shot: AccuracyMatrix) -> MethodResults:
     matrix = run.matrices[method.name]
     metrics, seen = matrix.metrics(zero_shot), matrix.seen()
-    scales = run.scales.get(method.name)
-    chosen = run.chosen.get(method.plain.name)
+    scale = run.scale(method)
+    chosen = run.folder.chosen_scales(method.plain.name) if run.chooses_scale(method) else {}
     return MethodResults(
         accuracy=metrics["accuracy"],
         metrics=dict(metrics),
@@ -77,9 +77,9 @@ def _method_results(run: Run, method: Method, zero_shot: AccuracyMatrix) -> Meth
         seen=[None] * (len(run.stream.tasks) - len(seen)) + seen,
         training=method.training,
         merger=method.merger,
-        scale=scales.plain() if scales else None,
+        scale=scale.plain() if scale else None,
         statistics=method.statistics,
-        chosen_scales=[scales.plain() for scales in chosen] if chosen else None,
+        chosen_scales=[chosen[task] for task in sorted(chosen)] or None,
     )
 
 

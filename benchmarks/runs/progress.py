@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import lightning as L
@@ -22,20 +21,13 @@ from typing_extensions import override
 class RunProgress(Callback):
     """Show what is going on, the loss, and the time left of the whole run.
 
-    Counts batches: `total` is how many the run will train on and evaluate. Shows nothing on a
-    console that is no terminal, and nothing on processes other than the first.
+    Shows nothing on a console that is no terminal, and nothing on processes other than the first.
 
     Args:
         console: Where to draw.
         total: Batches of the whole run, over all tasks, trainings and evaluations.
         train_cost: What a training batch costs, in evaluation batches; forward and backward take
             about three times a forward.
-
-    Example::
-
-        with RunProgress(Console(), total=500) as progress:
-            progress.describe("task 1/5")
-            L.Trainer(callbacks=[progress]).fit(module, loader)
     """
 
     def __init__(self, console: Console, total: int, train_cost: int = 3) -> None:
@@ -57,7 +49,6 @@ class RunProgress(Callback):
         self._bar = self._progress.add_task("starting", total=total, loss="")
         self._train_cost = train_cost
         self._doing = ""
-        self._test_cost = 1
 
     def __enter__(self) -> RunProgress:
         self._progress.start()
@@ -66,29 +57,10 @@ class RunProgress(Callback):
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def describe(self, doing: str, test_cost: int = 1) -> None:
-        """Say what goes on now.
-
-        Args:
-            doing: A few words, such as ``"task 2/5"``.
-            test_cost: What a batch of a test counts for now: the number of its encoders.
-        """
-        self._doing, self._test_cost = doing, test_cost
+    def describe(self, doing: str) -> None:
+        """Say what goes on now, in a few words such as ``"task 2/5"``."""
+        self._doing = doing
         self._progress.update(self._bar, description=doing, loss="")
-
-    def counted(self, batches: Iterable[Any], cost: int) -> Iterator[Any]:
-        """Count batches that no trainer hands out.
-
-        Args:
-            batches: The batches.
-            cost: What each counts for.
-
-        Yields:
-            Each of them.
-        """
-        for batch in batches:
-            yield batch
-            self._progress.advance(self._bar, cost)
 
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -120,4 +92,4 @@ class RunProgress(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._progress.advance(self._bar, self._test_cost)
+        self._progress.advance(self._bar)

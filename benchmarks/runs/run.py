@@ -1,25 +1,25 @@
-"""One run: a stream from end to end, with every method beside it that shares its training."""
+"""One run: what was asked for, what it works on, and what it has found so far."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
 
-from cl_merge.benchmarks.datasets.catalog import find_data
 from cl_merge.benchmarks.datasets.epochs import task_epochs
 from cl_merge.benchmarks.datasets.loading import load_parts
+from cl_merge.benchmarks.formatting import data_label
 from cl_merge.benchmarks.methods.method import (
-    LEARNING_COST,
     TRAININGS,
     Method,
+    compared_methods,
     find_method,
-    methods_beside,
 )
 from cl_merge.benchmarks.runs.loggers import check_loggers
 from cl_merge.benchmarks.runs.run_folder import RunFolder
@@ -31,7 +31,7 @@ from cl_merge.config.schema import HELD_OUT, RunConfig
 from cl_merge.data.task_stream import TaskStream, check_loading
 from cl_merge.errors import InputError, unknown_name
 from cl_merge.kernels.parallel import usable_cores
-from cl_merge.mergers import Merger, get_merger
+from cl_merge.mergers import Merger
 from cl_merge.models.classifier import CLIPClassifier
 from cl_merge.task_vectors.module_weights import copies, floating_buffers, trained_parameters
 from cl_merge.task_vectors.scales import Scales
@@ -41,33 +41,16 @@ from cl_merge.training.metrics import AccuracyMatrix
 
 @dataclass
 class Run:
-    """A run in progress, and what it has found.
-
-    Attributes:
-        config: What was asked for.
-        folder: Where it writes, and where it finds what it did before it was stopped.
-        stream: The tasks.
-        model: The model, with the weights of the moment.
-        base: The pre-trained weights, by parameter name.
-        buffers: The floating-point buffers of the pre-trained model, by name.
-        matrices: The accuracy matrix of every method.
-        scales: The scale of every method that merges.
-        chosen: The scale after each task, of a method that chooses it.
-        costs: What each task's training took, by training.
-        cost: What the whole run took.
-    """
+    """A run in progress, and what it has found."""
 
     config: RunConfig
-    folder: RunFolder
+    folder: RunFolder  # where it writes, and finds what it did before it was stopped
     stream: TaskStream
-    model: CLIPClassifier
-    base: dict[str, Tensor]
-    buffers: dict[str, Tensor] = field(default_factory=dict)
-    matrices: dict[str, AccuracyMatrix] = field(default_factory=dict)
-    scales: dict[str, Scales] = field(default_factory=dict)
-    chosen: dict[str, list[Scales]] = field(default_factory=dict)
-    costs: dict[str, list[Cost]] = field(default_factory=dict)
-    cost: Cost = field(default_factory=Cost)
+    model: CLIPClassifier  # with the weights of the moment
+    base: dict[str, Tensor]  # the pre-trained weights of the parameters that train
+    buffers: dict[str, Tensor]  # the floating-point buffers of the pre-trained model
+    costs: dict[str, list[Cost]] = field(default_factory=dict)  # of tasks, by training
+    cost: Cost = field(default_factory=Cost)  # of the run so far
 
     @cached_property
     def own(self) -> Method:
@@ -77,7 +60,18 @@ class Run:
     @cached_property
     def methods(self) -> list[Method]:
         """The methods of this run, in the order of the tables."""
-        return methods_beside(self.config.method, self.config.compare)
+        return compared_methods(self.config.method, self.config.compare)
+
+    @cached_property
+    def matrices(self) -> dict[str, AccuracyMatrix]:
+        """The accuracy matrix of every method, with the rows that the folder has already."""
+        classes = [task.classes for task in self.stream.tasks]
+        found = {}
+        for method in self.methods:
+            matrix = AccuracyMatrix(classes, len(self.stream.class_names))
+            matrix.rows |= self.folder.rows(method.name)
+            found[method.name] = matrix
+        return found
 
     @property
     def trainings(self) -> dict[str, list[Method]]:
@@ -88,39 +82,36 @@ class Run:
             if (methods := [method for method in self.methods if method.training == name])
         }
 
-    def rows(self, training: str) -> list[int]:
-        """After which tasks of a training its methods are evaluated.
+    def stream_of(self, training: str | None) -> TaskStream:
+        """The tasks of a training: all in one where it is joint."""
+        joint = training is not None and TRAININGS[training].joint
+        return self.stream.joint() if joint else self.stream
 
-        Args:
-            training: Its name.
+    def tested_tasks(self, training: str | None) -> list[int]:
+        """After which tasks of a training's stream its methods are tested; None trains nothing."""
+        if training is None:
+            return [0]
+        tasks = range(len(self.stream_of(training).tasks))
+        return list(tasks if self.config.evaluate == "every" else tasks[-1:])
 
-        Returns:
-            Indices of tasks in the training's own stream.
-        """
-        tasks = 1 if TRAININGS[training].joint else len(self.stream.tasks)
-        return list(range(tasks))[0 if self.config.evaluate == "every" else -1 :]
+    def chooses_scale(self, method: Method) -> bool:
+        """Whether a method chooses its scale after each task, on held-out images."""
+        return self.config.merge.scale == "auto" and method.plain == self.own.plain
 
-    def new_matrix(self, method: str) -> AccuracyMatrix:
-        """Begin the accuracy matrix of a method, with the rows that the folder has already.
-
-        Args:
-            method: Its name.
-
-        Returns:
-            The matrix, which is also in `matrices`.
-        """
-        classes = [task.classes for task in self.stream.tasks]
-        matrix = AccuracyMatrix(classes, len(self.stream.class_names))
-        matrix.rows |= self.folder.rows(method)
-        self.matrices[method] = matrix
-        return matrix
+    def scale(self, method: Method, task: int = -1) -> Scales | None:
+        """The scale of a method after a task; None if it merges nothing or has not chosen yet."""
+        if not method.merger:
+            return None
+        if not self.chooses_scale(method):
+            merger, scale = make_merger(self.config, method)
+            return Scales.read(scale, merger.published_scale)
+        chosen = self.folder.chosen_scales(method.plain.name)
+        task = max(chosen, default=0) if task == -1 else task
+        return Scales.read(chosen[task], 0.0) if task in chosen else None
 
 
 def start_run(config: RunConfig) -> Run:
     """Check a configuration, load what it names and claim its folder; trains nothing yet.
-
-    Args:
-        config: What to run.
 
     Returns:
         The run; its folder is held until ``run.folder.release()``.
@@ -130,122 +121,50 @@ def start_run(config: RunConfig) -> Run:
             folder.
     """
     method = find_method(config.method)
-    _try_settings(config, method)
-    _check_devices(config)
+    merge = _try_settings(config, method)
     stream, model = load_parts(config)
-    merge_callback(config, method).check_names(trained_parameters(model))
-    data = find_data(config.data).name
-    name = f"{data.strip('/').split('/')[-1]}-{method.name.replace('/', '-')}"
+    merge.check_names(trained_parameters(model))
+    name = f"{data_label(config.data)}-{method.name.replace('/', '-')}"
     folder = RunFolder.claim(config, name)
     base, buffers = copies(trained_parameters(model)), copies(floating_buffers(model))
     return Run(config, folder, stream, model, base, buffers)
 
 
-def _check_devices(config: RunConfig) -> None:
-    """Refuse more processes than a machine without a GPU has cores for: memory goes first."""
-    devices, most = config.trainer.get("devices"), max(usable_cores(), 2)
-    on_cpu = config.trainer.get("accelerator") == "cpu" or not torch.cuda.is_available()
-    if on_cpu and type(devices) is int and devices > most:
-        raise InputError(
-            f"trainer.devices={devices}; expected at most {most}: without a GPU each is a process "
-            "with a model of its own, and more than there are cores gain nothing"
-        )
-
-
 def count_batches(run: Run, train_cost: int = 3) -> int:
     """Count the batches that a run has still to do, a training batch as several of evaluation.
 
-    Args:
-        run: A run that has been started.
-        train_cost: What a training batch costs, in evaluation batches.
-
-    Returns:
-        The number; an estimate where the trainer is told to stop early, or a run was stopped in the
-        middle of a task.
+    An estimate where the trainer may stop early, or a run was stopped in the middle of a task.
     """
-    size, tasks = run.stream.batch_size, run.stream.tasks
-    test = -(-sum(len(task.test) for task in tasks) // size)
-    batches = [-(-len(task.train) // size) for task in tasks]
-    epochs = task_epochs(run.config, len(tasks))
-    steps = [count * (of_task or 1) for count, of_task in zip(batches, epochs, strict=True)]
-    joint = [sum(batches) * (run.config.trainer.get("max_epochs") or 1)]
+
+    def batches(images: int) -> int:
+        return -(-images // run.stream.batch_size)
+
+    test = batches(sum(len(task.test) for task in run.stream.tasks))
     total = 0 if run.folder.rows("zero-shot") else test
     for name, methods in run.trainings.items():
-        of_task, rows = joint if TRAININGS[name].joint else steps, len(run.rows(name))
-        finished = run.folder.finished_tasks(name, len(of_task))
-        total += train_cost * sum(n for task, n in enumerate(of_task) if task not in finished)
-        for method in methods:
-            left = rows - len(run.folder.rows(method.name))
-            total += test * method.encoders * left
-            if method.statistics is not None:
-                total += LEARNING_COST * sum(batches) * left // rows
+        tasks = run.stream_of(name).tasks
+        epochs = [run.config.trainer.get("max_epochs")]
+        epochs = epochs if TRAININGS[name].joint else task_epochs(run.config, len(tasks))
+        for task in set(range(len(tasks))) - set(run.folder.finished_tasks(name, len(tasks))):
+            total += train_cost * batches(len(tasks[task].train)) * (epochs[task] or 1)
+        rows = len(run.tested_tasks(name))
+        total += test * sum(rows - len(run.folder.rows(method.name)) for method in methods)
     return total
 
 
 def make_regularizer(config: RunConfig, name: str) -> Regularizer:
-    """Make the callback that a training is regularized with.
-
-    Args:
-        config: Holds its options.
-        name: ``"lwf"`` or ``"ewc"``.
-
-    Returns:
-        A fresh callback.
-    """
-    return (
-        LwF(**asdict(config.lwf)) if name == "lwf" else EWC(**asdict(config.ewc), seed=config.seed)
-    )
-
-
-def merge_callback(
-    config: RunConfig,
-    method: Method | None,
-    *,
-    start: str = "sequential",
-    directory: Path | None = None,
-) -> MergeCallback:
-    """Make the callback that merges in a training.
-
-    Args:
-        config: Holds its options. Those of the method are for the run's own; another one merges as
-            it was published.
-        method: What it merges with; without one that merges, only its task vectors are of use.
-        start: Where each task starts to train.
-        directory: Where it writes the task vectors.
-
-    Returns:
-        A fresh callback.
-
-    Raises:
-        InputError: If an option is wrong.
-    """
-    options = config.merge
-    merger, scale = (
-        make_merger(config, method)
-        if method is not None and method.merger
-        else (get_merger("magmax"), None)
-    )
-    return MergeCallback(
-        merger,
-        scale=AutoScale(options.groups) if scale == "auto" else scale,
-        start=start,
-        buffers=options.buffers,
-        include=options.include,
-        exclude=options.exclude,
-        store=options.store,
-        directory=directory,
-        device=options.device,
-        importance_samples=options.importance_samples,
-    )
+    """Make the callback that a training is regularized with, ``"lwf"`` or ``"ewc"``."""
+    with settings_named(name):
+        if name == "lwf":
+            return LwF(**asdict(config.lwf))
+        return EWC(**asdict(config.ewc), seed=config.seed)
 
 
 def make_merger(config: RunConfig, method: Method) -> tuple[Merger, Any]:
     """Make the merger of one of a run's methods as the run configures it.
 
-    Args:
-        config: Holds the options: those of ``merge`` are for the run's own method, those of
-            ``merge.beside`` for the others.
-        method: A method that merges.
+    The options of ``merge`` are for the run's own method, those of ``merge.beside`` for the
+    others.
 
     Returns:
         A fresh merger, and the scale that is asked for, None for the published one.
@@ -269,18 +188,14 @@ def make_merger(config: RunConfig, method: Method) -> tuple[Merger, Any]:
     return method.make_merger(common, options.options), options.scale
 
 
-def _try_settings(config: RunConfig, method: Method) -> None:
+def _try_settings(config: RunConfig, method: Method) -> MergeCallback:
     """Make once what the run will make for every task, so that wrong settings show at once."""
     check_loggers(config)
     with settings_named("stream"):
         check_loading(config.stream.batch_size, config.stream.num_workers, config.stream.cache)
-    _try_beside(config, methods_beside(config.method, config.compare))
-    try:
-        L.Trainer(**config.trainer | {"logger": False, "enable_checkpointing": False})
-    # Lightning raises errors of several kinds for its arguments.
-    except Exception as error:
-        raise InputError(f"trainer: {' '.join(str(error).split())}") from error
-    merge_callback(config, method)
+    _try_compared(config, compared_methods(config.method, config.compare))
+    _try_trainer(config)
+    merge = _try_merge(config, method)
     if config.merge.scale == "auto" and not method.merger:
         raise InputError(f"merge.scale=auto, but method '{method.name}' merges nothing")
     if config.merge.scale == "auto" and not config.stream.held_out:
@@ -290,18 +205,59 @@ def _try_settings(config: RunConfig, method: Method) -> None:
         )
     for regularizer in ("lwf", "ewc"):
         make_regularizer(config, regularizer)
+    return merge
 
 
-def _try_beside(config: RunConfig, methods: list[Method]) -> None:
+def _try_compared(config: RunConfig, methods: list[Method]) -> None:
     # Methods with class statistics merge with the options of those without.
     own = find_method(config.method).plain
     merging = {m.plain.name: m.plain for m in methods if m.merger and m.plain != own}
     for name in config.merge.beside:
         if name not in merging:
-            known = list(merging)
-            raise unknown_name("method beside the run's own in merge.beside", str(name), known)
+            kind = "method beside the run's own in merge.beside"
+            raise unknown_name(kind, str(name), list(merging))
     for name, method in merging.items():
         try:
             make_merger(config, method)
         except InputError as error:
             raise InputError(f"merge.beside.{name}: {error}") from error
+
+
+def _try_trainer(config: RunConfig) -> None:
+    devices, most = config.trainer.get("devices"), max(usable_cores(), 2)
+    on_cpu = config.trainer.get("accelerator") == "cpu" or not torch.cuda.is_available()
+    # Memory would go first.
+    if on_cpu and type(devices) is int and devices > most:
+        raise InputError(
+            f"trainer.devices={devices}; expected at most {most}: without a GPU each is a process "
+            "with a model of its own, and more than there are cores gain nothing"
+        )
+    try:
+        trainer = L.Trainer(**config.trainer | {"logger": False, "enable_checkpointing": False})
+    # Lightning raises errors of several kinds for its arguments.
+    except Exception as error:
+        raise InputError(f"trainer: {' '.join(str(error).split())}") from error
+    shards = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
+    strategy = trainer.strategy
+    if isinstance(strategy, shards) or isinstance(strategy.launcher, _MultiProcessingLauncher):
+        raise InputError(
+            f"trainer.strategy={config.trainer.get('strategy')}; expected auto or ddp: a run needs "
+            "whole parameters in every process, and processes that live as long as it does"
+        )
+
+
+def _try_merge(config: RunConfig, method: Method) -> MergeCallback:
+    """Make the callback that would do the same in one fit, which checks the options."""
+    options = config.merge
+    merger, scale = make_merger(config, method) if method.merger else ("magmax", None)
+    with settings_named("merge"):
+        return MergeCallback(
+            merger,
+            scale=AutoScale(options.groups) if scale == "auto" else scale,
+            buffers=options.buffers,
+            include=options.include,
+            exclude=options.exclude,
+            store=options.store,
+            device=options.device,
+            importance_samples=options.importance_samples,
+        )

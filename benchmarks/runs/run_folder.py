@@ -9,7 +9,6 @@ import shutil
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,15 +59,7 @@ _CHOSEN = "CL_MERGE_RUN_FOLDER"
 
 
 class RunFolder:
-    """Where a run writes: a journal of what is done, and each file once, whole or not at all.
-
-    Args:
-        path: The folder.
-
-    Attributes:
-        path: The folder.
-        seconds_before: How long the run took before it was stopped, up to its last journal entry.
-    """
+    """Where a run writes: a journal of what is done, and each file complete or not at all."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -78,6 +69,7 @@ class RunFolder:
         self._began = time.monotonic()
         self._held = ExitStack()
         sessions = {r["session"]: r["seconds"] for r in self._journal.records}
+        # How long the run took before it was stopped, up to its last journal entry.
         self.seconds_before = float(sum(sessions.values()))
 
     @classmethod
@@ -121,60 +113,34 @@ class RunFolder:
         os.environ.pop(_CHOSEN, None)
 
     def task_vectors(self, training: str) -> Path:
-        """Where the task vectors of a training lie."""
+        """The folder of what the tasks of a training have changed."""
         return self.path / "task_vectors" / training
 
     def statistics(self, method: str) -> Path:
-        """Where the class statistics of a method lie."""
+        """The file of a method's class statistics."""
         return self.path / "statistics" / f"{method}.safetensors"
 
     def state_of(self, training: str) -> Path:
-        """Where a training keeps what it needs to go on."""
+        """The folder of what a training needs to go on."""
         return self.path / "state" / training
 
     def rows(self, method: str) -> dict[int, Tensor]:
-        """The rows of a method's accuracy matrix that are done.
-
-        Args:
-            method: Its name.
-
-        Returns:
-            Counts, int64 [3, T], by task index.
-        """
+        """The rows of a method's accuracy matrix that are done: counts, int64 [3, T], by index."""
         found = [r for r in self._journal.records if r.get("method") == method]
         return {record["task"]: torch.tensor(record["counts"]) for record in found}
 
-    def add_row(self, method: str, task: int, counts: Tensor) -> None:
-        """Note in the journal that a row of a method's accuracy matrix is done.
+    def add_row(self, method: str, row: int, counts: Tensor) -> None:
+        """Note that a row of a method's accuracy matrix is done: counts, int64 [3, T]."""
+        self._note({"method": method, "task": row, "counts": counts.tolist()})
 
-        Args:
-            method: Its name.
-            task: Index of the task after which it was evaluated.
-            counts: The row, int64 [3, T].
-        """
-        self._note({"method": method, "task": task, "counts": counts.tolist()})
-
-    def chosen_scales(self, method: str) -> list[Any]:
-        """The scales that a method has chosen after each task.
-
-        Args:
-            method: Its name.
-
-        Returns:
-            As of `Scales.plain`, in the order of the tasks; empty if it has not chosen any.
-        """
+    def chosen_scales(self, method: str) -> dict[int, Any]:
+        """The scales that a method has chosen, by task, as of `Scales.plain`."""
         noted = {r["task"]: r["scale"] for r in self._journal.records if r.get("chose") == method}
         former = self.results().get("methods", {}).get(method, {})
-        return [noted[task] for task in sorted(noted)] or former.get("chosen_scales", [])
+        return noted or dict(enumerate(former.get("chosen_scales", ())))
 
     def add_chosen_scale(self, method: str, task: int, scale: Any) -> None:
-        """Note in the journal the scale that a method has chosen after a task.
-
-        Args:
-            method: Its name.
-            task: Index of the task.
-            scale: As of `Scales.plain`.
-        """
+        """Note the scale that a method has chosen after a task, as of `Scales.plain`."""
         self._note({"chose": method, "task": task, "scale": scale})
 
     def results(self) -> dict[str, Any]:
@@ -182,38 +148,19 @@ class RunFolder:
         return read_results(self.path) or {}
 
     def finished_training(self, training: str) -> list[Cost] | None:
-        """What the tasks of a training took, if all of them were learned in a run that finished.
-
-        Args:
-            training: Its name.
-
-        Returns:
-            The costs, or None.
-        """
+        """What the tasks of a training took, if all were learned in a run that finished."""
         costs = self.results().get("training", {}).get(training)
-        return None if costs is None else [_cost(cost) for cost in costs]
+        return None if costs is None else msgspec.convert(costs, list[Cost])
 
     def finished_tasks(self, training: str, tasks: int) -> list[int]:
-        """Which tasks of a training will not be learned again.
-
-        Args:
-            training: Its name.
-            tasks: How many it has.
-
-        Returns:
-            Their indices.
-        """
+        """Which of so many tasks of a training will not be learned again."""
         if self.finished_training(training) is not None:
             return list(range(tasks))
         journal = Journal(self.state_of(training) / "journal.jsonl")
         return [task for task in range(tasks) if journal.find(done="task", task=task)]
 
     def finish(self, results: Mapping[str, Any]) -> None:
-        """Write the results, and remove what was only needed to go on.
-
-        Args:
-            results: The content of ``results.json``.
-        """
+        """Write the content of ``results.json``, and remove what was only needed to go on."""
         self.write_json("results.json", results)
         if is_first_process():
             shutil.rmtree(self.path / "state", ignore_errors=True)
@@ -259,41 +206,20 @@ class RunFolder:
 
     @rank_zero_only
     def write_text(self, name: str, text: str) -> None:
-        """Write a text file.
-
-        Args:
-            name: Its name in the folder.
-            text: What it says.
-        """
+        """Write a text file of a name in the folder."""
         with atomic_write(self.path / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
-    @rank_zero_only
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write a JSON file.
-
-        Args:
-            name: Its name in the folder.
-            content: What it holds; values that are not finite are written as null.
-        """
+        """Write a JSON file; values that are not finite become null."""
         self.write_text(name, json.dumps(plain(content), indent=2, allow_nan=False) + "\n")
 
     @rank_zero_only
     def write_tensors(
         self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     ) -> None:
-        """Write tensors as safetensors.
-
-        Args:
-            name: Its name in the folder.
-            tensors: What it holds.
-            metadata: What stands in its header.
-        """
+        """Write tensors as safetensors, with metadata in the header."""
         save_tensors(self.path / name, tensors, metadata)
-
-
-def _cost(found: Mapping[str, Any]) -> Cost:
-    return Cost(**{field.name: found[field.name] for field in fields(Cost)})
 
 
 def _unused(path: Path) -> Path:

@@ -1,15 +1,14 @@
-"""What a run logs: its names, one axis of steps for each training, and every value once."""
+"""What a run logs: its names, and one axis of steps for each training."""
 
 from __future__ import annotations
 
 import logging
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from math import isfinite
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -17,9 +16,9 @@ from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.loggers import Logger
 from typing_extensions import override
 
-from cl_merge.benchmarks.datasets.epochs import task_epochs
-from cl_merge.benchmarks.methods.method import TRAININGS, Training
-from cl_merge.benchmarks.runs.loggers import About, Row, check_loggers, open_books
+from cl_merge.benchmarks.formatting import data_label
+from cl_merge.benchmarks.methods.method import TRAININGS, Method, Training
+from cl_merge.benchmarks.runs.loggers import RunInfo, check_loggers, close_logger, open_loggers
 from cl_merge.benchmarks.runs.run import Run
 from cl_merge.benchmarks.runs.settings import flat
 from cl_merge.data.tasks import Task
@@ -36,22 +35,16 @@ PATIENCE = 1.0
 def open_log(run: Run) -> Iterator[RunLog]:
     """Open the log of a run, new or begun before.
 
-    Args:
-        run: A run that has been started.
-
-    Yields:
-        The log.
-
     Raises:
         InputError: If a logger is unknown, not installed or cannot be opened.
-
-    Example::
-
-        with open_log(run) as log:
-            trainer = training_trainer(run, training, task, log)
     """
     wanted = check_loggers(run.config)
-    found = RunLog(run, wanted if is_first_process() else {}, on=bool(wanted))
+    title = f"{data_label(run.config.data)}-{len(run.stream.tasks)}-{_word(run.own.name)}"
+    # Where it logs to is no setting of what is logged, and may name a server with a password.
+    settings = {key: value for key, value in asdict(run.config).items() if key != "loggers"}
+    info = RunInfo(f"{title}-seed{run.config.seed}", flat(settings), run.folder.path / "logs")
+    loggers = open_loggers(wanted if is_first_process() else {}, info)
+    found = RunLog(run, loggers, on=bool(wanted))
     try:
         yield found
     except BaseException:
@@ -63,150 +56,85 @@ def open_log(run: Run) -> Iterator[RunLog]:
 
 
 class RunLog:
-    """The log of a run.
-
-    What is logged goes into a journal in the run's folder, and from there to the loggers. A run
-    that was stopped repeats some of its steps, which are not logged again; what a logger lacks
-    because a process died between the two, or because it is new, it gets when the log is opened.
+    """The log of a run; the steps of each task stand in ``logs/journal.jsonl``.
 
     Args:
         run: The run.
-        wanted: The loggers with their options.
+        loggers: Its loggers, in this process.
         on: Whether anything is logged, here or by another process.
-
-    Attributes:
-        on: The same.
     """
 
-    def __init__(self, run: Run, wanted: Mapping[str, Mapping[str, Any]], *, on: bool) -> None:
+    def __init__(self, run: Run, loggers: list[Logger], *, on: bool) -> None:
         self.on = on
-        self._run = run
-        place = run.folder.path / "logs"
-        self._journal = Journal(place / "journal.jsonl")
-        rows: list[Row] = [(s, m) for r in self._journal.records for s, m in r.get("rows", ())]
-        self._last = {name: step for step, metrics in rows for name in metrics}
-        self._waiting: list[Row] = []
-        self._written = time.monotonic()
-        about = About(_title(run), _settings(run), f"eval/{_word(run.own.name)}/accuracy")
-        self._books = open_books(wanted, place, about, rows)
+        self._run, self._loggers = run, loggers
+        self._journal = Journal(run.folder.path / "logs" / "journal.jsonl")
+        self._saved = time.monotonic()
 
     def of_task(self, training: Training, task: Task) -> tuple[Logger, list[Callback]]:
-        """What the trainer of a task logs with.
+        """The logger of a task's trainer, and callbacks that belong to it."""
+        begin = self._steps(training.name, task.index)
+        logger = _TaskLogger(self, training.name, task.index, begin)
+        return logger, [LearningRateMonitor("step"), _Saving(self, training.name, task.index)]
 
-        Args:
-            training: Which training.
-            task: The task.
-
-        Returns:
-            The logger, and callbacks that belong to it.
-        """
-        begin = sum(self._steps(training, index) for index in range(task.index))
-        logger = _TaskLogger(self, training, task, begin)
-        return logger, [LearningRateMonitor("step"), _Counting(self, training, task)]
-
-    def evaluation(self, method: str, row: int) -> None:
-        """Log what a row of a method's accuracy matrix says, unless it is logged.
-
-        Args:
-            method: Its name.
-            row: Index of the row, which the matrix has.
-        """
-        begin, step = f"eval/{_word(method)}", self._step_of(method, row)
-        if not self.on or step <= self._last.get(f"{begin}/accuracy", -1):
+    def evaluation(self, method: Method, row: int) -> None:
+        """Log what a row of a method's accuracy matrix says, which the matrix has."""
+        if not self.on:
             return
-        found = _metrics(self._run, method, row)
-        self.add(step, {f"{begin}/{name}": value for name, value in found.items()})
-        self.write()
+        training = method.training
+        joint = training is not None and TRAININGS[training].joint
+        step = self._steps(training, 1 if joint else row + 1) if training is not None else 0
+        found = _metrics(self._run, method.name, row)
+        place = f"eval/{_word(method.name)}"
+        self.add(step, {f"{place}/{name}": value for name, value in found.items()})
+        self.save()
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log values, except those that are logged.
+        """Log values at a step of the training that they belong to."""
+        self._each(lambda logger: logger.log_metrics(dict(metrics), step))
 
-        Args:
-            step: On the axis of the training that they belong to.
-            metrics: The values by name.
-        """
-        new = {name: v for name, v in metrics.items() if step > self._last.get(name, -1)}
-        if not new:
-            return
-        self._last |= dict.fromkeys(new, step)
-        if self._waiting and self._waiting[-1][0] == step:
-            self._waiting[-1][1].update(new)
-        else:
-            self._waiting.append((step, new))
+    def save(self, patience: float = 0.0) -> None:
+        """Write what was logged, if the last time is so many seconds ago."""
+        if time.monotonic() - self._saved >= patience:
+            self._each(lambda logger: logger.save())
+            self._saved = time.monotonic()
 
-    def write(self) -> None:
-        """Write what waits, to the journal and then to the loggers.
+    def note_steps(self, training: str, task: int, steps: int) -> None:
+        """Note how many steps of the optimizer the training of a task took."""
+        self.save()
+        self._journal.append({"training": training, "task": task, "steps": steps})
 
-        Raises:
-            StorageError: If the journal cannot be written.
-        """
-        rows, self._waiting = self._waiting, []
-        self._written = time.monotonic()
-        if not rows:
-            return
-        self._journal.append({"rows": rows})
-        for book in list(self._books):
+    def close(self, status: str) -> None:
+        """Write what waits, and tell the loggers that nothing follows."""
+        self.save()
+        for logger in self._loggers:
+            close_logger(logger, status)
+
+    def _each(self, work: Callable[[Logger], None]) -> None:
+        for logger in list(self._loggers):
             try:
-                book.write(rows)
-            # A server that is gone must not cost a training; what is missed is in the journal.
+                work(logger)
+            # A server that is gone must not cost a training.
             except Exception as error:
-                self._books.remove(book)
+                self._loggers.remove(logger)
                 log.warning(
-                    "logger %s failed (%s) and gets nothing more; when the run goes on it gets "
-                    "what it missed",
-                    type(book.logger).__name__,
+                    "logger %s failed (%s) and gets nothing more until the run goes on",
+                    type(logger).__name__,
                     " ".join(str(error).split()) or type(error).__name__,
                 )
 
-    def write_in_time(self) -> None:
-        """Write what waits, if the last time is long enough ago."""
-        if time.monotonic() - self._written >= PATIENCE:
-            self.write()
-
-    def note_steps(self, training: Training, task: Task, steps: int) -> None:
-        """Note how many steps the training of a task took.
-
-        Args:
-            training: Which training.
-            task: The task.
-            steps: Steps of the optimizer.
-        """
-        self.write()
-        self._journal.append({"training": training.name, "task": task.index, "steps": steps})
-
-    def close(self, status: str) -> None:
-        """Write what waits, and tell the loggers that nothing follows.
-
-        Args:
-            status: ``"success"`` or ``"failed"``.
-        """
-        try:
-            self.write()
-        finally:
-            for book in self._books:
-                book.close(status)
-
-    def _step_of(self, method: str, row: int) -> int:
-        for name, methods in self._run.trainings.items():
-            if method in [each.name for each in methods]:
-                training = TRAININGS[name]
-                tasks = 1 if training.joint else row + 1
-                return sum(self._steps(training, index) for index in range(tasks))
-        return 0  # zero-shot
-
-    def _steps(self, training: Training, index: int) -> int:
-        """Steps of a task: as noted, else as many as the settings ask for."""
-        noted = self._journal.find(training=training.name, task=index)
-        return int(noted["steps"]) if noted else _planned_steps(self._run, training, index)
+    def _steps(self, training: str, tasks: int) -> int:
+        """Steps of the first tasks of a training."""
+        found = [self._journal.find(training=training, task=task) for task in range(tasks)]
+        return sum(int(record["steps"]) for record in found if record is not None)
 
 
 class _TaskLogger(Logger):
     """What a task's trainer sees of the log of a run."""
 
-    def __init__(self, run_log: RunLog, training: Training, task: Task, begin: int) -> None:
+    def __init__(self, run_log: RunLog, training: str, task: int, begin: int) -> None:
         super().__init__()
-        self._log, self._task, self._begin = run_log, task.index, begin
-        self._place = f"train/{training.name}"
+        self._log, self._task, self._begin = run_log, task, begin
+        self._place = f"train/{training}"
 
     @property
     @override
@@ -229,13 +157,13 @@ class _TaskLogger(Logger):
 
     @override
     def save(self) -> None:
-        self._log.write_in_time()
+        self._log.save(PATIENCE)
 
 
-class _Counting(Callback):
+class _Saving(Callback):
     """Write the log where a run may go on from, and note the steps of a task."""
 
-    def __init__(self, run_log: RunLog, training: Training, task: Task) -> None:
+    def __init__(self, run_log: RunLog, training: str, task: int) -> None:
         self._log, self._training, self._task = run_log, training, task
 
     @override
@@ -243,7 +171,7 @@ class _Counting(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         # What is repeated is logged again, what is not must be there.
-        self._log.write()
+        self._log.save()
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -286,27 +214,3 @@ def _part(run: Run, method: str, rows: list[int], tasks: int) -> AccuracyMatrix:
     matrix = AccuracyMatrix(classes, len(run.stream.class_names))
     matrix.rows = {row: run.matrices[method].rows[row][:, :tasks] for row in rows}
     return matrix
-
-
-def _planned_steps(run: Run, training: Training, index: int) -> int:
-    """Steps of a task that was trained before steps were noted, if nothing cut it short."""
-    tasks = run.stream.tasks if training.joint else run.stream.tasks[index : index + 1]
-    epochs = (
-        run.config.trainer.get("max_epochs")
-        if training.joint
-        else task_epochs(run.config, len(run.stream.tasks))[index]
-    )
-    batches = -(-sum(len(task.train) for task in tasks) // run.stream.batch_size)
-    return -(-batches // int(run.config.trainer.get("accumulate_grad_batches", 1))) * (epochs or 1)
-
-
-def _title(run: Run) -> str:
-    data, method = Path(run.config.data).stem, _word(run.own.name)
-    return f"{data}-{len(run.stream.tasks)}-{method}-seed{run.config.seed}"
-
-
-def _settings(run: Run) -> dict[str, Any]:
-    """The settings by the names that they have on the command line."""
-    # Where it logs to is no setting of what is logged, and may name a server with a password.
-    tree = {key: value for key, value in asdict(run.config).items() if key != "loggers"}
-    return flat(tree)

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from cl_merge.benchmarks.datasets.catalog import find_data, is_data_file
-from cl_merge.benchmarks.methods.method import find_method, methods_beside, whole_path
+from cl_merge.benchmarks.methods.method import compared_methods, find_method, whole_path
 from cl_merge.benchmarks.runs.results import read_results
 from cl_merge.config.reading import parse_arguments, read_config, read_yaml
 from cl_merge.config.schema import RunConfig
@@ -72,7 +72,7 @@ def check_same_run(config: RunConfig, saved: Path) -> None:
     """
     container: Any = OmegaConf.to_container(read_yaml(saved))
     before, now = (flat(asdict(c)) for c in (read_config([], container, origin=str(saved)), config))
-    of_before, of_now = (methods_beside(c["method"], c["compare"]) for c in (before, now))
+    of_before, of_now = (compared_methods(c["method"], c["compare"]) for c in (before, now))
     former, wanted = ({method.name for method in methods} for methods in (of_before, of_now))
     merging = {method.plain.name for method in of_before}
 
@@ -98,27 +98,13 @@ def check_same_run(config: RunConfig, saved: Path) -> None:
 
 
 def unfinished_methods(config: RunConfig, folder: Path) -> set[str]:
-    """Name the methods of a run that its folder has no results of.
-
-    Args:
-        config: The run.
-        folder: Its folder.
-
-    Returns:
-        Their names; all of them if the run has not finished.
-    """
-    wanted = {method.name for method in methods_beside(config.method, config.compare)}
+    """The methods of a run that its folder has no results of; all if it has not finished."""
+    wanted = {method.name for method in compared_methods(config.method, config.compare)}
     return wanted - finished_methods(folder)
 
 
 def finished_methods(folder: Path) -> set[str]:
-    """Name the methods that a run's folder has results of.
-
-    Args:
-        folder: The folder.
-
-    Returns:
-        Their names; none if no run has finished there.
+    """The methods that a run's folder has results of; none if no run has finished there.
 
     Raises:
         InputError: If its results are damaged.
@@ -137,14 +123,7 @@ def _with_whole_paths(config: RunConfig) -> RunConfig:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Bring nested settings to one level.
-
-    Args:
-        tree: The settings.
-        prefix: What stands before each name.
-
-    Returns:
-        The values by the names that they have on the command line; an empty mapping is a value.
+    """Bring nested settings to one level; an empty mapping is a value.
 
     Example:
         >>> flat({"seed": 0, "stream": {"tasks": 5}})

@@ -36,21 +36,13 @@ _HEAD = "head.weight"
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What the folder of a finished run says, with the method of interest; no weights yet.
-
-    Attributes:
-        path: The folder.
-        config: What was asked for.
-        results: The content of ``results.json``.
-        method: Name of the method.
-        class_names: Names of the C classes, in the order of their labels.
-    """
+    """What the folder of a finished run says, with the method of interest; no weights yet."""
 
     path: Path
     config: RunConfig
-    results: Mapping[str, Any]
+    results: Mapping[str, Any]  # the content of results.json
     method: str
-    class_names: tuple[str, ...]
+    class_names: tuple[str, ...]  # in the order of their labels
 
     @property
     def found(self) -> Mapping[str, Any]:
@@ -76,19 +68,12 @@ class FinishedRun:
 
 @dataclass
 class Restored:
-    """The model of a finished run.
-
-    Attributes:
-        run: The run.
-        clip: The pre-trained model with its text tower, the run's weights in its image tower.
-        model: The classifier around that image tower; class statistics vote in it.
-        voting: The method's class statistics, if they take part beside the weights.
-    """
+    """The model of a finished run."""
 
     run: FinishedRun
-    clip: Clip
-    model: CLIPClassifier
-    voting: ClassStatistics | None
+    clip: Clip  # the pre-trained model with its text tower, the run's weights in its image tower
+    model: CLIPClassifier  # around that image tower; class statistics vote in it
+    voting: ClassStatistics | None  # those of the method, if they take part beside the weights
 
 
 def load(
@@ -130,14 +115,7 @@ def load(
 
 
 def read_run(folder: str | Path, method: str | None = None) -> FinishedRun:
-    """Read what the folder of a finished run says, but not its weights.
-
-    Args:
-        folder: Of the run.
-        method: As of `load`.
-
-    Returns:
-        The run.
+    """Read what the folder of a finished run says, but not its weights; arguments as of `load`.
 
     Raises:
         InputError: If the folder holds no finished run, is damaged, or has not kept the method.
@@ -154,12 +132,6 @@ def read_run(folder: str | Path, method: str | None = None) -> FinishedRun:
 
 def restore(run: FinishedRun) -> Restored:
     """Load the model of a finished run, on the CPU.
-
-    Args:
-        run: The run.
-
-    Returns:
-        The model.
 
     Raises:
         InputError: If a file is missing or damaged, or the model cannot be loaded.
@@ -188,17 +160,7 @@ def restore(run: FinishedRun) -> Restored:
 
 
 def checked_device(device: str | torch.device | None) -> torch.device:
-    """Make sure that there is a device.
-
-    Args:
-        device: The device; None is the CPU.
-
-    Returns:
-        The device.
-
-    Raises:
-        InputError: If there is no such device.
-    """
+    """Make sure that there is a device; None is the CPU."""
     try:
         return torch.empty(0, device=device or "cpu").device
     # torch raises several kinds, with advice for its own developers.

@@ -29,17 +29,7 @@ _WHERE_IT_RUNS = (
 def training_trainer(
     run: Run, training: Training, task: Task, log: RunLog | None = None
 ) -> L.Trainer:
-    """Make the trainer of a task.
-
-    Args:
-        run: The run.
-        training: How it trains.
-        task: The task.
-        log: The log of the run; None to log nothing.
-
-    Returns:
-        A trainer that logs there and keeps no checkpoints of its own.
-    """
+    """Make the trainer of a task, which logs to the log and keeps no checkpoints of its own."""
     logger, callbacks = log.of_task(training, task) if log and log.on else (False, [])
     defaults: dict[str, Any] = {
         "enable_checkpointing": False,
@@ -58,16 +48,7 @@ def training_trainer(
 def evaluation_trainer(
     settings: Mapping[str, Any], callbacks: Sequence[Callback] = ()
 ) -> L.Trainer:
-    """Make a trainer that only evaluates: no log, no files.
-
-    Args:
-        settings: Of the training's trainer; what says where and how precisely it runs holds here,
-            too.
-        callbacks: Its callbacks.
-
-    Returns:
-        The trainer.
-    """
+    """Make a trainer that only evaluates, where and how precisely the training's settings say."""
     return L.Trainer(
         **{key: value for key, value in settings.items() if key in _WHERE_IT_RUNS},
         callbacks=list(callbacks),

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from pathlib import Path
 
 import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from typing_extensions import override
 
-from cl_merge.benchmarks.methods.method import TRAININGS, Method, Training
-from cl_merge.benchmarks.runs.evaluation import fill_row
-from cl_merge.benchmarks.runs.latecomers import evaluate_latecomers
+from cl_merge.benchmarks.methods.method import METHODS, TRAININGS, Method, Training
+from cl_merge.benchmarks.runs.evaluation import Evaluation
 from cl_merge.benchmarks.runs.progress import RunProgress
-from cl_merge.benchmarks.runs.run import Run, make_merger, make_regularizer, merge_callback
+from cl_merge.benchmarks.runs.run import Run, make_regularizer
 from cl_merge.benchmarks.runs.run_log import RunLog, open_log
-from cl_merge.benchmarks.runs.statistics import learn_task, statistics_of
 from cl_merge.benchmarks.runs.trainers import training_trainer
-from cl_merge.callbacks import ClassStatistics, MergeCallback
+from cl_merge.callbacks.fisher import task_importance
+from cl_merge.data.task_stream import TaskStream
 from cl_merge.data.tasks import Task
-from cl_merge.mergers import Merger
-from cl_merge.task_vectors.module_weights import install, trained_parameters
-from cl_merge.task_vectors.scales import Scales
+from cl_merge.errors import InputError, listing, task_name
+from cl_merge.storage.files import save_tensors
+from cl_merge.task_vectors.module_weights import floating_buffers, install, trained_parameters
+from cl_merge.task_vectors.selection import Selection
 from cl_merge.task_vectors.task_vector import TaskVector
 from cl_merge.training.cost import measured
 from cl_merge.training.fit import TaskEnd, fit_stream
+
+log = logging.getLogger(__name__)
 
 Tell = Callable[[Run, Training, TaskEnd], None]
 """Called after each task of each training."""
@@ -40,21 +46,14 @@ def run_stream(run: Run, progress: RunProgress, tell: Tell | None = None) -> Non
         InputError: If something that the run logs to is unknown, not installed or cannot be opened.
     """
     with open_log(run) as log, measured() as run.cost:
-        _evaluate_zero_shot(run, progress)
-        log.evaluation("zero-shot", 0)
+        zero_shot = METHODS["zero-shot"]
+        Evaluation(run, [zero_shot], progress, log).evaluate(zero_shot, 0)
+        rows = run.matrices["zero-shot"].rows
+        # Nothing trains: every row of the matrix is the same.
+        rows |= {task.index: rows[0].clone() for task in run.stream.tasks}
         for name, methods in run.trainings.items():
             _train(run, TRAININGS[name], methods, progress, log, tell)
     run.cost.seconds += run.folder.seconds_before
-
-
-def _evaluate_zero_shot(run: Run, progress: RunProgress) -> None:
-    progress.describe("zero-shot")
-    run.stream.select(0)
-    matrix = run.new_matrix("zero-shot")
-    fill_row(run, run.stream, "zero-shot", progress)
-    # Nothing trains: every row of the matrix is the same.
-    for task in run.stream.tasks:
-        matrix.rows[task.index] = matrix.rows[0].clone()
 
 
 def _train(
@@ -65,77 +64,34 @@ def _train(
     log: RunLog,
     tell: Tell | None,
 ) -> None:
-    """Train the stream once; evaluate after each task every method that shares this training."""
-    install(trained_parameters(run.model), run.base)
-    own = next((method for method in methods if method == run.own), None)
-    # Methods that differ in what classifies share a merger.
-    merging = list(dict.fromkeys(method.plain for method in methods if method.merger))
-    # The callback merges with one method as it trains; the others fold the same task vectors here.
-    lead = own.plain if own and own.plain in merging else next(iter(merging), None)
-    callback = merge_callback(
-        run.config,
-        lead,
-        start=training.start,
-        directory=run.folder.task_vectors(training.name),
-    )
-    mergers: dict[str, Merger] = {}
-    for method in merging:
-        if method != lead:
-            merger, scale = make_merger(run.config, method)
-            mergers[method.name] = merger
-            run.scales[method.name] = Scales.read(scale, merger.published_scale)
-    for method in methods:
-        run.new_matrix(method.name)
-
-    def note_scales() -> None:
-        if lead is not None:
-            run.scales[lead.name] = callback.scales
-            run.chosen |= {lead.name: callback.chosen} if callback.chosen else {}
-        run.scales |= {m.name: run.scales[m.plain.name] for m in methods if m.merger}
-
-    stream = run.stream.joint() if training.joint else run.stream
-    statistics = statistics_of(run, stream, methods, progress)
-    note_scales()
-    evaluate_latecomers(run, stream, training, methods, statistics, progress)
-    for method in methods:
-        for row in sorted(run.matrices[method.name].rows):
-            log.evaluation(method.name, row)
+    """Train the stream once, storing what each task changed; evaluate what shares the training."""
+    evaluation = Evaluation(run, methods, progress, log)
+    stream = evaluation.stream
+    for task in run.folder.finished_tasks(training.name, len(stream.tasks)):
+        evaluation.after_task(task)
     if (costs := run.folder.finished_training(training.name)) is not None:
         run.costs[training.name] = costs
         return
-    rows = run.rows(training.name)
+    _reset(run)
 
     def make_trainer(task: Task) -> L.Trainer:
-        progress.describe(f"{_place(run, task.index)}, {training.name}")
+        if training.start == "independent":
+            _reset(run)
+        progress.describe(f"task {task.index + 1}/{len(stream.tasks)}, {training.name}")
         return training_trainer(run, training, task, log)
 
     def after_task(end: TaskEnd) -> None:
-        if mergers:
-            vector = callback.task_vector(run.model)
-            for merger in mergers.values():
-                _catch_up(merger, run.folder.task_vectors(training.name), end.task.index, vector)
-                merger.update(vector)
-        note_scales()
-        if lead is not None and callback.chosen:
-            run.folder.add_chosen_scale(lead.name, end.task.index, callback.chosen[-1].plain())
-        for method in methods:
-            merging = callback if method.plain == lead else mergers.get(method.plain.name)
-            voting = statistics.get(method.name)
-            place = _place(run, end.task.index)
-            if voting is not None:
-                progress.describe(f"{place}, statistics of {method.name}")
-                learn_task(run, stream, method.name, voting, merging)
-            if end.task.index in rows:
-                progress.describe(f"{place}, evaluating {method.name}", method.encoders)
-                fill_row(run, stream, method.name, progress, merging, voting)
-                log.evaluation(method.name, stream.row)
+        evaluation.after_task(end.task.index)
         if tell is not None:
             tell(run, training, end)
 
+    name = training.regularizer
+    regularizers = [make_regularizer(run.config, name)] if name is not None else []
+    store = StoreTask(run, stream, training.name, weigh=any(m.weighted for m in methods))
     found = fit_stream(
         run.model,
         stream,
-        callbacks=[*_regularizers(run, training), callback, progress],
+        callbacks=[*regularizers, store, progress],
         trainer=make_trainer,
         evaluate=False,
         seed=run.config.seed,
@@ -144,42 +100,88 @@ def _train(
         checkpoint_seconds=run.config.checkpoint_seconds,
     )
     run.costs[training.name] = found.costs
-    note_scales()
-    if own is not None:
-        _save_model(run, callback if own.plain == lead else None, statistics.get(own.name))
+    if run.own in methods:
+        _save_model(run, evaluation)
 
 
-def _regularizers(run: Run, training: Training) -> list[L.Callback]:
-    return [make_regularizer(run.config, training.regularizer)] if training.regularizer else []
+class StoreTask(Callback):
+    """Write into a run's folder what a task changed: all that is needed to evaluate it later.
+
+    ``task<n>.safetensors`` is the task vector. ``unmerged<n>.safetensors`` holds what else moved,
+    as it is after the task: floating-point buffers, and parameters that ``merge.include`` and
+    ``merge.exclude`` leave out; it is there only if something moved.
+    ``importance<n>.safetensors`` says how much each element matters.
+
+    Args:
+        run: The run.
+        stream: The tasks, pointing at the one that trains.
+        training: Name of the training.
+        weigh: Estimate how much each element matters.
+    """
+
+    def __init__(self, run: Run, stream: TaskStream, training: str, *, weigh: bool) -> None:
+        self._run, self._stream, self._weigh = run, stream, weigh
+        self._folder = run.folder.task_vectors(training)
+        merge = run.config.merge
+        self._merged = set(Selection(merge.include, merge.exclude).names(run.base))
+        self._told = merge.buffers is not None
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        run, task = self._run, self._stream.task.index
+        live = trained_parameters(pl_module)
+        try:
+            vector = TaskVector.between(
+                {name: value for name, value in run.base.items() if name in self._merged},
+                {name: value for name, value in live.items() if name in self._merged},
+            )
+        except InputError as error:
+            raise InputError(f"{task_name(task)}: {error}") from error
+        tensors = {"unmerged": self._unmerged(pl_module)}
+        if self._weigh:
+            samples = run.config.merge.importance_samples
+            found = task_importance(trainer, pl_module, samples, task)
+            tensors["importance"] = {name: found[name].cpu() for name in vector}
+        if trainer.is_global_zero:
+            vector.save(self._folder / f"task{task}.safetensors", run.config.merge.store)
+            for name, values in tensors.items():
+                if values:
+                    save_tensors(self._folder / f"{name}{task}.safetensors", values, {})
+        trainer.strategy.barrier()  # the others read what the first process has written
+
+    def _unmerged(self, module: L.LightningModule) -> dict[str, Tensor]:
+        base, buffers = self._run.base, self._run.buffers
+        before = {name: value for name, value in base.items() if name not in self._merged} | buffers
+        live = trained_parameters(module) | floating_buffers(module)
+        after = {name: live[name].detach().cpu() for name in before}
+        moved = {n: value for n, value in after.items() if not torch.equal(value, before[n])}
+        names = [name for name in moved if name in buffers]
+        if names and not self._told:
+            log.warning(
+                "%d floating-point buffers moved during training and are not merged: %s. Methods "
+                "that merge are evaluated with those of the last task; choose with "
+                "merge.buffers=trained, base or average",
+                len(names),
+                listing(names),
+            )
+            self._told = True
+        return moved
 
 
-def _catch_up(merger: Merger, folder: Path, tasks: int, like: TaskVector) -> None:
-    """Fold what a run that was stopped had folded: the task vectors it has written."""
-    device = next(iter(like.values())).device
-    for index in range(merger.tasks, tasks):
-        vector = TaskVector.load(folder / f"task{index}.safetensors")
-        merger.update({name: tensor.to(device) for name, tensor in vector.items()})
+def _reset(run: Run) -> None:
+    """Put the pre-trained weights and buffers back into the model."""
+    install(trained_parameters(run.model), run.base)
+    install(floating_buffers(run.model), run.buffers)
 
 
-def _place(run: Run, position: int) -> str:
-    return f"task {position + 1}/{len(run.stream.tasks)}"
-
-
-def _save_model(
-    run: Run, callback: MergeCallback | None, statistics: ClassStatistics | None
-) -> None:
+def _save_model(run: Run, evaluation: Evaluation) -> None:
     """Write the whole classifier with the weights of the run's method, which stay in the model."""
-    if callback is not None:
-        callback.install(run.model)
-    elif statistics is not None:  # of the pre-trained model
-        install(trained_parameters(run.model), run.base)
-    if statistics is not None and statistics.kind == "aligned":
-        statistics.install(run.model)
-    scales = run.scales.get(run.own.name)
+    evaluation.install(run.own)
+    scale = run.scale(run.own)
     metadata = {
         "format": "cl_merge.model",
         "model": run.config.model,
         "method": run.config.method,
-        "scale": str(scales.plain() if scales else None),
+        "scale": str(scale.plain() if scale else None),
     }
     run.folder.write_tensors("merged.safetensors", run.model.state_dict(), metadata)

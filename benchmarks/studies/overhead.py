@@ -37,7 +37,7 @@ from cl_merge.benchmarks.datasets.epochs import task_epochs
 from cl_merge.benchmarks.datasets.loading import load_data
 from cl_merge.benchmarks.methods.method import TRAININGS
 from cl_merge.benchmarks.runs.progress import RunProgress
-from cl_merge.benchmarks.runs.run import Run, merge_callback, start_run
+from cl_merge.benchmarks.runs.run import Run, start_run
 from cl_merge.benchmarks.runs.trainers import evaluation_trainer, training_trainer
 from cl_merge.benchmarks.studies import harness, step_speed
 from cl_merge.benchmarks.studies.bare_loop import BareStream, BareTask, bare_test
@@ -176,7 +176,7 @@ def measure_stream(run: Run, repeat: int) -> Found:
 
 def measure_test(run: Run, repeat: int) -> Found:
     """Evaluate merged weights on all tasks, and make one forward pass over the same images."""
-    callback = merge_callback(run.config, run.own)
+    callback = MergeCallback("magmax")
     run.config.trainer |= {"max_epochs": 1, "limit_train_batches": 1}
     _fit(run, callback, run.folder.path / "test", lambda end: None)
     samples: Any = run.stream.test_dataloader().dataset
@@ -190,7 +190,7 @@ def measure_test(run: Run, repeat: int) -> Found:
     for task in run.stream.tasks:
         outside[task.index, list(task.classes)] = False
     row, size = run.stream.row, run.stream.batch_size
-    run.model.accuracy = run.new_matrix(run.own.name)
+    run.model.accuracy = run.matrices[run.own.name]
 
     def framework() -> Tensor:
         trainer = evaluation_trainer(run.config.trainer, [callback])
@@ -229,9 +229,7 @@ def _in_turns(run: Run, bare: BareStream, tasks: list[BareTask], folder: Path) -
             gc.collect()
         pairs[min(index + 1, len(pairs) - 1)].framework.start()
 
-    callback = merge_callback(
-        run.config, run.own, start=_TRAINING.start, directory=folder / "vectors"
-    )
+    callback = MergeCallback("magmax", directory=folder / "vectors")
     pairs[0].framework.start()
     _fit(run, callback, folder / "state", after_task)
     pairs[-1].framework.stop()

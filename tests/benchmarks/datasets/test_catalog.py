@@ -16,8 +16,8 @@ from cl_merge.benchmarks.datasets.prompts import read_prompts
 from cl_merge.benchmarks.methods.method import (
     METHODS,
     Method,
+    compared_methods,
     find_method,
-    methods_beside,
     published_scale,
 )
 from cl_merge.benchmarks.runs.settings import read_settings
@@ -297,7 +297,7 @@ def test_the_methods_of_the_table_are_those_of_the_paper_their_twins_and_class_s
 
 def test_what_is_shown_beside_a_method():
     def names(method, compare):
-        return [found.name for found in methods_beside(method, compare)]
+        return [found.name for found in compared_methods(method, compare)]
 
     plain = [name for name in METHODS if METHODS[name].training not in ("lwf", "ewc", "joint")]
     assert names("magmax", True) == plain
@@ -341,9 +341,9 @@ def test_a_method_of_ones_own_is_found_in_its_file_and_called_by_its_name(tmp_pa
     assert published_scale(method) == 0.7
     other = find_method(f"{place}-sequential")
     assert (other.name, other.training) == ("own-median-sequential", "sequential")
-    shown = methods_beside(place, ["ties", f"{place}-sequential"])
+    shown = compared_methods(place, ["ties", f"{place}-sequential"])
     assert [m.name for m in shown] == ["zero-shot", "ties", "own-median", "own-median-sequential"]
-    assert [m.name for m in methods_beside(place, "all")] == [*METHODS, "own-median"]
+    assert [m.name for m in compared_methods(place, "all")] == [*METHODS, "own-median"]
 
 
 def test_a_method_of_ones_own_may_not_be_called_as_another(tmp_path):
@@ -361,14 +361,3 @@ def test_the_file_of_a_method_is_named_from_the_root(tmp_path, monkeypatch):
     place = f"{tmp_path.resolve()}/own.py:median"
     assert config.method == place
     assert config.compare == ["ties", f"{place}-sequential"]
-
-
-def test_methods_that_weigh_elements_cannot_be_shown_beside_another(tmp_path):
-    (tmp_path / "weighing.py").write_text(
-        "from cl_merge.mergers import Average\n"
-        "class Weighing(Average):\n    name = 'weighing'\n    weighted = True\n"
-    )
-    place = f"{tmp_path}/weighing.py:Weighing"
-    assert [m.name for m in methods_beside(place, ["ties"])] == ["zero-shot", "ties", "weighing"]
-    with pytest.raises(InputError, match="'weighing' weighs the elements of each task vector"):
-        methods_beside("ties", [place])

@@ -6,7 +6,6 @@ from cl_merge.benchmarks.methods.method import (
     METHODS,
     find_method,
     grouped_methods,
-    methods_beside,
 )
 from cl_merge.errors import InputError
 
@@ -61,11 +60,6 @@ def test_what_needs_no_merging_is_its_own_plain_method():
         assert find_method(name).plain == find_method(name)
 
 
-def test_an_image_passes_two_encoders_only_where_both_vote():
-    two = {name for name, method in METHODS.items() if method.encoders == 2}
-    assert two == {"magmax-statistics"}
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -91,13 +85,6 @@ def test_wrong_endings_are_told_apart(name, message):
 def test_a_merger_cannot_take_the_name_of_one_with_class_statistics(mine):
     with pytest.raises(InputError, match="calls itself 'mine-aligned', which is the name of"):
         find_method(mine.replace(":median", ":taken"))
-
-
-def test_what_weighs_elements_may_stand_beside_its_own_statistics_only():
-    names = [method.name for method in methods_beside("fisher", ["fisher-statistics"])]
-    assert names == ["zero-shot", "fisher", "fisher-statistics"]
-    with pytest.raises(InputError, match="can only be the method of a run of its own"):
-        methods_beside("magmax", ["fisher-statistics"])
 
 
 def test_tables_show_class_statistics_in_a_group_of_their_own():
