@@ -208,9 +208,9 @@ def direction_consistency(
     for name, values in consistency.items():
         magnitudes, moved = merged[name].abs(), merged[name] != 0
         limits = torch.tensor(upper[:-1], device=magnitudes.device)
-        places = torch.bucketize(magnitudes[moved], limits)
-        counts += torch.bincount(places, minlength=bins).cpu()
-        sums += torch.bincount(places, values[moved].double(), minlength=bins).cpu()
+        bins_of = torch.bucketize(magnitudes[moved], limits)
+        counts += torch.bincount(bins_of, minlength=bins).cpu()
+        sums += torch.bincount(bins_of, values[moved].double(), minlength=bins).cpu()
     means = (sums / counts).tolist()
     return DirectionConsistency(tuple(upper), tuple(counts.tolist()), tuple(means))
 

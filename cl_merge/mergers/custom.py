@@ -57,7 +57,7 @@ def merge_method(
 
     The function becomes a class of `Merger`, to be called for a merger:
     ``MergeCallback(median())``. It is known by its name from then on: ``merge(vectors, "median")``.
-    The command line and a config find it by its place, ``path/to/file.py:median`` or
+    The command line and a config find it by where it is, ``path/to/file.py:median`` or
     ``package.module:median``, and run the code in that file.
 
     With ``unit="element"`` the function is given any stretch of a parameter, on several threads at

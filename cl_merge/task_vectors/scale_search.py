@@ -22,7 +22,7 @@ _GROUP_MOVES = (-8, 8, -16, 16)
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundScale:
     """What a search found.
 
     Attributes:
@@ -38,7 +38,7 @@ class Found:
 
 def search_scale(
     count: Count, *, known: Mapping[float, int] | None = None, groups: Iterable[str] = ()
-) -> Found:
+) -> FoundScale:
     """Find the scale with the highest count; the same counts give the same scale.
 
     One factor for all: first 0.1, 0.3, 0.5 and so on to 1.5, higher while the highest is the best,
@@ -77,7 +77,7 @@ def search_scale(
             if counts.of(tried) > correct:
                 scales, correct = tried, counts.of(tried)
                 factors[group] = max(at + move, 0)
-    return Found(scales, correct, len(counts.cache) - before)
+    return FoundScale(scales, correct, len(counts.cache) - before)
 
 
 def block_groups(names: Iterable[str]) -> list[str]:

@@ -7,7 +7,8 @@ import torch
 from file_cases import listed, write
 
 from cl_merge.errors import InputError
-from cl_merge.merge_files import merge_checkpoints, merging
+from cl_merge.merge_files import merge_checkpoints
+from cl_merge.merge_files.inputs import Inputs
 from cl_merge.task_vectors.task_vector import TaskVector
 
 
@@ -16,7 +17,7 @@ def nothing_is_read(monkeypatch):
     def fails(*_):
         raise AssertionError("read before all checks were done")
 
-    monkeypatch.setattr(merging._Work, "run", fails)
+    monkeypatch.setattr(Inputs, "read", fails)
 
 
 @pytest.fixture
