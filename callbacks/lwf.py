@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -122,7 +122,7 @@ class LwF(Regularizer):
         self._readout = readout
         self._teacher: dict[str, Tensor] = {}
         self._classes: list[int] | None = None
-        self._take_away: Callable[[], None] | None = None
+        self._extended = ExitStack()  # of the training step; closed at the end of a fit
 
     @property
     @override
@@ -147,7 +147,7 @@ class LwF(Regularizer):
         check_same_parameters(self._teacher, _changing(target), "LwF")
         self._teacher = {name: t.to(module.device) for name, t in self._teacher.items()}
         self._classes = _distilled_classes(trainer, first=self.tasks == 0)
-        self._take_away = extend_training_step(module, partial(self._distilling, module))
+        self._extended.callback(extend_training_step(module, partial(self._distilling, module)))
 
     @override
     def remember(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -160,7 +160,7 @@ class LwF(Regularizer):
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_fit_end(trainer, pl_module)
-        self._release()
+        self._extended.close()
         # Lightning takes the module off its device too.
         self._teacher = {name: tensor.cpu() for name, tensor in self._teacher.items()}
 
@@ -169,7 +169,7 @@ class LwF(Regularizer):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         super().on_exception(trainer, pl_module, exception)
-        self._release()
+        self._extended.close()
 
     @override
     def task_state(self) -> dict[str, Any]:
@@ -248,11 +248,6 @@ class LwF(Regularizer):
             raise unknown_name(
                 f"submodule of {type(module).__name__}", self.target, names
             ) from error
-
-    def _release(self) -> None:
-        if self._take_away is not None:
-            self._take_away()
-        self._take_away = None
 
 
 def _image_encoder_and_head(module: nn.Module) -> tuple[nn.Module, ZeroShotHead] | None:

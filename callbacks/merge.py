@@ -220,7 +220,7 @@ class MergeCallback(EvaluationCallback):
     def move_state_to(self, device: torch.device) -> None:
         """Move the base, the merger and the buffers, unless a device was asked for.
 
-        What comes from a checkpoint is on the CPU: it is loaded before the module is in its place.
+        What comes from a checkpoint is on the CPU: it is loaded before the module is on its device.
         """
         if self._device is not None or next(iter(self.base.values())).device == device:
             return

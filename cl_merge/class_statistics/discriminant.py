@@ -21,7 +21,7 @@ class Discriminant:
 
     Reference:
         Hayes & Kanan, Lifelong Machine Learning with Deep Streaming Linear Discriminant Analysis,
-        CVPR Workshops 2020, with the shrinkage of Chen et al. 2010 in the place of a constant.
+        CVPR Workshops 2020, with the shrinkage of Chen et al. 2010 instead of a constant.
     """
 
     weight: Tensor
