@@ -55,7 +55,8 @@ class MergeCallback(EvaluationCallback):
     `WeightAveraging`.
 
     Args:
-        method: ``"magmax"``, another name that `cl_merge.get_merger` knows, or a fresh `Merger`.
+        method: ``"magmax"``, another name that `cl_merge.get_merger` knows, or a fresh `Merger`
+            or its class.
         scale: Factor of the merged task vector; None takes the one that the method was published
             with. A mapping from patterns on parameter names to numbers gives each layer its own:
             ``{"*attn*": 0.3, "*": 0.5}``, the first that fits counts. ``"auto"`` chooses it after
@@ -112,7 +113,7 @@ class MergeCallback(EvaluationCallback):
 
     def __init__(
         self,
-        method: str | Merger = "magmax",
+        method: str | Merger | type[Merger] = "magmax",
         *,
         scale: float | Mapping[str, float] | str | AutoScale | None = None,
         start: str = "sequential",
@@ -318,9 +319,9 @@ class MergeCallback(EvaluationCallback):
             raise InputError("nothing to install: no task has been trained and merged yet")
         if not self.base:
             raise InputError(
-                f"the Merger that MergeCallback was given has folded {self.tasks} task vectors, "
-                "but the weights that they start from are not known before a fit; give a fresh "
-                "Merger, or set MergeCallback.base, the weights before any training by name"
+                f"the Merger '{self.merger.name}' of MergeCallback has folded task vectors before, "
+                "but the weights that they start from are not known until a fit; give a fresh one, "
+                "or set MergeCallback.base, the weights before any training by name"
             )
         module = getattr(module, "_orig_mod", module)  # what `torch.compile` wraps
         live = dict(module.named_parameters())

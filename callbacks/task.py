@@ -34,7 +34,7 @@ WEIGHT_AVERAGING: tuple[type[Callback], ...] = (
 """Lightning's own, which swaps weights in every validation; none before lightning 2.6."""
 
 # What puts other weights into the module when training ends.
-_AVERAGES = (StochasticWeightAveraging, *WEIGHT_AVERAGING)
+_AVERAGES: tuple[type[Callback], ...] = (StochasticWeightAveraging, *WEIGHT_AVERAGING)
 
 
 class TaskCallback(Callback, ABC):
