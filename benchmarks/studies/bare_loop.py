@@ -115,16 +115,9 @@ def bare_test(
     outside: Tensor,
     batch_size: int,
 ) -> Tensor:
-    """Count what a model gets right, in one pass over images in memory.
+    """Count what a model gets right, in one pass over transformed images in memory.
 
-    Args:
-        tower: The image tower.
-        head: Rows of all classes, float [C, D].
-        images: Transformed images, float [N, 3, H, W].
-        labels: int64 [N].
-        tasks: The task of each image, int64 [N].
-        outside: Which classes are none of a task's, bool [T, C].
-        batch_size: Images of a forward pass.
+    `outside` tells which classes are none of a task's, bool [T, C]; `head` has the rows of all.
 
     Returns:
         By task, correct among all classes, correct among the task's, and all images, int64 [3, T].

@@ -20,17 +20,15 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from cl_merge.benchmarks.datasets.catalog import find_data
 from cl_merge.benchmarks.datasets.epochs import task_epochs
@@ -169,7 +167,8 @@ def measure_stream(run: Run, repeat: int) -> Found:
         )
         install(trained_parameters(run.model), run.base)
         found.pairs += _in_turns(run, bare, tasks, run.folder.path / f"turn{turn}")
-        found.difference = max(found.difference, _difference(run.model.visual, bare.tower))
+        ours = copies(run.model.visual.state_dict())
+        found.difference = max(found.difference, _largest(ours, bare.tower.state_dict()))
     del found.pairs[0]
     return found
 
@@ -200,14 +199,16 @@ def measure_test(run: Run, repeat: int) -> Found:
     def plain() -> Tensor:
         return bare_test(tower, run.model.head.weight, images, labels, tasks, outside, size)
 
-    with _counted(run.model.visual) as passes:
-        difference = (framework() - plain()).abs().max().item()
+    passes: list[None] = []
+    hook = run.model.visual.register_forward_hook(lambda *_: passes.append(None))
+    difference = (framework() - plain()).abs().max().item()
+    hook.remove()
     turns = harness.alternated(
         {"framework": partial(_timed, framework), "bare": partial(_timed, plain)}, repeat
     )
     units = -(-len(images) // size)
     pairs = [Pair(units, a, b) for a, b in zip(turns["framework"], turns["bare"], strict=True)]
-    return Found(pairs, difference, passes())
+    return Found(pairs, difference, len(passes))
 
 
 def _in_turns(run: Run, bare: BareStream, tasks: list[BareTask], folder: Path) -> list[Pair]:
@@ -251,17 +252,13 @@ def _fit(
             run.model,
             run.stream,
             callbacks=[callback, progress],
-            trainer=partial(_trainer, run),
+            trainer=partial(training_trainer, run, _TRAINING),
             evaluate=False,
             seed=run.config.seed,
             on_task_end=after_task,
             directory=folder,
             checkpoint_seconds=run.config.checkpoint_seconds,
         )
-
-
-def _trainer(run: Run, task: Task) -> L.Trainer:
-    return training_trainer(run, _TRAINING, task)
 
 
 def _plain(run: Run, task: Task, labels: Sequence[int]) -> BareTask:
@@ -282,20 +279,6 @@ def _timed(work: Callable[[], object]) -> harness.Stopwatch:
     with watch:
         work()
     return watch
-
-
-@contextmanager
-def _counted(module: nn.Module) -> Iterator[Callable[[], int]]:
-    calls: list[None] = []
-    hook = module.register_forward_hook(lambda *_: calls.append(None))
-    try:
-        yield lambda: len(calls)
-    finally:
-        hook.remove()
-
-
-def _difference(ours: nn.Module, bare: nn.Module) -> float:
-    return _largest(copies(ours.state_dict()), bare.state_dict())
 
 
 def _largest(ours: dict[str, Tensor], bare: dict[str, Tensor]) -> float:

@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -24,40 +25,15 @@ from torch import Generator, Tensor, nn
 import cl_merge.models.towers  # noqa: F401 - registers the image tower
 from cl_merge.benchmarks.datasets.characters import CHARACTERS
 from cl_merge.benchmarks.studies import harness
-from cl_merge.benchmarks.studies.distortions import SIDE, draw
+from cl_merge.benchmarks.studies.distortions import draw
 from cl_merge.benchmarks.studies.glyph_shapes import HELD_OUT, Atlas, captions, shapes
 from cl_merge.errors import InputError
 from cl_merge.storage.files import save_tensors
 
 log = logging.getLogger("pretrain_glyph")
 
-CONFIG: dict[str, Any] = {
-    "model_cfg": {
-        "embed_dim": 128,
-        "vision_cfg": {
-            "image_size": SIDE,
-            "timm_model_name": "glyph_resnet",
-            "timm_model_pretrained": False,
-            "timm_pool": "avg",
-            "timm_proj": "linear",
-        },
-        "text_cfg": {
-            "context_length": 16,
-            "vocab_size": 49408,
-            "width": 96,
-            "heads": 4,
-            "layers": 3,
-        },
-    },
-    "preprocess_cfg": {
-        "size": [SIDE, SIDE],
-        "mean": [0.5, 0.5, 0.5],
-        "std": [0.5, 0.5, 0.5],
-        "interpolation": "bicubic",
-        "resize_mode": "shortest",
-    },
-}
-
+# The architecture and the preprocessing: those of the model that comes along.
+_CONFIG = files("cl_merge.models.glyph") / "open_clip_config.json"
 HANDWRITTEN = "handwritten"
 _DIGITS = 10  # the first of the characters
 
@@ -115,7 +91,7 @@ def pretrain(recipe: Recipe, fonts: Sequence[str] | None = None, *, every: int =
     if recipe.captioned > recipe.batch:
         raise InputError(f"batch={recipe.batch}; expected at least {recipe.captioned}")
     torch.manual_seed(recipe.seed)
-    model: nn.Module = CLIP(**CONFIG["model_cfg"])
+    model: nn.Module = CLIP(**json.loads(_CONFIG.read_text())["model_cfg"])
     batches = drawn_batches(Atlas(shapes(fonts)), SimpleTokenizer(context_length=16), recipe)
     optimizer, schedule = _optimizer(model, recipe)
     begin, average = time.perf_counter(), 0.0
@@ -209,7 +185,7 @@ def contrastive_loss(model: Any, batch: Batch) -> Tensor:
 def save(model: nn.Module, folder: Path) -> None:
     """Write a model as a folder that open_clip loads, in half precision."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "open_clip_config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+    (folder / "open_clip_config.json").write_text(_CONFIG.read_text())
     half = {name: tensor.half() for name, tensor in model.state_dict().items()}
     save_tensors(folder / "open_clip_model.safetensors", half, {"format": "pt"})
 

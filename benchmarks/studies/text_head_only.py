@@ -157,14 +157,8 @@ def train(
 ) -> MergeCallback:
     """Train a run's stream anew, with the run's settings but for what is given.
 
-    Args:
-        evaluator: Of the run; its model is trained, from the pre-trained weights.
-        start: Where a task's training starts, as of `MergeCallback`.
-        seen: Whether the loss is over all classes seen so far instead of the task's.
-        layer_decay: As of `CLIPClassifier`.
-
-    Returns:
-        The callback with the merged task vectors.
+    The model of the evaluator is trained, from the pre-trained weights; with `seen` the loss is
+    over all classes seen so far instead of the task's. Returns what merged the task vectors.
     """
     config, stream = evaluator.config, evaluator.stream
     kind = SeenClasses if seen else CLIPClassifier

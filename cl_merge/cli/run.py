@@ -30,11 +30,7 @@ examples:
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the command line.
-
-    Args:
-        commands: Where the commands are.
-    """
+    """Add the command to the command line."""
     command = commands.add_parser(
         "run",
         help="learn a stream of tasks and show what merging gives",
