@@ -68,26 +68,28 @@ def concat(data: Sequence[NamedSplits]) -> tuple[dict[str, datasets.Dataset], li
             "and each once"
         )
     labels, names = zip(*map(_labels, data), strict=True)
-    features = {
-        "label": datasets.ClassLabel(
-            names=[f"{d.name}: {c}" for d, own in zip(data, names, strict=True) for c in own]
-        ),
-        "source": datasets.ClassLabel(names=[d.name for d in data]),
-    }
+    features = datasets.Features(
+        {
+            "label": datasets.ClassLabel(
+                names=[f"{d.name}: {c}" for d, own in zip(data, names, strict=True) for c in own]
+            ),
+            "source": datasets.ClassLabel(names=[d.name for d in data]),
+        }
+    )
     first_label = [0, *accumulate(map(len, names))]
     parts = []
     for index, own in enumerate(data):
         # Columns first, then the division: to add one to a part would copy its images.
-        slim = {
-            split: _slim(
-                own.splits[split],
-                own.image,
-                {"label": found + first_label[index], "source": index},
-                features,
+        labelled = {}
+        for split, found in labels[index].items():
+            columns = {
+                "label": found + first_label[index],
+                "source": np.full(len(found), index),
+            }
+            labelled[split] = _beside_images(
+                own.splits[split], own.image, datasets.Dataset.from_dict(columns, features)
             )
-            for split, found in labels[index].items()
-        }
-        parts.append(own.divided(slim))
+        parts.append(own.divided(labelled))
     train, test = zip(*parts, strict=True)
     return {
         "train": datasets.concatenate_datasets(list(train)),
@@ -111,22 +113,16 @@ def _labels(data: NamedSplits) -> tuple[dict[str, Indices], list[str]]:
     return {test_split: test, data.train_split: train}, names
 
 
-def _slim(
-    rows: datasets.Dataset,
-    image: str,
-    columns: Mapping[str, Indices | int],
-    features: Mapping[str, datasets.ClassLabel],
+def _beside_images(
+    rows: datasets.Dataset, image: str, columns: datasets.Dataset
 ) -> datasets.Dataset:
-    """Keep the images alone, and add columns to them."""
+    """Keep the images alone, and put other columns beside them."""
     import datasets
 
-    slim = rows.select_columns([image])
-    slim = slim if image == "image" else slim.rename_column(image, "image")
+    images = rows.select_columns([image])
+    images = images if image == "image" else images.rename_column(image, "image")
     # The same feature for all, without a look at the images.
-    slim = slim.cast_column("image", datasets.Image())
+    images = images.cast_column("image", datasets.Image())
     # Of rows that were selected from others, `datasets` makes a copy here, with a progress bar.
     with without_bars():
-        for name, values in columns.items():
-            filled = np.broadcast_to(np.asarray(values, dtype=np.int64), len(rows))
-            slim = slim.add_column(name, filled, feature=features[name])
-    return slim
+        return datasets.concatenate_datasets([images, columns], axis=1)
