@@ -65,11 +65,7 @@ class Method:
     def make_merger(
         self, common: Mapping[str, Any], options: Mapping[str, Any] | None = None
     ) -> Merger:
-        """Make its merger.
-
-        Args:
-            common: Values for options that some mergers have; others ignore them.
-            options: Options of this very merger, which win.
+        """Make its merger with options of its own, and common ones as far as it has them.
 
         Raises:
             InputError: If it has no such option, or a value is wrong.
@@ -181,16 +177,13 @@ def whole_path(name: str) -> str:
 
 
 def compared_methods(name: str, compare: bool | str | list[str]) -> list[Method]:
-    """Choose the rows of a run's table.
+    """Choose the rows of a run's table, in the order of the tables.
 
     Args:
         name: The run's own method.
         compare: What to show beside it and zero-shot: False for nothing, True for what plain
             fine-tuning and the method's own training give, ``"all"`` for all of `METHODS`, or
             names.
-
-    Returns:
-        The methods, in the order of the tables.
 
     Raises:
         InputError: If a method is unknown, or `compare` is something else.
@@ -216,14 +209,9 @@ def compared_methods(name: str, compare: bool | str | list[str]) -> list[Method]
 
 
 def grouped_methods(trainings: Mapping[str, str | None]) -> dict[str, list[str]]:
-    """Sort methods into the groups of a table.
+    """Sort the names of methods, given with their trainings, into the groups of a table.
 
-    Args:
-        trainings: The training of each method, by the method's name.
-
-    Returns:
-        The names by group, in the order of the tables; those that are in no group stand last where
-        others of their training are.
+    Those that are in no group stand last where others of their training are.
 
     Example:
         >>> grouped_methods({"mine": "sequential", "ties": "independent", "magmax": "sequential"})

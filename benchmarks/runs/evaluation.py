@@ -23,7 +23,6 @@ from cl_merge.callbacks import ClassStatistics
 from cl_merge.callbacks.auto_scale import AutoScale
 from cl_merge.class_statistics import StreamStatistics
 from cl_merge.data.task_stream import TaskStream
-from cl_merge.errors import InputError
 from cl_merge.mergers import Average, Merger
 from cl_merge.storage.files import load_tensors
 from cl_merge.task_vectors.module_weights import (
@@ -148,7 +147,9 @@ class Evaluation:
         merger = self._mergers[plain.name]
         while merger.tasks <= task:
             following = merger.tasks
-            importance = self._importance(plain, following) if merger.weighted else None
+            importance = None
+            if merger.weighted:
+                importance = self._placed(load_tensors(self._stored("importance", following))[0])
             merger.update(self._placed(self._vector(following)), importance)
         return merger
 
@@ -159,16 +160,6 @@ class Evaluation:
         """What moved in a task and is not in its task vector; runs of before did not store it."""
         file = self._stored("unmerged", task)
         return load_tensors(file)[0] if file.exists() else {}
-
-    def _importance(self, method: Method, task: int) -> dict[str, Tensor]:
-        file = self._stored("importance", task)
-        if not file.exists():
-            raise InputError(
-                f"'{file}' is missing: method '{method.name}' weighs elements by what a training "
-                "estimates where one of the run's methods needs it from the first; begin a new run "
-                "with that method"
-            )
-        return self._placed(load_tensors(file)[0])
 
     def _stored(self, what: str, task: int) -> Path:
         return self._run.folder.task_vectors(str(self.training)) / f"{what}{task}.safetensors"

@@ -67,12 +67,7 @@ class RunEvaluator:
     def counts(
         self, changes: Iterable[tuple[str, Tensor]], scale: float, task: int | None = None
     ) -> Tensor:
-        """Evaluate the pre-trained weights plus a change.
-
-        Args:
-            changes: A task vector or a merged one, as pairs of name and values.
-            scale: Its factor.
-            task: Whose test images; None for those of all tasks.
+        """Evaluate the pre-trained weights plus a scaled change, on the images of a task or of all.
 
         Returns:
             By task the images classified correctly among all classes and among the task's own, and

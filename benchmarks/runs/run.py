@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -194,6 +195,7 @@ def _try_settings(config: RunConfig, method: Method) -> MergeCallback:
     with settings_named("stream"):
         check_loading(config.stream.batch_size, config.stream.num_workers, config.stream.cache)
     _try_compared(config, compared_methods(config.method, config.compare))
+    _try_importances(config)
     _try_trainer(config)
     merge = _try_merge(config, method)
     if config.merge.scale == "auto" and not method.merger:
@@ -221,6 +223,22 @@ def _try_compared(config: RunConfig, methods: list[Method]) -> None:
             make_merger(config, method)
         except InputError as error:
             raise InputError(f"merge.beside.{name}: {error}") from error
+
+
+def _try_importances(config: RunConfig) -> None:
+    """Refuse methods that weigh elements where tasks were stored without what they weigh by."""
+    for method in compared_methods(config.method, config.compare):
+        if not (config.out and method.weighted):
+            continue
+        stored = Path(config.out).expanduser() / "task_vectors" / str(method.training)
+        for file in sorted(stored.glob("task*.safetensors")):
+            importance = file.with_name(file.name.replace("task", "importance", 1))
+            if not importance.exists():
+                raise InputError(
+                    f"'{importance}' is missing: method '{method.name}' weighs elements by what a "
+                    "training estimates if one of the run's methods needs it from the first; begin "
+                    "a new run with that method"
+                )
 
 
 def _try_trainer(config: RunConfig) -> None:

@@ -149,7 +149,9 @@ class _TaskLogger(Logger):
     @override
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         found = {f"{self._place}/{_name(name)}": value for name, value in metrics.items()}
-        self._log.add(self._begin + (step or 0), found | {f"{self._place}/task": self._task})
+        if "epoch" in metrics:  # what the module logs; rates come by themselves, for the same step
+            found[f"{self._place}/task"] = self._task
+        self._log.add(self._begin + (step or 0), found)
 
     @override
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:

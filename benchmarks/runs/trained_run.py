@@ -47,8 +47,7 @@ class FinishedRun:
     @property
     def found(self) -> Mapping[str, Any]:
         """What the run found for the method."""
-        entry: Mapping[str, Any] = self.results["methods"][self.method]
-        return entry
+        return self.results["methods"][self.method]  # type: ignore[no-any-return]
 
     @property
     def statistics(self) -> str | None:

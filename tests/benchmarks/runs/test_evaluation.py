@@ -181,3 +181,4 @@ def test_what_weighs_elements_cannot_join_a_run_that_did_not_estimate_how_much(t
     evaluated(tmp_path / "run", "method=magmax", "compare=false")
     with pytest.raises(InputError, match=r"importance0.safetensors' is missing: method 'fisher-se"):
         evaluated(tmp_path / "run", "method=magmax", "compare=[fisher-sequential]")
+    evaluated(tmp_path / "run")  # the run itself goes on
