@@ -45,7 +45,6 @@ class Merger(Rule):
             parameters; ``"row"``, whole rows of matrices; ``"parameter"``, whole parameters.
         weighted: Whether a task vector comes with the importance of each of its elements.
         chunk_size: Elements of a chunk; None for what suits the device. No result depends on it.
-        tasks: Number of task vectors folded so far.
 
     Example:
         >>> class Largest(Merger):

@@ -43,7 +43,7 @@ class Rule(ABC):
             task: Index of the task, from 0.
 
         Returns:
-            Dtypes by name: `accumulators` before the first task, nothing later.
+            Dtypes by name: ``accumulators`` before the first task, nothing later.
         """
         return self.accumulators if task == 0 else {}
 
