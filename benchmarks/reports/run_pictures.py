@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_merge.benchmarks.formatting import counted, data_label, rounded
-from cl_merge.benchmarks.methods.method import grouped_methods
 from cl_merge.benchmarks.reports.figures.accuracy import draw_accuracies
 from cl_merge.benchmarks.reports.figures.figure import Drawing
 from cl_merge.benchmarks.reports.figures.style import (
@@ -25,6 +24,7 @@ from cl_merge.benchmarks.reports.figures.style import (
     shortened,
     svg_element,
 )
+from cl_merge.benchmarks.reports.figures.suite_runs import in_table_order
 from cl_merge.benchmarks.runs.results import finished_results
 from cl_merge.storage.files import atomic_write
 
@@ -62,13 +62,7 @@ def pictures_of_run(folder: Path, setting: str) -> list[Drawing]:
 
 
 def _pictures(results: Mapping[str, Any], columns: int) -> Iterator[Drawing]:
-    methods = {
-        name: [results["methods"][name]]
-        for group in grouped_methods(
-            {name: own["training"] for name, own in results["methods"].items()}
-        ).values()
-        for name in group
-    }
+    methods = {name: [results["methods"][name]] for name in in_table_order(results["methods"])}
     tasks = len(results["tasks"])
     curve = draw_accuracies(methods, tasks, _title(results), columns=columns, fewest=1)
     if curve is not None:

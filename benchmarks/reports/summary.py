@@ -202,21 +202,21 @@ def _paper() -> dict[str, Any]:
 
 
 def _read(cell: Cell, folder: Path, cache: dict[str, dict[str, Any]]) -> CellResult:
-    job, place = cell.job, folder / cell.job.path
+    job, run_folder = cell.job, folder / cell.job.path
     if job.path not in cache:
-        cache[job.path] = read_results(place) or {}
+        cache[job.path] = read_results(run_folder) or {}
     results = cache[job.path]
     result = results.get("methods", {}).get(cell.method)
     if result is None:
         state = state_of(job, folder)
-        reason = _failure(place) if state == FAILED else ""
+        reason = _failure(run_folder) if state == FAILED else ""
         return CellResult(cell, BEGUN if state == DONE else state, job.path, reason=reason)
     total = results["total"]
     metrics = {name: x for name, x in result["metrics"].items() if x is not None}
     metrics["seconds"] = total["seconds"]
     metrics["peak_memory"] = max(total["peak_memory"], total["peak_device_memory"])
     if result["merger"]:
-        vectors = place.glob(f"task_vectors/{result['training']}/*.safetensors")
+        vectors = run_folder.glob(f"task_vectors/{result['training']}/*.safetensors")
         metrics["stored_bytes"] = sum(file.stat().st_size for file in vectors)
     joint = TRAININGS[job.training].joint
     if joint and cell.setting.tasks != job.setting.tasks:
@@ -224,8 +224,8 @@ def _read(cell: Cell, folder: Path, cache: dict[str, dict[str, Any]]) -> CellRes
     return CellResult(cell, DONE, job.path, metrics, result)
 
 
-def _failure(place: Path) -> str:
-    return str((read_json(place / FAILURE) or {}).get("reason", f"see {LOG}"))
+def _failure(run_folder: Path) -> str:
+    return str((read_json(run_folder / FAILURE) or {}).get("reason", f"see {LOG}"))
 
 
 def _over_seeds(cells: Sequence[CellResult]) -> dict[str, SeedValues]:

@@ -64,11 +64,6 @@ class Suite:
         return [find_method(name) for name in self.shown]
 
 
-def suites() -> dict[str, str]:
-    """The suites that come along, each with a line about it."""
-    return {name: find_suite(name).about for name in _known()}
-
-
 def find_suite(name: str) -> Suite:
     """Read a suite that comes along, or that of a YAML file.
 
@@ -79,15 +74,16 @@ def find_suite(name: str) -> Suite:
         >>> find_suite("table2").seeds
         (5,)
     """
-    if name in _known():
+    if name in known_suites():
         text = files(_FOLDER).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
         return _parsed(name, OmegaConf.to_container(OmegaConf.create(text)), name)
     if not is_data_file(name):
-        raise unknown_name("suite", name, [*_known(), "FILE.yaml"])
+        raise unknown_name("suite", name, [*known_suites(), "FILE.yaml"])
     return _parsed(Path(name).stem, OmegaConf.to_container(read_yaml(name)), name)
 
 
-def _known() -> list[str]:
+def known_suites() -> list[str]:
+    """The names of the suites that come along."""
     return sorted(Path(f.name).stem for f in files(_FOLDER).iterdir() if f.name.endswith(".yaml"))
 
 

@@ -140,22 +140,22 @@ def run_job(
     processes: Processes | None = None,
 ) -> Ended:
     """Run one job as a process of its own, whatever happens to it."""
-    place = folder / job.path
-    place.mkdir(parents=True, exist_ok=True)
-    (place / FAILURE).unlink(missing_ok=True)
-    with atomic_write(place / "job.yaml") as temporary:
+    run_folder = folder / job.path
+    run_folder.mkdir(parents=True, exist_ok=True)
+    (run_folder / FAILURE).unlink(missing_ok=True)
+    with atomic_write(run_folder / "job.yaml") as temporary:
         text = str(OmegaConf.to_yaml(OmegaConf.create(dict(job.config))))
         temporary.write_text(text, encoding="utf-8")
     running = processes or Processes()
-    words = ["run", "--config", str(place / "job.yaml"), f"out={place}"]
+    words = ["run", "--config", str(run_folder / "job.yaml"), f"out={run_folder}"]
     began = time.monotonic()
-    code = running.call(words, place / LOG, environment or {})
+    code = running.call(words, run_folder / LOG, environment or {})
     seconds = time.monotonic() - began
     if code == 0 and state_of(job, folder) == DONE:
         return Ended(job, DONE, seconds)
     if code in _INTERRUPTED or running.stopped:
         return Ended(job, BEGUN, seconds)
-    return failed(job, folder, _reason(place / LOG, code), seconds)
+    return failed(job, folder, _reason(run_folder / LOG, code), seconds)
 
 
 def failed(job: Job, folder: Path, reason: str, seconds: float) -> Ended:

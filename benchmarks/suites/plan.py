@@ -86,12 +86,12 @@ def jobs_of(cells: list[Cell]) -> list[Job]:
 
 def state_of(job: Job, folder: str | Path) -> str:
     """How far a job is: `DONE`, `FAILED`, `BEGUN` or `NEW`."""
-    place = Path(folder) / job.path
-    if finished_methods(place).issuperset(job.methods):
+    run_folder = Path(folder) / job.path
+    if finished_methods(run_folder).issuperset(job.methods):
         return DONE
-    if (place / FAILURE).exists():
+    if (run_folder / FAILURE).exists():
         return FAILED
-    return BEGUN if (place / "journal.jsonl").exists() else NEW
+    return BEGUN if (run_folder / "journal.jsonl").exists() else NEW
 
 
 def job_config(job: Job) -> RunConfig:

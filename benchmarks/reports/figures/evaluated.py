@@ -125,7 +125,7 @@ def _pruned_lines(every: Sequence[Measures]) -> tuple[dict[str, Line], float]:
 
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
-"""Those at which every merger is evaluated, besides its own."""
+"""At which every merger is evaluated, as well as at its own."""
 
 _INDEPENDENT = "independent training"
 _SEQUENTIAL = "sequential training"

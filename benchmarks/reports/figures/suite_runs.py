@@ -155,5 +155,5 @@ def _runs(folder: Path) -> list[SuiteRun]:
 
 def in_table_order(names: Iterable[str]) -> list[str]:
     """Sort methods in the order of the tables; those that are not in them last."""
-    order = {name: place for place, name in enumerate(METHODS)}
+    order = {name: index for index, name in enumerate(METHODS)}
     return sorted(names, key=lambda name: order.get(name, len(order)))

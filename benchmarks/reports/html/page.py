@@ -227,7 +227,7 @@ class _Run:
     def shown(self) -> dict[str, Any]:
         """What the page's script needs of it."""
         tasks = [task["name"] for task in self.tasks]
-        return {"place": self.path, "config": self.config, "links": self.links, "tasks": tasks}
+        return {"path": self.path, "config": self.config, "links": self.links, "tasks": tasks}
 
 
 def _read_runs(summary: Summary, page: Path) -> dict[str, _Run]:

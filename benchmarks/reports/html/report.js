@@ -231,7 +231,7 @@
     const links = Object.entries(facts.links).flatMap(
       ([name, link]) => [make("a", { href: link }, name), " "]);
     const said = seed.reason ? `${seed.state}: ${seed.reason}` : seed.state;
-    const parts = [make("p", {}, `Seed ${data.seeds[i]}, ${facts.place}, `,
+    const parts = [make("p", {}, `Seed ${data.seeds[i]}, ${facts.path}, `,
       make("span", { class: seed.reason ? "failed" : "" }, said), ". ", ...links)];
     if (facts.config) {
       parts.push(make("details", {}, make("summary", {}, "Configuration"),
