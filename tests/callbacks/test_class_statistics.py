@@ -10,6 +10,7 @@ import tiny
 import torch
 from forked import forked
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from plain import SAFE
 from statistics_cases import (
     CLASSES,
     FEATURES,
@@ -409,9 +410,7 @@ def assert_goes_on(make, path, **options):
                 # A new process: nothing is left but the file.
                 model, *callbacks = make()
                 saved = next((path / f"{stops}{task}").glob("epoch=0*.ckpt"))
-                trainer_of(*callbacks, **whole).fit(
-                    model, loader, ckpt_path=saved, weights_only=True
-                )
+                trainer_of(*callbacks, **whole).fit(model, loader, ckpt_path=saved, **SAFE)
             else:
                 trainer_of(*callbacks, **whole).fit(model, loader)
         return model, callbacks
@@ -482,7 +481,7 @@ def test_an_evaluation_of_a_checkpoint_votes_as_it_did_when_it_was_written(make,
     trainer = trainer_of(*callbacks, ModelCheckpoint(dirpath=tmp_path, filename="second"))
     trainer.fit(model, loader_of(1))
     fresh = [MergeCallback(), ClassStatistics()]
-    found = evaluated(make(), fresh, ckpt_path=tmp_path / "second.ckpt", weights_only=True)
+    found = evaluated(make(), fresh, ckpt_path=tmp_path / "second.ckpt", **SAFE)
     assert torch.equal(found, expected)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
-from plain import ACCELERATOR, Plain, fit, loader, same, trainer, weights
+from plain import ACCELERATOR, SAFE, Plain, fit, loader, same, trainer, weights
 from torch import nn
 
 from cl_merge import TaskVector, merge
@@ -237,7 +237,7 @@ def test_a_task_that_stopped_goes_on_from_a_checkpoint(make, tmp_path):
     fresh, callback = Plain(), make()
     file = str(tmp_path / "epoch=1-step=6.ckpt")
     trainer(callback, ModelCheckpoint(tmp_path), max_epochs=4).fit(
-        fresh, loader(1), ckpt_path=file, weights_only=True
+        fresh, loader(1), ckpt_path=file, **SAFE
     )
     assert callback.tasks == 2
     fit(fresh, callback, 2)
@@ -252,7 +252,7 @@ def test_a_checkpoint_of_the_last_step_ends_its_task(make, tmp_path):
     fit(module, [callback, checkpoint], 1)
     fresh, again = Plain(), make()
     trainer(again, ModelCheckpoint(tmp_path)).fit(
-        fresh, loader(1), ckpt_path=checkpoint.best_model_path, weights_only=True
+        fresh, loader(1), ckpt_path=checkpoint.best_model_path, **SAFE
     )
     assert again.tasks == 2
     fit(module, callback, 2)

@@ -4,6 +4,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from plain import SAFE
 from statistics_cases import (
     CLASSES,
     FEATURES,
@@ -179,7 +180,7 @@ def test_statistics_go_on_from_a_checkpoint(tmp_path):
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     again, other = callbacks(), clip()
     trainer_of(*again).fit(
-        other, loader_of(1, shuffle=False), ckpt_path=tmp_path / "end.ckpt", weights_only=True
+        other, loader_of(1, shuffle=False), ckpt_path=tmp_path / "end.ckpt", **SAFE
     )
     found, expected = again[1].statistics, whole[1].statistics
     assert found.tasks == expected.tasks

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
-from plain import Plain, loader, same, trainer, weights
+from plain import SAFE, Plain, loader, same, trainer, weights
 
 from cl_merge import TaskVector, merge
 from cl_merge.callbacks import LwF, MergeCallback
@@ -121,7 +121,7 @@ def test_a_fit_that_goes_on_may_keep_its_average_of_weights(tmp_path):
     module, callback = Plain(), MergeCallback("magmax")
     trainer(average, callback, saved).fit(module, loader(0))
     again = trainer(average, callback, max_epochs=2)
-    again.fit(module, loader(0), ckpt_path=saved.best_model_path, weights_only=True)
+    again.fit(module, loader(0), ckpt_path=saved.best_model_path, **SAFE)
     assert callback.tasks == 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 
 import lightning as L
@@ -47,6 +48,12 @@ class Plain(L.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=self.lr, fused=self.fused)
+
+
+# Versions of lightning before 2.6 read their own checkpoints unasked.
+SAFE = (
+    {"weights_only": True} if "weights_only" in inspect.signature(L.Trainer.fit).parameters else {}
+)
 
 
 def weights(module):
