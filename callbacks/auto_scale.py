@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
-from cl_merge.callbacks.batches import LOGITS, inputs_and_targets, sum_over_processes, to_module
+from cl_merge.callbacks.batches import LOGITS, Logits, all_logits, sum_over_processes, to_module
 from cl_merge.errors import InputError
 from cl_merge.task_vectors.module_weights import (
     evaluating,
@@ -27,9 +28,6 @@ log = logging.getLogger(__name__)
 
 Loader = Callable[[], Iterable[Any]]
 """Makes batches of the held-out images of all tasks so far."""
-
-Logits = Callable[[L.LightningModule, Any], tuple[Tensor, Tensor]]
-"""Makes logits [B, K] and targets [B] of a module and a batch."""
 
 
 @dataclass(frozen=True)
@@ -120,24 +118,18 @@ class AutoScale:
         self, trainer: L.Trainer, module: L.LightningModule, batches: Iterable[Any]
     ) -> tuple[int, int]:
         """Images that are classified correctly, and all, over all processes."""
+        give = f"scale=AutoScale(logits=...), {LOGITS}"
+        classify = self.logits or partial(all_logits, asking="MergeCallback", give=give)
         counts = torch.zeros(2, dtype=torch.int64, device=module.device)
         with trainer.precision_plugin.forward_context():
             for batch in batches:
-                logits, targets = self._classify(module, to_module(trainer, module, batch))
+                logits, targets = classify(module, to_module(trainer, module, batch))
                 counts[0] += (logits.argmax(dim=1) == targets).sum()
                 counts[1] += len(targets)
         correct, total = sum_over_processes(trainer, module)(counts).tolist()
         if not total:
             raise InputError("there is no held-out image to choose the scale on")
         return correct, total
-
-    def _classify(self, module: L.LightningModule, batch: Any) -> tuple[Tensor, Tensor]:
-        if self.logits is not None:
-            return self.logits(module, batch)
-        images, targets = inputs_and_targets(
-            batch, asking="MergeCallback", give=f"scale=AutoScale(logits=...), {LOGITS}"
-        )
-        return module(images), targets
 
 
 def held_out_batches(trainer: L.Trainer, own: Loader | None) -> Iterable[Any]:

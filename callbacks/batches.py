@@ -13,6 +13,9 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from cl_merge.errors import InputError
 
+Logits = Callable[[Any, Any], tuple[Tensor, Tensor]]
+"""Makes logits [B, K] and targets [B] of a module and a batch."""
+
 LOGITS = (
     "a function of module and batch that returns both logits [batch, classes] and targets [batch]"
 )
@@ -73,10 +76,13 @@ def inputs_and_targets(batch: Any, *, asking: str, give: str) -> tuple[Any, Any]
         ) from error
 
 
+def all_logits(module: Any, batch: Any, *, asking: str, give: str) -> tuple[Tensor, Tensor]:
+    """Logits [B, C] and targets [B] of a batch of inputs and targets, among all classes."""
+    inputs, targets = inputs_and_targets(batch, asking=asking, give=give)
+    return module(inputs), targets
+
+
 def task_logits(module: Any, batch: Any, *, asking: str, give: str) -> tuple[Tensor, Tensor]:
     """Logits [B, K] and targets [B] of a training batch, from the module itself if it has them."""
     own: Callable[[Any], tuple[Tensor, Tensor]] | None = getattr(module, "task_logits", None)
-    if own is not None:
-        return own(batch)
-    images, targets = inputs_and_targets(batch, asking=asking, give=give)
-    return module(images), targets
+    return own(batch) if own is not None else all_logits(module, batch, asking=asking, give=give)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,14 +11,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from cl_merge.callbacks.batches import LOGITS, sum_over_processes, task_logits, training_batches
-from cl_merge.callbacks.fisher import (
-    Classify,
-    fisher_precision,
-    published_fisher,
-    task_fisher,
-    zeros_for,
+from cl_merge.callbacks.batches import (
+    LOGITS,
+    Logits,
+    sum_over_processes,
+    task_logits,
+    training_batches,
 )
+from cl_merge.callbacks.fisher import fisher_precision, published_fisher, task_fisher, zeros_for
 from cl_merge.callbacks.regularizer import Regularizer
 from cl_merge.errors import InputError, unknown_name
 from cl_merge.task_vectors.module_weights import (
@@ -31,9 +30,6 @@ from cl_merge.task_vectors.module_weights import (
 
 # The size of a Fisher depends on its kind, so each needs a weight of its own.
 WEIGHTS = {"published": 1e6, "empirical": 1e4, "sampled": 1e4}
-
-Logits = Callable[[L.LightningModule, Any], tuple[Tensor, Tensor]]
-"""Makes logits [B, K] and targets [B] of a module and a batch."""
 
 
 class EWC(Regularizer):
@@ -114,7 +110,8 @@ class EWC(Regularizer):
         self.seed = seed
         self.fisher: dict[str, Tensor] = {}
         self.anchor: dict[str, Tensor] = {}
-        self._logits = logits
+        give = f"EWC(logits=...), {LOGITS}"
+        self._logits = logits or partial(task_logits, asking="EWC", give=give)
         self._micro_batches = 0
         self._scale = 1.0
 
@@ -211,53 +208,41 @@ class EWC(Regularizer):
         self.fisher = copies(state["fisher"])
         self.anchor = copies(state["anchor"])
 
-    def _estimate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
-        classify = partial(self._classify, pl_module)
-        if self.kind == "published":
-            return self._published_estimate(trainer, pl_module, classify)
-        seed = (self.seed, self._tasks) if self.kind == "sampled" else None
-        return task_fisher(trainer, pl_module, classify, samples=self.samples, seed=seed)
-
-    def _published_estimate(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, classify: Classify
-    ) -> dict[str, Tensor]:
-        buffers = copies(dict(pl_module.named_buffers()))
-        with torch.enable_grad(), fisher_precision(trainer, pl_module.device):
+    def _estimate(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Tensor]:
+        classify = partial(self._logits, module)
+        if self.kind != "published":
+            seed = (self.seed, self._tasks) if self.kind == "sampled" else None
+            return task_fisher(trainer, module, classify, samples=self.samples, seed=seed)
+        buffers = copies(dict(module.named_buffers()))
+        with torch.enable_grad(), fisher_precision(trainer, module.device):
             estimate = published_fisher(
-                trained_parameters(pl_module),
-                training_batches(trainer, pl_module),
+                trained_parameters(module),
+                training_batches(trainer, module),
                 classify,
-                self._last_gradients(trainer, pl_module),
-                total=sum_over_processes(trainer, pl_module),
+                self._last_gradients(trainer, module),
+                total=sum_over_processes(trainer, module),
                 processes=trainer.world_size,
             )
         # Batch norms in training mode have seen another epoch that is none. What did not move may
         # be a metric's, made in inference mode, and must not be touched.
-        live = dict(pl_module.named_buffers())
+        live = dict(module.named_buffers())
         moved = {name for name, before in buffers.items() if not torch.equal(live[name], before)}
         install(live, {name: buffers[name] for name in moved})
         return estimate
 
-    def _last_gradients(
-        self, trainer: L.Trainer, pl_module: L.LightningModule
-    ) -> dict[str, Tensor]:
+    def _last_gradients(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Tensor]:
         """What the last step of the training left in ``.grad``."""
         if self._resumed and trainer.global_step == self._first_step:
             rank_zero_warn(
                 "EWC: this checkpoint is of the task's last step, whose gradient it does not hold; "
                 "the published estimate starts from zero instead"
             )
-        live = trained_parameters(pl_module)
+        live = trained_parameters(module)
         gradients = zeros_for(live)
         for name, parameter in live.items():
             if parameter.grad is not None:
                 gradients[name].add_(parameter.grad, alpha=1.0 / self._scale)
         return gradients
-
-    def _classify(self, module: L.LightningModule, batch: Any) -> tuple[Tensor, Tensor]:
-        if self._logits is not None:
-            return self._logits(module, batch)
-        return task_logits(module, batch, asking="EWC", give=f"EWC(logits=...), {LOGITS}")
 
     def _move_state_to(self, device: torch.device) -> None:
         self.fisher = {name: tensor.to(device) for name, tensor in self.fisher.items()}

@@ -168,7 +168,6 @@ class LwF(Regularizer):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        super().on_exception(trainer, pl_module, exception)
         self._extended.close()
 
     @override

@@ -10,15 +10,15 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
 from cl_merge.callbacks.auto_scale import AutoScale, Loader, held_out_batches
-from cl_merge.callbacks.buffers import EvaluationBuffers
 from cl_merge.callbacks.fisher import task_importance
 from cl_merge.callbacks.task import WEIGHT_AVERAGING, EvaluationCallback, attached
-from cl_merge.errors import InputError, task_name, unknown_name
-from cl_merge.mergers import Merger
+from cl_merge.errors import InputError, listing, task_name, unknown_name
+from cl_merge.mergers import Average, Merger
 from cl_merge.mergers.registry import as_merger
 from cl_merge.mergers.stack import StackMerger
 from cl_merge.storage.files import save_tensors
@@ -37,6 +37,7 @@ from cl_merge.task_vectors.task_vector import TaskVector, check_same_layout
 log = logging.getLogger(__name__)
 
 STARTS = ("sequential", "independent", "merged")
+BUFFERS = ("trained", "base", "average")
 
 
 class MergeCallback(EvaluationCallback):
@@ -88,6 +89,7 @@ class MergeCallback(EvaluationCallback):
     Attributes:
         tasks: Number of tasks folded so far.
         base: The weights before any training, by parameter name.
+        base_buffers: The floating-point buffers before any training, by name.
         scales: The scale in use.
         chosen: The scales that were chosen, one for each task, if the scale is ``"auto"``.
 
@@ -130,6 +132,8 @@ class MergeCallback(EvaluationCallback):
         super().__init__()
         if start not in STARTS:
             raise unknown_name("start", start, STARTS)
+        if buffers is not None and buffers not in BUFFERS:
+            raise unknown_name("choice of buffers", buffers, BUFFERS)
         self.merger = as_merger(method, options)
         self.start = start
         scale = AutoScale() if scale == "auto" else scale
@@ -145,7 +149,9 @@ class MergeCallback(EvaluationCallback):
             raise InputError(f"importance_samples={importance_samples}; expected 1 or more")
         self._importance_samples = importance_samples
         self.base: dict[str, Tensor] = {}
-        self._buffers = EvaluationBuffers(buffers)
+        self.base_buffers: dict[str, Tensor] = {}
+        self._buffers = buffers
+        self._buffer_average = Average()
         self._trained: dict[str, Tensor] | None = None  # during an evaluation
         self._directory = Path(directory) if directory is not None else None
         self._device = _checked_device(device)
@@ -155,11 +161,6 @@ class MergeCallback(EvaluationCallback):
     def tasks(self) -> int:
         """Number of tasks folded so far."""
         return self.merger.tasks
-
-    @property
-    def base_buffers(self) -> dict[str, Tensor]:
-        """The floating-point buffers before any training, by name; empty before the first fit."""
-        return self._buffers.base
 
     @property
     def scale(self) -> float | dict[str, float]:
@@ -216,7 +217,7 @@ class MergeCallback(EvaluationCallback):
         """
         live = self._live(module)
         install(live, scaled(self.base, self.merger.items(), self.scales))
-        install(live, self._buffers.values())
+        install(live, self._evaluation_buffers())
 
     def move_state_to(self, device: torch.device) -> None:
         """Move the base, the merger and the buffers, unless a device was asked for.
@@ -227,9 +228,7 @@ class MergeCallback(EvaluationCallback):
             return
         # An evaluation runs in inference mode, whose tensors are of no use to the next training.
         with torch.inference_mode(False):
-            self.base = copies(self.base, device)
-            self._buffers.to(device)
-            self.merger.load_state_dict(self.merger.state_dict(), device)
+            self._load(self.task_state(), device)
 
     # Hooks, in the order in which they fire.
 
@@ -243,7 +242,7 @@ class MergeCallback(EvaluationCallback):
         live = trained_parameters(module)
         if not self.base:
             self.base = copies(live, self._device)
-            self._buffers.keep_base(module, self._device)
+            self.base_buffers = copies(floating_buffers(module), self._device)
         check_same_parameters(self.base, live, "MergeCallback")
         self.move_state_to(module.device)
         self.check_names(self.base)
@@ -252,7 +251,7 @@ class MergeCallback(EvaluationCallback):
         # Weights from a checkpoint within a task are where that task stood, and stay.
         if self.tasks and not resumed and self.start == "independent":
             install(live, self.base)
-            install(floating_buffers(module), self._buffers.base)
+            install(floating_buffers(module), self.base_buffers)
         elif self.tasks and not resumed and self.start == "merged":
             self.install(module)
 
@@ -270,7 +269,7 @@ class MergeCallback(EvaluationCallback):
         self.merger.update(vector, importance)
         if task == 0:
             self._tell_memory(vector)
-        self._buffers.fold(module)
+        self._fold_buffers(floating_buffers(module))
         if self._directory is not None and trainer.is_global_zero:
             vector.save(self._directory / f"task{task}.safetensors", store=self._store)
             if importance is not None:
@@ -278,7 +277,7 @@ class MergeCallback(EvaluationCallback):
         if self._auto is not None:
             batches, changes = held_out_batches(trainer, self._held_out), dict(self.merger.items())
             self.scales = self._auto.choose(
-                trainer, module, batches, self.base, changes, self._buffers.values()
+                trainer, module, batches, self.base, changes, self._evaluation_buffers()
             )
             self.chosen.append(self.scales)
 
@@ -300,18 +299,44 @@ class MergeCallback(EvaluationCallback):
         return {
             "base": self.base,
             "merger": self.merger.state_dict(),
+            "base_buffers": self.base_buffers,
+            "buffer_average": self._buffer_average.state_dict(),
             "chosen": [scales.plain() for scales in self.chosen],
-            **self._buffers.state_dict(),
         }
 
     @override
     def load_task_state(self, state: dict[str, Any]) -> None:
-        self.base = copies(state["base"], self._device)
-        self.merger.load_state_dict(state["merger"], self._device)
-        self._buffers.load_state_dict(state, self._device)
+        self._load(state, self._device)
+
+    def _load(self, state: Mapping[str, Any], device: torch.device | None) -> None:
+        self.base = copies(state["base"], device)
+        self.merger.load_state_dict(state["merger"], device)
+        self.base_buffers = copies(state["base_buffers"], device)
+        self._buffer_average.load_state_dict(state["buffer_average"], device)
         self.chosen = [Scales.read(scale, 0.0) for scale in state.get("chosen", [])]
         if self._auto is not None and self.chosen:
             self.scales = self.chosen[-1]
+
+    def _fold_buffers(self, buffers: Mapping[str, Tensor]) -> None:
+        """Take up the buffers that a task left, which are not merged."""
+        base = self.base_buffers
+        live = {name: buffers[name].to(before.device) for name, before in base.items()}
+        moved = [name for name, before in base.items() if not torch.equal(live[name], before)]
+        if self._buffers is None and moved:
+            rank_zero_warn(
+                f"{len(moved)} floating-point buffers moved during training and are not merged: "
+                f"{listing(moved)}. Evaluation uses those of the last task; choose with "
+                "MergeCallback(buffers='trained' | 'base' | 'average'), or freeze them"
+            )
+            self._buffers = "trained"
+        if self._buffers == "average":
+            self._buffer_average.update(live)
+
+    def _evaluation_buffers(self) -> dict[str, Tensor]:
+        """The buffers of an evaluation; none where they stay those of the last task."""
+        if self._buffers == "base":
+            return self.base_buffers
+        return dict(self._buffer_average.items()) if self._buffers == "average" else {}
 
     def _live(self, module: nn.Module) -> dict[str, Tensor]:
         """What an evaluation changes: the parameters of the first task, and the buffers."""

@@ -12,7 +12,7 @@ from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerState, TrainerStatus
 from typing_extensions import override
 
 from cl_merge.errors import InputError
@@ -52,7 +52,7 @@ class TaskCallback(Callback, ABC):
     def __init__(self) -> None:
         super().__init__()
         self._averages_used: Sequence[Callback] = []
-        self._stage = ""
+        self._trainer_state = TrainerState()  # of the trainer that was the last to use it
         self._first_step = 0
         self._in_task = False
         self._restored = False
@@ -89,7 +89,6 @@ class TaskCallback(Callback, ABC):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._stage = stage
         name = type(self).__name__
         if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
             raise RuntimeError(
@@ -101,6 +100,7 @@ class TaskCallback(Callback, ABC):
                 f"{name} keeps its state in the process, but spawned processes lose it when a fit "
                 "ends; use strategy='ddp' and start the script from the command line"
             )
+        self._trainer_state = trainer.state
         if stage == TrainerFn.FITTING:
             for other in attached(trainer, *_AVERAGES):
                 if runs_after(trainer, other, self):
@@ -141,22 +141,14 @@ class TaskCallback(Callback, ABC):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._stage not in ("", TrainerFn.FITTING) and self.tasks:
+        running = self._trainer_state.status == TrainerStatus.RUNNING
+        fitting = running and self._trainer_state.fn == TrainerFn.FITTING
+        if running and not fitting and self.tasks:
             # `test(ckpt_path=...)` restores callbacks too, as they were when the checkpoint was
             # written, within a task: that would undo what the end of that task did.
             return
         self.load_task_state(state_dict)
-        self._restored = self._stage == TrainerFn.FITTING and state_dict["in_task"]
-
-    @override
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._stage = ""
-
-    @override
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
-        self._stage = ""
+        self._restored = fitting and state_dict["in_task"]
 
     def _end(self, trainer: L.Trainer, module: L.LightningModule, *, trained: bool) -> None:
         if trained or self._resumed:
@@ -213,7 +205,6 @@ class EvaluationCallback(TaskCallback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        super().on_exception(trainer, pl_module, exception)
         self.end_evaluation(pl_module)
 
 
