@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from cl_merge.errors import InputError
-from cl_merge.storage.weights import Weights
+from cl_merge.storage.weights import StoredTensor, Weights
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 
@@ -22,50 +22,39 @@ _STATES = ("state_dict", "model", "model_state_dict")  # where training checkpoi
 _WRAPPER = "module."  # what DistributedDataParallel puts before every name
 
 
-class TorchWeights(Weights):
-    """A checkpoint that `torch.save` wrote: a state dict, or a training checkpoint with one in it.
+def torch_weights(path: Path) -> Weights:
+    """Open a checkpoint that `torch.save` wrote: a state dict, alone or in one of a training.
 
     The tensors are mapped from the file; those of files older than PyTorch 1.6 are in memory.
-
-    Raises:
-        InputError: If it is damaged, holds code, or holds no state dict.
     """
+    content = _load(path)
+    lightning = isinstance(content, Mapping) and _LIGHTNING in content
+    tensors = _without_wrapper(_tensors(path, _state(path, content)))
+    # Addresses in a map are in the order of the file.
+    names = sorted(tensors, key=lambda name: tensors[name].data_ptr())
+    return Weights(
+        path,
+        "Lightning checkpoint" if lightning else "torch checkpoint",
+        {
+            n: StoredTensor(tensors[n].dtype, tensors[n].shape, partial(_read, tensors, n))
+            for n in names
+        },
+    )
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.metadata = {}
-        self.is_task_vector = False
-        content = _load(path)
-        lightning = isinstance(content, Mapping) and _LIGHTNING in content
-        self.kind = "Lightning checkpoint" if lightning else "torch checkpoint"
-        self._tensors = _without_wrapper(_tensors(path, _state(path, content)))
-        # Addresses in a map are in the order of the file.
-        self.names = sorted(self._tensors, key=lambda name: self._tensors[name].data_ptr())
 
-    @override
-    def shape(self, name: str) -> torch.Size:
-        return self._tensors[name].shape
+def _stored(tensors: dict[str, Tensor], name: str) -> StoredTensor:
+    return StoredTensor(tensors[name].dtype, tensors[name].shape, partial(_read, tensors, name))
 
-    @override
-    def dtype(self, name: str) -> torch.dtype:
-        return self._tensors[name].dtype
 
-    @override
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        if not self._tensors:
-            raise RuntimeError(f"'{self.path}' was closed")
-        tensor = self._tensors[name]
-        if not tensor.is_contiguous():  # a transposed matrix, say: copied once
-            tensor = self._tensors[name] = tensor.contiguous()
-        stretch = tensor.reshape(-1)[start:stop]
-        # One element counts as contiguous whatever its stride.
-        if stretch.data_ptr() % stretch.element_size() or stretch.stride(0) != 1:
-            return stretch.clone(memory_format=torch.contiguous_format)
-        return stretch
-
-    @override
-    def close(self) -> None:
-        self._tensors = {}
+def _read(tensors: dict[str, Tensor], name: str, start: int, stop: int) -> Tensor:
+    tensor = tensors[name]
+    if not tensor.is_contiguous():  # a transposed matrix, say: copied once
+        tensor = tensors[name] = tensor.contiguous()
+    stretch = tensor.reshape(-1)[start:stop]
+    # One element counts as contiguous whatever its stride.
+    if stretch.data_ptr() % stretch.element_size() or stretch.stride(0) != 1:
+        return stretch.clone(memory_format=torch.contiguous_format)
+    return stretch
 
 
 def _load(path: Path) -> Any:

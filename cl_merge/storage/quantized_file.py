@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from cl_merge.errors import InputError
 from cl_merge.storage.files import save_tensors
-from cl_merge.storage.quantize import SCHEMES, STORES, decode_groups, is_small, quantize_named
-from cl_merge.storage.safetensors_weights import SafetensorsFile, SafetensorsWeights
-from cl_merge.storage.weights import QUANTIZED_VERSION, TASK_VECTOR, Weights
+from cl_merge.storage.quantize import (
+    SCHEMES,
+    STORES,
+    Scheme,
+    decode_groups,
+    is_small,
+    quantize_named,
+)
+from cl_merge.storage.safetensors_weights import SafetensorsFile, safetensors_weights
+from cl_merge.storage.weights import QUANTIZED_VERSION, TASK_VECTOR, StoredTensor, Weights
 
 STORE = "cl_merge.store"
 """Metadata key of the store."""
@@ -31,12 +38,7 @@ _CODES, _SCALES, _VALUES = "codes/", "scales/", "values/"
 def save_quantized(
     path: str | Path, vector: Mapping[str, Tensor], metadata: Mapping[str, str], store: str
 ) -> None:
-    """Write a task vector in few bits, atomically; the same content gives the same bytes.
-
-    Raises:
-        InputError: If a value is not finite in float32; names the tensor. Nothing is written then.
-        StorageError: If the file cannot be written.
-    """
+    """Write a task vector in few bits, atomically; the same content gives the same bytes."""
     shapes = {name: list(tensor.shape) for name, tensor in sorted(vector.items())}
     tensors = {}
     for name in shapes:
@@ -56,93 +58,63 @@ def save_quantized(
 
 def load_quantized(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a whole quantised task vector: its values in float32, and its metadata."""
-    raw = SafetensorsWeights(path, [SafetensorsFile(path)], "task vector")
-    with QuantizedWeights(path, raw) as weights:
+    raw = safetensors_weights(path, [SafetensorsFile(path)], "task vector")
+    with quantized_weights(raw) as weights:
         tensors = {name: weights.read(name).view(weights.shape(name)) for name in weights.names}
         return tensors, weights.metadata
 
 
-class QuantizedWeights(Weights):
-    """The values of a quantised task vector, decoded stretch by stretch.
+def quantized_weights(raw: Weights) -> Weights:
+    """Show the values of a quantised task vector, float32, decoded stretch by stretch.
 
-    `names` are sorted, and the metadata are what the vector was saved with, and the store.
-
-    Args:
-        path: What errors call the file.
-        weights: The raw tensors and metadata of the file.
-
-    Raises:
-        InputError: If the file is damaged; names the file and the tensor. The scales are read for
-            this, the codes are not.
+    Its names are sorted; its metadata are what the vector was saved with, and the store. A damaged
+    file is an error that names the tensor; the scales are read for this, the codes are not.
     """
-
-    def __init__(self, path: str | Path, weights: Weights) -> None:
-        self.path = Path(path)
-        self.kind = "task vector"
-        self.is_task_vector = True
-        self._weights = weights
-        self.metadata = dict(weights.metadata)
-        self.metadata.pop(TASK_VECTOR, None)
-        store = _read_store(path, self.metadata.get(STORE))
-        self._scheme = SCHEMES.get(store)
-        self._shapes = _read_shapes(path, self.metadata.pop(_SHAPES, None))
-        self.names = list(self._shapes)
-        self._check(store)
-
-    @override
-    def shape(self, name: str) -> torch.Size:
-        return self._shapes[name]
-
-    @override
-    def dtype(self, name: str) -> torch.dtype:
-        return torch.float32
-
-    @override
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Decode a stretch of a parameter into a new float32 tensor."""
-        start, stop, _ = slice(start, stop).indices(self._shapes[name].numel())
-        stop = max(start, stop)
-        scheme = None if is_small(self._shapes[name]) else self._scheme
-        if scheme is None:
-            return self._weights.read(_VALUES + name, start, stop).to(torch.float32)
-        first, last = start // scheme.group, -(-stop // scheme.group)
-        size = scheme.group_bytes
-        codes = self._weights.read(_CODES + name, first * size, last * size)
-        values = decode_groups(codes, self._weights.read(_SCALES + name, first, last), scheme)
-        return values[start - first * scheme.group : stop - first * scheme.group]
-
-    @override
-    def close(self) -> None:
-        self._weights.close()
-
-    def _check(self, store: str) -> None:
-        """Make sure that the file holds what the shapes ask for, and that the scales are sound."""
-        there = set(self._weights.names)
-        for name, shape in self._shapes.items():
-            for key, dtype, size in _layout(name, shape, store):
-                if key not in there:
-                    raise _damaged(self.path, f"'{key}' is missing")
-                there.remove(key)
-                found = f"{self._weights.dtype(key)} {tuple(self._weights.shape(key))}"
-                if found != f"{dtype} {(size,)}":
-                    raise _damaged(self.path, f"'{key}' is {found} instead of {dtype} {(size,)}")
-                if self._scheme is not None and key.startswith(_SCALES):
-                    scales = self._weights.read(key).to(torch.float32)
-                    if not bool((scales * self._scheme.high).isfinite().all()):
-                        raise _damaged(self.path, f"'{key}' holds NaN or values that are too large")
-        if there:
-            raise _damaged(self.path, f"'{min(there)}' belongs to no parameter")
+    metadata = dict(raw.metadata)
+    metadata.pop(TASK_VECTOR, None)
+    scheme = SCHEMES.get(_read_store(raw.path, metadata.get(STORE)))
+    shapes = _read_shapes(raw.path, metadata.pop(_SHAPES, None))
+    left = set(raw.names)
+    tensors = {name: _parameter(raw, left, name, shape, scheme) for name, shape in shapes.items()}
+    if left:
+        raise _damaged(raw.path, f"'{min(left)}' belongs to no parameter")
+    return Weights(raw.path, "task vector", tensors, metadata)
 
 
-def _layout(name: str, shape: torch.Size, store: str) -> Iterator[tuple[str, torch.dtype, int]]:
-    """Tell which tensors of the file a parameter becomes: name, dtype and length."""
-    scheme = SCHEMES.get(store)
+def _parameter(
+    raw: Weights, left: set[str], name: str, shape: torch.Size, scheme: Scheme | None
+) -> StoredTensor:
+    """Take the sound tensors of a parameter from those that are left in the file."""
     if scheme is None or is_small(shape):
-        yield _VALUES + name, torch.bfloat16, shape.numel()
-        return
+        _take(raw, left, _VALUES + name, torch.bfloat16, shape.numel())
+        return StoredTensor(torch.float32, shape, partial(_read_values, raw, name))
     groups = -(-shape.numel() // scheme.group)
-    yield _CODES + name, torch.uint8, groups * scheme.group_bytes
-    yield _SCALES + name, torch.bfloat16, groups
+    _take(raw, left, _CODES + name, torch.uint8, groups * scheme.group_bytes)
+    _take(raw, left, _SCALES + name, torch.bfloat16, groups)
+    scales = raw.read(_SCALES + name).to(torch.float32)
+    if not bool((scales * scheme.high).isfinite().all()):
+        raise _damaged(raw.path, f"'{_SCALES + name}' holds NaN or values that are too large")
+    return StoredTensor(torch.float32, shape, partial(_read_groups, raw, name, scheme))
+
+
+def _read_values(raw: Weights, name: str, start: int, stop: int) -> Tensor:
+    return raw.read(_VALUES + name, start, stop).to(torch.float32)
+
+
+def _read_groups(raw: Weights, name: str, scheme: Scheme, start: int, stop: int) -> Tensor:
+    first, last = start // scheme.group, -(-stop // scheme.group)
+    codes = raw.read(_CODES + name, first * scheme.group_bytes, last * scheme.group_bytes)
+    values = decode_groups(codes, raw.read(_SCALES + name, first, last), scheme)
+    return values[start - first * scheme.group : stop - first * scheme.group]
+
+
+def _take(raw: Weights, left: set[str], key: str, dtype: torch.dtype, size: int) -> None:
+    if key not in left:
+        raise _damaged(raw.path, f"'{key}' is missing")
+    left.remove(key)
+    found = f"{raw.dtype(key)} {tuple(raw.shape(key))}"
+    if found != f"{dtype} {(size,)}":
+        raise _damaged(raw.path, f"'{key}' is {found} instead of {dtype} {(size,)}")
 
 
 def _read_store(path: str | Path, store: str | None) -> str:

@@ -7,9 +7,9 @@ from pathlib import Path
 from cl_merge.errors import InputError, listing
 from cl_merge.storage import pickled
 from cl_merge.storage.layouts import INDEX, find_weights, read_index
-from cl_merge.storage.pickled import TorchWeights
-from cl_merge.storage.quantized_file import QuantizedWeights
-from cl_merge.storage.safetensors_weights import SafetensorsFile, SafetensorsWeights
+from cl_merge.storage.pickled import torch_weights
+from cl_merge.storage.quantized_file import quantized_weights
+from cl_merge.storage.safetensors_weights import SafetensorsFile, safetensors_weights
 from cl_merge.storage.weights import (
     PLAIN_VERSION,
     QUANTIZED_VERSION,
@@ -61,14 +61,13 @@ def _open_folder(folder: Path) -> Weights:
 def _open_file(path: Path) -> Weights:
     if not path.is_file():
         raise InputError(f"there is no file or folder '{path}'; check the path")
-    weights: Weights
     if path.name.endswith(INDEX):
         weights = _open_shards(path)
         weights.folder = path.parent
     elif path.suffix.lower() == ".safetensors":
         weights = _open_safetensors(path)
     elif path.suffix.lower() in pickled.SUFFIXES:
-        weights = TorchWeights(path)
+        weights = torch_weights(path)
     else:
         raise InputError(
             f"'{path}' is no checkpoint by its name; expected a folder, or a file that ends in "
@@ -90,15 +89,15 @@ def _open_shards(index: Path) -> Weights:
                 f"extra: {listing(extra)}. Download both again"
             )
         files.append(file)
-    return SafetensorsWeights(index, files, "sharded safetensors")
+    return safetensors_weights(index, files, "sharded safetensors")
 
 
 def _open_safetensors(path: Path) -> Weights:
     file = SafetensorsFile(path)
     version = file.metadata.get(TASK_VECTOR)
-    weights = SafetensorsWeights(path, [file], "safetensors" if version is None else "task vector")
+    weights = safetensors_weights(path, [file], "safetensors" if version is None else "task vector")
     if version == QUANTIZED_VERSION:
-        return QuantizedWeights(path, weights)
+        return quantized_weights(weights)
     if version not in (None, PLAIN_VERSION):
         raise newer_version(path, version)
     return weights

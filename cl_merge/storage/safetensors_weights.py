@@ -7,16 +7,15 @@ import mmap
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from cl_merge.errors import InputError
-from cl_merge.storage.safetensors_format import read_header
-from cl_merge.storage.weights import Weights
+from cl_merge.storage.safetensors_format import TensorLocation, read_header
+from cl_merge.storage.weights import StoredTensor, Weights
 
 # Maps that one checkpoint keeps at a time: each holds a file handle, and a system gives a process
 # as few as 256.
@@ -28,16 +27,7 @@ _NO_RESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000 if _USUAL else 0)
 
 
 class SafetensorsFile:
-    """A safetensors file that was found to be sound.
-
-    Attributes:
-        path: As given.
-        locations: Where its tensors lie, by name, in the order of the file.
-        metadata: Words beside the tensors.
-
-    Raises:
-        InputError: If it is damaged or holds types that torch cannot compute with.
-    """
+    """A sound safetensors file: where its tensors lie, in its order, and the words beside them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -55,57 +45,37 @@ class SafetensorsFile:
             raise InputError(f"'{self.path}' cannot be read ({error.strerror})") from error
 
 
-class SafetensorsWeights(Weights):
-    """A checkpoint in one or more safetensors files.
+def safetensors_weights(path: Path, files: Sequence[SafetensorsFile], kind: str) -> Weights:
+    """Join the tensors of files to one checkpoint, with the metadata of the first file."""
+    mapped = functools.lru_cache(maxsize=_MAPS)(SafetensorsFile.map)
+    tensors = {
+        name: StoredTensor(
+            location.dtype, location.shape, functools.partial(_read, mapped, file, location)
+        )
+        for file in files
+        for name, location in file.locations.items()
+    }
+    return Weights(path, kind, tensors, files[0].metadata if files else {})
 
-    Args:
-        path: What was opened.
-        files: Its files, in order.
-        kind: What `Weights.kind` shall be.
-    """
 
-    def __init__(self, path: Path, files: Sequence[SafetensorsFile], kind: str) -> None:
-        self.path = path
-        self.kind = kind
-        self.metadata = dict(files[0].metadata) if files else {}
-        self.is_task_vector = kind == "task vector"
-        self._files = {name: file for file in files for name in file.locations}
-        self.names = list(self._files)
-        self._map = functools.lru_cache(maxsize=_MAPS)(SafetensorsFile.map)
-        self._closed = False
-
-    @override
-    def shape(self, name: str) -> torch.Size:
-        return self._files[name].locations[name].shape
-
-    @override
-    def dtype(self, name: str) -> torch.dtype:
-        return self._files[name].locations[name].dtype
-
-    @override
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        file = self._files[name]
-        dtype, shape, offset, _ = file.locations[name]
-        start, stop, _ = slice(start, stop).indices(shape.numel())
-        if start >= stop:
-            return torch.empty(0, dtype=dtype)
-        if self._closed:
-            raise RuntimeError(f"'{self.path}' was closed")
-        begin, end = offset + start * dtype.itemsize, offset + stop * dtype.itemsize
-        raw = self._map(file)[begin:end]
-        # The format does not ask for aligned tensors, but compiled code takes them for granted.
-        return (raw.clone() if begin % dtype.itemsize else raw).view(dtype)
-
-    @override
-    def close(self) -> None:
-        self._closed = True
-        self._map.cache_clear()
+def _read(
+    mapped: Callable[[SafetensorsFile], Tensor],
+    file: SafetensorsFile,
+    location: TensorLocation,
+    start: int,
+    stop: int,
+) -> Tensor:
+    size = location.dtype.itemsize
+    begin, end = location.start + start * size, location.start + stop * size
+    raw = mapped(file)[begin:end]
+    # The format does not ask for aligned tensors, but compiled code takes them for granted.
+    return (raw.clone() if begin % size else raw).view(location.dtype)
 
 
 def _private_map(handle: int) -> mmap.mmap:
-    """Map a file so that pages may be written to, though no one does and it would not reach it.
+    """Map a file so that pages may be written to, as torch warns of memory that may not.
 
-    Torch warns of memory that cannot be written to.
+    No one writes to them, and it would not reach the file.
     """
     if not hasattr(mmap, "MAP_PRIVATE"):  # on Windows
         return mmap.mmap(handle, 0, access=mmap.ACCESS_COPY)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -17,7 +17,15 @@ TASK_VECTOR = "cl_merge.task_vector"
 PLAIN_VERSION, QUANTIZED_VERSION = "1", "2"
 
 
-class Weights(ABC):
+class StoredTensor(NamedTuple):
+    """A tensor on the disk, and how to read a stretch of it, from an element to before another."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    read: Callable[[int, int], Tensor]  # called from several threads, for at least one element
+
+
+class Weights:
     """One opened checkpoint: named tensors that stay on the disk until they are used.
 
     A context manager that closes itself. `read` may be called from several threads.
@@ -33,23 +41,31 @@ class Weights(ABC):
         file_name: Name of the file with the weights, or of the index of its shards.
     """
 
-    path: Path
-    kind: str
-    metadata: dict[str, str]
-    is_task_vector: bool
-    names: list[str]
-    folder: Path | None = None
-    file_name: str = ""
+    def __init__(
+        self,
+        path: Path,
+        kind: str,
+        tensors: Mapping[str, StoredTensor],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self.path = path
+        self.kind = kind
+        self.metadata = dict(metadata or {})
+        self.is_task_vector = kind == "task vector"
+        self.names = list(tensors)
+        self.folder: Path | None = None
+        self.file_name = ""
+        self._entries = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+        self._readers = {name: tensor.read for name, tensor in tensors.items()}
 
-    @abstractmethod
     def shape(self, name: str) -> torch.Size:
         """Shape of a tensor."""
+        return self._entries[name][1]
 
-    @abstractmethod
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a tensor."""
+        return self._entries[name][0]
 
-    @abstractmethod
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Map a stretch of a tensor.
 
@@ -65,10 +81,17 @@ class Weights(ABC):
         Raises:
             InputError: If the file changed since it was opened.
         """
+        dtype, shape = self._entries[name]
+        start, stop, _ = slice(start, stop).indices(shape.numel())
+        if start >= stop:
+            return torch.empty(0, dtype=dtype)
+        if not self._readers:
+            raise RuntimeError(f"'{self.path}' was closed")
+        return self._readers[name](start, stop)
 
-    @abstractmethod
     def close(self) -> None:
         """Let go of the files; what `read` returned stays valid."""
+        self._readers = {}  # they alone hold the files' maps
 
     def __enter__(self) -> Self:
         return self
