@@ -22,7 +22,7 @@ from torch import Tensor
 from cl_merge.errors import InputError, StorageError
 from cl_merge.storage.safetensors_format import Header, not_safetensors, raw_bytes
 
-# How `hidden_name` ends, and what safetensors calls a file that is not whole yet.
+# How `_hidden` ends, and what safetensors calls a file that is not whole yet.
 _ENDING = r"\.[0-9a-f]{8}\.tmp"
 _TEMPORARY = re.compile(rf"\..+{_ENDING}|\.tmp[0-9A-Za-z]{{6}}")
 # On Windows, a file that is mapped into memory cannot be replaced.
@@ -33,19 +33,9 @@ _MAP = sys.platform != "win32"
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Write a file so that it is there whole or not at all.
 
-    The block writes to a temporary file in the same folder. When the block ends, that file reaches
-    the disk and then takes the place of `path` in one step, so that a crash or a power cut at any
-    moment leaves either the former file or the new one. Missing parent folders are made.
-
-    Args:
-        path: Where the file shall be.
-
-    Yields:
-        The temporary path, an empty file for the block to write. It is removed if the block raises;
-        if the process is killed, it is left to `remove_leftovers`.
-
-    Raises:
-        StorageError: If the file cannot be written.
+    The block writes to a temporary neighbour, an empty file, which takes the place of `path` in one
+    step: a crash or a power cut at any moment leaves either the former file or the new one. Missing
+    parent folders are made.
 
     Example::
 
@@ -53,34 +43,36 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             temporary.write_text("{}")
     """
     path = Path(path)
-    temporary = hidden_name(path)
-    with storage_errors(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.touch()
-            mode = temporary.stat().st_mode
-            yield temporary
-            temporary.chmod(mode)  # some writers put a file there that only its owner may read
-            publish(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    with storage_errors(path), appearing(path) as temporary:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        yield temporary
+        temporary.chmod(mode)  # some writers put a file there that only its owner may read
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Make a folder whose name appears in one step, when everything in it has reached the disk.
+    """Make a folder as `atomic_write` makes a file, where at most an empty folder may be."""
+    with appearing(path) as hidden:
+        hidden.mkdir()
+        yield hidden
 
-    Yields the folder meanwhile, beside `path`, where at most an empty folder may be. It is removed
-    if the block raises.
+
+@contextmanager
+def appearing(path: Path, overwrite: bool = True) -> Iterator[Path]:
+    """Name a hidden neighbour, of which the block makes the file or the folder at `path`.
+
+    It gets its name in one step when everything in it has reached the disk, and must not be open
+    then. It is removed if the block raises.
     """
-    hidden = hidden_name(path)
-    hidden.mkdir()
+    hidden = _hidden(path)
     try:
         yield hidden
-        publish(hidden, path)
+        with storage_errors(path):
+            _publish(hidden, path, overwrite)
     except BaseException:
-        remove(hidden)
+        _remove(hidden)
         raise
 
 
@@ -107,50 +99,12 @@ def storage_errors(path: str | Path) -> Iterator[None]:
         raise StorageError(_cannot_write(path, "the disk took no more")) from error
 
 
-def hidden_name(path: Path) -> Path:
-    """Name what is not whole yet, beside where it will be; another name every time."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-
-
-def publish(hidden: Path, path: Path, overwrite: bool = True) -> None:
-    """Give a file or a folder its name in one step, once everything in it has reached the disk.
-
-    It must not be open any more. Only a file, where that is allowed, and an empty folder are
-    replaced; anything else raises an `OSError`.
-    """
-    if not hidden.exists():  # `remove_leftovers_of` takes it for that of a killed process
-        raise FileNotFoundError(errno.ENOENT, "another process writes to the same name")
-    for each in [*hidden.rglob("*"), hidden]:
-        flush_to_disk(each)
-    if hidden.is_dir():
-        with suppress(FileNotFoundError):
-            path.rmdir()
-    elif not overwrite and os.path.lexists(path):
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
-    os.replace(hidden, path)
-    flush_to_disk(path.parent)
-
-
-def flush_to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a folder, have reached the disk."""
-    if not path.is_dir():
-        with path.open("r+b") as file:
-            os.fsync(file.fileno())
-        return
-    with suppress(OSError):  # Windows cannot open a folder, and some systems cannot flush one
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def remove_leftovers(folder: str | Path) -> None:
     """Remove the temporary files and folders of writers that were killed, at all depths."""
     for path in list(Path(folder).rglob(".*tmp*")):
         if _TEMPORARY.fullmatch(path.name):
             with storage_errors(path):
-                remove(path)
+                _remove(path)
 
 
 def remove_leftovers_of(path: Path) -> None:
@@ -158,27 +112,11 @@ def remove_leftovers_of(path: Path) -> None:
     leftover = re.compile(re.escape(f".{path.name}") + _ENDING)
     for other in list(path.parent.iterdir()):
         if leftover.fullmatch(other.name):
-            remove(other)
-
-
-def remove(path: Path) -> None:
-    """Remove a temporary file or folder, if it is there."""
-    if not path.is_dir():
-        path.unlink(missing_ok=True)
-        return
-    # Renamed first: what still writes to it must not publish the rest of it.
-    with suppress(OSError):
-        path = path.rename(hidden_name(path))
-    shutil.rmtree(path, ignore_errors=True)
+            _remove(other)
 
 
 def save_state(path: str | Path, state: Mapping[str, Any]) -> None:
-    """Write a state of nested dictionaries, lists, tensors and plain values, atomically.
-
-    Raises:
-        InputError: If the state holds what `load_state` would refuse to read.
-        StorageError: If the file cannot be written.
-    """
+    """Write a state of nested dictionaries, lists, tensors and plain values, atomically."""
     with atomic_write(path) as temporary:
         torch.save(dict(state), temporary)
         try:
@@ -196,9 +134,6 @@ def load_state(path: str | Path) -> dict[str, Any]:
     """Read what `save_state` or Lightning wrote: tensors and plain values, never code.
 
     The tensors are on the CPU, mapped from the file and read when they are used.
-
-    Raises:
-        InputError: If the file is missing, cut short or of another kind.
     """
     _require_file(path)
     try:
@@ -230,10 +165,6 @@ def save_tensors(
     """Write tensors to a safetensors file, atomically; the same content gives the same bytes.
 
     They may be of any shape and device; those that share memory are written once for each name.
-
-    Raises:
-        InputError: If the format cannot hold a name, a dtype or the metadata.
-        StorageError: If the file cannot be written.
     """
     header = Header({name: (t.dtype, t.shape) for name, t in tensors.items()}, metadata)
     with atomic_write(path) as temporary, temporary.open("wb") as file:
@@ -243,11 +174,7 @@ def save_tensors(
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors, on the CPU, and the metadata of a safetensors file.
-
-    Raises:
-        InputError: If the file is missing, cannot be read, is truncated or is corrupt.
-    """
+    """Read the tensors, on the CPU, and the metadata of a safetensors file."""
     _require_file(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -266,6 +193,51 @@ def is_no_file(path: str | Path) -> bool:
         return not stat.S_ISREG(os.stat(path).st_mode)
     except OSError:  # reading it says why
         return False
+
+
+def _publish(hidden: Path, path: Path, overwrite: bool) -> None:
+    """Replace a file, where that is allowed, or an empty folder; anything else is an `OSError`."""
+    if not hidden.exists():  # `remove_leftovers_of` takes it for that of a killed process
+        raise FileNotFoundError(errno.ENOENT, "another process writes to the same name")
+    for each in [*hidden.rglob("*"), hidden]:
+        _flush_to_disk(each)
+    if hidden.is_dir():
+        with suppress(FileNotFoundError):
+            path.rmdir()
+    elif not overwrite and os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    os.replace(hidden, path)
+    _flush_to_disk(path.parent)
+
+
+def _flush_to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, have reached the disk."""
+    if not path.is_dir():
+        with path.open("r+b") as file:
+            os.fsync(file.fileno())
+        return
+    with suppress(OSError):  # Windows cannot open a folder, and some systems cannot flush one
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    """Remove a temporary file or folder, if it is there."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    # Renamed first: what still writes to it must not publish the rest of it.
+    with suppress(OSError):
+        path = path.rename(_hidden(path))
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _hidden(path: Path) -> Path:
+    """Name what is not whole yet, beside where it will be; another name every time."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def _require_file(path: str | Path) -> None:

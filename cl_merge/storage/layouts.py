@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -86,46 +87,46 @@ def side_files(folder: Path) -> list[Path]:
     return [file for file in sorted(folder.iterdir()) if _goes_along(file, folder)]
 
 
-def output_stem(name: str) -> str:
-    """Name the weights, without an ending, as another folder's file or index `name` is named."""
-    for ending in (INDEX, ".safetensors"):
-        if name.endswith(ending):
-            return name.removesuffix(ending)
-    return "open_clip_model" if name.startswith("open_clip") else "model"
+def output_files(like: str, sizes: Mapping[str, int], shard_bytes: float) -> dict[str, list[str]]:
+    """Distribute tensors over files, in order, which are named as another file of weights or index.
 
-
-def shard_entries(sizes: Mapping[str, int], most: float) -> list[list[str]]:
-    """Distribute tensors over files, in order; at least one file, empty if there are no tensors.
-
-    Args:
-        sizes: Bytes of each tensor.
-        most: The most bytes of a file, which only a tensor that is larger itself exceeds.
-
-    Returns:
-        The names of each file's tensors.
+    Only a tensor that is larger itself makes a file larger than `shard_bytes`. There is at least
+    one file, empty if there are no tensors.
     """
+    stem = _stem(like)
+    if stem.startswith("open_clip"):
+        shard_bytes = math.inf  # open_clip reads no index
     shards: list[list[str]] = [[]]
     total = 0
     for name, size in sizes.items():
-        if shards[-1] and total + size > most:
+        if shards[-1] and total + size > shard_bytes:
             shards.append([])
             total = 0
         shards[-1].append(name)
         total += size
-    return shards
+    if len(shards) == 1:
+        return {f"{stem}.safetensors": shards[0]}
+    # As the hub names them.
+    return {
+        f"{stem}-{number:05}-of-{len(shards):05}.safetensors": names
+        for number, names in enumerate(shards, 1)
+    }
 
 
-def shard_names(stem: str, number: int) -> list[str]:
-    """Name the files of a folder, as the hub does."""
-    if number == 1:
-        return [f"{stem}.safetensors"]
-    return [f"{stem}-{i + 1:05}-of-{number:05}.safetensors" for i in range(number)]
+def write_index(folder: Path, files: Mapping[str, Iterable[str]], total: int) -> None:
+    """Write the index of sharded files, from the tensors of each and the bytes of all."""
+    table = {name: file for file, names in files.items() for name in names}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))}
+    text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+    stem = next(iter(files)).rpartition("-00001-of-")[0]
+    (folder / (stem + INDEX)).write_bytes(text.encode())
 
 
-def index_text(files: Mapping[str, str], total: int) -> str:
-    """Make the index of sharded files, from the file of each tensor and the bytes of all."""
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
-    return json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+def _stem(like: str) -> str:
+    for ending in (INDEX, ".safetensors"):
+        if like.endswith(ending):
+            return like.removesuffix(ending)
+    return "open_clip_model" if like.startswith("open_clip") else "model"
 
 
 def _weight_map(path: Path) -> dict[str, str]:

@@ -132,20 +132,13 @@ def quantize(tensor: Tensor, store: str, *, piece: int | None = None) -> Quantiz
     if store == "bf16" or is_small(tensor.shape):
         return Quantized(store, tensor.shape, _to_bfloat16(flat), None)
     scheme = SCHEMES[store]
-    groups = -(-flat.numel() // scheme.group)
-    codes = flat.new_empty(groups * scheme.group_bytes, dtype=torch.uint8)
-    scales = flat.new_empty(groups, dtype=torch.bfloat16)
+    step = _piece(tensor.device, piece) // scheme.group * scheme.group
 
-    def encode_part(first: int) -> None:
-        last = min(first + step, groups)
-        values = flat[first * scheme.group : last * scheme.group].to(torch.float32)
-        missing = (last - first) * scheme.group - values.numel()
-        values = torch.nn.functional.pad(values, (0, missing)) if missing else values
-        codes_here, scales[first:last] = encode(values, scheme)
-        codes[first * scheme.group_bytes : last * scheme.group_bytes] = codes_here
+    def encode_part(first: int) -> tuple[Tensor, Tensor]:
+        return _encode(flat[first : first + step].to(torch.float32), scheme)
 
-    step = _piece(tensor.device, piece) // scheme.group
-    in_threads(encode_part, range(0, groups, step))
+    parts = in_threads(encode_part, range(0, flat.numel(), step))
+    codes, scales = (torch.cat(column) for column in zip(*parts, strict=True))
     return Quantized(store, tensor.shape, codes, scales)
 
 
@@ -236,18 +229,14 @@ def _piece(device: torch.device, piece: int | None = None) -> int:
     return piece or (_CPU_PIECE if device.type == "cpu" else _DEVICE_PIECE)
 
 
-def encode(values: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Write whole groups, float32 [groups * values of a group].
+def _encode(values: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Write float32 values [n] as packed codes and the scales of their groups.
 
     All operations are element by element, or a maximum: their results are the same on every device
     and for every cut.
-
-    Returns:
-        The packed codes, uint8 [groups * bytes of a group], and the scales, bfloat16 [groups].
-
-    Raises:
-        InputError: If a value is not finite.
     """
+    missing = -len(values) % scheme.group
+    values = torch.nn.functional.pad(values, (0, missing)) if missing else values
     values = values.view(-1, scheme.group)
     scales = _scales(values, scheme)
     multiples = values / _without_zeros(scales)[:, None]
@@ -256,7 +245,7 @@ def encode(values: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 
 
 def decode(codes: Tensor, scales: Tensor, scheme: Scheme, out: Tensor) -> None:
-    """Read what `encode` wrote into `out`, contiguous float32 [groups * values of a group]."""
+    """Read what `_encode` wrote into `out`, contiguous float32 [groups * values of a group]."""
     multiples = _multiples(codes, scheme).view(-1, scheme.group)
     torch.mul(multiples, scales.to(torch.float32)[:, None], out=out.view(-1, scheme.group))
 
@@ -353,5 +342,4 @@ def _without_zeros(divisor: Tensor) -> Tensor:
 
 
 def _not_finite() -> InputError:
-    """Make the error for values that no code can stand for."""
     return InputError("NaN or infinity, which cannot be quantised; store it as float32")

@@ -50,21 +50,12 @@ _LONGEST_HEADER = 100_000_000  # what readers of safetensors accept
 class Header:
     """The header of a file that is written piece by piece; the same content gives the same bytes.
 
-    Args:
-        entries: Dtype and shape of each tensor, by name, in any order.
-        metadata: Words to keep beside them; room is kept for as many bytes.
-
-    Attributes:
-        entries: In the order of the data: the widest dtypes first, so that all are aligned.
-        offsets: Of each tensor's first byte in the file.
-        size: Bytes of the file.
-
-    Raises:
-        InputError: If the format cannot hold an entry or the metadata, or they are too long for it.
+    Room is kept for metadata of as many bytes.
     """
 
     def __init__(self, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
         _check_entries(entries, metadata)
+        # The widest dtypes first, so that all data is aligned.
         self.entries = dict(
             sorted(entries.items(), key=lambda item: (-item[1][0].itemsize, item[0]))
         )
@@ -72,8 +63,11 @@ class Header:
         end = 0
         for name, (dtype, shape) in self.entries.items():
             begin, end = end, end + size_of((dtype, shape))
-            place = {"shape": list(shape), "data_offsets": [begin, end]}
-            self._table[name] = {"dtype": CODES[dtype], **place}
+            self._table[name] = {
+                "dtype": CODES[dtype],
+                "shape": list(shape),
+                "data_offsets": [begin, end],
+            }
         length = len(self._text(metadata))
         self._data = 8 + length + -length % 8
         if self._data > _LONGEST_HEADER:
@@ -82,9 +76,9 @@ class Header:
                 "to a folder, with a smaller shard_bytes"
             )
         self.offsets = {
-            n: self._data + place["data_offsets"][0] for n, place in self._table.items()
+            n: self._data + entry["data_offsets"][0] for n, entry in self._table.items()
         }
-        self.size = self._data + end
+        self.size = self._data + end  # bytes of the file
 
     def encode(self, metadata: Mapping[str, str]) -> bytes:
         """Make all that precedes the data; the metadata may be no longer than the first ones."""

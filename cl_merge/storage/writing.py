@@ -8,28 +8,16 @@ import os
 import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Self
 
 from torch import Tensor
 from typing_extensions import Buffer
 
 from cl_merge.errors import InputError
-from cl_merge.storage.files import (
-    hidden_name,
-    publish,
-    remove,
-    remove_leftovers_of,
-    storage_errors,
-)
-from cl_merge.storage.layouts import (
-    INDEX,
-    index_text,
-    output_stem,
-    shard_entries,
-    shard_names,
-    side_files,
-)
+from cl_merge.storage.files import appearing, remove_leftovers_of, storage_errors
+from cl_merge.storage.layouts import INDEX, output_files, side_files, write_index
 from cl_merge.storage.safetensors_format import Entry, Header, raw_bytes, size_of
 from cl_merge.storage.weights import Weights
 
@@ -81,42 +69,32 @@ def write_weights(
     metadata = {**metadata, "format": "pt"}
     headers = _headers(path, entries, metadata, like, shard_bytes)
     target = path if _is_file(path) else Path(os.path.realpath(path))
-    hidden = hidden_name(target)
-    files: list[_NewFile] = []
     with storage_errors(path):
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers_of(target)
-        _check_space(target.parent, sum(header.size for header in headers.values()))
-    try:
+        # Let a disk that is too full show before the work begins.
+        if shutil.disk_usage(target.parent).free < sum(header.size for header in headers.values()):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with appearing(target, overwrite) as hidden, ExitStack() as opened:
         with storage_errors(path):
             if not _is_file(path):
                 hidden.mkdir()
                 _write_side_files(hidden, headers, like)
-            for name, header in headers.items():
-                files.append(_NewFile(hidden if _is_file(path) else hidden / name, header))
+            files = [
+                opened.enter_context(_NewFile(hidden if _is_file(path) else hidden / name, header))
+                for name, header in headers.items()
+            ]
         writer = Writer(path, files, metadata)
         yield writer
         writer.check_complete()
         with storage_errors(path):
-            for file in files:
-                file.close()
-            publish(hidden, target, overwrite)
-    except BaseException:
-        for file in files:
-            file.close()
-        remove(hidden)
-        raise
+            opened.close()
 
 
 def check_output(
     path: str | Path, inputs: Iterable[str | Path] = (), overwrite: bool = False
 ) -> None:
-    """Make sure that `write_weights` can write to a path and harms none of the inputs.
-
-    Raises:
-        InputError: If something is there already, other than a file that may be replaced, or the
-            path is, or lies within, an input, a file or folder.
-    """
+    """Make sure that `write_weights` can write to a path and harms none of the inputs."""
     path = Path(path)
     for given in inputs:
         source = Path(given)
@@ -125,10 +103,23 @@ def check_output(
             raise InputError(
                 f"the output '{path}' is, or lies within, the input '{source}'; give another place"
             )
+    if not os.path.lexists(path):
+        return
     if _is_file(path):
-        _check_file(path, overwrite)
-    else:
-        _check_folder(path)
+        if path.is_dir():
+            raise InputError(f"the output '{path}' is a folder; give the name of a file")
+        if not overwrite:
+            raise InputError(f"the output '{path}' exists; give another name, or allow overwriting")
+        return
+    if not path.is_dir():
+        raise InputError(
+            f"the output '{path}' is a file; give a name that ends in .safetensors, or a folder"
+        )
+    if any(path.iterdir()):
+        raise InputError(f"the output folder '{path}' is not empty; give a new or an empty folder")
+    # The whole folder is put in its place in one step, which another disk cannot take.
+    if os.path.ismount(path):
+        raise InputError(f"the output '{path}' is where a disk is mounted; give a folder within it")
 
 
 class Writer:
@@ -222,7 +213,10 @@ class _NewFile:
             while rest:
                 rest = rest[self._file.write(rest) :]
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._file.close()
 
 
@@ -236,58 +230,27 @@ def _headers(
     """Plan the files, by name."""
     if _is_file(path):
         return {path.name: Header(entries, metadata)}
-    stem = output_stem(like.file_name if like is not None and like.folder is not None else "")
     sizes = {name: size_of(entry) for name, entry in entries.items()}
-    most = math.inf if stem.startswith("open_clip") else shard_bytes
-    groups = shard_entries(sizes, most)
+    name_like = like.file_name if like is not None and like.folder is not None else ""
     return {
-        name: Header({entry: entries[entry] for entry in group}, metadata)
-        for name, group in zip(shard_names(stem, len(groups)), groups, strict=True)
+        file: Header({name: entries[name] for name in names}, metadata)
+        for file, names in output_files(name_like, sizes, shard_bytes).items()
     }
-
-
-def _check_space(folder: Path, size: int) -> None:
-    """Let a disk that is too full show before the work begins."""
-    if shutil.disk_usage(folder).free < size:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _write_side_files(folder: Path, headers: Mapping[str, Header], like: Weights | None) -> None:
     """Write what lies beside the weights in a folder: the index, and copies of the base's files."""
     if len(headers) > 1:
-        files = {name: file for file, header in headers.items() for name in header.entries}
         total = sum(size_of(e) for header in headers.values() for e in header.entries.values())
-        stem = next(iter(headers)).removesuffix(f"-00001-of-{len(headers):05}.safetensors")
-        (folder / (stem + INDEX)).write_bytes(index_text(files, total).encode())
+        write_index(folder, {file: header.entries for file, header in headers.items()}, total)
     if like is not None and like.folder is not None:
-        for file in side_files(like.folder):
-            (folder / file.name).write_bytes(file.read_bytes())
+        for side in side_files(like.folder):
+            (folder / side.name).write_bytes(side.read_bytes())
 
 
 def _is_file(path: Path) -> bool:
     """Tell whether an output is one file, and not a folder, by its name."""
     return path.suffix.lower() == ".safetensors"
-
-
-def _check_file(path: Path, overwrite: bool) -> None:
-    if path.is_dir():
-        raise InputError(f"the output '{path}' is a folder; give the name of a file")
-    if os.path.lexists(path) and not overwrite:
-        raise InputError(f"the output '{path}' exists; give another name, or allow overwriting")
-
-
-def _check_folder(path: Path) -> None:
-    if not os.path.lexists(path):
-        return
-    if not path.is_dir():
-        raise InputError(
-            f"the output '{path}' is a file; give a name that ends in .safetensors, or a folder"
-        )
-    if any(path.iterdir()):
-        raise InputError(f"the output folder '{path}' is not empty; give a new or an empty folder")
-    # The whole folder is put in its place in one step, which another disk cannot take.
-    if os.path.ismount(path):
-        raise InputError(f"the output '{path}' is where a disk is mounted; give a folder within it")
 
 
 def _real(path: Path) -> Path:
