@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import lightning as L
@@ -148,18 +147,13 @@ class ClassStatistics(EvaluationCallback):
     def state_key(self) -> str:
         return self._generate_state_key(kind=self.kind, text=self._text)
 
-    def learn(
-        self,
-        trainer: L.Trainer,
-        module: L.LightningModule,
-        merged: AbstractContextManager[Any] | None = None,
-    ) -> None:
+    def learn(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Take up the images of a task that ended; a fit does this by itself.
 
         Args:
             trainer: A trainer in one of its hooks, with the task's images.
-            module: The module, on its device.
-            merged: Puts the merged weights into the module for a while; None if it holds them.
+            module: The module, on its device. Where the trainer has no `MergeCallback`, the
+                merged weights are those that it holds.
 
         Raises:
             InputError: If something is wrong with images, labels or features. The statistics are
@@ -169,8 +163,12 @@ class ClassStatistics(EvaluationCallback):
         base = {n: t.to(module.device) for n, t in (self.base | self.base_buffers).items()}
         own = getattr(getattr(trainer, "datamodule", None), "task_dataloader", None)
         images = self._images or own
+        merge = _merge_callback(trainer)
+        live = trained_parameters(module) | floating_buffers(module) if merge else {}
         # Not the generators of devices, for which each process would have to use all of them.
-        with isolate_rng(include_cuda=False), merged or nullcontext(), evaluating(module):
+        with isolate_rng(include_cuda=False), swapped(live, {}), evaluating(module):
+            if merge is not None:
+                merge.install(module)
             batches = images() if images is not None else None
             read = read_features(trainer, module, self._features, base, batches)
         length, text = read.merged.shape[1], text_logits(module, read.merged)
@@ -285,8 +283,7 @@ class ClassStatistics(EvaluationCallback):
     @override
     def end_task(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         check_same_parameters(self.base, trained_parameters(module), "ClassStatistics")
-        merge = _merge_callback(trainer)
-        self.learn(trainer, module, _merged(merge, module) if merge else None)
+        self.learn(trainer, module)
 
     @override
     def begin_evaluation(self, trainer: L.Trainer, module: Any) -> None:
@@ -382,11 +379,3 @@ def _merge_callback(trainer: L.Trainer) -> MergeCallback | None:
             f"{len(every)}; keep the one whose weights shall classify"
         )
     return every[0] if every else None
-
-
-@contextmanager
-def _merged(merge: MergeCallback, module: nn.Module) -> Iterator[None]:
-    """Hold the merged weights and the buffers that go with them in a module for a while."""
-    with swapped(trained_parameters(module), {}), swapped(floating_buffers(module), {}):
-        merge.install(module)
-        yield

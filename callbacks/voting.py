@@ -88,19 +88,19 @@ class Classifier:
         Returns:
             Log-probabilities, or logits of kind ``"aligned"``, float32 [B, K].
         """
+        of = {"merged": features, "base": features}  # without base weights the module holds them
+        if "base" in self._discriminants and self._base:
+            of["base"] = features_under(self._base, module, self.features, batch)
         # As in the text head: half precision would round too coarsely.
         with torch.autocast(features.device.type, enabled=False):
             if self._text is not None and self.fused_map is not None:
                 fused: Tensor = self._text(features.float() @ self._map.T, classes)
                 return fused
-        of = {"merged": features, "base": features}  # without base weights the module holds them
-        if "base" in self._discriminants and self._base:
-            of["base"] = features_under(self._base, module, self.features, batch)
-        scores = [self._scores(encoder, of[encoder], classes) for encoder in self._discriminants]
-        mean = torch.stack(scores).mean(dim=0)
-        if self._text is None:
-            return mean.log_softmax(dim=1)
-        return self._vote.combine(self._text(features, classes), mean)
+            scores = [self._scores(name, of[name], classes) for name in self._discriminants]
+            mean = torch.stack(scores).mean(dim=0)
+            if self._text is None:
+                return mean.log_softmax(dim=1)
+            return self._vote.combine(self._text(features, classes), mean)
 
     def of_images(
         self,
@@ -120,8 +120,7 @@ class Classifier:
         if classes is not None:
             rows = torch.as_tensor(classes, dtype=torch.long, device=weight.device)
             weight, bias = weight[rows], bias[rows]
-        with torch.autocast(features.device.type, enabled=False):
-            return F.linear(unit(features), weight, bias)
+        return F.linear(unit(features), weight, bias)
 
 
 def text_head(module: nn.Module) -> ZeroShotHead | None:

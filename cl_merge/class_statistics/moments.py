@@ -104,6 +104,13 @@ class FeatureMoments(TensorState):
         self.sums += other.sums
         self.products += other.products
 
+    def first(self, features: int) -> FeatureMoments:
+        """The moments of the first so many elements of the vectors."""
+        part = FeatureMoments(len(self.counts), features)
+        sums, products = self.sums[:, :features], self.products[:features, :features]
+        part.load_tensors({"counts": self.counts, "sums": sums, "products": products})
+        return part
+
     def reduce(self, total: Callable[[Tensor], Tensor]) -> None:
         """Sum over processes, by a function that sums an int64 tensor over all of them.
 

@@ -95,18 +95,19 @@ class StreamStatistics:
                 f"labels from {int(labels.min())} to {int(labels.max())}, but the statistics are "
                 f"of {self.classes} classes; expected 0 to {self.classes - 1}"
             )
-        task, both = (FeatureMoments(self.classes, n * self.features) for n in (1, 2))
-        task.update(base, labels)
-        if self.drift is not None:
+        if self.drift is None:
+            task = FeatureMoments(self.classes, self.features)
+            task.update(base, labels)
+        else:
             if merged is None:
                 raise InputError(f"encoders='{self.encoders}' need the merged model's features")
-            both.update(torch.cat([base, merged], dim=1), labels)
-        before = copy.deepcopy(self.base)
+            task = FeatureMoments(self.classes, 2 * self.features)
+            task.update(torch.cat([base, merged], dim=1), labels)
         task.reduce(total)
-        self.base.add(task)
+        before = copy.deepcopy(self.base)
+        self.base.add(task.first(self.features))
         if self.drift is not None:
-            both.reduce(total)
-            self.drift.update(before, both)
+            self.drift.update(before, task)
         self.vote = Vote(text=0.0)
         if text is not None:
             features = {"base": base} | ({} if merged is None else {"merged": merged})

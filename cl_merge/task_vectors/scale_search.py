@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -36,9 +37,7 @@ class FoundScale:
     evaluated: int
 
 
-def search_scale(
-    count: Count, *, known: Mapping[float, int] | None = None, groups: Iterable[str] = ()
-) -> FoundScale:
+def search_scale(count: Count, *, groups: Iterable[str] = ()) -> FoundScale:
     """Find the scale with the highest count; the same counts give the same scale.
 
     One factor for all: first 0.1, 0.3, 0.5 and so on to 1.5, higher while the highest is the best,
@@ -52,7 +51,6 @@ def search_scale(
 
     Args:
         count: Counts, called once for each scale.
-        known: Counts that are known already, by scale; 0 is the base.
         groups: Patterns on parameter names, each a group with a factor of its own; `block_groups`
             makes some.
 
@@ -64,20 +62,17 @@ def search_scale(
         >>> str(found.scales), found.correct, found.evaluated
         ('0.4', 99, 12)
     """
-    counts = _Counts(count)
-    for scale, correct in (known or {}).items():
-        counts.cache[Scales.read(scale, scale)] = correct
-    before = len(counts.cache)
-    best = _common(counts)
-    scales, correct = _plain(best), counts.of(_plain(best))
+    once = functools.cache(count)
+    best = _common(once)
+    scales, correct = _plain(best), once(_plain(best))
     factors = dict.fromkeys(groups, best)
     for group, at in factors.items():
         for move in _GROUP_MOVES:
             tried = _grouped(factors | {group: max(at + move, 0)}, best)
-            if counts.of(tried) > correct:
-                scales, correct = tried, counts.of(tried)
+            if once(tried) > correct:
+                scales, correct = tried, once(tried)
                 factors[group] = max(at + move, 0)
-    return FoundScale(scales, correct, len(counts.cache) - before)
+    return FoundScale(scales, correct, once.cache_info().currsize)
 
 
 def block_groups(names: Iterable[str]) -> list[str]:
@@ -100,21 +95,7 @@ def block_groups(names: Iterable[str]) -> list[str]:
 
 
 def read_groups(given: Any) -> str | tuple[str, ...]:
-    """Read the choice of groups as it was given.
-
-    Args:
-        given: None or nothing for no groups, ``"block"``, or a list of patterns.
-
-    Returns:
-        ``"block"``, or the patterns.
-
-    Raises:
-        InputError: If it is something else.
-
-    Example:
-        >>> read_groups(["*attn*", "*mlp*"])
-        ('*attn*', '*mlp*')
-    """
+    """Read the choice of groups: None or nothing, ``"block"``, or a list of patterns."""
     if given is None or given == "block":
         return given or ()
     if isinstance(given, str):
@@ -124,38 +105,25 @@ def read_groups(given: Any) -> str | tuple[str, ...]:
     raise InputError(f"groups={given!r}; expected 'block' or a list of patterns")
 
 
-class _Counts:
-    """Counts, each of them taken once."""
-
-    def __init__(self, count: Count) -> None:
-        self.cache: dict[Scales, int] = {}
-        self._count = count
-
-    def of(self, scales: Scales) -> int:
-        if scales not in self.cache:
-            self.cache[scales] = self._count(scales)
-        return self.cache[scales]
-
-
-def _common(counts: _Counts) -> int:
+def _common(count: Count) -> int:
     """The best single scale, in units."""
     tried = set(_COARSE)
-    best = _best(counts, tried)
+    best = _best(count, tried)
     while best == max(tried) and best < _HIGHEST:
         tried.add(best + _COARSE.step)
-        best = _best(counts, tried)
+        best = _best(count, tried)
     for step in _HALVINGS:
         # Steps matter relative to the scale; small ones only where it is small.
         if step >= _UNIT // 20 or 2 * step >= best:
             tried |= {max(best - step, 0), best + step}
-            best = _best(counts, tried)
+            best = _best(count, tried)
     return best
 
 
-def _best(counts: _Counts, tried: Iterable[int]) -> int:
+def _best(count: Count, tried: Iterable[int]) -> int:
     """The middle of the longest plateau at the highest count."""
     ordered = sorted(tried)
-    found = [counts.of(_plain(scale)) for scale in ordered]
+    found = [count(_plain(scale)) for scale in ordered]
     plateaus: list[list[int]] = [[]]
     for scale, correct in zip(ordered, found, strict=True):
         if correct == max(found):

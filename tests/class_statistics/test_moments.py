@@ -144,6 +144,11 @@ def test_moments_of_another_shape_are_not_added(shape):
         found.add(FeatureMoments(*shape))
 
 
+def test_moments_of_the_first_elements_are_those_of_shorter_vectors():
+    vectors, labels = draw(400)
+    assert_same_bits(moments_of(vectors, labels).first(3), moments_of(vectors[:, :3], labels))
+
+
 def test_moments_go_to_tensors_and_back_as_copies():
     vectors, labels = draw(20)
     made = moments_of(vectors, labels)

@@ -45,14 +45,6 @@ def test_of_two_equal_peaks_the_smaller_scale_is_taken():
     assert search_scale(count).scales.plain() == 0.3
 
 
-def test_what_is_known_is_not_evaluated():
-    count, asked = recorded(lambda scales: 1 - scales.of("w"))
-    found = search_scale(count, known={0.0: 10000})
-    assert found.scales.plain() == 0.0
-    assert 0.0 not in [scales.plain() for scales in asked]
-    assert found.evaluated == len(asked)
-
-
 def test_groups_move_away_from_the_common_scale_where_that_is_strictly_better():
     peaks = {"a.w": 0.5, "b.w": 0.7, "c.w": 0.5}
     count, asked = recorded(
