@@ -138,9 +138,7 @@ def _with_parents(name: str, children: tuple[str, ...]) -> tuple[dict[str, Any],
     if parent not in catalog() and not is_data_file(parent):
         raise unknown_name(f"data set in extends of {file or name}", parent, catalog())
     below, _ = _with_parents(parent, (*children, name))
-    merged: Any = OmegaConf.to_container(
-        OmegaConf.merge(OmegaConf.create(below), OmegaConf.create(given))
-    )
+    merged: Any = OmegaConf.to_container(OmegaConf.merge(below, given))
     return merged, file
 
 

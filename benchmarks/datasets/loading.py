@@ -1,9 +1,10 @@
-"""The images of a run and the words for its classes, of one data set or of several joined ones."""
+"""From the settings of a run to its images, the words for its classes, and epochs of its tasks."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +19,12 @@ from cl_merge.benchmarks.datasets.catalog import (
     is_on_hub,
     open_data,
 )
-from cl_merge.benchmarks.datasets.epochs import task_epochs
-from cl_merge.benchmarks.datasets.prompts import read_class_names, read_prompts
 from cl_merge.config.reading import read_config, settings_named
 from cl_merge.config.schema import RunConfig, StreamConfig
 from cl_merge.data.concat import NamedSplits, concat
 from cl_merge.data.sources import cached_commit, hub_commit
 from cl_merge.data.task_stream import TaskStream
-from cl_merge.errors import InputError
+from cl_merge.errors import InputError, nearest
 from cl_merge.models.classifier import CLIPClassifier
 from cl_merge.models.pretrained import Clip, load_clip
 from cl_merge.models.zero_shot import ZeroShotHead, zero_shot_head
@@ -34,6 +33,8 @@ if TYPE_CHECKING:
     import datasets
 
 log = logging.getLogger(__name__)
+
+_PACKAGE = "open_clip:"  # begins the name of a list of prompts that open_clip comes with
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,85 @@ def check_facts(config: RunConfig, stream: TaskStream) -> None:
         )
 
 
+def task_epochs(config: RunConfig, tasks: int) -> list[Any]:
+    """How many epochs each task of a stream trains for: ``max_epochs`` of its trainer.
+
+    Example:
+        >>> task_epochs(RunConfig(epochs=[3, 1]), 2)
+        [3, 1]
+    """
+    found = config.epochs
+    if found is None:
+        return [config.trainer.get("max_epochs")] * tasks
+    listed = isinstance(found, Sequence) and not isinstance(found, str)
+    if not listed or any(type(epochs) is not int or epochs < 1 for epochs in found):
+        raise InputError(f"epochs={found}; expected a list of whole numbers from 1, one per task")
+    if len(found) != tasks:
+        raise InputError(
+            f"epochs has {len(found)} numbers, but the stream has {tasks} tasks; expected one for "
+            "each task, or epochs=null to train each for trainer.max_epochs"
+        )
+    return list(found)
+
+
+def read_prompts(value: Any) -> list[str]:
+    """Read the setting ``prompts``: a list, or the name of one that open_clip comes with.
+
+    Example:
+        >>> read_prompts("open_clip:SIMPLE_IMAGENET_TEMPLATES")[1]
+        'a bad photo of the {}.'
+    """
+    if isinstance(value, str) and value.startswith(_PACKAGE):
+        return [template("{}") for template in _open_clip_templates(value)]
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Sequence) and value:
+        return [str(prompt) for prompt in value]
+    raise InputError(
+        f"prompts={value}; expected a list of prompts with {{}} for the class name, or "
+        f"{_PACKAGE}OPENAI_IMAGENET_TEMPLATES"
+    )
+
+
+def read_class_names(value: Any, names: Sequence[str]) -> list[str]:
+    """Read the setting ``class_names``, over the data set's own names.
+
+    It is None; a list with one name for each class; or regular expressions, each with what replaces
+    its matches, which are applied to the data set's names one after another.
+
+    Example:
+        >>> read_class_names({"^[0-9]+[.]": "", "_": " "}, ["001.Crested_Auklet"])
+        ['Crested Auklet']
+    """
+    if value is None:
+        return list(names)
+    if isinstance(value, Mapping):
+        found = list(names)
+        for pattern, replacement in value.items():
+            if isinstance(replacement, (Mapping, list)) or replacement is None:
+                raise InputError(
+                    f"class_names: '{pattern}' is replaced by {replacement}; expected text, '' for "
+                    "nothing"
+                )
+            try:
+                found = [re.sub(str(pattern), str(replacement), name) for name in found]
+            except re.error as error:
+                raise InputError(
+                    f"class_names: '{pattern}' is no regular expression, or '{replacement}' does "
+                    f"not go with it ({error})"
+                ) from error
+        return found
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise InputError(
+            f"class_names={value}; expected a list of names, or patterns with their replacements"
+        )
+    if len(value) != len(names):
+        raise InputError(
+            f"class_names has {len(value)} names, but the data set has {len(names)} classes"
+        )
+    return [str(name) for name in value]
+
+
 _SPLITTING = ("train_split", "test_split", "test_fraction")
 _WORDS = {"train": "training images", "test": "test images", "classes": "classes"}
 
@@ -210,3 +290,15 @@ def _advice(entry: DataEntry, joined: bool) -> str:
         f"{alone}set CL_MERGE_DATA to the folder that holds {entry.name}/, for data set "
         f"'{entry.name}'"
     )
+
+
+def _open_clip_templates(value: str) -> Sequence[Any]:
+    from open_clip import zero_shot_metadata
+
+    name = value.removeprefix(_PACKAGE)
+    known = [known for known in vars(zero_shot_metadata) if known.endswith("_TEMPLATES")]
+    if name not in known:
+        near = nearest(value, [_PACKAGE + k for k in known])
+        raise InputError(f"prompts={value}: open_clip has no such list{near}")
+    found: Sequence[Any] = getattr(zero_shot_metadata, name)
+    return found

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 
 from cl_merge.benchmarks.datasets.catalog import find_data
-from cl_merge.benchmarks.datasets.prompts import read_class_names, read_prompts
+from cl_merge.benchmarks.datasets.loading import read_class_names, read_prompts
 from cl_merge.benchmarks.runs.trained_run import FinishedRun, Restored
 from cl_merge.config.reading import read_config
 from cl_merge.errors import InputError

@@ -13,8 +13,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
 
-from cl_merge.benchmarks.datasets.epochs import task_epochs
-from cl_merge.benchmarks.datasets.loading import load_parts
+from cl_merge.benchmarks.datasets.loading import load_parts, task_epochs
 from cl_merge.benchmarks.formatting import data_label
 from cl_merge.benchmarks.methods.method import (
     TRAININGS,

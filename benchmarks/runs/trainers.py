@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from cl_merge.benchmarks.datasets.epochs import task_epochs
+from cl_merge.benchmarks.datasets.loading import task_epochs
 from cl_merge.benchmarks.methods.method import Training
 from cl_merge.benchmarks.runs.run import Run
 from cl_merge.benchmarks.runs.run_log import RunLog

@@ -25,7 +25,7 @@ from cl_merge.storage.files import save_tensors
 from cl_merge.task_vectors.module_weights import floating_buffers, install, trained_parameters
 from cl_merge.task_vectors.selection import Selection
 from cl_merge.task_vectors.task_vector import TaskVector
-from cl_merge.training.cost import measured
+from cl_merge.training.cost import Cost, Meter
 from cl_merge.training.fit import TaskEnd, fit_stream
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,8 @@ def run_stream(run: Run, progress: RunProgress, tell: Tell | None = None) -> Non
     Raises:
         InputError: If something that the run logs to is unknown, not installed or cannot be opened.
     """
-    with open_log(run) as log, measured() as run.cost:
+    meter = Meter(Cost(seconds=run.folder.seconds_before))
+    with open_log(run) as log:
         zero_shot = METHODS["zero-shot"]
         Evaluation(run, [zero_shot], progress, log).evaluate(zero_shot, 0)
         rows = run.matrices["zero-shot"].rows
@@ -53,7 +54,7 @@ def run_stream(run: Run, progress: RunProgress, tell: Tell | None = None) -> Non
         rows |= {task.index: rows[0].clone() for task in run.stream.tasks}
         for name, methods in run.trainings.items():
             _train(run, TRAININGS[name], methods, progress, log, tell)
-    run.cost.seconds += run.folder.seconds_before
+        run.cost = meter.read()
 
 
 def _train(

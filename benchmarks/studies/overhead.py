@@ -31,8 +31,7 @@ from rich.console import Console
 from torch import Tensor
 
 from cl_merge.benchmarks.datasets.catalog import find_data
-from cl_merge.benchmarks.datasets.epochs import task_epochs
-from cl_merge.benchmarks.datasets.loading import load_data
+from cl_merge.benchmarks.datasets.loading import load_data, task_epochs
 from cl_merge.benchmarks.methods.method import TRAININGS
 from cl_merge.benchmarks.runs.progress import RunProgress
 from cl_merge.benchmarks.runs.run import Run, start_run

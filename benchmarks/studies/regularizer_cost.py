@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from cl_merge.benchmarks.studies import harness
 from cl_merge.callbacks import EWC, LwF, MergeCallback
-from cl_merge.training.cost import measured
+from cl_merge.training.cost import Meter
 
 KINDS = ("plain", "lwf", "ewc-published", "ewc-empirical", "lwf+ewc", "magmax", "lwf+magmax")
 STEPS = 12
@@ -88,8 +88,9 @@ def measure(kind: str, arguments: argparse.Namespace) -> dict[str, float]:
             limit_train_batches=2 if task == 0 else 1.0,
             **harness.QUIET,
         )
-        with measured() as cost:
-            trainer.fit(module, data)
+        meter = Meter()
+        trainer.fit(module, data)
+        cost = meter.read()
     found = {
         "step_ms": 1000 * statistics.median(clock.steps[1:]),
         "memory_mib": cost.peak_memory / 2**20,

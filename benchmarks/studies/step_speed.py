@@ -24,7 +24,7 @@ from typing_extensions import override
 from cl_merge.benchmarks.studies import harness
 from cl_merge.callbacks import MergeCallback
 from cl_merge.models.classifier import CLIPClassifier
-from cl_merge.training.cost import measured
+from cl_merge.training.cost import Meter
 
 WAYS = ("framework", "bare")
 MODES = ("32-true", "bf16-mixed", "bf16-mixed+compile")
@@ -104,8 +104,9 @@ def measure(
     if compiled:
         module.visual.compile()
     train = _with_framework if way == "framework" else _bare
-    with measured() as cost:
-        watch, loss = train(module, batch, precision, warmup, warmup + steps)
+    meter = Meter()
+    watch, loss = train(module, batch, precision, warmup, warmup + steps)
+    cost = meter.read()
     memory = cost.peak_device_memory if device.type == "cuda" else cost.peak_memory
     return {
         "images_per_second": steps * batch_size / watch.wall,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from cl_merge.benchmarks.datasets.epochs import task_epochs
+from cl_merge.benchmarks.datasets.loading import task_epochs
 from cl_merge.benchmarks.runs.evaluator import RunEvaluator
 from cl_merge.benchmarks.runs.results import finished_results
 from cl_merge.benchmarks.studies import harness
@@ -32,8 +32,7 @@ from cl_merge.data.task_stream import TaskStream
 from cl_merge.data.tasks import Task
 from cl_merge.errors import InputError
 from cl_merge.mergers import get_merger, merge
-from cl_merge.models.classifier import CLIPClassifier
-from cl_merge.models.layers import layer_depths
+from cl_merge.models.classifier import CLIPClassifier, layer_depths
 from cl_merge.task_vectors.task_vector import TaskVector
 from cl_merge.training.fit import fit_stream
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from cl_merge.config.schema import (
     EVALUATE,
@@ -54,7 +54,6 @@ def read_config(
     layers.append(("the command line", parse_arguments(arguments)))
     config = OmegaConf.structured(RunConfig)
     for source, layer in layers:
-        _check_keys(layer, source)
         config = _merged(config, layer, source)
     found: Any = OmegaConf.to_object(_resolved(config))
     _check_sizes(asdict(found))
@@ -151,20 +150,6 @@ def to_yaml(config: RunConfig) -> str:
     return str(OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
-def _check_keys(layer: DictConfig, origin: str) -> None:
-    known = described_keys()
-    # Not resolved: what a value refers to may be in another layer.
-    tree: Any = OmegaConf.to_container(layer, resolve=False)
-    for key, inner in tree.items():
-        # What is within a setting that is itself a mapping is not known here: the arguments of
-        # Lightning's Trainer, for one, are checked against the Trainer itself.
-        group = any(name.startswith(f"{key}.") for name in known)
-        nested = isinstance(inner, dict) and group
-        for name in [f"{key}.{k}" for k in inner] if nested else [key]:
-            if name not in known:
-                raise InputError(f"{origin}: unknown key '{name}'{nearest(name, known)}")
-
-
 def _merged(config: DictConfig, layer: DictConfig, origin: str) -> DictConfig:
     """Put a layer over a configuration, key by key, so that an error can name the key."""
     for key in map(str, layer):
@@ -175,6 +160,10 @@ def _merged(config: DictConfig, layer: DictConfig, origin: str) -> DictConfig:
                 f"{origin}: a list stands where keys and values are expected, or the other way "
                 f"round ({key})"
             ) from error
+        except ConfigKeyError as error:
+            unknown = str(error.full_key)
+            near = nearest(unknown, described_keys())
+            raise InputError(f"{origin}: unknown key '{unknown}'{near}") from error
         except OmegaConfBaseException as error:
             where = f"{error.full_key}: " if error.full_key else ""
             raise InputError(f"{origin}: {where}{_first_line(error)}") from error

@@ -12,7 +12,7 @@ import numpy as np
 
 from cl_merge.data.images import ImageTable
 from cl_merge.data.sources import without_bars
-from cl_merge.data.tables import labels_of, two_splits
+from cl_merge.data.tables import indices_of, two_splits
 from cl_merge.data.tasks import Indices
 from cl_merge.errors import InputError, listing
 
@@ -82,10 +82,7 @@ def concat(data: Sequence[NamedSplits]) -> tuple[dict[str, datasets.Dataset], li
         # Columns first, then the division: to add one to a part would copy its images.
         labelled = {}
         for split, found in labels[index].items():
-            columns = {
-                "label": found + first_label[index],
-                "source": np.full(len(found), index),
-            }
+            columns = {"label": found + first_label[index], "source": np.full(len(found), index)}
             labelled[split] = _beside_images(
                 own.splits[split], own.image, datasets.Dataset.from_dict(columns, features)
             )
@@ -102,12 +99,11 @@ def _labels(data: NamedSplits) -> tuple[dict[str, Indices], list[str]]:
     test_split = data.train_split if data.test_fraction else data.test_split
     try:
         data.divided(data.splits)  # for its errors
-        train, test, names = labels_of(
-            *(
-                ImageTable(data.splits[split], data.image, data.label, where=split)
-                for split in (data.train_split, test_split)
-            )
-        )
+        tables = [
+            ImageTable(data.splits[split], data.image, data.label, where=split)
+            for split in (data.train_split, test_split)
+        ]
+        train, test, names = indices_of(*tables, "label")
     except InputError as error:
         raise InputError(f"data set '{data.name}': {error}") from error
     return {test_split: test, data.train_split: train}, names

@@ -74,11 +74,6 @@ class ImageTable:
     def __len__(self) -> int:
         return len(self._rows)
 
-    @property
-    def has_domains(self) -> bool:
-        """Whether a column of domains was named."""
-        return self._columns["domain"] is not None
-
     def values(self, kind: str) -> list[str] | Indices:
         """Read ``"label"`` or ``"domain"`` of all rows: strings, or int64 [N]. Decodes no image."""
         name = self._columns[kind]

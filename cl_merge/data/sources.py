@@ -105,8 +105,6 @@ def _read_local(path: Path) -> Mapping[str, datasets.Dataset]:
         if parquet:
             return _load("parquet", data_files=parquet)
         return _load("imagefolder", data_dir=str(path))
-    except InputError:
-        raise
     # The libraries below `datasets` raise their own errors for damaged files, with no common base.
     except Exception as error:
         reason = str(error.__cause__ or error).splitlines()[0]
@@ -141,7 +139,5 @@ def _load(*args: Any, **kwargs: Any) -> Mapping[str, datasets.Dataset]:
     import datasets
 
     with without_bars():
-        found = datasets.load_dataset(*args, **kwargs)
-    if not isinstance(found, Mapping):
-        raise InputError(f"{args[0]}: expected splits, found a {type(found).__name__}")
+        found: Mapping[str, datasets.Dataset] = datasets.load_dataset(*args, **kwargs)
     return found

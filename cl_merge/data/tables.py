@@ -49,27 +49,19 @@ def two_splits(
     return splits[train], splits[test]
 
 
-def labels_of(train: ImageTable, test: ImageTable) -> tuple[Indices, Indices, list[str]]:
-    """Read the labels of both splits, int64 [N] and [M], and the names that go with them.
+def indices_of(
+    train: ImageTable, test: ImageTable, kind: str
+) -> tuple[Indices, Indices, list[str]]:
+    """Read ``"label"`` or ``"domain"`` of both splits, int64 [N] and [M], and the names of each.
 
     The names are those of a `ClassLabel`; of strings, the sorted strings; of numbers, the numbers.
     """
-    names = train.names("label")
+    names = train.names(kind)
     if names is None:
-        found = train.values("label")
+        found = train.values(kind)
         numbers = isinstance(found, np.ndarray)
         names = list(map(str, range(int(max(found)) + 1))) if numbers else sorted(set(found))
-    return _indices(train, "label", names), _indices(test, "label", names), names
-
-
-def domains_of(
-    train: ImageTable, test: ImageTable, scenario: str
-) -> tuple[Indices, Indices, list[str]]:
-    """Read the domains of both splits, int64 [N] and [M], and the names that go with them."""
-    if not train.has_domains:
-        raise InputError(f"scenario={scenario} needs the column of the domains: domain=...")
-    names = train.names("domain") or sorted({str(value) for value in train.values("domain")})
-    return _indices(train, "domain", names), _indices(test, "domain", names), names
+    return _indices(train, kind, names), _indices(test, kind, names), names
 
 
 def with_domains(rows: datasets.Dataset, image: str, pattern: str) -> datasets.Dataset:
@@ -93,18 +85,17 @@ def with_domains(rows: datasets.Dataset, image: str, pattern: str) -> datasets.D
     if image not in rows.column_names:
         raise unknown_name("column of images", image, rows.column_names)
     files = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-    domains: list[str] = []
-    for batch in files.with_format("arrow").iter(1000):
-        for path in batch[image].combine_chunks().field("path").to_pylist():
-            found = expression.match(re.split(r"[/\\]", path or "")[-1])
-            if found is None:
-                raise InputError(
-                    f"row {len(domains)}, column '{image}', has "
-                    f"{f'the file name {path}' if path else 'no file name'}, which says no domain: "
-                    f"domain_pattern={pattern} does not match; use a copy that keeps the "
-                    "names of its files, or name a column of domains with domain=..."
-                )
-            domains.append(found[1])
+    domains = []
+    for row, path in enumerate(files.flatten()[f"{image}.path"]):
+        found = expression.match(re.split(r"[/\\]", path or "")[-1])
+        if found is None:
+            file = f"the file name {path}" if path else "no file name"
+            raise InputError(
+                f"row {row}, column '{image}', has {file}, which says no domain: "
+                f"domain_pattern={pattern} does not match; use a copy that keeps the names of its "
+                "files, or name a column of domains with domain=..."
+            )
+        domains.append(found[1])
     with without_bars():
         return rows.add_column("domain", domains)
 

@@ -24,7 +24,7 @@ from cl_merge.data.images import (
 )
 from cl_merge.data.sampling import ShareSampler, StreamLoader, StreamSampler
 from cl_merge.data.sources import read_images
-from cl_merge.data.tables import domains_of, labels_of, two_splits, with_domains
+from cl_merge.data.tables import indices_of, two_splits, with_domains
 from cl_merge.data.tasks import (
     SCENARIOS,
     Indices,
@@ -152,11 +152,15 @@ class TaskStream(L.LightningDataModule):
             used = {train_split, test_split} & set(splits)
             read = {name: with_domains(splits[name], image, domain_pattern) for name in used}
             splits, domain = dict(splits) | read, "domain"
+        if domain is None and scenario in ("domain", "source"):
+            raise InputError(f"scenario={scenario} needs the column of the domains: domain=...")
         chosen = seed if split_seed is None else split_seed
         train, test = two_splits(splits, train_split, test_split, test_fraction, chosen)
         self._train = ImageTable(train, image, label, domain, where=train_split)
         self._test = ImageTable(test, image, label, domain, where=test_split)
-        self._train_labels, self._test_labels, self.class_names = labels_of(self._train, self._test)
+        self._train_labels, self._test_labels, self.class_names = indices_of(
+            self._train, self._test, "label"
+        )
         self._transforms = {"train": train_transform, "test": test_transform}
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -307,7 +311,7 @@ class TaskStream(L.LightningDataModule):
         if scenario == "data":
             sizes = len(self._train), len(self._test)
             return split_by_data(*sizes, names, tasks=tasks or 5, seed=self._seed)
-        train, test, domain_names = domains_of(self._train, self._test, scenario)
+        train, test, domain_names = indices_of(self._train, self._test, "domain")
         if tasks not in (None, len(domain_names)):
             raise InputError(
                 f"tasks={tasks}, but the data set has {len(domain_names)} {scenario}s "

@@ -146,17 +146,13 @@ def split_by_class(
             "every task needs a class of its own"
         )
     ordered = resolve_order(order, class_names, "class")
-    return [
-        _task(
-            index,
-            listing([class_names[c] for c in ordered[part]]),
-            ordered[part],
-            class_names,
-            np.flatnonzero(np.isin(train_labels, ordered[part])),
-            np.flatnonzero(np.isin(test_labels, ordered[part])),
-        )
-        for index, part in enumerate(parts(len(ordered), tasks))
-    ]
+    classes = [ordered[part] for part in parts(len(ordered), tasks)]
+    names = [listing([class_names[c] for c in own]) for own in classes]
+    task_of_class = np.zeros(len(class_names), dtype=np.int64)
+    for index, own in enumerate(classes):
+        task_of_class[own] = index
+    rows = task_of_class[train_labels], task_of_class[test_labels]
+    return _tasks(names, classes, class_names, *rows)
 
 
 def split_by_domain(
@@ -182,18 +178,11 @@ def split_by_domain(
     Raises:
         InputError: If a domain has no training or no test image.
     """
-    everything = list(range(len(class_names)))
-    return [
-        _task(
-            index,
-            domain_names[domain],
-            everything,
-            class_names,
-            np.flatnonzero(train_domains == domain),
-            np.flatnonzero(test_domains == domain),
-        )
-        for index, domain in enumerate(resolve_order(order, domain_names, "domain"))
-    ]
+    ordered = resolve_order(order, domain_names, "domain")
+    names = [domain_names[domain] for domain in ordered]
+    classes = [range(len(class_names))] * len(ordered)
+    position = np.argsort(ordered)  # of each domain in the order
+    return _tasks(names, classes, class_names, position[train_domains], position[test_domains])
 
 
 def split_by_source(
@@ -230,16 +219,11 @@ def split_by_source(
             f"these classes are in several data sets: {listing(shared)}; scenario=source "
             "needs classes of its own for each, scenario=domain has all classes in all"
         )
-    return [
-        _task(
-            index,
-            source_names[source],
-            classes[source],
-            class_names,
-            *(np.flatnonzero(found == source) for found in sources),
-        )
-        for index, source in enumerate(resolve_order(order, source_names, "source"))
-    ]
+    ordered = resolve_order(order, source_names, "source")
+    names = [source_names[source] for source in ordered]
+    position = np.argsort(ordered)  # of each data set in the order
+    rows = (position[found] for found in sources)
+    return _tasks(names, [classes[source] for source in ordered], class_names, *rows)
 
 
 def split_by_data(
@@ -263,20 +247,14 @@ def split_by_data(
         InputError: If there are more tasks than training images.
     """
     random = np.random.default_rng(seed)
-    train, test = random.permutation(train_size), random.permutation(test_size)
-    pairs = zip(parts(train_size, tasks), parts(test_size, tasks), strict=True)
-    everything = list(range(len(class_names)))
-    return [
-        _task(
-            index,
-            f"part {index + 1}",
-            everything,
-            class_names,
-            np.sort(train[train_part]),
-            np.sort(test[test_part]),
-        )
-        for index, (train_part, test_part) in enumerate(pairs)
-    ]
+    dealt = []
+    for size in (train_size, test_size):
+        shuffled, found = random.permutation(size), np.zeros(size, dtype=np.int64)
+        for index, part in enumerate(parts(size, tasks)):
+            found[shuffled[part]] = index
+        dealt.append(found)
+    names = [f"part {index + 1}" for index in range(tasks)]
+    return _tasks(names, [range(len(class_names))] * tasks, class_names, *dealt)
 
 
 def joint_task(tasks: Sequence[Task], class_names: Sequence[str]) -> Task:
@@ -316,10 +294,8 @@ def held_out_tasks(tasks: Sequence[Task], labels: Indices, share: float, seed: i
 def limit_per_class(labels: Indices, limit: int, seed: int) -> Indices:
     """Choose at most `limit` images of each class at random: their rows, ascending."""
     shuffled = np.random.default_rng(seed).permutation(len(labels))
-    grouped = shuffled[np.argsort(labels[shuffled], kind="stable")]
-    _, counts = np.unique(labels, return_counts=True)
-    rank_in_class = np.concatenate([np.arange(count) for count in counts] or [np.arange(0)])
-    return np.sort(grouped[rank_in_class < limit])
+    chosen = [shuffled[labels[shuffled] == label][:limit] for label in np.unique(labels)]
+    return np.sort(np.concatenate(chosen))
 
 
 def hold_out(labels: Indices, share: float, seed: int) -> NDArray[np.bool_]:
@@ -347,16 +323,25 @@ def hold_out(labels: Indices, share: float, seed: int) -> NDArray[np.bool_]:
     return chosen
 
 
-def _task(
-    index: int,
-    name: str,
-    classes: Sequence[int],
+def _tasks(
+    names: Sequence[str],
+    classes: Sequence[Sequence[int]],
     class_names: Sequence[str],
-    train: NDArray[Any],
-    test: NDArray[Any],
-) -> Task:
-    names = tuple(class_names[c] for c in classes)
-    return Task(index, name, tuple(classes), names, train.astype(np.int64), test.astype(np.int64))
+    train: Indices,
+    test: Indices,
+) -> list[Task]:
+    """Make tasks of their names, classes, and which of them each training and test image is for."""
+    return [
+        Task(
+            index,
+            name,
+            tuple(own),
+            tuple(class_names[c] for c in own),
+            np.flatnonzero(train == index),
+            np.flatnonzero(test == index),
+        )
+        for index, (name, own) in enumerate(zip(names, classes, strict=True))
+    ]
 
 
 def _index_of(item: int | str, names: Sequence[str], what: str) -> int:

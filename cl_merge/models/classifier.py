@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import lightning as L
@@ -19,7 +20,6 @@ from cl_merge.data.tables import check_range
 from cl_merge.data.task_stream import TaskStream
 from cl_merge.data.tasks import Task
 from cl_merge.errors import InputError, unknown_name
-from cl_merge.models.layers import layer_depths
 from cl_merge.models.pretrained import Clip
 from cl_merge.models.zero_shot import ZeroShotHead, zero_shot_head
 from cl_merge.training.metrics import AccuracyMatrix
@@ -27,6 +27,11 @@ from cl_merge.training.metrics import AccuracyMatrix
 log = logging.getLogger(__name__)
 
 SCHEDULES = ("cosine", "constant")
+
+# "blocks.3.1." of "trunk.blocks.3.1.conv.weight": numbers that follow each other name one block.
+_BLOCK = re.compile(r"(?:.*?\.)?\d+(?:\.\d+)*\.")
+# open_clip's transformers register their output projection before everything else.
+_LAST = re.compile(r"(?:.*\.)?(?:proj|head\..*)")
 
 Classify = Callable[
     [L.LightningModule, Tensor, Tensor, Tensor | Sequence[int] | None],
@@ -333,3 +338,30 @@ class CLIPClassifier(L.LightningModule):
     def _stream(self) -> TaskStream | None:
         data = getattr(self.trainer, "datamodule", None)
         return data if isinstance(data, TaskStream) else None
+
+
+def layer_depths(names: Iterable[str]) -> dict[str, int]:
+    """Number the layers of an encoder, from its input to its output.
+
+    Each numbered block is a layer. What comes before the first one, such as a stem and embeddings,
+    is layer 0; what comes after, such as a last norm and the projection, is the last layer.
+
+    Args:
+        names: Names of parameters, in the order of the module.
+
+    Returns:
+        The layer of each parameter, by name.
+
+    Example:
+        >>> layer_depths(["proj", "conv.weight", "blocks.0.w", "blocks.1.w", "norm.weight"])
+        {'proj': 3, 'conv.weight': 0, 'blocks.0.w': 1, 'blocks.1.w': 2, 'norm.weight': 3}
+    """
+    blocks: dict[str, int] = {}
+    found: dict[str, int | None] = {}
+    for name in names:
+        block = _BLOCK.match(name)
+        if block:
+            found[name] = blocks.setdefault(block[0], len(blocks) + 1)
+        else:
+            found[name] = None if blocks or _LAST.fullmatch(name) else 0
+    return {name: len(blocks) + 1 if depth is None else depth for name, depth in found.items()}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +28,14 @@ class Cost:
 
 
 class Meter:
-    """Measure from now on; `before` is what the same work took before it was interrupted."""
+    """Measure from now on; `before` is what the same work took before it was interrupted.
+
+    Example:
+        >>> meter = Meter()
+        >>> total = sum(range(1000))
+        >>> meter.read().seconds > 0
+        True
+    """
 
     def __init__(self, before: Cost | None = None) -> None:
         self._before = before or Cost()
@@ -45,25 +50,6 @@ class Meter:
             max(self._before.peak_memory, _peak()),
             max(self._before.peak_device_memory, on_device),
         )
-
-
-@contextmanager
-def measured() -> Iterator[Cost]:
-    """Measure a block; what it yields is filled in when the block ends.
-
-    Example:
-        >>> with measured() as cost:
-        ...     total = sum(range(1000))
-        >>> cost.seconds > 0 and cost.peak_memory > 0
-        True
-    """
-    cost, meter = Cost(), Meter()
-    try:
-        yield cost
-    finally:
-        found = meter.read()
-        cost.seconds, cost.peak_memory = found.seconds, found.peak_memory
-        cost.peak_device_memory = found.peak_device_memory
 
 
 def _reset_peak() -> None:

@@ -7,7 +7,7 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 
 import cl_merge.models.towers  # noqa: F401 - registers the tower of the embedded model
-from cl_merge.models.layers import layer_depths
+from cl_merge.models.classifier import layer_depths
 
 
 def vit():

@@ -12,7 +12,7 @@ from cl_merge.benchmarks.datasets.catalog import (
     is_on_hub,
     open_data,
 )
-from cl_merge.benchmarks.datasets.prompts import read_prompts
+from cl_merge.benchmarks.datasets.loading import read_prompts
 from cl_merge.benchmarks.methods.method import (
     METHODS,
     Method,

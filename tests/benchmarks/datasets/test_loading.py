@@ -1,4 +1,4 @@
-"""What a run reads before it starts: images, words for the classes, and the commit."""
+"""What a run reads before it starts: images and their commit, words for the classes, epochs."""
 
 import json
 import logging
@@ -9,17 +9,23 @@ from types import SimpleNamespace
 import datasets
 import huggingface_hub
 import numpy as np
+import open_clip
 import pytest
 import torch
 from PIL import Image
 
 from cl_merge import cli, load_clip
 from cl_merge.benchmarks.datasets.catalog import find_data
-from cl_merge.benchmarks.datasets.loading import load_data
-from cl_merge.benchmarks.datasets.prompts import read_class_names
+from cl_merge.benchmarks.datasets.loading import (
+    load_data,
+    read_class_names,
+    read_prompts,
+    task_epochs,
+)
 from cl_merge.benchmarks.runs.run import count_batches, start_run
 from cl_merge.benchmarks.runs.settings import read_settings
 from cl_merge.config.reading import read_yaml
+from cl_merge.config.schema import RunConfig
 from cl_merge.data.task_stream import TaskStream
 from cl_merge.errors import InputError
 from cl_merge.models.zero_shot import zero_shot_head
@@ -294,3 +300,70 @@ def test_the_recipes_of_the_paper_split_a_copy_as_the_hub_has_it(
         classes = [label for task in stream.tasks for label in task.classes]
         ordered = [stream.class_names[label] for label in classes]
         assert config.stream.order in (classes, ordered)
+
+
+def test_every_task_has_its_own_epochs_or_all_have_those_of_the_trainer():
+    assert task_epochs(RunConfig(epochs=[3, 1]), 2) == [3, 1]
+    assert task_epochs(RunConfig(trainer={"max_epochs": 4}), 3) == [4, 4, 4]
+    assert task_epochs(RunConfig(trainer={}), 1) == [None]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "message"),
+    [
+        ([1, 2], "epochs has 2 numbers, but the stream has 3 tasks; expected one for each task"),
+        ([1, 0, 1], "epochs=[1, 0, 1]; expected a list of whole numbers from 1, one per task"),
+        ([1, 1.5, 1], "epochs=[1, 1.5, 1]; expected a list of whole numbers from 1"),
+        ([1, True, 1], "epochs=[1, True, 1]; expected a list of whole numbers from 1"),
+        (3, "epochs=3; expected a list of whole numbers from 1, one per task"),
+    ],
+)
+def test_wrong_epochs_are_named(epochs, message):
+    with pytest.raises(InputError, match=f"^{re.escape(message)}"):
+        task_epochs(RunConfig(epochs=epochs), 3)
+
+
+def test_prompts_of_open_clip_are_read_from_the_package():
+    found = read_prompts("open_clip:OPENAI_IMAGENET_TEMPLATES")
+    templates = open_clip.OPENAI_IMAGENET_TEMPLATES
+    assert len(found) == len(templates) == 80
+    assert all(prompt.count("{}") == 1 for prompt in found)
+    named = [prompt.format("newt") for prompt in found]
+    assert named == [template("newt") for template in templates]
+
+
+def test_prompts_are_a_list_or_one():
+    assert read_prompts(["a {}.", "the {}."]) == ["a {}.", "the {}."]
+    assert read_prompts("a {}.") == ["a {}."]
+
+
+@pytest.mark.parametrize("value", [None, [], 3])
+def test_prompts_that_are_none_are_named(value):
+    with pytest.raises(InputError, match=f"^prompts={re.escape(str(value))}; expected a list"):
+        read_prompts(value)
+
+
+def test_a_list_that_open_clip_does_not_have_is_answered_with_the_nearest():
+    with pytest.raises(InputError, match="did you mean 'open_clip:OPENAI_IMAGENET_TEMPLATES'"):
+        read_prompts("open_clip:OPENAI_IMAGENET_TEMPLATE")
+
+
+def test_class_names_are_replaced_by_a_list_or_by_patterns_in_order():
+    assert read_class_names(None, ["a", "b"]) == ["a", "b"]
+    assert read_class_names(["x", "y"], ["a", "b"]) == ["x", "y"]
+    patterns = {"^[0-9]+[.]": "", "_": " "}
+    assert read_class_names(patterns, ["001.Sooty_Tern", "Tern"]) == ["Sooty Tern", "Tern"]
+    assert read_class_names({"(a)(b)": r"\2\1"}, ["ab"]) == ["ba"]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (["x"], "class_names has 1 names, but the data set has 2 classes"),
+        ("x", "class_names=x; expected a list of names, or patterns with their replacements"),
+        ({"(": ""}, "class_names: '(' is no regular expression"),
+    ],
+)
+def test_wrong_class_names_are_named(value, message):
+    with pytest.raises(InputError, match=f"^{re.escape(message)}"):
+        read_class_names(value, ["a", "b"])
