@@ -95,8 +95,7 @@ class ImageTable:
     def keep_decoded(self, rows: Indices) -> None:
         """Decode images once and keep them, so that later epochs do not decode again."""
         for row in rows.tolist():
-            if row not in self._decoded:
-                self._decoded[row] = self._decode(row)
+            self._decoded[row] = self.image(row)
 
     def decoded_bytes(self, count: int) -> int:
         """Estimate how many bytes so many decoded images take, from the first few of the split."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ def fit_stream(
             folder.restore(model, callbacks)
         for task in stream.tasks:
             stream.select(task.index)
-            done = folder.finished(task.index) if folder else None
+            done = folder.journal.find(done="task", task=task.index) if folder else None
             if done is not None:
                 put_row(model, stream, done["row"])
                 metrics, cost = done["metrics"], Cost(**done["cost"])
@@ -148,7 +148,8 @@ def fit_stream(
                 metrics = end.metrics
                 if folder is not None:
                     row = get_row(model, stream) if evaluate else None
-                    folder.note_finished(task.index, metrics, cost, row)
+                    record = {"metrics": metrics, "cost": asdict(cost), "row": row}
+                    folder.journal.append({"done": "task", "task": task.index} | record)
             result.tasks.append(metrics)
             result.costs.append(cost)
     found = getattr(model, "accuracy", None)
@@ -210,15 +211,15 @@ def _evaluate(
     runner: L.Trainer, model: L.LightningModule, stream: TaskStream, folder: StreamFolder | None
 ) -> dict[str, float]:
     """Test after the current task, or recall what a test found before."""
-    task = stream.task.index
-    known = folder.evaluated(task) if folder else None
+    evaluation = {"done": "evaluation", "task": stream.task.index}
+    known = folder.journal.find(**evaluation) if folder else None
     if known is not None:
         put_row(model, stream, known["row"])
         return dict(known["metrics"])
     logged = runner.test(model, datamodule=stream, verbose=False)
     metrics = {name: float(value) for name, value in logged[0].items()}
     if folder is not None:
-        folder.note_evaluation(task, metrics, get_row(model, stream))
+        folder.journal.append(evaluation | {"metrics": metrics, "row": get_row(model, stream)})
     return metrics
 
 

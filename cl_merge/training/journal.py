@@ -21,16 +21,10 @@ _held: set[tuple[Path, int, int]] = set()
 
 
 class Journal:
-    """A file of JSON lines that only grows; a line is complete or not there at all.
+    """A file of JSON lines that only grows: every process reads it, the first one writes it.
 
-    Every process reads it, the first one writes it. What the last line lost in a crash is left out
-    when it is read, and cut off before the next line is written. Numbers come back as the same
-    bits: Python writes the shortest text that gives them, and NaN and infinity as ``NaN`` and
-    ``Infinity``, which strict readers of JSON refuse.
-
-    Attributes:
-        path: The file; made with the first record.
-        records: All records, in order.
+    A last line that a crash cut short is left out when it is read, and cut off before the next one
+    is written. Numbers, not finite ones too, come back as the same bits.
 
     Example:
         >>> import tempfile

@@ -33,10 +33,11 @@ _RESTORE = "; restore it, or start again in a new folder"
 class StreamFolder:
     """The folder of a stream: a journal of what is done, and the state to go on from.
 
-    The journal says what the stream is, and for each task what its evaluation found and that it is
-    finished. The state is one file that is replaced in one step: within a task a checkpoint of
-    Lightning's, after its training the weights and the states of the callbacks. Whatever instant a
-    process dies at, the two fit together; files that do not are refused with an `InputError`.
+    The journal says what the stream is, for each task what its evaluation found (``done`` is
+    ``evaluation``), and that it is finished (``task``). The state is one file that is replaced in
+    one step: within a task a checkpoint of Lightning's, after its training the weights and the
+    states of the callbacks. Whatever instant a process dies at, the two fit together; files that do
+    not are refused with an `InputError`.
 
     Processes that are launched for a run read what the first one found: all that is written before
     they communicate says the same to them.
@@ -112,14 +113,6 @@ class StreamFolder:
         # The rest is mapped from a file that is about to be replaced.
         self._state = {_ENTRY: entry} if entry is not None else {}
 
-    def finished(self, task: int) -> dict[str, Any] | None:
-        """``metrics``, ``cost`` and ``row`` of a finished task; None if it is not finished."""
-        return self.journal.find(done="task", task=task)
-
-    def evaluated(self, task: int) -> dict[str, Any] | None:
-        """``metrics`` and ``row`` of the evaluation after a task; None if there was none."""
-        return self.journal.find(done="evaluation", task=task)
-
     def cost(self, task: int, *, trained: bool) -> Cost | None:
         """What a task has taken that is trained, or is being trained; None if it is not."""
         entry = self._state.get(_ENTRY)
@@ -141,17 +134,6 @@ class StreamFolder:
         if is_first_process():
             save_state(self.state_file, state)
         self._state = {_ENTRY: entry}
-
-    def note_evaluation(self, task: int, metrics: dict[str, float], row: Row | None) -> None:
-        """Note what the evaluation after a task logged, and its row of the accuracy matrix."""
-        self.journal.append({"done": "evaluation", "task": task, "metrics": metrics, "row": row})
-
-    def note_finished(
-        self, task: int, metrics: dict[str, float], cost: Cost, row: Row | None
-    ) -> None:
-        """Note that nothing is left to do for a task."""
-        record = {"task": task, "metrics": metrics, "cost": asdict(cost), "row": row}
-        self.journal.append({"done": "task"} | record)
 
 
 class KeepCheckpoints(Checkpoint):
