@@ -99,11 +99,11 @@ def _labels(data: NamedSplits) -> tuple[dict[str, Indices], list[str]]:
     test_split = data.train_split if data.test_fraction else data.test_split
     try:
         data.divided(data.splits)  # for its errors
-        tables = [
+        first, second = (
             ImageTable(data.splits[split], data.image, data.label, where=split)
             for split in (data.train_split, test_split)
-        ]
-        train, test, names = indices_of(*tables, "label")
+        )
+        train, test, names = indices_of(first, second, "label")
     except InputError as error:
         raise InputError(f"data set '{data.name}': {error}") from error
     return {test_split: test, data.train_split: train}, names
