@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -15,7 +14,7 @@ from cl_merge.benchmarks.export.side_files import write_side_files
 from cl_merge.benchmarks.runs.trained_run import FinishedRun, Restored, read_run, restore
 from cl_merge.errors import InputError, unknown_name
 from cl_merge.storage import check_output
-from cl_merge.storage.files import atomic_folder, storage_errors
+from cl_merge.storage.files import atomic_folder
 
 
 class Format(NamedTuple):
@@ -115,8 +114,5 @@ def _new_folder(path: Path, run: Path) -> Iterator[Path]:
     if path.suffix == ".safetensors":
         raise InputError(f"the output '{path}' is named like a file; an export is a folder")
     check_output(path, [run])
-    real = Path(os.path.realpath(path))
-    with storage_errors(path):
-        real.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_folder(real) as temporary:
-            yield temporary
+    with atomic_folder(path) as temporary:
+        yield temporary

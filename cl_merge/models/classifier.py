@@ -287,7 +287,7 @@ class CLIPClassifier(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step"}}
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        """What trains: all at the peak learning rate, or each layer at its own."""
+        """Group what trains: all at the peak learning rate, or each layer at its own."""
         trained = {n: p for n, p in self.named_parameters() if p.requires_grad}
         lr, decay = self.hparams["lr"], self.hparams["layer_decay"]
         if decay == 1.0:
@@ -302,7 +302,7 @@ class CLIPClassifier(L.LightningModule):
         ]
 
     def _rate(self, step: int, steps: int) -> float:
-        """The learning rate at an optimizer step (from 0) as a share of its peak."""
+        """Give the learning rate at an optimizer step (from 0) as a share of its peak."""
         warmup = self.hparams["warmup_steps"]
         if step < warmup:
             return float((step + 1) / warmup)

@@ -11,11 +11,15 @@ names and ``W`` the rows of the classifier, both less their mean over classes,
 minimises ``|E P - W|^2 + 0.1 |P|^2``, so that the similarity ``(P f) . e_c`` of image features
 ``f`` to a class name approximates the classifier's logit ``w_c . f``, also for other names. That
 ``E`` is centred does not matter later on: it shifts all logits of an image by the same amount.
+
+Liu, Higher accuracy on vision models with EfficientNet-Lite, 2020; Reimers and Gurevych,
+Sentence-BERT, EMNLP 2019. The projection: Romera-Paredes and Torr, An embarrassingly simple
+approach to zero-shot learning, ICML 2015, with a ridge on the text side only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from importlib import import_module
@@ -50,16 +54,6 @@ def build_lite(image_size: int | None = None) -> tuple[nn.Module, Callable[[list
     ``visual.head.proj``: it is part of the image tower and trains with it. The tower has batch
     normalisation, whose statistics a few images of a few classes would spoil: keep it in evaluation
     mode while fine-tuning. It is convolutional, so that any image size will do; 224 by default.
-
-    Example:
-        >>> model, tokenizer = build_lite(128)  # doctest: +SKIP
-        >>> model.encode_text(tokenizer(["a photo of a cat"])).shape  # doctest: +SKIP
-        torch.Size([1, 384])
-
-    Reference:
-        Liu, Higher accuracy on vision models with EfficientNet-Lite, 2020; Reimers and Gurevych,
-        Sentence-BERT, EMNLP 2019. The projection: Romera-Paredes and Torr, An embarrassingly simple
-        approach to zero-shot learning, ICML 2015, with a ridge on the text side only.
     """
     image_weights, text_folder = _packaged_weights()
     model = _towers(image_size or _PRETRAINED_SIZE, text_folder)
@@ -72,21 +66,12 @@ def build_lite(image_size: int | None = None) -> tuple[nn.Module, Callable[[list
     return model, tokenizer
 
 
-def projection(names: Tensor, classifier: Tensor, ridge: float = _RIDGE) -> Tensor:
-    """Regress a classifier, ``W`` [C, D], on the embeddings of its classes' names, ``E`` [C, T].
-
-    Returns ``P``, float32 [T, D], with `ridge` as the weight of ``|P|^2``.
-
-    Example:
-        >>> import torch
-        >>> projection(torch.eye(2), torch.tensor([[1.0], [-1.0]]), ridge=1.0)
-        tensor([[ 0.5000],
-                [-0.5000]])
-    """
+def projection(names: Tensor, classifier: Tensor) -> Tensor:
+    """Regress a classifier [C, D] on the embeddings of its classes' names [C, T]: ``P`` [T, D]."""
     names, classifier = names.double(), classifier.double()
     names = names - names.mean(0)
     classifier = classifier - classifier.mean(0)
-    gram = names.T @ names + ridge * torch.eye(names.shape[1], dtype=names.dtype)
+    gram = names.T @ names + _RIDGE * torch.eye(names.shape[1], dtype=names.dtype)
     mapped: Tensor = torch.linalg.solve(gram, names.T @ classifier)
     return mapped.float()
 
@@ -142,7 +127,6 @@ def _channels_last(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
 
 
 def _tokenizer(file: Path) -> Callable[[list[str]], Tensor]:
-    """Read the sentence encoder's tokenizer."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(file))
@@ -153,12 +137,11 @@ def _tokenizer(file: Path) -> Callable[[list[str]], Tensor]:
 
 
 def _tokenize(tokenizer: Any, texts: list[str]) -> Tensor:
-    """Map ``N`` texts to token numbers ``[N, L]``; a function of the module, to be picklable."""
+    """Map N texts to token numbers [N, L]; a function of the module, to be picklable."""
     return torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(texts)])
 
 
 def _load_text_weights(encoder: nn.Module, file: Path) -> None:
-    """Load the sentence encoder's weights."""
     state = load_file(file)
     # Mean pooling replaces the pooler; positions are no longer stored by current transformers.
     for key in ("pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids"):
@@ -197,15 +180,13 @@ def _load_image_weights(trunk: nn.Module, file: Path) -> Tensor:
 def _embed_imagenet_classes(
     model: Any, tokenizer: Callable[[list[str]], Tensor], batch_size: int = 64
 ) -> Tensor:
-    """Embed the name of every ImageNet class in a prompt: ``[1000, 384]``, unit length."""
+    """Embed the name of every ImageNet class in a prompt: [1000, 384], unit length."""
     from open_clip import IMAGENET_CLASSNAMES
 
     prompts = [f"a photo of a {name}" for name in IMAGENET_CLASSNAMES]
     # Texts of similar length together, since each is padded to the longest of its batch.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    batches: Sequence[list[int]] = [
-        order[start : start + batch_size] for start in range(0, len(order), batch_size)
-    ]
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     rows = [model.encode_text(tokenizer([prompts[i] for i in batch])) for batch in batches]
     embeddings = torch.empty(len(prompts), rows[0].shape[1])
     embeddings[order] = F.normalize(torch.cat(rows), dim=-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -76,7 +76,7 @@ class ImageClassifier:
         pictures = _separate(images)
         for start in range(0, len(pictures), batch_size):
             batch = torch.stack([self.prepare(p) for p in pictures[start : start + batch_size]])
-            found += list(self._guesses(batch, top))
+            found += self._guesses(batch, top)
         return found
 
     def prepare(self, picture: Picture) -> Tensor:
@@ -103,13 +103,15 @@ class ImageClassifier:
         prepared: Tensor = self.transform(as_rgb(ImageOps.exif_transpose(image)))
         return prepared
 
-    def _guesses(self, batch: Tensor, top: int) -> Iterator[list[Guess]]:
+    def _guesses(self, batch: Tensor, top: int) -> list[list[Guess]]:
         self.model.eval()
         with torch.inference_mode():
             probabilities = self.model(batch.to(self.model.device)).softmax(dim=1).cpu()
         best = probabilities.topk(min(top, len(self.class_names)), dim=1)
-        for values, classes in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            yield [Guess(self.class_names[c], v) for c, v in zip(classes, values, strict=True)]
+        return [
+            [Guess(self.class_names[c], v) for c, v in zip(classes, values, strict=True)]
+            for values, classes in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
 
 
 def _separate(images: Picture | Sequence[Picture]) -> list[Picture]:

@@ -111,26 +111,30 @@ class Source(NamedTuple):
 
 
 def resolve(model: str) -> Source:
-    """Find out what a name given to `load_clip` stands for; reads and downloads no weights.
-
-    Example:
-        >>> resolve("ViT-B-16:openai")
-        Source(config='ViT-B-16', weights='openai', quick_gelu=True)
-    """
+    """Find out what a name given to `load_clip` stands for; reads and downloads no weights."""
     if model == "glyph":
         return _folder_source(Path(str(files("cl_merge.models.glyph"))))
     if model.startswith(_FOLDER):
         return _folder_source(Path(model.removeprefix(_FOLDER)).expanduser())
     if model.startswith(_HUB):
         return Source(model)
+    import open_clip
+
     name, _, weights = model.partition(":")
     architecture = _checked_architecture(name)
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
     if not weights:
         raise InputError(
-            f"model '{model}' names no weights; give a tag, as in '{_example(architecture)}', or a "
-            f"file, as in '{architecture}:/folder/weights.safetensors'"
+            f"model '{model}' names no weights; give a tag, as in '{architecture}:"
+            f"{tags[0] if tags else 'TAG'}', or a file, as in "
+            f"'{architecture}:/folder/weights.safetensors'"
         )
-    return _tag_source(architecture, weights) or _file_source(architecture, weights)
+    if open_clip.is_pretrained_cfg(architecture, weights):
+        # open_clip knows which weights were trained with QuickGELU, but if the architecture has
+        # plain GELU, it only warns: 'ViT-B-16' with 'openai' would lose much of its accuracy.
+        quick_gelu = open_clip.get_pretrained_cfg(architecture, weights).get("quick_gelu", False)
+        return Source(architecture, weights, quick_gelu)
+    return _file_source(architecture, weights, tags)
 
 
 def _folder_source(folder: Path) -> Source:
@@ -167,30 +171,8 @@ def _checked_architecture(name: str) -> str:
     )
 
 
-def _example(architecture: str) -> str:
-    """Name an architecture with one of its tags."""
-    import open_clip
-
-    tags = open_clip.list_pretrained_tags_by_model(architecture)
-    return f"{architecture}:{tags[0] if tags else 'TAG'}"
-
-
-def _tag_source(architecture: str, tag: str) -> Source | None:
-    """Return the source of weights with that tag, None if the architecture has no such tag."""
-    import open_clip
-
-    if not open_clip.is_pretrained_cfg(architecture, tag):
-        return None
-    # open_clip knows which weights were trained with QuickGELU, but if the architecture has plain
-    # GELU, it only warns: 'ViT-B-16' with 'openai' would lose much of its accuracy.
-    trained_with = open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu", False)
-    return Source(architecture, tag, trained_with)
-
-
-def _file_source(architecture: str, path: str) -> Source:
+def _file_source(architecture: str, path: str, tags: list[str]) -> Source:
     """Return the source of weights in a file."""
-    import open_clip
-
     file = Path(path).expanduser()
     if file.is_dir():
         raise InputError(f"'{file}' is a folder; load a folder as '{_FOLDER}{file}'")
@@ -198,9 +180,7 @@ def _file_source(architecture: str, path: str) -> Source:
         return Source(architecture, str(file), quick_gelu="openai" in file.name.lower())
     if file.suffix or file.parent != Path():
         raise InputError(f"weights file '{file}' of {architecture} does not exist")
-    raise unknown_name(
-        f"tag of {architecture}", path, open_clip.list_pretrained_tags_by_model(architecture)
-    )
+    raise unknown_name(f"tag of {architecture}", path, tags)
 
 
 def _create(name: str, source: Source, image_size: int | None) -> tuple[nn.Module, Tokenizer]:

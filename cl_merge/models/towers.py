@@ -12,6 +12,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 _GROUPS = 8
+_STAGES = ((32, 1), (64, 2), (128, 2))  # channels and residual blocks; each halves the resolution
 
 default_cfgs = generate_default_cfgs(
     {
@@ -34,33 +35,20 @@ class GlyphResNet(nn.Module):
 
     Group normalisation sees one image at a time: nothing but parameters changes in training, so
     that the difference of two trained networks is all that there is to merge, and an image's
-    features do not depend on its batch. The arguments are those of timm: channels (multiples of 8)
-    and residual blocks of each stage, which halves the resolution; 0 classes leave the classifier
-    out, ``global_pool=""`` the pooling.
-
-    Example:
-        >>> import torch
-        >>> GlyphResNet()(torch.zeros(2, 3, 32, 32)).shape
-        torch.Size([2, 128])
+    features do not depend on its batch. The arguments are those of timm: 0 classes leave the
+    classifier out, ``global_pool=""`` the pooling.
 
     Reference: He et al., Identity Mappings in Deep Residual Networks, ECCV 2016; Wu and He, Group
     Normalization, ECCV 2018.
     """
 
-    def __init__(
-        self,
-        widths: tuple[int, ...] = (32, 64, 128),
-        depths: tuple[int, ...] = (1, 2, 2),
-        num_classes: int = 0,
-        global_pool: str = "avg",
-        in_chans: int = 3,
-    ) -> None:
+    def __init__(self, num_classes: int = 0, global_pool: str = "avg", in_chans: int = 3) -> None:
         super().__init__()
-        self.num_features = widths[-1]
-        self.stem = nn.Conv2d(in_chans, widths[0], 3, stride=2, padding=1, bias=False)
+        width = _STAGES[0][0]
+        self.num_features = _STAGES[-1][0]
+        self.stem = nn.Conv2d(in_chans, width, 3, stride=2, padding=1, bias=False)
         self.stages = nn.Sequential()
-        width = widths[0]
-        for stage, (out, depth) in enumerate(zip(widths, depths, strict=True)):
+        for stage, (out, depth) in enumerate(_STAGES):
             blocks = nn.Sequential()
             for index in range(depth):
                 blocks.append(_Block(width, out, stride=2 if stage and not index else 1))
@@ -107,9 +95,6 @@ class _Block(nn.Module):
 
 @register_model
 def glyph_resnet(pretrained: bool = False, **kwargs: Any) -> GlyphResNet:
-    """Build the image tower of the embedded model ``glyph``, with random weights.
-
-    timm passes `pretrained`; the weights come with the CLIP as a whole.
-    """
+    """Build the image tower of ``glyph``, with random weights, whatever timm passes."""
     model: GlyphResNet = build_model_with_cfg(GlyphResNet, "glyph_resnet", pretrained, **kwargs)
     return model

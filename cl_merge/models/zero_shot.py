@@ -137,7 +137,6 @@ def zero_shot_head(
 
 
 def _checked_class_names(class_names: Sequence[str]) -> tuple[str, ...]:
-    """Return the names as a tuple, or say which of them is wrong."""
     if isinstance(class_names, str):
         raise InputError(
             f"class names must be a list of strings, not the one string {class_names!r}"
@@ -157,7 +156,6 @@ def _checked_class_names(class_names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _checked_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the templates as a tuple, or say which of them is wrong."""
     checked = (templates,) if isinstance(templates, str) else tuple(templates)
     if not checked:
         raise InputError("no templates: a zero-shot head needs one, such as 'a photo of a {}.'")

@@ -54,8 +54,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Make a folder as `atomic_write` makes a file, where at most an empty folder may be."""
-    with appearing(path) as hidden:
-        hidden.mkdir()
+    with storage_errors(path), appearing(Path(os.path.realpath(path))) as hidden:
+        hidden.mkdir(parents=True)
         yield hidden
 
 

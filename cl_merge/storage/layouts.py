@@ -61,8 +61,18 @@ def find_weights(folder: Path) -> Path:
 
 def read_index(path: Path) -> dict[Path, list[str]]:
     """Read the index of sharded safetensors files: the names of each file's tensors."""
+    try:
+        index = json.loads(path.read_bytes(), object_pairs_hook=once_each)
+        files: dict[str, Any] = dict(index["weight_map"].items())
+        if not all(isinstance(file, str) for file in files.values()):
+            raise TypeError("a name of a file is no text")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(
+            f"'{path}' is no index of safetensors files ({error}); expected JSON with a "
+            "'weight_map' that names each tensor once, with its file: write or download it again"
+        ) from error
     shards: dict[Path, list[str]] = {}
-    for name, file in _weight_map(path).items():
+    for name, file in files.items():
         shards.setdefault(_shard(path, file), []).append(name)
     return dict(sorted(shards.items()))
 
@@ -127,20 +137,6 @@ def _stem(like: str) -> str:
         if like.endswith(ending):
             return like.removesuffix(ending)
     return "open_clip_model" if like.startswith("open_clip") else "model"
-
-
-def _weight_map(path: Path) -> dict[str, str]:
-    try:
-        index = json.loads(path.read_bytes(), object_pairs_hook=once_each)
-        table: Any = index["weight_map"]
-        if not all(isinstance(file, str) for file in table.values()):
-            raise TypeError("a name of a file is no text")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(
-            f"'{path}' is no index of safetensors files ({error}); expected JSON with a "
-            "'weight_map' that names each tensor once, with its file: write or download it again"
-        ) from error
-    return dict(table)
 
 
 def _shard(index: Path, name: str) -> Path:

@@ -21,7 +21,7 @@ from cl_merge.storage.quantize import (
     is_small,
     quantize_named,
 )
-from cl_merge.storage.safetensors_weights import SafetensorsFile, safetensors_weights
+from cl_merge.storage.safetensors_format import SafetensorsFile, safetensors_weights
 from cl_merge.storage.weights import QUANTIZED_VERSION, TASK_VECTOR, StoredTensor, Weights
 
 STORE = "cl_merge.store"

@@ -9,7 +9,7 @@ from cl_merge.storage import pickled
 from cl_merge.storage.layouts import INDEX, find_weights, read_index
 from cl_merge.storage.pickled import torch_weights
 from cl_merge.storage.quantized_file import quantized_weights
-from cl_merge.storage.safetensors_weights import SafetensorsFile, safetensors_weights
+from cl_merge.storage.safetensors_format import SafetensorsFile, safetensors_weights
 from cl_merge.storage.weights import (
     PLAIN_VERSION,
     QUANTIZED_VERSION,

@@ -99,7 +99,9 @@ def check_output(
     for given in inputs:
         source = Path(given)
         folder = source.parent if source.name.endswith(INDEX) else source
-        if _real(path).is_relative_to(_real(folder)) or _is_same(path, source):
+        real = Path(os.path.realpath(path))
+        is_same = path.exists() and source.exists() and path.samefile(source)
+        if is_same or real.is_relative_to(os.path.realpath(folder)):
             raise InputError(
                 f"the output '{path}' is, or lies within, the input '{source}'; give another place"
             )
@@ -251,11 +253,3 @@ def _write_side_files(folder: Path, headers: Mapping[str, Header], like: Weights
 def _is_file(path: Path) -> bool:
     """Tell whether an output is one file, and not a folder, by its name."""
     return path.suffix.lower() == ".safetensors"
-
-
-def _real(path: Path) -> Path:
-    return Path(os.path.realpath(path))
-
-
-def _is_same(path: Path, other: Path) -> bool:
-    return path.exists() and other.exists() and path.samefile(other)
