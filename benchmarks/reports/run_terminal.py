@@ -62,7 +62,8 @@ def results_table(results: Mapping[str, Any]) -> Table:
         table.add_row(title, style="dim italic")
         for name in group:
             method = methods[name]
-            figures = [_figure(method["metrics"][key]) for key in _COLUMNS]
+            values = [method["metrics"][key] for key in _COLUMNS]
+            figures = ["-" if value is None else rounded(value) for value in values]
             table.add_row(
                 escape(name), _scale(method), *figures, style="bold" if name == best else ""
             )
@@ -129,7 +130,3 @@ def _scale(method: Mapping[str, Any]) -> str:
     numbers = sorted(set(scale.values())) if isinstance(scale, Mapping) else [scale]
     shown = "-".join(f"{number:g}" for number in dict.fromkeys((numbers[0], numbers[-1])))
     return f"{shown} auto" if "chosen_scales" in method else shown
-
-
-def _figure(value: float | None, digits: int = 1) -> str:
-    return "-" if value is None else rounded(value, digits)

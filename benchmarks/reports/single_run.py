@@ -18,14 +18,7 @@ from cl_merge.mergers.locate import is_location
 
 
 def summary_of_run(folder: str | Path) -> Summary:
-    """Read a finished run as if it were a suite of its own: one column, a row for each method.
-
-    Args:
-        folder: The run's, with ``config.yaml`` and ``results.json``.
-
-    Raises:
-        InputError: If no run has finished there, or the file of one of its mergers has gone.
-    """
+    """Read a finished run as if it were a suite of its own: one column, a row for each method."""
     folder = Path(folder)
     results = finished_results(folder)
     methods = {find_method(word): word for word in _words(folder, results)}

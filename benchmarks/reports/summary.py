@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from cl_merge.benchmarks.methods.method import TRAININGS, Method
+from cl_merge.benchmarks.methods.method import TRAININGS, Method, grouped_methods
 from cl_merge.benchmarks.runs.json_files import read_json
 from cl_merge.benchmarks.runs.results import read_results
 from cl_merge.benchmarks.suites.definition import Setting, Suite
@@ -110,7 +110,7 @@ class Entry:
     """A method on a setting, over the seeds."""
 
     setting: Setting
-    method: str
+    method: Method
     metrics: Mapping[str, SeedValues]
     paper: float | None  # the paper's accuracy, if it has one
     ranks: Mapping[str, int]  # by metric 1 and 2 for the best means of the methods that merge
@@ -126,24 +126,25 @@ class Summary:
     entries: Mapping[tuple[str, str], Entry]
 
     @property
+    def groups(self) -> dict[str, list[str]]:
+        """The names of its methods, in the groups of a table."""
+        methods = [entry.method for entry in self.entries.values()]
+        return grouped_methods({method.name: method.training for method in methods})
+
+    @property
     def cells(self) -> list[CellResult]:
         """Every cell."""
         return [cell for entry in self.entries.values() for cell in entry.cells]
 
 
 def summarize(suite: Suite, folder: str | Path, cells: Sequence[Cell] | None = None) -> Summary:
-    """Read what a suite has found so far; what has not run is in it, too, without metrics.
-
-    Args:
-        suite: The suite.
-        folder: Where its runs lie.
-        cells: Its cells, each with the job whose folder holds it; None for those of its plan.
-    """
-    folder, cache = Path(folder), dict[str, dict[str, Any]]()
+    """Read what cells, by default a suite's plan, have found so far; some may lack metrics."""
+    folder, cells = Path(folder), make_plan(suite) if cells is None else cells
+    results = {job: read_results(folder / job.path) or {} for job in {cell.job for cell in cells}}
     found: dict[tuple[str, str], list[CellResult]] = {}
-    for cell in make_plan(suite) if cells is None else cells:
+    for cell in cells:
         key = (cell.setting.name, cell.method)
-        found.setdefault(key, []).append(_read(cell, folder, cache))
+        found.setdefault(key, []).append(_read(cell, folder, results[cell.job]))
     rows = suite.rows
     entries = {}
     for setting in suite.settings:
@@ -153,7 +154,7 @@ def summarize(suite: Suite, folder: str | Path, cells: Sequence[Cell] | None = N
         for method in rows:
             entries[setting.name, method.name] = Entry(
                 setting,
-                method.name,
+                method,
                 metrics[method],
                 paper_accuracy(suite, setting, method),
                 {name: of_all[method] for name, of_all in ranks.items() if method in of_all},
@@ -201,11 +202,8 @@ def _paper() -> dict[str, Any]:
     return dict(found)
 
 
-def _read(cell: Cell, folder: Path, cache: dict[str, dict[str, Any]]) -> CellResult:
+def _read(cell: Cell, folder: Path, results: Mapping[str, Any]) -> CellResult:
     job, run_folder = cell.job, folder / cell.job.path
-    if job.path not in cache:
-        cache[job.path] = read_results(run_folder) or {}
-    results = cache[job.path]
     result = results.get("methods", {}).get(cell.method)
     if result is None:
         state = state_of(job, folder)

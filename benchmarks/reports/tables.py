@@ -13,7 +13,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from cl_merge.benchmarks.formatting import rounded
-from cl_merge.benchmarks.methods.method import grouped_methods
 from cl_merge.benchmarks.reports.summary import METRICS, Entry, Summary
 from cl_merge.benchmarks.suites.definition import Setting
 from cl_merge.benchmarks.suites.plan import BEGUN, DONE, FAILED, NEW
@@ -56,8 +55,7 @@ def rows_of(summary: Summary, metric: str) -> Iterator[tuple[str, str, list[Show
     """Go through the rows of a table: group, method, and what stands in each setting's column."""
     if metric not in METRICS:
         raise unknown_name("metric", metric, list(METRICS))
-    trainings = {method.name: method.training for method in summary.suite.rows}
-    for group, methods in grouped_methods(trainings).items():
+    for group, methods in summary.groups.items():
         for method in methods:
             entries = [summary.entries[s.name, method] for s in summary.suite.settings]
             yield group, method, [shown(entry, metric) for entry in entries]

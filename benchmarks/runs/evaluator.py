@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,10 +33,9 @@ class RunEvaluator:
     stream: TaskStream
     model: CLIPClassifier  # with the pre-trained weights
     base: dict[str, Tensor]  # those weights, by parameter name
-    tell: Callable[[int], None] = lambda _: None  # hears the number of images evaluated each time
 
     @classmethod
-    def of(cls, folder: str | Path, tell: Callable[[int], None] = lambda _: None) -> RunEvaluator:
+    def of(cls, folder: str | Path) -> RunEvaluator:
         """Load what the run in a folder was made with.
 
         Raises:
@@ -44,7 +43,7 @@ class RunEvaluator:
         """
         config = read_config([], {}, Path(folder) / "config.yaml")
         stream, model = load_parts(config)
-        return cls(config, stream, model, copies(trained_parameters(model)), tell)
+        return cls(config, stream, model, copies(trained_parameters(model)))
 
     def check_same(self, results: dict[str, Any]) -> None:
         """Make sure that the images are those that a run was tested on, by its results.
@@ -80,7 +79,6 @@ class RunEvaluator:
         with swapped(live, scaled(self.base, changes, scales)):
             self._trainer.test(self.model, self._loader(task), verbose=False)
         (row,) = matrix.rows.values()
-        self.tell(int(row[2].sum()))
         return row
 
     def accuracy(self, changes: Iterable[tuple[str, Tensor]], scale: float) -> float:

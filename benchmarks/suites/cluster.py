@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,36 +16,23 @@ _DAY = 24 * 60  # minutes
 def run_on_cluster(
     jobs: Sequence[Job], folder: Path, options: Mapping[str, Any]
 ) -> Iterator[Ended]:
-    """Run jobs through submitit: as jobs of SLURM, or as processes of this machine.
+    """Run jobs through submitit, from a folder that all machines see, and yield each as it ends.
 
-    Args:
-        jobs: What to run.
-        folder: The suite's, which all machines see.
-        options: ``cluster`` (``"slurm"``, ``"local"``, or as submitit finds) and any parameter of
-            ``submitit.AutoExecutor.update_parameters``, such as ``slurm_partition``.
-
-    Yields:
-        Each job as it ends.
-
-    Raises:
-        InputError: If submitit is not installed, or there is no such cluster or parameter.
+    The options are ``cluster`` and any parameter of ``submitit.AutoExecutor.update_parameters``.
     """
     executor = _executor(folder, options)
+    from submitit.helpers import as_completed
+
     with executor.batch():
         # The machines need not start where this process did.
         sent = [executor.submit(run_job, job, folder.resolve()) for job in jobs]
     left = dict(zip(sent, jobs, strict=True))
     try:
-        while left:
-            for handle, job in list(left.items()):
-                if handle.done():
-                    del left[handle]
-                    yield _ended_there(handle, job, folder)
-            time.sleep(1.0 if left else 0.0)
-    except BaseException:
+        for handle in as_completed(sent, poll_frequency=1.0):
+            yield _ended_there(handle, left.pop(handle), folder)
+    finally:
         for handle in left:
             handle.cancel()
-        raise
 
 
 def _executor(folder: Path, options: Mapping[str, Any]) -> Any:

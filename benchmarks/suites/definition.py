@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
+import msgspec
+from msgspec import Meta
 from omegaconf import OmegaConf
 
 from cl_merge.benchmarks.datasets.catalog import find_data, is_data_file
@@ -15,6 +17,8 @@ from cl_merge.benchmarks.formatting import data_label
 from cl_merge.benchmarks.methods.method import Method, find_method, whole_path
 from cl_merge.config.reading import parse_arguments, read_yaml
 from cl_merge.errors import InputError, nearest, unknown_name
+
+T = TypeVar("T")
 
 _FOLDER = "cl_merge.benchmarks.suites"
 _PAPER = ("table1", "table2")
@@ -53,7 +57,7 @@ class Suite:
     settings: tuple[Setting, ...]
     methods: tuple[str, ...]  # as for `find_method`
     shown: tuple[str, ...]  # those that were asked for; the others share a training with them
-    seeds: tuple[int, ...]
+    seeds: Annotated[tuple[Annotated[int, Meta(ge=0)], ...], Meta(min_length=1)]
     paper: str | None = None  # the table of the paper that it follows
     published: bool = False  # whether methods have the options of the published runs
     run: Mapping[str, Any] = field(default_factory=dict)  # settings of every run
@@ -66,9 +70,6 @@ class Suite:
 
 def find_suite(name: str) -> Suite:
     """Read a suite that comes along, or that of a YAML file.
-
-    Raises:
-        InputError: If there is none, or something in it is wrong.
 
     Example:
         >>> find_suite("table2").seeds
@@ -96,18 +97,10 @@ def narrowed(
     seeds: str | None = None,
     run: Sequence[str] = (),
 ) -> Suite:
-    """Choose a part of a suite; what is not given stays as it is.
+    """Choose a part of a suite; what is not given stays, and a data set it does not have is added.
 
-    Args:
-        suite: The suite to choose from.
-        data: Only these data sets; one that the suite does not have is added, with `tasks`.
-        tasks: Only these numbers of tasks.
-        methods: Only these methods; any that `find_method` knows.
-        seeds: How many, counted from the suite's first, or a list with commas.
-        run: ``key=value`` words, settings of every run.
-
-    Raises:
-        InputError: If nothing is left, or a name or setting is wrong.
+    `seeds` is how many, counted from the suite's first, or a list with commas; `run` has settings
+    of every run, as ``key=value``.
 
     Example:
         >>> part = narrowed(find_suite("table1"), data=["cars"], tasks=[10], seeds="3")
@@ -178,17 +171,11 @@ def _parsed(name: str, content: Any, where: str) -> Suite:
     methods = [whole_path(str(method)) for method in content["methods"]]
     for method in methods:
         find_method(method)
-    return Suite(
-        name=str(content.get("name", name)),
-        about=str(content.get("about", "")),
-        settings=tuple(s for entry in content["settings"] for s in _settings(entry, where)),
-        methods=tuple(methods),
-        shown=tuple(content.get("shown") or methods),
-        seeds=_seeds(",".join(map(str, content.get("seeds") or [0])) + ",", (0,)),
-        paper=paper,
-        published=bool(content.get("published", False)),
-        run=content.get("run") or {},
-    )
+    settings = [s for entry in content["settings"] for s in _settings(entry, where)]
+    defaults = {"name": name, "about": "", "shown": methods, "seeds": [0]}
+    found = {**defaults, **content, "methods": methods, "settings": []}
+    suite = _converted(found, Suite, f"suite {where}")
+    return replace(suite, settings=tuple(settings), seeds=tuple(dict.fromkeys(suite.seeds)))
 
 
 def _settings(entry: Any, where: str) -> list[Setting]:
@@ -202,7 +189,17 @@ def _settings(entry: Any, where: str) -> list[Setting]:
         if number is not None and (not isinstance(number, int) or number < 1):
             raise InputError(f"suite {where}: tasks of '{data}' must be numbers, found {number}")
     joint = entry.get("joint_tasks", numbers[0])
-    return [Setting(data, number, entry.get("run") or {}, joint) for number in numbers]
+    return [
+        _converted({**entry, "tasks": number, "joint_tasks": joint}, Setting, f"suite {where}")
+        for number in numbers
+    ]
+
+
+def _converted(content: Any, kind: type[T], where: str) -> T:
+    try:
+        return msgspec.convert(content, kind)
+    except msgspec.ValidationError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def _check_keys(content: Any, kind: type[Suite | Setting], where: str) -> None:

@@ -44,7 +44,7 @@ class Processes:
     """The commands that are running at the moment, so that they can be stopped together."""
 
     command: Sequence[str] = field(default_factory=lambda: (sys.executable, "-m", "cl_merge.cli"))
-    patience: float = 20.0  # seconds that an interrupted command has to end by itself
+    patience: float = 20.0  # seconds that a command has to end by itself
     stopped: bool = False
     _running: set[subprocess.Popen[bytes]] = field(default_factory=set)
 
@@ -69,20 +69,16 @@ class Processes:
                     self._running.discard(process)
 
     def stop(self) -> None:
-        """Interrupt them as Ctrl-C does; those that do not hear it are killed, which they survive.
-
-        What was started in the background of a shell ignores interruptions, and so does what it
-        starts: it is asked to end in another way.
-        """
+        """Ask them to end; those that do not are killed, which their runs survive."""
         self.stopped = True
-        left = list(self._running)
-        for number, patience in ((signal.SIGINT, self.patience), (signal.SIGTERM, 5.0)):
-            end = time.monotonic() + patience
-            for process in left:
-                process.send_signal(number)
-            left = [process for process in left if not _ends(process, end)]
+        left, end = list(self._running), time.monotonic() + self.patience
         for process in left:
-            process.kill()
+            process.terminate()
+        for process in left:
+            try:
+                process.wait(max(end - time.monotonic(), 0))
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def run_here(
@@ -91,19 +87,9 @@ def run_here(
     parallel: int | None = None,
     processes: Processes | None = None,
 ) -> Iterator[Ended]:
-    """Run jobs as processes of this machine, each with one GPU and its share of the cores.
+    """Run jobs as processes of this machine, and yield each as it ends, failed or not.
 
-    Args:
-        jobs: What to run, in this order.
-        folder: The suite's.
-        parallel: How many at a time; None for one for each GPU, and one without any.
-        processes: Runs their commands.
-
-    Yields:
-        Each job as it ends. One that fails does not stop the others.
-
-    Raises:
-        InputError: If `parallel` is less than 1.
+    As many as `parallel` run at a time, by default one for each GPU; they share out the cores.
     """
     gpus = _visible_gpus()
     number = parallel if parallel is not None else max(len(gpus), 1)
@@ -164,15 +150,6 @@ def failed(job: Job, folder: Path, reason: str, seconds: float) -> Ended:
         failure = {"reason": reason, "seconds": round(seconds, 1)}
         temporary.write_text(json.dumps(failure, indent=2) + "\n", encoding="utf-8")
     return Ended(job, FAILED, seconds, reason)
-
-
-def _ends(process: subprocess.Popen[bytes], end: float) -> bool:
-    """Wait for a process until some time; whether it has ended."""
-    try:
-        process.wait(max(end - time.monotonic(), 0))
-    except subprocess.TimeoutExpired:
-        return False
-    return True
 
 
 def _visible_gpus() -> list[str]:

@@ -17,7 +17,6 @@ from cl_merge.benchmarks.suites.definition import Setting, Suite
 from cl_merge.config.reading import read_config
 from cl_merge.config.schema import RunConfig
 from cl_merge.errors import InputError
-from cl_merge.mergers import find_merger
 
 DONE, FAILED, BEGUN, NEW = "done", "failed", "begun", "new"
 FAILURE = "failed.json"
@@ -72,7 +71,8 @@ def make_plan(suite: Suite) -> list[Cell]:
     for seed, setting in itertools.product(suite.seeds, suite.settings):
         jobs: dict[tuple[str, Method | None], Job] = {}
         for method in suite.rows:
-            key = _training(method, suite), method if _alone(method) else None
+            # A training estimates importances for one method: it has a run of its own.
+            key = _training(method, suite), method if method.weighted else None
             if key not in jobs:
                 jobs[key] = _job(suite, words, setting, seed, *key)
             cells.append(Cell(setting, method.name, seed, jobs[key]))
@@ -140,7 +140,7 @@ def _job(
     """Make the job of a training, or that of a method which has one of its own."""
     if TRAININGS[training].joint:
         setting = replace(setting, tasks=setting.joint_tasks)
-    shared = [m for m in words if m.training == training and not _alone(m)]
+    shared = [m for m in words if m.training == training and not m.weighted]
     methods = [alone] if alone else shared or [find_method("sequential")]
     own = next((m for m in methods if m.merger), methods[0])
     others = [m for m in methods if m != own]
@@ -155,11 +155,6 @@ def _job(
     config = _merged(suite.run, setting.run, own_settings)
     names = (own.name, *(m.name for m in others))
     return Job(setting, seed, training, names, config, f"-{own.name}" if alone else "")
-
-
-def _alone(method: Method) -> bool:
-    """Whether a method needs a run of its own: its training estimates what it needs."""
-    return bool(method.merger and find_merger(method.merger).weighted)
 
 
 def _published(own: Method, others: list[Method]) -> dict[str, Any]:

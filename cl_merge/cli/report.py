@@ -66,12 +66,7 @@ def make_report(
 ) -> Path:
     """Show the table of a suite or a run, write its report, and give the page's path.
 
-    Args:
-        console: Where to print.
-        folder: Of the suite or the run.
-        figures: ``"all"`` measures what has not been measured, ``"measured"`` draws what has been,
-            ``"none"`` leaves them out.
-        metric: Of the table that is shown.
+    Figures are ``"all"``, which measures what has not been measured, ``"measured"`` or ``"none"``.
     """
     from cl_merge.benchmarks.reports.html import write_report
     from cl_merge.benchmarks.reports.tables import legend_of, rich_tables, title_of

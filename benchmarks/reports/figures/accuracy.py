@@ -66,17 +66,8 @@ def draw_accuracies(
     """Draw the accuracy on everything seen after each task, in panels of one training each.
 
     MagMax stands out in all of them, and plain sequential fine-tuning is in the panel of what
-    merges it, so that one sees what merging gives.
-
-    Args:
-        methods: What they have found.
-        tasks: How many.
-        title: What they are of.
-        columns: Panels beside each other.
-        fewest: How often a method must have been evaluated to have a line.
-
-    Returns:
-        The picture; None if no method but zero-shot has a line.
+    merges it, so that one sees what merging gives. Only methods that were evaluated at least
+    `fewest` times have a line; None if there is none but zero-shot.
     """
     curves = _curves(methods, tasks, fewest)
     if set(curves) <= {"zero-shot"} and fewest > 1:
@@ -93,8 +84,8 @@ def draw_accuracies(
     for axes, own in zip(grid, panels.values(), strict=False):  # once the axes have their limits
         ends = [(c.label, tasks, float(c.line.mean[-1]), c.look["color"]) for c in own.values()]
         label_ends(axes, [end for end in ends if math.isfinite(end[2])], bold=_LEAD)
-    canvas.supxlabel("tasks learned", fontsize=10)
-    canvas.supylabel("accuracy on everything seen, %", fontsize=10)
+    canvas.supxlabel("tasks learned")
+    canvas.supylabel("accuracy on everything seen, %")
     seeds = max(curve.line.seeds for curve in curves.values())
     return Drawing(
         canvas,
@@ -187,8 +178,8 @@ def draw_matrix(measured: Measured) -> Drawing | None:
         axes.axhline(0.5, color=INK, linewidth=1.2)  # below the row before any training
         axes.set_yticks([0, *ticks], ["0", *map(str, ticks)])
         axes.set_xticks([tick - 1 for tick in ticks], list(map(str, ticks)))
-    canvas.supxlabel("accuracy on task", fontsize=10)
-    canvas.supylabel("after so many tasks; 0: zero-shot", fontsize=10)
+    canvas.supxlabel("accuracy on task")
+    canvas.supylabel("after so many tasks; 0: zero-shot")
     scale_on_top(canvas, image, "accuracy, %")
     return Drawing(
         canvas,

@@ -28,7 +28,6 @@ from cl_merge.benchmarks.reports.figures.style import (
 )
 from cl_merge.benchmarks.reports.figures.suite_runs import SuiteRun, in_table_order
 from cl_merge.config.reading import read_config
-from cl_merge.mergers import Merger
 from cl_merge.task_vectors.task_vector import TaskVector
 
 if TYPE_CHECKING:
@@ -48,10 +47,8 @@ _KEPT_LOOKS = {
 def measure_pruning(run: SuiteRun, get_evaluator: Callable[[], RunEvaluator]) -> Measures:
     """Prune the task vector of each task, and evaluate on the task's test images.
 
-    Returns:
-        ``kept``: for each choice of entries, by task, accuracy in per cent among the task's classes
-        for each share of `SHARES`; ``whole``: by task, that of the unpruned task vector;
-        ``zero_shot``: by task, that of the pre-trained weights.
+    Accuracies are in per cent among the task's classes: ``kept`` by choice of entries, task and
+    share of `SHARES`, ``whole`` of unpruned task vectors, and ``zero_shot``.
     """
     evaluator = get_evaluator()
     kept: dict[str, list[list[float]]] = {which: [] for which in KEPT}
@@ -85,7 +82,7 @@ def draw_pruning(measured: Measured) -> Drawing | None:
     axes.set_xticks(x, [f"{value:g}" for value in x])
     axes.minorticks_off()
     axes.set_xlabel("share of the task vector kept, %")
-    canvas.supylabel("accuracy on the task, %", fontsize=10)
+    canvas.supylabel("accuracy on the task, %")
     seeds = max(choices["highest"].seeds for choices, _ in lines.values())
     rows: list[tuple[str | float | None, ...]] = []
     for training, (choices, zero_shot) in lines.items():
@@ -127,23 +124,22 @@ def _pruned_lines(every: Sequence[Measures]) -> tuple[dict[str, Line], float]:
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
 """At which every merger is evaluated, as well as at its own."""
 
-_INDEPENDENT = "independent training"
-_SEQUENTIAL = "sequential training"
-
 
 def measure_scale(run: SuiteRun, get_evaluator: Callable[[], RunEvaluator]) -> Measures:
     """Merge a run's task vectors with each of its methods, and evaluate several scales.
 
-    Returns:
-        By method: ``merger``, ``scales`` in ascending order, ``accuracy`` after the last task on
-        all test images, in per cent, at each of them, and ``own``, the scale that the method was
-        run with, None if it had several.
+    ``own`` is the scale that the method was run with, None if it had several.
     """
+    from cl_merge.benchmarks.runs.run import make_merger  # brings the parts that train
+
     evaluator, found = get_evaluator(), {}
+    config = read_config([], {}, run.folder / "config.yaml")
     for name, result in run.merging.items():
-        merger = _merger(run, name)
-        if merger is None:
+        method = find_method(name)
+        if method.weighted:
+            log.info("%s: '%s' needs more than task vectors, and is left out", run.folder, name)
             continue
+        merger, _ = make_merger(config, method)
         for vector in run.vectors():
             merger.update(vector)
             del vector
@@ -168,7 +164,10 @@ def draw_scale(measured: Measured) -> Drawing | None:
     lines = _scale_lines(measured)
     if not lines:
         return None
-    titles = {name: _panel(of_method) for name, of_method in lines.items()}
+    titles = {
+        name: f"{'independent' if own.training == 'independent' else 'sequential'} training"
+        for name, own in lines.items()
+    }
     canvas, panels = stacked_panels(dict.fromkeys(titles.values()), 2.25)
     for name, own in lines.items():
         axes, label = panels[titles[name]], name.removesuffix("-sequential")
@@ -182,7 +181,7 @@ def draw_scale(measured: Measured) -> Drawing | None:
         axes.axhline(zero, color=GREY, linestyle=DOTTED, label="zero-shot")
         legend_beside(axes)
     axes.set_xlabel("scale of the merged task vector")
-    canvas.supylabel("accuracy after the last task, %", fontsize=10)
+    canvas.supylabel("accuracy after the last task, %")
     seeds = max(own.line.seeds for own in lines.values())
     rows = []
     for name, own in lines.items():
@@ -225,20 +224,6 @@ class _ScaleLine:
         if self.scale is None or self.scale not in self.scales:
             return None
         return float(self.line.mean[self.scales.index(self.scale)])
-
-
-def _panel(line: _ScaleLine) -> str:
-    return _INDEPENDENT if line.training == "independent" else _SEQUENTIAL
-
-
-def _merger(run: SuiteRun, name: str) -> Merger | None:
-    from cl_merge.benchmarks.runs.run import make_merger  # brings the parts that train
-
-    merger, _ = make_merger(read_config([], {}, run.folder / "config.yaml"), find_method(name))
-    if merger.weighted:
-        log.info("%s: '%s' needs more than task vectors, and is left out", run.folder, name)
-        return None
-    return merger
 
 
 def _known_accuracies(run: SuiteRun, result: Mapping[str, Any]) -> dict[float, float]:

@@ -49,7 +49,6 @@ Progress = Callable[[str, int, int], None]
 
 def figures_of(
     folder: str | Path,
-    settings: Sequence[str] | None = None,
     *,
     evaluate: bool = True,
     progress: Progress = lambda *_: None,
@@ -58,25 +57,14 @@ def figures_of(
 
     What has to be measured is kept in ``analysis/SETTING/KIND-seedN.json``, and measured again only
     once a run's ``results.json`` has changed. The figures are drawn anew each time, the same bytes
-    from the same measures, and lie in ``figures/``.
+    from the same measures, and lie in ``figures/``. Those of a whole data set stand after its last
+    setting.
 
-    Args:
-        folder: The suite's.
-        settings: Names of its settings; None for all.
-        evaluate: Whether to measure what needs the model and its images, which takes minutes. If
-            not, the figures are made of what was measured before, and left out if nothing was.
-        progress: Told how far the evaluations are.
-
-    Returns:
-        The figures, setting by setting in the order of `KINDS`; those of a whole data set stand
-        after its last setting. A run whose task vectors or images cannot be read is left out of
-        figures that need them, with a warning.
-
-    Raises:
-        InputError: If there is no such setting.
+    Without `evaluate`, what needs the model and its images, and takes minutes, is drawn only if it
+    was measured before. A run that cannot be read is left out with a warning.
     """
     folder = Path(folder)
-    found = find_settings(folder, settings)
+    found = find_settings(folder)
     measured = {(k.name, s.name): Measured(s) for k in KINDS for s in found}
     _measure_all(folder, found, measured, evaluate, progress)
     figures = []
@@ -103,16 +91,21 @@ def _draw(kind: Kind, folder: Path, name: str, measured: Sequence[Measured]) -> 
 
 @dataclass(frozen=True)
 class _Measurement:
-    """A kind that a run has to be measured for, and the file that keeps what was measured."""
+    """A kind that a run has to be measured for, and the folder that keeps what was measured."""
 
     kind: Kind
     measure: Measure
-    setting: SettingRuns
+    setting: str
     run: SuiteRun
-    file: Path
+    folder: Path
+
+    @property
+    def file(self) -> Path:
+        """Where it is kept, with the other trainings of the seed."""
+        return self.folder / f"{self.kind.name}-seed{self.run.seed}.json"
 
     def __str__(self) -> str:
-        return f"{self.kind.name} of {self.setting.name}, seed {self.run.seed}, {self.run.training}"
+        return f"{self.kind.name} of {self.setting}, seed {self.run.seed}, {self.run.training}"
 
     def stored(self) -> Any:
         """What was measured before; None if nothing was, or it is stale."""
@@ -135,17 +128,6 @@ class _Measurement:
         return kept
 
 
-def _measurements(folder: Path, setting: SettingRuns) -> list[_Measurement]:
-    kept = folder / "analysis" / setting.name
-    return [
-        _Measurement(kind, kind.measure, setting, run, kept / f"{kind.name}-seed{seed}.json")
-        for seed in dict.fromkeys(run.seed for run in setting.runs)
-        for kind in KINDS
-        for run in setting.runs
-        if kind.measure is not None and run.seed == seed and kind.wants(run)
-    ]
-
-
 def _measure_all(
     folder: Path,
     settings: Sequence[SettingRuns],
@@ -154,7 +136,14 @@ def _measure_all(
     progress: Progress,
 ) -> None:
     """Fill in by kind and setting what each training and seed showed."""
-    every = [one for setting in settings for one in _measurements(folder, setting)]
+    every = [
+        _Measurement(kind, kind.measure, setting.name, run, folder / "analysis" / setting.name)
+        for setting in settings
+        for seed in dict.fromkeys(run.seed for run in setting.runs)
+        for kind in KINDS
+        for run in setting.runs
+        if kind.measure is not None and run.seed == seed and kind.wants(run)
+    ]
     if not evaluate:
         every = [one for one in every if not one.kind.evaluates or one.stored()]
     # One model and one set of images at a time, for all that a setting and seed need of it.
@@ -163,7 +152,7 @@ def _measure_all(
         progress(str(one), done, len(every))
         found = _measure(one, loaded)
         if found is not None:
-            of_setting = measured[one.kind.name, one.setting.name].found
+            of_setting = measured[one.kind.name, one.setting].found
             of_setting.setdefault(one.run.training, {})[one.run.seed] = found
     progress("figures", len(every), len(every))
 
@@ -189,7 +178,7 @@ def _evaluator(one: _Measurement, loaded: dict[tuple[str, int], RunEvaluator]) -
     # What was measured before can be drawn without the parts that train and evaluate.
     from cl_merge.benchmarks.runs.evaluator import RunEvaluator
 
-    key = one.setting.name, one.run.seed
+    key = one.setting, one.run.seed
     if key not in loaded:
         loaded.clear()
         loaded[key] = RunEvaluator.of(one.run.folder)

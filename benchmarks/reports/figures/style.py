@@ -58,15 +58,15 @@ _DASHES: dict[str | None, Any] = {
 
 
 @contextmanager
-def figure_style(ink: str = INK) -> Iterator[None]:
+def figure_style() -> Iterator[None]:
     """Make figures in the same style, whatever the user's settings of matplotlib."""
-    import matplotlib as mpl
+    import matplotlib.style as mpl_style
 
     settings: Any = {
         "font.size": 10,
         "axes.titlesize": 10.5,
         "axes.titlelocation": "left",
-        "axes.labelsize": 10,
+        "figure.labelsize": 10,
         "xtick.labelsize": 9.5,
         "ytick.labelsize": 9.5,
         "legend.fontsize": 9.5,
@@ -84,23 +84,18 @@ def figure_style(ink: str = INK) -> Iterator[None]:
         "axes.facecolor": "none",
         "figure.facecolor": "none",
         "svg.fonttype": "none",
-        **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), ink),
-        **dict.fromkeys(("xtick.color", "ytick.color"), ink),
+        **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), INK),
+        **dict.fromkeys(("xtick.color", "ytick.color"), INK),
     }
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        mpl.rcParams.update(settings)
+    with mpl_style.context(settings, after_reset=True):
         yield
 
 
 def new_canvas(height: float, width: float = WIDTH) -> matplotlib.figure.Figure:
     """Make an empty picture of a size in inches, without pyplot and its global state."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    canvas = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(canvas)
-    return canvas
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def save_drawing(canvas: matplotlib.figure.Figure, file: Path, title: str) -> str:
@@ -112,19 +107,10 @@ def save_drawing(canvas: matplotlib.figure.Figure, file: Path, title: str) -> st
     return svg
 
 
-def svg_element(
-    canvas: matplotlib.figure.Figure, name: str, title: str, ink: str = "currentColor"
-) -> str:
-    """Write a picture as SVG that can stand in a page, the same bytes each time.
+def svg_element(canvas: matplotlib.figure.Figure, name: str, title: str) -> str:
+    """Write a picture as an ``<svg>`` element for a page or a file, the same bytes each time.
 
-    Args:
-        canvas: The picture.
-        name: What no other picture of the page is called; its ids depend on it.
-        title: What it shows, for those who cannot see it.
-        ink: The colour of letters and axes; by default that of the text around it.
-
-    Returns:
-        An ``<svg>`` element with a transparent background, which is a file of its own, too.
+    Its ids depend on its name, and letters and axes have the colour of the text around it.
     """
     import matplotlib as mpl
 
@@ -134,7 +120,7 @@ def svg_element(
         canvas.savefig(written, format="svg", metadata=no_metadata)
     svg = written.getvalue().decode()
     # Groups are numbered alike in every picture, and nothing refers to them.
-    svg = re.sub(r'<g id="[^"]+"', "<g", svg[svg.index("<svg") :]).replace(INK, ink)
+    svg = re.sub(r'<g id="[^"]+"', "<g", svg[svg.index("<svg") :]).replace(INK, "currentColor")
     return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
 
 
@@ -172,11 +158,6 @@ def _position(merger: str) -> int:
         return _MERGERS.index(merger)
     others = len(PALETTE) - len(_MERGERS)
     return len(_MERGERS) + zlib.crc32(merger.encode()) % others
-
-
-def look_of_training(training: str) -> dict[str, Any]:
-    """How the line of a plain training looks where nothing is merged: as what it is merged with."""
-    return look_of("magmax" if training == "sequential" else "average", training)
 
 
 @dataclass(frozen=True)
@@ -264,11 +245,7 @@ def label_ends(
 ) -> None:
     """Write at the right of the axes what each line is, without overlaps.
 
-    Args:
-        axes: With the limits that they will have.
-        ends: Of each line its label, the x and the y of its end, and its colour.
-        bold: The label that stands out.
-        size: Of the letters, in points.
+    Each end is a label, x, y and a colour; the limits of the axes must be settled.
     """
     canvas: Any = axes.get_figure()
     canvas.draw_without_rendering()  # settles how high the axes are

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 from cl_merge.benchmarks.formatting import counted
 from cl_merge.benchmarks.methods.method import METHODS, TRAININGS
 from cl_merge.benchmarks.runs.results import finished_results
-from cl_merge.errors import InputError, unknown_name
+from cl_merge.errors import InputError
 from cl_merge.task_vectors.task_vector import TaskVector
 
 
@@ -41,9 +41,9 @@ class SuiteRun:
         return len(self.results["tasks"])
 
     @property
-    def test_images(self) -> int:
-        """Number of test images of all tasks."""
-        return sum(task["test_images"] for task in self.results["tasks"])
+    def is_joint(self) -> bool:
+        """Whether it trained on all tasks as one."""
+        return TRAININGS[self.training].joint
 
     @property
     def merging(self) -> dict[str, dict[str, Any]]:
@@ -67,11 +67,7 @@ class SuiteRun:
         return (TaskVector.load(file) for file in self.vector_files)
 
     def check_vectors(self) -> None:
-        """Make sure that the run has left its task vectors.
-
-        Raises:
-            InputError: If one is missing; says where it should be.
-        """
+        """Make sure that the run has left its task vectors."""
         if not all(file.exists() for file in self.vector_files):
             raise InputError(
                 f"'{self.vector_files[0].parent}' does not hold the {self.tasks} task vectors of "
@@ -115,42 +111,31 @@ class SettingRuns:
         }
 
 
-def find_settings(folder: str | Path, names: Sequence[str] | None = None) -> list[SettingRuns]:
-    """Find the settings of a suite that have finished runs.
+def find_settings(folder: str | Path) -> list[SettingRuns]:
+    """Find the settings of a suite that have finished runs, by data set and number of tasks.
 
-    Args:
-        folder: The suite's, with runs in ``SETTING/seedN/TRAINING``.
-        names: Which settings; None for all.
-
-    Returns:
-        The settings, sorted by data set and number of tasks. A folder with nothing but joint
-        training is no setting of its own.
+    A folder with nothing but joint training is no setting of its own.
     """
-    folder = Path(folder)
-    there = sorted(path.name for path in folder.iterdir() if any(path.glob("seed*")))
-    for name in names or ():
-        if name not in there:
-            raise unknown_name(f"setting in '{folder}'", name, there)
+    found: dict[str, list[SuiteRun]] = {}
+    for file in Path(folder).glob("*/seed*/*/results.json"):
+        setting, seed, training = file.parts[-4:-1]
+        if training in TRAININGS and seed.removeprefix("seed").isdecimal():
+            run = SuiteRun(file.parent, int(seed.removeprefix("seed")), training)
+            found.setdefault(setting, []).append(run)
     settings = []
-    for name in names or there:
-        runs = _runs(folder / name)
-        own = [run for run in runs if not TRAININGS[run.training].joint]
+    for name, runs in found.items():
+        own = _in_order(run for run in runs if not run.is_joint)
         # Joint training is the same whatever the number of tasks: its folder is the data set's.
         data = name if len(own) < len(runs) else re.sub(r"-\d+$", "", name)
-        joint = [run for run in _runs(folder / data) if TRAININGS[run.training].joint]
+        joint = _in_order(run for run in found.get(data, ()) if run.is_joint)
         if own:
-            settings.append(SettingRuns(name, data, tuple(own), tuple(joint)))
+            settings.append(SettingRuns(name, data, own, joint))
     return sorted(settings, key=lambda setting: (setting.data, setting.tasks, setting.name))
 
 
-def _runs(folder: Path) -> list[SuiteRun]:
-    found = []
-    for file in folder.glob("seed*/*/results.json"):
-        seed, training = file.parent.parent.name.removeprefix("seed"), file.parent.name
-        if seed.isdecimal() and training in TRAININGS:
-            found.append(SuiteRun(file.parent, int(seed), training))
+def _in_order(runs: Iterable[SuiteRun]) -> tuple[SuiteRun, ...]:
     order = list(TRAININGS)
-    return sorted(found, key=lambda run: (run.seed, order.index(run.training)))
+    return tuple(sorted(runs, key=lambda run: (run.seed, order.index(run.training))))
 
 
 def in_table_order(names: Iterable[str]) -> list[str]:

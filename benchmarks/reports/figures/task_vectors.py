@@ -18,7 +18,7 @@ from cl_merge.benchmarks.reports.figures.style import (
     Line,
     draw_line,
     legend_below,
-    look_of_training,
+    look_of,
     new_canvas,
     number,
     over_seeds,
@@ -99,10 +99,7 @@ def _draw_conflicts(
 ) -> Drawing:
     from matplotlib.ticker import MaxNLocator
 
-    canvas = new_canvas(3.0)
-    axes = canvas.add_subplot()
-    for training, line in lines.items():
-        draw_line(axes, x, line, training, **look_of_training(training))
+    canvas, axes = _draw_trainings(x, lines, 3.0)
     axes.set_ylim(bottom=0)
     axes.set_xlabel(label)
     axes.set_ylabel("positions in conflict, %")
@@ -120,6 +117,17 @@ def _draw_conflicts(
             for i, at in enumerate(x)
         ),
     )
+
+
+def _draw_trainings(x: Sequence[float], lines: dict[str, Line], height: float) -> tuple[Any, Any]:
+    """Draw a line for each training; the canvas and its axes."""
+    canvas = new_canvas(height)
+    axes = canvas.add_subplot()
+    for training, line in lines.items():
+        # Nothing is merged here: a training looks as what it is merged with.
+        look = look_of("magmax" if training == "sequential" else "average", training)
+        draw_line(axes, x, line, training, **look)
+    return canvas, axes
 
 
 _BINS = 10
@@ -144,11 +152,8 @@ def draw_consistency(measured: Measured) -> Drawing | None:
     lines = measured.by_training(lambda found: over_seeds([one["consistency"] for one in found]))
     if not lines or setting.tasks < 2:
         return None
-    canvas = new_canvas(3.2)
-    axes = canvas.add_subplot()
     middles = [100 * (i + 0.5) / _BINS for i in range(_BINS)]
-    for training, line in lines.items():
-        draw_line(axes, middles, line, training, **look_of_training(training))
+    canvas, axes = _draw_trainings(middles, lines, 3.2)
     chance = random_consistency(setting.tasks)
     axes.axhline(chance, color=GREY, linestyle=DOTTED, label="random signs")
     axes.set(ylim=(0, 1), xlim=(0, 100))

@@ -1,12 +1,14 @@
 """The pictures of a single run."""
 
+import runpy
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
 from results_files import whole_results, write_results_file
 
-from cl_merge.benchmarks.reports.run_pictures import PICTURES, draw_pictures, main
+from cl_merge.benchmarks.reports.run_pictures import PICTURES, draw_pictures
 
 
 @pytest.fixture
@@ -35,7 +37,8 @@ def test_methods_that_were_evaluated_once_are_drawn_too(tmp_path, seen):
 
 def test_the_picture_of_the_readme_says_the_same_on_light_and_on_dark(results, tmp_path):
     write_results_file(tmp_path, results)
-    main(str(tmp_path), str(tmp_path))
+    script = Path(__file__).parents[3] / "docs" / "readme_picture.py"
+    runpy.run_path(str(script))["main"](str(tmp_path), str(tmp_path))
     labels = []
     for theme, ink in (("light", "#21262b"), ("dark", "#e6e8ea")):
         text = (tmp_path / f"accuracy_{theme}.svg").read_text()

@@ -118,6 +118,13 @@ def test_a_data_set_whose_domains_are_its_tasks_has_no_number_of_them_to_choose(
         ("settings: [{data: digits, tasks: five}]\nmethods: [magmax]", "tasks of 'digits' must be"),
         ("settings: [{data: digits}]\nmethods: [tie]", "did you mean 'ties'?"),
         ("settings: [{data: digits}]\nmethods: [ties]\npaper: table3", "did you mean 'table"),
+        (
+            "settings: [{data: digits}]\nmethods: [ties]\nseeds: 3",
+            "Expected `array`, got `int` - at",
+        ),
+        ("settings: [{data: digits}]\nmethods: [ties]\nseeds: [-1]", "Expected `int` >= 0"),
+        ("settings: [{data: digits}]\nmethods: [ties]\nrun: fast", "got `str` - at `$.run`"),
+        ("settings: [{data: digits, run: fast}]\nmethods: [ties]", "got `str` - at `$.run`"),
     ],
 )
 def test_a_wrong_file_is_answered_with_what_is_wrong(text, message, tmp_path):

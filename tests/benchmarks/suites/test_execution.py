@@ -25,7 +25,7 @@ from pathlib import Path
 out = Path(sys.argv[-1].removeprefix("out="))
 begun = time.monotonic()
 deaf = "DEAF" in os.environ
-signal.signal(signal.SIGINT, signal.SIG_IGN if deaf else lambda *_: sys.exit(130))
+signal.signal(signal.SIGTERM, signal.SIG_IGN if deaf else lambda *_: sys.exit(143))
 (out / "journal.jsonl").touch()
 (out / "environment.json").write_text(json.dumps(dict(os.environ)))
 if out.name in os.environ.get("FAILING", "").split(","):

@@ -22,7 +22,6 @@ def test_settings_are_sorted_by_data_and_tasks_with_runs_by_seed_and_training(tm
         (1, "independent"),
     ]
     assert found[2].title == "birds in 10 tasks"
-    assert [setting.name for setting in find_settings(tmp_path, ["birds-5"])] == ["birds-5"]
 
 
 def test_joint_training_serves_all_settings_of_its_data_set(tmp_path):
@@ -55,12 +54,6 @@ def test_runs_that_have_not_finished_and_other_folders_are_passed_over(tmp_path)
     (tmp_path / "birds-3/seed0/notes/results.json").write_text("{}")
     (setting,) = find_settings(tmp_path)
     assert [run.training for run in setting.runs] == ["sequential", "independent"]
-
-
-def test_an_unknown_setting_is_named(tmp_path):
-    make_suite(tmp_path)
-    with pytest.raises(InputError, match=r"unknown setting .*'birds-4'; did you mean 'birds-3'"):
-        find_settings(tmp_path, ["birds-4"])
 
 
 def test_vectors_come_in_the_order_of_the_tasks(tmp_path):

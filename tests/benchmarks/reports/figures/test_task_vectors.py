@@ -179,18 +179,21 @@ def test_parts_are_blocks_or_layers(names, parts):
 
 
 @pytest.mark.parametrize("measure", MEASURES)
-def test_one_task_vector_is_held_at_a_time(tmp_path, monkeypatch, measure):
-    make_run(tmp_path, "birds-5", "sequential", tasks=5)
-    run, load, held = find_settings(tmp_path)[0].runs[0], TaskVector.load, []
+def test_one_task_vector_is_held_at_a_time(tmp_path, measure):
+    held = []
 
     def watched(path):
         assert not any(reference() for reference in held)
-        vector = load(path)
+        vector = TaskVector.load(path)
         held.append(weakref.ref(vector))
         return vector
 
-    monkeypatch.setattr(TaskVector, "load", watched)
-    measure(run, no_replay)
+    class Watched(SuiteRun):
+        def vectors(self):
+            return (watched(file) for file in self.vector_files)
+
+    folder = make_run(tmp_path, "birds-5", "sequential", tasks=5)
+    measure(Watched(folder, 0, "sequential"), no_replay)
     assert len(held) == 5
 
 

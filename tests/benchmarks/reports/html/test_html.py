@@ -11,7 +11,7 @@ from urllib.parse import unquote
 import pytest
 from report_cases import drawing, fill, suite_of
 
-from cl_merge.benchmarks.methods.method import METHODS
+from cl_merge.benchmarks.methods.method import METHODS, Method
 from cl_merge.benchmarks.reports.html import write_report
 from cl_merge.benchmarks.reports.run_pictures import pictures_of_run
 from cl_merge.benchmarks.reports.single_run import summary_of_run
@@ -273,7 +273,9 @@ def test_hostile_words_stay_words(tmp_path):
     entry = summary.entries['<i>"&-3', "ties"]
     failed = replace(entry.cells[0], state=FAILED, reason=HOSTILE, result={}, metrics={})
     entries = dict(summary.entries)
-    entries['<i>"&-3', HOSTILE] = replace(entry, method=HOSTILE, cells=(failed,), metrics={})
+    entries['<i>"&-3', HOSTILE] = replace(
+        entry, method=Method(HOSTILE, "independent"), cells=(failed,), metrics={}
+    )
     figure = drawing(HOSTILE, "", SVG, caption=HOSTILE, columns=(HOSTILE,), rows=((HOSTILE,),))
     page = written(replace(summary, entries=entries), tmp_path / "report.html", [figure])
     assert page.wrong == []
