@@ -22,59 +22,38 @@ class ContentHash:
     of memory, and tells whether two files hold the same; it is no signature.
 
     Args:
-        weights: The checkpoint; what it holds is added with `stretch`.
+        weights: The checkpoint; what it holds is added with `update`.
         block: Elements that are hashed together.
     """
 
     def __init__(self, weights: Weights, block: int = BLOCK) -> None:
-        self.block = block
         self._weights = weights
-        # By name and first element; empty tensors have no stretches.
+        self._block = block
+        # By name and index of the block; empty tensors have no blocks.
+        self._running: dict[tuple[str, int], xxhash.xxh3_128] = {}
         self._digests = {
             (name, 0): b"" for name in weights.names if weights.shape(name).numel() == 0
         }
 
-    def stretch(self, name: str, start: int) -> StretchHash:
-        """Begin to hash a stretch of a flattened tensor; `start` is a multiple of the block."""
-        return StretchHash(self, name, start)
-
-    def add(self, name: str, start: int, digests: bytes) -> None:
-        """Add the digests, 16 bytes each, of the blocks of a stretch."""
-        self._digests[name, start] = digests
+    def update(self, name: str, start: int, chunk: Tensor) -> None:
+        """Add a chunk of a flattened tensor, contiguous; those of one block come in their order."""
+        while chunk.numel():
+            key = (name, start // self._block)
+            part, chunk = chunk.tensor_split([self._block - start % self._block])
+            running = self._running.setdefault(key, xxhash.xxh3_128())
+            running.update(part.view(torch.uint8).numpy().data)
+            start += part.numel()
+            if start % self._block == 0 or start == self._weights.shape(name).numel():
+                self._digests[key] = self._running.pop(key).digest()
 
     def hexdigest(self) -> str:
-        """Finish, after all stretches of all tensors: 32 hexadecimal digits."""
+        """Finish, after all of all tensors was added: 32 hexadecimal digits."""
         total = xxhash.xxh3_128()
         before = None
-        for (name, _), digests in sorted(self._digests.items()):
+        for (name, _), digest in sorted(self._digests.items()):
             if name != before:
                 kind = [name, str(self._weights.dtype(name)), list(self._weights.shape(name))]
                 total.update(json.dumps(kind).encode())
-            total.update(digests)
+            total.update(digest)
             before = name
         return total.hexdigest()
-
-
-class StretchHash:
-    """Hashes a stretch of a tensor from its chunks, one after another, block by block."""
-
-    def __init__(self, content: ContentHash, name: str, start: int) -> None:
-        self._content, self._name, self._start = content, name, start
-        self._done: list[bytes] = []
-        self._hash = xxhash.xxh3_128()
-        self._room = content.block
-
-    def update(self, chunk: Tensor) -> None:
-        """Take the next chunk, contiguous, of any dtype."""
-        while chunk.numel():
-            part, chunk = chunk[: self._room], chunk[self._room :]
-            self._hash.update(part.view(torch.uint8).numpy().data)
-            self._room -= part.numel()
-            if self._room == 0:
-                self._done.append(self._hash.digest())
-                self._hash, self._room = xxhash.xxh3_128(), self._content.block
-
-    def finish(self) -> None:
-        """Add what was hashed to the checkpoint's hash."""
-        rest = [self._hash.digest()] if self._room < self._content.block else []
-        self._content.add(self._name, self._start, b"".join(self._done + rest))

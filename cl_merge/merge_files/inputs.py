@@ -11,7 +11,7 @@ from torch import Tensor
 from cl_merge.errors import InputError, listing
 from cl_merge.kernels import Chunk, Difference
 from cl_merge.kernels.finite import is_finite, not_finite
-from cl_merge.merge_files.hashing import ContentHash, StretchHash
+from cl_merge.merge_files.hashing import ContentHash
 from cl_merge.merge_files.plan import Plan, dtype_name
 from cl_merge.mergers.chunks import Reader
 from cl_merge.storage import Weights
@@ -45,63 +45,35 @@ class ByteCount:
 class Inputs:
     """The base, the tasks and the importances of a merge.
 
-    Args:
-        plan: What is merged.
-        progress: Shows how many bytes were read.
-        passes: How often the tasks' merged tensors are going to be read.
-        block: Elements that are hashed together.
-
-    Attributes:
-        count: Counts what is read.
-        all: The inputs in order: base, tasks, importances.
-        hashes: Of what each of them holds, complete once all was read.
-        differing: Names of tensors that are not merged but differ between base and tasks.
+    `passes` tells how often the tasks' merged tensors are going to be read, `block` how many
+    elements are hashed together.
     """
 
     def __init__(self, plan: Plan, progress: Progress | None, passes: int, block: int) -> None:
         self.all = [plan.base, *plan.tasks, *plan.importances]
         self.hashes = [ContentHash(weights, block) for weights in self.all]
-        self.differing: set[str] = set()
+        self.differing: set[str] = set()  # tensors that are not merged but not the base's either
         self.count = ByteCount(progress, _bytes_to_read(plan, passes))
         self._plan = plan
         self._held = [set(weights.names) for weights in self.all]
 
-    def start_hashes(self, name: str, start: int) -> list[StretchHash | None]:
-        """Begin to hash a stretch of a tensor of each input; None for those that lack it."""
-        # Task vectors lack tensors that did not train.
-        return [
-            content.stretch(name, start) if name in held else None
-            for content, held in zip(self.hashes, self._held, strict=True)
-        ]
-
-    def read(
-        self, index: int, name: str, part: slice, hashes: list[StretchHash | None] | None = None
-    ) -> Tensor:
+    def read(self, index: int, name: str, part: slice, *, hashed: bool = False) -> Tensor:
         """Read a stretch of one of the inputs, in its own dtype, and hash it if that is wanted."""
         values = self.all[index].read(name, part.start, part.stop)
-        of_input = hashes[index] if hashes is not None else None
-        if of_input is not None:
-            of_input.update(values)
+        if hashed:
+            self.hashes[index].update(name, part.start, values)
         self.count.took(values)
         return values
 
-    def reader(
-        self, task: int, base: Tensor | None = None, hashes: list[StretchHash | None] | None = None
-    ) -> Reader:
-        """Read a task as a task vector.
+    def reader(self, task: int, base: Tensor | None = None, *, hashed: bool = False) -> Reader:
+        """Read a task as a task vector, and refuse what is not finite.
 
-        Args:
-            task: Index of the task.
-            base: The stretch of the base that will be asked for, if it was read already.
-            hashes: What takes up the task and its importance as they are read.
-
-        Returns:
-            A reader; it refuses what is not finite.
+        `base` is the stretch of the base that will be asked for, if it was read already.
         """
         is_task_vector = self._plan.tasks[task].is_task_vector
 
         def chunk(name: str, part: slice) -> Chunk:
-            values = self.read(1 + task, name, part, hashes)
+            values = self.read(1 + task, name, part, hashed=hashed)
             if not is_task_vector:
                 return Difference(values, self.read(0, name, part) if base is None else base)
             vector = values.to(torch.float32)
@@ -111,7 +83,7 @@ class Inputs:
 
         def importance(name: str, part: slice) -> Tensor:
             index = 1 + len(self._plan.tasks) + task
-            values = self.read(index, name, part, hashes).to(torch.float32)
+            values = self.read(index, name, part, hashed=hashed).to(torch.float32)
             if not is_finite(values) or bool((values < 0).any()):
                 raise InputError(
                     f"'{self.all[index].path}': the importance of '{name}' is negative, NaN or "
@@ -127,13 +99,13 @@ class Inputs:
             broken=lambda: self.broken(task),
         )
 
-    def copied(self, name: str, part: slice, hashes: list[StretchHash | None]) -> Tensor:
+    def copied(self, name: str, part: slice) -> Tensor:
         """Read a stretch of a tensor that is not merged, and compare it; returns the base's."""
-        values = self.read(0, name, part, hashes)
+        values = self.read(0, name, part, hashed=True)
         for index, weights in enumerate(self.all[1:], start=1):
-            if hashes[index] is None:
+            if name not in self._held[index]:  # task vectors lack what did not train
                 continue
-            theirs = self.read(index, name, part, hashes)
+            theirs = self.read(index, name, part, hashed=True)
             is_tuned = index <= len(self._plan.tasks) and not weights.is_task_vector
             if is_tuned and not torch.equal(theirs.view(torch.uint8), values.view(torch.uint8)):
                 self.differing.add(name)

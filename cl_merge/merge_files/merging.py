@@ -20,7 +20,7 @@ from cl_merge import __version__
 from cl_merge.errors import InputError, listing
 from cl_merge.kernels.finite import is_finite
 from cl_merge.kernels.parallel import in_threads
-from cl_merge.merge_files.hashing import BLOCK, StretchHash
+from cl_merge.merge_files.hashing import BLOCK
 from cl_merge.merge_files.inputs import Inputs, Progress
 from cl_merge.merge_files.plan import Plan, make_plan
 from cl_merge.mergers import Merger
@@ -242,37 +242,30 @@ class _Work:
         total = sum(self._counts)
         # The stretches whose result depends on all others, now that it is known.
         in_threads(lambda waiting: self._finish(writer, *waiting, total), self._waiting)
-        in_threads(lambda block: self._copy_block(writer, *block), self._blocks(copied, "element"))
+        in_threads(lambda block: self._copy(writer, *block), self._blocks(copied, "element"))
 
     def _blocks(self, names: list[str], unit: Unit) -> list[tuple[str, slice]]:
         shapes = {name: self._plan.base.shape(name) for name in names}
         return list(cut(shapes, unit, self._block_size))
 
     def _merge_block(self, writer: Writer, name: str, block: slice) -> None:
-        hashes = self.inputs.start_hashes(name, block.start)
         shapes = {name: self._plan.base.shape(name)}
         size = self._merger.chunk_size or chunk_size(_CPU)
         for _, part in cut(shapes, self._merger.unit, size, block):
-            base = self.inputs.read(0, name, part, hashes)
-            folding = self._fold(name, part, base, hashes)
+            base = self.inputs.read(0, name, part, hashed=True)
+            folding = self._fold(name, part, base, hashed=True)
             number, depends = folding.global_count(self._merger)
             self._counts.append(number)
             if depends:
                 self._waiting.append((name, part, folding if self._has_room(folding) else None))
             else:
                 self._write(writer, name, part, base, folding, 0)
-        _finish_all(hashes)
 
-    def _fold(
-        self,
-        name: str,
-        part: slice,
-        base: Tensor,
-        hashes: list[StretchHash | None] | None,
-    ) -> Folding:
+    def _fold(self, name: str, part: slice, base: Tensor, *, hashed: bool) -> Folding:
         folding = Folding({name: self._plan.base.shape(name)}, _CPU, part)
         for task, prepared in enumerate(self._prepared):
-            folding.fold(self._merger, self.inputs.reader(task, base, hashes), prepared)
+            vector = self.inputs.reader(task, base, hashed=hashed)
+            folding.fold(self._merger, vector, prepared)
         return folding
 
     def _has_room(self, folding: Folding) -> bool:
@@ -286,7 +279,7 @@ class _Work:
         self, writer: Writer, name: str, part: slice, folding: Folding | None, total: int
     ) -> None:
         base = self._plan.base.read(name, part.start, part.stop)
-        folding = folding or self._fold(name, part, base, None)
+        folding = folding or self._fold(name, part, base, hashed=False)
         self._write(writer, name, part, base, folding, total)
 
     def _write(
@@ -299,13 +292,5 @@ class _Work:
             raise self.inputs.broken_result(name)
         writer.write(name, part.start, result)
 
-    def _copy_block(self, writer: Writer, name: str, block: slice) -> None:
-        hashes = self.inputs.start_hashes(name, block.start)
-        writer.write(name, block.start, self.inputs.copied(name, block, hashes))
-        _finish_all(hashes)
-
-
-def _finish_all(hashes: list[StretchHash | None]) -> None:
-    for of_input in hashes:
-        if of_input is not None:
-            of_input.finish()
+    def _copy(self, writer: Writer, name: str, block: slice) -> None:
+        writer.write(name, block.start, self.inputs.copied(name, block))
