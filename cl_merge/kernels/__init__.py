@@ -81,11 +81,11 @@ def subtract(tuned: Tensor, base: Tensor, out: Tensor) -> bool:
 
     `tuned` and `base` are floating point of one dtype, `out` is float32.
     """
-    finite = _compiled("difference", (out,), (), Difference(tuned, base))
-    if finite is None:
-        torch.sub(tuned.to(wide(tuned.dtype)), base.to(wide(base.dtype)), out=out)
-        finite = is_finite(out)
-    return finite
+    difference = Difference(tuned, base)
+    if _folded("difference", (out,), (), difference):
+        return difference.finite
+    torch.sub(tuned.to(wide(tuned.dtype)), base.to(wide(base.dtype)), out=out)
+    return is_finite(out)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -109,12 +109,7 @@ def fold_largest(merged: Tensor, chunk: Chunk) -> None:
 def fold_drawn(merged: Tensor, chunk: Chunk, key: int, start: int, limit: int) -> None:
     """Take the chunk's value where the random number of an element is at most `limit`.
 
-    Args:
-        merged: float32 [n]; changed in place.
-        chunk: What to take from.
-        key: Names the stream of random numbers, as in `random_bits`.
-        start: Index of the first number.
-        limit: The largest number that takes the chunk's value.
+    `merged` is float32 [n], changed in place; `key` and `start` are those of `random_bits`.
     """
     if not _folded("fold_drawn", (merged,), (key, start, limit), chunk):
         draws = random_bits(key, start, merged.numel(), merged.device)
@@ -124,13 +119,9 @@ def fold_drawn(merged: Tensor, chunk: Chunk, key: int, start: int, limit: int) -
 def fold_signed(
     sums: tuple[Tensor, Tensor], counts: tuple[Tensor, Tensor], chunk: Chunk, threshold: float
 ) -> None:
-    """Add up and count, by sign, the values whose magnitude reaches a threshold.
+    """Add up and count the values whose magnitude reaches a threshold, in place.
 
-    Args:
-        sums: Of the positive and of the negative values, float32 [n]; changed in place.
-        counts: Of the same, int16 [n]; changed in place.
-        chunk: The values.
-        threshold: A float32 number.
+    `sums`, float32 [n], and `counts`, int16 [n], are of the positive and of the negative values.
     """
     if _folded("fold_signed", (*sums, *counts), (threshold,), chunk):
         return
@@ -143,14 +134,10 @@ def fold_signed(
 
 
 def count_signs(sums: tuple[Tensor, Tensor], count: Tensor) -> tuple[int, bool]:
-    """Compare how many elements have a positive total with how many have a negative one.
+    """Count how many more elements have a positive total than have a negative one.
 
-    Args:
-        sums: Of the positive and of the negative values, float32 [n].
-        count: Of the positive ones, int16 [n].
-
-    Returns:
-        The difference, and whether somewhere values cancel out.
+    `sums` are those of `fold_signed`, `count` is that of the positive values. Tells, too, whether
+    somewhere values cancel out.
     """
     compiled = _usable(*sums, count)
     if compiled is None:
@@ -165,13 +152,10 @@ def count_signs(sums: tuple[Tensor, Tensor], count: Tensor) -> tuple[int, bool]:
 def elect(
     sums: tuple[Tensor, Tensor], counts: tuple[Tensor, Tensor], out: Tensor, majority: int
 ) -> None:
-    """Take the mean of the values of the elected sign, that of their total.
+    """Take the mean of the values of the elected sign, that of their total, into float32 [n].
 
-    Args:
-        sums: Of the positive and of the negative values, float32 [n].
-        counts: Of the same, int16 [n].
-        out: float32 [n].
-        majority: The sign where the total is zero: -1, 0 or 1.
+    `sums` and `counts` are those of `fold_signed`, `majority` (-1, 0 or 1) is the sign where the
+    total is zero.
     """
     compiled = _usable(*sums, *counts, out)
     if compiled is not None:
@@ -189,75 +173,49 @@ def elect(
 def bracket(
     vector: Tensor, low: float, high: float, room: int
 ) -> tuple[tuple[int, int, int], Tensor | None]:
-    """Count the magnitudes at the ends of a bracket, and collect those between.
+    """Count the magnitudes of a float32 [n] around a bracket, and collect those within.
 
-    Args:
-        vector: float32 [n].
-        low: The lower end, a float32 number.
-        high: The upper end.
-        room: The most that are collected.
-
-    Returns:
-        How many lie below, how many at the lower and how many at the upper end, and those between,
-        in their order, or None where there are too many.
+    Tells how many lie below, how many at the lower and how many at the upper end; and, in their
+    order, those between, or None where there are more than `room`.
     """
     compiled = _usable(vector)
-    if compiled is None or vector.dtype != torch.float32:
-        return _bracket(vector.abs(), low, high, room)
-    room = min(room, vector.numel())
-    between, counts = torch.empty(room + _BLOCK), torch.empty(3, dtype=torch.int64)
-    found = compiled.bracket(
-        vector.data_ptr(),
-        vector.numel(),
-        low,
-        high,
-        between.data_ptr(),
-        room,
-        counts.data_ptr(),
-    )
-    if found < 0:
+    if compiled is not None and vector.dtype == torch.float32:
+        room = min(room, vector.numel())
+        between, counts = torch.empty(room + _BLOCK), torch.empty(3, dtype=torch.int64)
+        to, ends = _pointers(between, counts)
+        found = compiled.bracket(vector.data_ptr(), vector.numel(), low, high, to, room, ends)
+        between = between[:found].clone()
+        is_full = found < 0
+    else:
+        magnitude = vector.abs()
+        between = magnitude[(magnitude > low) & (magnitude < high)]
+        is_full = len(between) > room
+        masks = (magnitude < low, magnitude == low, magnitude == high)
+        counts = torch.stack([mask.count_nonzero() for mask in masks])
+    if is_full:
         return (0, 0, 0), None
     below, at_low, at_high = counts.tolist()
-    return (below, at_low, at_high), between[:found].clone()
-
-
-def _bracket(
-    magnitude: Tensor, low: float, high: float, room: int
-) -> tuple[tuple[int, int, int], Tensor | None]:
-    between = magnitude[(magnitude > low) & (magnitude < high)]
-    if len(between) > room:
-        return (0, 0, 0), None
-    ends = (magnitude < low, magnitude == low, magnitude == high)
-    below, at_low, at_high = (int(end.count_nonzero()) for end in ends)
     return (below, at_low, at_high), between
 
 
 def _folded(name: str, state: tuple[Tensor, ...], numbers: tuple[Any, ...], chunk: Chunk) -> bool:
-    """Run a compiled loop and note whether a difference is finite; whether it could be run."""
-    finite = _compiled(name, state, numbers, chunk)
-    if finite is not None and isinstance(chunk, Difference):
-        chunk.finite = finite
-    return finite is not None
-
-
-def _compiled(
-    name: str, state: tuple[Tensor, ...], numbers: tuple[Any, ...], chunk: Chunk
-) -> bool | None:
-    """Run a compiled loop; whether a difference is finite, None if it could not be run."""
+    """Run a compiled loop, and note whether a difference is finite; False if there is none."""
     given = (chunk,) if isinstance(chunk, Tensor) else (chunk.tuned, chunk.base)
     compiled = _usable(*state, *given)
-    if compiled is None or state[0].dtype != torch.float32:
-        return None
+    dtypes = {tensor.dtype for tensor in given}
+    if compiled is None or state[0].dtype != torch.float32 or len(dtypes) > 1:
+        return False
     if isinstance(chunk, Tensor):
-        if chunk.dtype != torch.float32:
-            return None
-        getattr(compiled, name)(*_pointers(*state), *numbers, chunk.data_ptr(), chunk.numel())
-        return True
-    dtype = chunk.tuned.dtype
-    if dtype not in _ENDINGS or dtype != chunk.base.dtype:
-        return None
-    loop = getattr(compiled, name + _ENDINGS[dtype])
-    return bool(loop(*_pointers(*state), *numbers, *_pointers(*given), chunk.tuned.numel()))
+        ending = "" if chunk.dtype == torch.float32 else None
+    else:
+        ending = _ENDINGS.get(chunk.tuned.dtype)
+    if ending is None:
+        return False
+    loop = getattr(compiled, name + ending)
+    finite = loop(*_pointers(*state), *numbers, *_pointers(*given), given[0].numel())
+    if isinstance(chunk, Difference):
+        chunk.finite = bool(finite)
+    return True
 
 
 def _usable(*tensors: Tensor) -> ctypes.CDLL | None:

@@ -24,21 +24,11 @@ def usable_cores() -> int:
 
 
 def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """Apply a function to items, on as many threads as torch uses.
+    """Apply a function to items, on as many threads as torch uses; results in the items' order.
 
     Each thread works on one piece at a time, with torch's own threads switched off within it: a
     piece that fits a core's cache stays there, where torch would spread every operation over all
-    cores.
-
-    Args:
-        function: Called once for each item; must not depend on the order of the calls.
-        items: What to work on.
-
-    Returns:
-        The results in the order of the items.
-
-    Raises:
-        BaseException: The first one that a call raised; no further item is begun then.
+    cores. After the first error, which is raised, no further item is begun.
 
     Example:
         >>> in_threads(abs, [-1, 2, -3])

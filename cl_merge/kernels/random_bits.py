@@ -7,16 +7,10 @@ from torch import Tensor
 
 
 def random_bits(key: int, start: int, count: int, device: torch.device) -> Tensor:
-    """Draw random numbers by counter: number i depends on the key and on i alone.
+    """Draw uniform numbers from 0 to 2^63 - 1, int64 [count], by counter.
 
-    Args:
-        key: Names the stream, 0 to 2^64 - 1, as `derive_seed` makes it.
-        start: Index of the first number.
-        count: n, how many.
-        device: Where.
-
-    Returns:
-        Uniform numbers from 0 to 2^63 - 1, int64 [n].
+    Number i, the first of which is `start`, depends on i and on the key alone: 0 to 2^64 - 1, as
+    `derive_seed` makes it.
 
     Reference:
         SplitMix64: Steele, Lea & Flood, Fast Splittable Pseudorandom Number Generators, OOPSLA

@@ -24,8 +24,8 @@ from cl_merge.merge_files.hashing import BLOCK
 from cl_merge.merge_files.inputs import Inputs, Progress
 from cl_merge.merge_files.plan import Plan, make_plan
 from cl_merge.mergers import Merger
+from cl_merge.mergers.base import Folding
 from cl_merge.mergers.chunks import Unit, chunk_size, cut
-from cl_merge.mergers.folding import Folding, Rule
 from cl_merge.mergers.registry import fresh_merger
 from cl_merge.storage import Weights, Writer, check_output, open_weights, write_weights
 from cl_merge.task_vectors.scales import Scales
@@ -220,7 +220,7 @@ class _Work:
         self._merger = merger
         self._scales = scales
         self._block_size = block_size
-        self._prepares = type(merger).prepare is not Rule.prepare
+        self._prepares = type(merger).prepare is not Merger.prepare
         self.inputs = Inputs(plan, progress, passes=2 if self._prepares else 1, block=block_size)
         self._prepared: list[Any] = [None] * len(plan.tasks)
         self._counts: list[int] = []

@@ -11,8 +11,8 @@ from merger_cases import ANY_NUMBER, CHANGING_ONE, DROPPING_NOTHING
 
 from cl_merge.kernels.random_bits import random_bits
 from cl_merge.mergers import RandomMix, get_merger, merge
+from cl_merge.mergers.base import Folding
 from cl_merge.mergers.chunks import Reader
-from cl_merge.mergers.folding import Folding
 from cl_merge.seeds import derive_seed
 
 ORDER_FREE = ["average", "task-arithmetic", "ties"]
