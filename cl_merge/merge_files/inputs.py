@@ -118,18 +118,17 @@ class Inputs:
             return self._broken_base(names)
         if names := self._not_finite(weights):
             return not_finite(f"'{weights.path}'", names)
-        if weights.is_task_vector:
-            names = [
-                name
-                for name in self._plan.merged
-                if not is_finite(weights.read(name).to(torch.float32))
-            ]
-            return not_finite(f"'{weights.path}' in float32", names)
-        pairs = {
-            name: Difference(weights.read(name), base.read(name)) for name in self._plan.merged
-        }
-        names = [name for name, pair in pairs.items() if not is_finite(pair.values())]
-        return not_finite(f"the difference of '{weights.path}' and the base in float32", names)
+
+        def change(name: str) -> Tensor:
+            values = weights.read(name)
+            if weights.is_task_vector:
+                return values.to(torch.float32)
+            return Difference(values, base.read(name)).values()
+
+        names = [name for name in self._plan.merged if not is_finite(change(name))]
+        of_both = f"the difference of '{weights.path}' and the base"
+        what = f"'{weights.path}'" if weights.is_task_vector else of_both
+        return not_finite(f"{what} in float32", names)
 
     def broken_result(self, name: str) -> InputError:
         """Make the error for a merged tensor that is not finite although all task vectors are."""

@@ -210,19 +210,18 @@ class _Look:
         self._count.took(raw)
         if weights.is_task_vector or self._base is None:
             vector = raw.to(torch.float32)
-            fine = is_finite(vector)
+            if is_finite(vector):
+                return vector
+            self._broken[task].add(name)
         else:
             base = self._base.read(name, part.start, part.stop)
             vector = torch.empty(raw.numel(), dtype=torch.float32)
-            fine = subtract(raw, base, vector)
-            if not fine and not bool(base.float().isfinite().all()):
-                self._broken_base.add(name)
-                fine = bool(raw.float().isfinite().all())
-                vector.nan_to_num_(0.0, 0.0, 0.0)
-        if not fine:
-            self._broken[task].add(name)
-            vector = vector.nan_to_num(0.0, 0.0, 0.0)
-        return vector
+            if subtract(raw, base, vector):
+                return vector
+            # A broken base is reported where its own values are read.
+            if is_finite(base.float()) or not is_finite(raw.float()):
+                self._broken[task].add(name)
+        return vector.nan_to_num(0.0, 0.0, 0.0)
 
     def _threshold(self, task: int) -> float:
         reader = Reader(self._shapes, lambda name, part: self._vector(task, name, part), _CPU)

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from cl_merge.errors import InputError, listing
 from cl_merge.storage import Weights
 from cl_merge.task_vectors.selection import Selection
+from cl_merge.task_vectors.task_vector import check_same_dtypes, check_same_layout
 
 
 @dataclass(frozen=True)
@@ -46,18 +50,13 @@ def make_plan(
                 f"{listing(sorted(changed[0] - changed[-1]))}; extra: "
                 f"{listing(sorted(changed[-1] - changed[0]))}. Choose those of both with include"
             )
-    merged = changed[0]
-    if not merged:
+    if not changed[0]:
         raise InputError(f"nothing to merge: '{tasks[0].path}' holds no floating-point tensor")
+    merged = [name for name in base.names if name in changed[0]]
+    copied = [name for name in base.names if name not in changed[0]]
     for importance in importances:
         _check_importance(importance, base, merged)
-    return Plan(
-        base,
-        list(tasks),
-        list(importances),
-        [name for name in base.names if name in merged],
-        [name for name in base.names if name not in merged],
-    )
+    return Plan(base, list(tasks), list(importances), merged, copied)
 
 
 def dtype_name(weights: Weights, name: str) -> str:
@@ -79,65 +78,35 @@ def floating(weights: Weights) -> list[str]:
 
 
 def _check_task(task: Weights, base: Weights) -> None:
-    ours, theirs = set(base.names), set(task.names)
-    missing = [] if task.is_task_vector else [name for name in base.names if name not in theirs]
-    extra = [name for name in task.names if name not in ours]
-    if missing or extra:
-        raise InputError(
-            f"'{task.path}' has other tensors than the base '{base.path}'; missing: "
-            f"{listing(missing)}; extra: {listing(extra)}.{_prefix_hint(task, base)} Both must "
-            "come from one architecture"
-        )
-    _check_shapes(task, base)
+    theirs, ours = _layout(task), _layout(base)
+    named, than = f"'{task.path}'", f"the base '{base.path}'"
+    check_same_layout(theirs, ours, named, than, partly=task.is_task_vector)
+    if not task.is_task_vector:
+        check_same_dtypes(theirs, ours, named, than)
+        return
     integers = [name for name in task.names if not base.dtype(name).is_floating_point]
-    if task.is_task_vector and integers:
+    if integers:
         raise InputError(
-            f"'{task.path}' changes tensors that the base '{base.path}' has as integers: "
-            f"{listing(integers)}. It must be the model that the task vector was made with"
-        )
-    dtypes = [
-        f"{name} {dtype_name(task, name)} instead of {dtype_name(base, name)}"
-        for name in task.names
-        if task.dtype(name) != base.dtype(name)
-    ]
-    if dtypes and not task.is_task_vector:
-        raise InputError(
-            f"'{task.path}' has other dtypes than the base '{base.path}': {listing(dtypes)}. "
-            "Convert one of the two"
+            f"{named} changes tensors that {than} has as integers: {listing(integers)}. It must be "
+            "the model that the task vector was made with"
         )
 
 
-def _check_importance(importance: Weights, base: Weights, merged: set[str]) -> None:
-    has = set(importance.names)
-    missing = [name for name in base.names if name in merged and name not in has]
+def _check_importance(importance: Weights, base: Weights, merged: list[str]) -> None:
+    has = _layout(importance)
+    missing = [name for name in merged if name not in has]
     if missing:
         raise InputError(
             f"the importance '{importance.path}' lacks tensors that are merged: {listing(missing)}"
         )
-    _check_shapes(importance, base)
+    wanted = {name: tensor for name, tensor in _layout(base).items() if name in merged}
+    given = {name: has[name] for name in wanted}
+    check_same_layout(given, wanted, f"'{importance.path}'", f"the base '{base.path}'")
 
 
-def _check_shapes(weights: Weights, base: Weights) -> None:
-    known = set(base.names)
-    shapes = [
-        f"{name} {tuple(weights.shape(name))} instead of {tuple(base.shape(name))}"
+def _layout(weights: Weights) -> dict[str, Tensor]:
+    """Tensors of a checkpoint's names, shapes and dtypes that hold nothing."""
+    return {
+        name: torch.empty(weights.shape(name), dtype=weights.dtype(name), device="meta")
         for name in weights.names
-        if name in known and weights.shape(name) != base.shape(name)
-    ]
-    if shapes:
-        raise InputError(
-            f"'{weights.path}' has other shapes than the base '{base.path}': {listing(shapes)}"
-        )
-
-
-def _prefix_hint(task: Weights, base: Weights) -> str:
-    """Tell if names differ by a prefix only, the usual mark of a wrapper around the model."""
-    for wrapped, bare in ((task, base), (base, task)):
-        for name in wrapped.names[:1]:
-            for short in bare.names:
-                prefix = name.removesuffix(short)
-                if prefix != name and {prefix + n for n in bare.names} == set(wrapped.names):
-                    return (
-                        f" Names in '{wrapped.path}' begin with '{prefix}': save both in one way."
-                    )
-    return ""
+    }

@@ -190,16 +190,10 @@ def chunk_size(device: torch.device) -> int:
 def cut(
     shapes: Mapping[str, torch.Size], unit: Unit, size: int, within: slice | None = None
 ) -> Iterator[tuple[str, slice]]:
-    """Cut parameters into chunks.
+    """Cut parameters into chunks of `size` elements, or more where a unit has more.
 
-    Args:
-        shapes: Shapes of the parameters by name.
-        unit: What no cut may go through.
-        size: Elements of a chunk, more where a unit has more.
-        within: Cut this stretch only, which begins and ends where units do.
-
-    Yields:
-        Name and stretch of the flattened parameter; none for empty parameters.
+    Yields name and stretch of the flattened parameter; none for empty parameters. With `within`,
+    only that stretch is cut, which begins and ends where units do.
     """
     for name, shape in shapes.items():
         numel, step = shape.numel(), size

@@ -6,7 +6,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,35 +24,16 @@ UNITS = ("element", "parameter")
 
 # What options cannot be called beside the attributes of a merger: `merge`, `MergeCallback` and
 # `merge_checkpoints` take options and these side by side.
-_TAKEN = [
-    "base",
-    "block_size",
-    "buffers",
-    "device",
-    "directory",
-    "exclude",
-    "held_out",
-    "importance_samples",
-    "importances",
-    "include",
-    "method",
-    "name",
-    "output",
-    "overwrite",
-    "progress",
-    "published_scale",
-    "scale",
-    "shard_bytes",
-    "start",
-    "store",
-    "tasks",
-    "vectors",
-]
+_TAKEN = (  # noqa: SIM905 - a list would take a line for each
+    "base block_size buffers device directory exclude held_out importance_samples "
+    "importances include method name output overwrite progress published_scale scale "
+    "shard_bytes start store tasks vectors"
+).split()
 
 
 def merge_method(
     name: str | None = None, *, scale: float = 1.0, unit: Unit = "element"
-) -> Callable[[Function], type[StackMerger]]:
+) -> Callable[[Function], type[Merger]]:
     """Make a method of a function that merges the values of all tasks at once.
 
     The function becomes a class of `Merger`, to be called for a merger:
@@ -89,9 +70,7 @@ def merge_method(
         (tensor([2.]), tensor([4.]))
         >>> del MERGERS["middle"]  # forget it again
     """
-    return cast(
-        Callable[[Function], type[StackMerger]], _decorator(_Stacked, name, scale=scale, unit=unit)
-    )
+    return _decorator(_Stacked, name, scale=scale, unit=unit)
 
 
 def fold_method(
@@ -190,10 +169,10 @@ class _Folded(_Custom):
 
 def _decorator(
     kind: type[_Custom], name: Any, *, scale: float, unit: Unit
-) -> Callable[[Function], type[_Custom]]:
+) -> Callable[[Function], type[Merger]]:
     if callable(name):  # without parentheses
-        bare: Any = _decorator(kind, None, scale=scale, unit=unit)(name)
-        return cast(Callable[[Function], type[_Custom]], bare)
+        bare: Any = _decorator(kind, None, scale=scale, unit=unit)
+        return bare(name)  # type: ignore[no-any-return]
 
     def decorate(function: Function) -> type[_Custom]:
         title = getattr(function, "__name__", "")

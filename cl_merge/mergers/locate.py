@@ -25,19 +25,11 @@ def is_location(method: str) -> bool:
 
 
 def locate(location: str) -> type[Merger]:
-    """Import a method from a file or module. This runs the code in it.
+    """Import a method from a file or module, which runs the code in it.
 
-    Args:
-        location: ``"path/to/file.py:median"`` or ``"package.module:median"``. After the colon
-            stands the name of a decorated function or of a subclass of `Merger`, or the name under
-            which it registered itself. Modules beside the file, or in the working directory, are
-            found too.
-
-    Returns:
-        The class of the merger.
-
-    Raises:
-        InputError: If there is no such file, module or method, or its code raises an error.
+    After the colon of the location stands the name of a decorated function or of a subclass of
+    `Merger`, or the name under which it registered itself. Modules beside the file, or in the
+    working directory, are found too.
     """
     where, _, name = location.rpartition(":")
     if not where or not name:

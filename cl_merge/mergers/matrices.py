@@ -24,15 +24,9 @@ def singular_triplets(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Decompose a matrix, and leave out what belongs to singular values of zero.
 
     The vectors of a singular value of zero are any that fit: which ones come back is up to rounding
-    errors, so that no rule may depend on them.
-
-    Args:
-        matrix: [m, n] of rank r, as far as its dtype tells: what is given in float32 is taken to
-            be rounded to it.
-
-    Returns:
-        Left vectors [m, r], singular values [r] in descending order and right vectors [r, n], in
-        float64.
+    errors, so that no rule may depend on them. Of a matrix [m, n] of rank r, as far as its dtype
+    tells, returns left vectors [m, r], descending singular values [r] and right vectors [r, n], in
+    float64.
     """
     with on_one_thread():
         double = matrix.double()

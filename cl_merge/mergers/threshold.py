@@ -33,19 +33,11 @@ def trim_threshold(vector: Reader, density: float, room: int = _ROOM) -> float:
 
 
 def magnitude_of_rank(vector: Reader, rank: int, room: int = _ROOM) -> float:
-    """Find the magnitude of a rank, exactly and without sorting.
+    """Find the rank-th smallest magnitude, counted from 1, exactly and without sorting.
 
     A sample tells between which two magnitudes it must lie, with near certainty; one pass counts
     what lies below them and collects what lies between, in which it is then found. Should it lie
-    elsewhere, or too much lie between, more passes find it by counting alone.
-
-    Args:
-        vector: Reads the vector.
-        rank: Counted from 1, the smallest.
-        room: Values between the two magnitudes that may be held in memory.
-
-    Returns:
-        The rank-th smallest magnitude.
+    elsewhere, or more than `room` values between, more passes find it by counting alone.
 
     Reference:
         The bracket from a sample: Floyd & Rivest, Expected Time Bounds for Selection, CACM 1975.
@@ -62,10 +54,9 @@ def magnitude_of_rank(vector: Reader, rank: int, room: int = _ROOM) -> float:
 
 
 def _sampled_bracket(sample: Tensor, share: float) -> tuple[float, float, float]:
-    """Two magnitudes between which that share of the sample's population ends, most likely.
+    """Two magnitudes between which that share of all values ends, most likely.
 
-    Returns:
-        Both, and the share of the sample strictly between them.
+    Returns both, and the share of the sample strictly between them.
     """
     ordered = sample.abs().sort().values
     size = len(ordered)

@@ -26,15 +26,9 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 def check_same_parameters(
     before: Mapping[str, Tensor], live: Mapping[str, Tensor], who: str
 ) -> None:
-    """Check that the parameters that train are those of the first task.
+    """Check that the parameters that train today, if any, are those of the first task.
 
-    Args:
-        before: Those of the first task, by name; empty if this is it.
-        live: Those of today, by name.
-        who: Whose memory depends on it, for the message.
-
-    Raises:
-        InputError: If some are missing or new, or none trains at all.
+    `before` is empty if this is the first; `who` is what depends on it, for the message.
     """
     if not live:
         raise InputError("the module has no floating-point parameter that requires a gradient")

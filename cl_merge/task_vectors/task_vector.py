@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -259,26 +259,57 @@ def check_weights(tensors: Mapping[str, Tensor], what: str) -> None:
 
 
 def check_same_layout(
-    tensors: Mapping[str, Tensor], like: Mapping[str, Tensor], what: str, than: str
+    tensors: Mapping[str, Tensor],
+    like: Mapping[str, Tensor],
+    what: str,
+    than: str,
+    *,
+    partly: bool = False,
 ) -> None:
     """Make sure that two sets of tensors have the same names and shapes.
 
-    `what` and `than` are how the error calls them.
+    `what` and `than` are how the error calls them; `partly` allows the first to lack names.
     """
-    missing = [name for name in like if name not in tensors]
+    missing = [] if partly else [name for name in like if name not in tensors]
     extra = [name for name in tensors if name not in like]
     if missing or extra:
+        hint = _prefix_hint(tensors, like, what) or _prefix_hint(like, tensors, than)
         raise InputError(
             f"{what} has other tensors than {than}; missing: {listing(missing)}; "
-            f"extra: {listing(extra)}. Both must come from one architecture"
+            f"extra: {listing(extra)}.{hint} Both must come from one architecture"
         )
     shapes = [
-        f"{name} {tuple(tensors[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in like.items()
-        if tensors[name].shape != tensor.shape
+        f"{name} {tuple(tensor.shape)} instead of {tuple(like[name].shape)}"
+        for name, tensor in tensors.items()
+        if tensor.shape != like[name].shape
     ]
     if shapes:
         raise InputError(f"{what} has other shapes than {than}: {listing(shapes)}")
+
+
+def check_same_dtypes(
+    tensors: Mapping[str, Tensor], like: Mapping[str, Tensor], what: str, than: str
+) -> None:
+    """Make sure that two sets of tensors of the same names have the same dtypes."""
+    dtypes = [
+        f"{name} {tensor.dtype} instead of {like[name].dtype}".replace("torch.", "")
+        for name, tensor in tensors.items()
+        if tensor.dtype != like[name].dtype
+    ]
+    if dtypes:
+        raise InputError(
+            f"{what} has other dtypes than {than}: {listing(dtypes)}. Convert one of the two"
+        )
+
+
+def _prefix_hint(wrapped: Iterable[str], bare: Iterable[str], what: str) -> str:
+    """Tell if names differ by a prefix only, the usual mark of a wrapper around the model."""
+    wrapped, bare = list(wrapped), list(bare)
+    for short in bare if wrapped else []:
+        prefix = wrapped[0].removesuffix(short)
+        if prefix != wrapped[0] and {prefix + name for name in bare} == set(wrapped):
+            return f" Names in {what} begin with '{prefix}': save both in one way."
+    return ""
 
 
 def _difference(name: str, base: Tensor, tuned: Tensor) -> Tensor:
@@ -295,16 +326,7 @@ def _check_alike(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> Non
     check_weights(base, "the base")
     check_weights(tuned, "the fine-tuned model")
     check_same_layout(tuned, base, "the fine-tuned model", "the base")
-    dtypes = [
-        f"{name} {tuned[name].dtype} instead of {tensor.dtype}"
-        for name, tensor in base.items()
-        if tuned[name].dtype != tensor.dtype
-    ]
-    if dtypes:
-        raise InputError(
-            f"the fine-tuned model has other dtypes than the base: {listing(dtypes)}. "
-            "Convert one of the two"
-        )
+    check_same_dtypes(tuned, base, "the fine-tuned model", "the base")
 
 
 def _check_fits(vector: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:

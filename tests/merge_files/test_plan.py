@@ -53,7 +53,9 @@ def test_names_that_differ_by_a_prefix_only(tmp_path, out, small):
         "both in one way. Both must come from one architecture"
     )
     message = refused(tmp_path, out, task, base)
-    assert "Names in 'task.safetensors' begin with 'model.': save both in one way." in message
+    assert (
+        "Names in the base 'task.safetensors' begin with 'model.': save both in one way." in message
+    )
 
 
 def test_other_shapes(tmp_path, out, small):

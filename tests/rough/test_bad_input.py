@@ -48,8 +48,7 @@ WEIGHTS = {
         weights(**{"net.weight": torch.ones(2, 3, dtype=torch.int64)}),
         "has other dtypes than the base 'base.safetensors': net.weight int64 instead of float32. "
         "Convert one of the two",
-        "has other dtypes than the base: net.weight torch.int64 instead of torch.float32. Convert "
-        "one of the two",
+        "has other dtypes than the base: net.weight int64 instead of float32. Convert one of the two",
     ),
 }
 

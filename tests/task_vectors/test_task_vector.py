@@ -118,8 +118,8 @@ def test_shapes_that_differ_are_listed():
 def test_dtypes_that_differ_are_listed():
     base, tuned = {"w": torch.ones(2)}, {"w": torch.ones(2).bfloat16()}
     assert error_of(TaskVector.between, base, tuned) == (
-        "the fine-tuned model has other dtypes than the base: w torch.bfloat16 instead of "
-        "torch.float32. Convert one of the two"
+        "the fine-tuned model has other dtypes than the base: w bfloat16 instead of "
+        "float32. Convert one of the two"
     )
 
 
