@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from cl_merge.errors import InputError, unknown_name
 from cl_merge.mergers import MERGERS, Merger, find_merger, get_merger
-from cl_merge.mergers.locate import is_location
+from cl_merge.mergers.registry import is_location
 
 
 @dataclass(frozen=True)

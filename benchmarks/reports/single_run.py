@@ -14,7 +14,7 @@ from cl_merge.benchmarks.runs.results import finished_results
 from cl_merge.benchmarks.suites.definition import Setting, Suite
 from cl_merge.benchmarks.suites.plan import Cell, Job
 from cl_merge.config.reading import read_yaml
-from cl_merge.mergers.locate import is_location
+from cl_merge.mergers.registry import is_location
 
 
 def summary_of_run(folder: str | Path) -> Summary:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,15 +47,19 @@ class Difference:
     Args:
         tuned: Fine-tuned weights, floating point [n].
         base: Those of the base, of the same dtype.
+        broken: Makes the error to raise where the difference is not finite; None for no error.
 
     Attributes:
         finite: Whether all values are finite; known once they were used.
     """
 
-    def __init__(self, tuned: Tensor, base: Tensor) -> None:
+    def __init__(
+        self, tuned: Tensor, base: Tensor, broken: Callable[[], Exception] | None = None
+    ) -> None:
         self.tuned = tuned
         self.base = base
         self.finite = True
+        self._broken = broken
 
     def values(self) -> Tensor:
         """Subtract: float32 [n], valid until this thread's next call."""
@@ -63,8 +68,14 @@ class Difference:
         if buffer is None or buffer.numel() < self.tuned.numel():
             buffer = _LOCAL.buffer = torch.empty(self.tuned.numel(), dtype=torch.float32)
         out = buffer[: self.tuned.numel()]
-        self.finite = subtract(self.tuned, self.base, out)
+        self.note(subtract(self.tuned, self.base, out))
         return out
+
+    def note(self, finite: bool) -> None:
+        """Take down whether all values are finite; raises the error of those that are not."""
+        self.finite = finite
+        if not finite and self._broken is not None:
+            raise self._broken()
 
 
 Chunk = Tensor | Difference
@@ -214,7 +225,7 @@ def _folded(name: str, state: tuple[Tensor, ...], numbers: tuple[Any, ...], chun
     loop = getattr(compiled, name + ending)
     finite = loop(*_pointers(*state), *numbers, *_pointers(*given), given[0].numel())
     if isinstance(chunk, Difference):
-        chunk.finite = bool(finite)
+        chunk.note(bool(finite))
     return True
 
 

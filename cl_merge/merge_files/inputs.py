@@ -75,7 +75,8 @@ class Inputs:
         def chunk(name: str, part: slice) -> Chunk:
             values = self.read(1 + task, name, part, hashed=hashed)
             if not is_task_vector:
-                return Difference(values, self.read(0, name, part) if base is None else base)
+                before = self.read(0, name, part) if base is None else base
+                return Difference(values, before, lambda: self.broken(task))
             vector = values.to(torch.float32)
             if not is_finite(vector):
                 raise self.broken(task)
@@ -96,7 +97,6 @@ class Inputs:
             chunk,
             _CPU,
             importance=importance if self._plan.importances else None,
-            broken=lambda: self.broken(task),
         )
 
     def copied(self, name: str, part: slice) -> Tensor:

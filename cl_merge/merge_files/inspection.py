@@ -143,11 +143,7 @@ class _Look:
     """One inspection under way."""
 
     def __init__(
-        self,
-        tasks: list[Weights],
-        base: Weights | None,
-        density: float,
-        progress: Progress | None,
+        self, tasks: list[Weights], base: Weights | None, density: float, progress: Progress | None
     ) -> None:
         self._tasks = tasks
         self._base = base

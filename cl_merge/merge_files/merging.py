@@ -209,20 +209,15 @@ class _Work:
     """One merge under way."""
 
     def __init__(
-        self,
-        plan: Plan,
-        merger: Merger,
-        scales: Scales,
-        progress: Progress | None,
-        block_size: int,
+        self, plan: Plan, merger: Merger, scales: Scales, progress: Progress | None, block_size: int
     ) -> None:
         self._plan = plan
         self._merger = merger
         self._scales = scales
         self._block_size = block_size
-        self._prepares = type(merger).prepare is not Merger.prepare
-        self.inputs = Inputs(plan, progress, passes=2 if self._prepares else 1, block=block_size)
-        self._prepared: list[Any] = [None] * len(plan.tasks)
+        prepares = type(merger).prepare is not Merger.prepare
+        self.inputs = Inputs(plan, progress, passes=2 if prepares else 1, block=block_size)
+        self._prepared: list[Any] = []  # by task
         self._counts: list[int] = []
         self._waiting: list[tuple[str, slice, Folding | None]] = []
         self._lock = threading.Lock()
@@ -231,11 +226,8 @@ class _Work:
     def run(self, writer: Writer) -> None:
         """Read everything, and write every tensor of the output."""
         merged, copied = self._plan.merged, self._plan.copied
-        if self._prepares:
-            self._prepared = in_threads(
-                lambda task: self._merger.prepare(self.inputs.reader(task)),
-                range(len(self._plan.tasks)),
-            )
+        readers = [self.inputs.reader(task) for task in range(len(self._plan.tasks))]
+        self._prepared = in_threads(self._merger.prepare, readers)
         # A thread takes a block at a time: whole parameters where the rule needs them.
         unit: Unit = "element" if self._merger.unit == "element" else "parameter"
         in_threads(lambda block: self._merge_block(writer, *block), self._blocks(merged, unit))

@@ -309,7 +309,6 @@ class Folding:
             shape = self.shapes[name]
             info = ChunkInfo(name, shape, part.start, self.tasks, prepared, weight)
             rule.fold(self._state(name, part), chunk, info)  # type: ignore[arg-type]
-            vector.check(chunk)
 
         over(fold, self._pieces(rule, self.shapes), self.device)
         self.tasks += 1

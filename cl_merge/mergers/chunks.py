@@ -10,8 +10,7 @@ from typing import Any, Literal, Self, TypeVar
 import torch
 from torch import Tensor
 
-from cl_merge.errors import InputError
-from cl_merge.kernels import Chunk, Difference
+from cl_merge.kernels import Chunk, values_of
 from cl_merge.kernels.parallel import in_threads
 
 Unit = Literal["element", "row", "parameter"]
@@ -74,7 +73,6 @@ class Reader:
         device: Where the values are.
         chunk_size: Elements of a chunk; None for what suits the device.
         importance: Reads a stretch of how much each element matters, float32 [n].
-        broken: Makes the error for a difference that is not finite.
     """
 
     shapes: Mapping[str, torch.Size]
@@ -82,7 +80,6 @@ class Reader:
     device: torch.device
     chunk_size: int | None = None
     importance: Callable[[str, slice], Tensor] | None = None
-    broken: Callable[[], InputError] | None = None
 
     @classmethod
     def of(
@@ -128,17 +125,7 @@ class Reader:
         Returns:
             float32 [n]; must not be changed, and is valid until the thread's next call.
         """
-        chunk = self.chunk(name, part)
-        if isinstance(chunk, Tensor):
-            return chunk
-        values = chunk.values()
-        self.check(chunk)
-        return values
-
-    def check(self, used: Chunk) -> None:
-        """Refuse a difference that has turned out not to be finite."""
-        if isinstance(used, Difference) and not used.finite and self.broken is not None:
-            raise self.broken()
+        return values_of(self.chunk(name, part))
 
     def pieces(self, unit: Unit = "element") -> list[tuple[str, slice]]:
         """The chunks that `map` reads: name and stretch of the flattened parameter."""
