@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -157,13 +157,14 @@ class Inputs:
 
 def _bytes_to_read(plan: Plan, passes: int) -> int:
     """Everything once; in each pass before, the tasks, and the base beside fine-tuned weights."""
-    base = _bytes(plan.base, plan.merged)
-    once = sum(_bytes(w, plan.base.names) for w in (plan.base, *plan.tasks, *plan.importances))
-    tasks = sum(_bytes(t, plan.merged) + (0 if t.is_task_vector else base) for t in plan.tasks)
+    base = bytes_of(plan.base, plan.merged)
+    once = sum(bytes_of(w, plan.base.names) for w in (plan.base, *plan.tasks, *plan.importances))
+    tasks = sum(bytes_of(t, plan.merged) + (0 if t.is_task_vector else base) for t in plan.tasks)
     return once + (passes - 1) * tasks
 
 
-def _bytes(weights: Weights, names: list[str]) -> int:
+def bytes_of(weights: Weights, names: Iterable[str]) -> int:
+    """Bytes of the tensors of these names, as far as a checkpoint has them."""
     held = set(weights.names)
     return sum(
         weights.shape(name).numel() * weights.dtype(name).itemsize for name in names if name in held

@@ -16,7 +16,7 @@ from cl_merge.kernels import subtract
 from cl_merge.kernels.finite import is_finite
 from cl_merge.kernels.parallel import in_threads
 from cl_merge.merge_files.hashing import BLOCK
-from cl_merge.merge_files.inputs import ByteCount, Progress
+from cl_merge.merge_files.inputs import ByteCount, Progress, bytes_of
 from cl_merge.merge_files.plan import check_base, dtype_name, floating
 from cl_merge.mergers.chunks import Reader, chunk_size, cut
 from cl_merge.mergers.threshold import trim_threshold
@@ -153,21 +153,30 @@ class _Look:
         self._broken_base: set[str] = set()
         # Each task for its threshold and for the figures, the base for the figures.
         read = [*tasks, *tasks, *([base] if base is not None else [])]
-        self._count = ByteCount(progress, sum(self._bytes(weights) for weights in read))
+        self._count = ByteCount(progress, sum(bytes_of(w, self._shapes) for w in read))
 
     def run(self, block_size: int) -> Inspection:
         """Read everything twice: for the thresholds, and for the figures."""
         tasks, base = self._tasks, self._base
         thresholds = torch.tensor([self._threshold(task) for task in range(len(tasks))])
         blocks = list(cut(self._shapes, "element", block_size))
-        total = _Figures(len(tasks))
-        for found in in_threads(lambda block: self._figures(*block, thresholds), blocks):
-            total.add(found)
+        found = in_threads(lambda block: self._figures(*block, thresholds), blocks)
+        total, squares = _Figures(len(tasks)), dict[str, Tensor]()
+        for (name, _), figures in zip(blocks, found, strict=True):
+            total.add(figures)
+            squares[name] = squares.get(name, 0) + figures.gram.diagonal()
+        norms = total.gram.diagonal().sqrt()
         reports = [_compared(task, base or tasks[0], tasks[0], base) for task in tasks]
         for task, report in enumerate(reports):
-            total.into(report, task, sum(shape.numel() for shape in self._shapes.values()))
             report.not_finite = [n for n in self._shapes if n in self._broken[task]]
-        norms = total.gram.diagonal().sqrt()
+            report.layers = {name: float(sums[task].sqrt()) for name, sums in squares.items()}
+            if report.layers:
+                size = sum(shape.numel() for shape in self._shapes.values())
+                report.norm = float(norms[task])
+                report.zeros = _share(int(total.zeros[task]), size)
+                report.largest = float(total.largest[task])
+            if total.base_squares:
+                report.relative = report.norm / math.sqrt(total.base_squares)
         moved, conflicts, top_moved, top_conflicts = total.counts.tolist()
         return Inspection(
             files=reports,
@@ -193,11 +202,6 @@ class _Look:
             and all(each.dtype(name).is_floating_point for each in weights)
             and len({e.dtype(name) for e in weights if not e.is_task_vector}) < 2
         }
-
-    def _bytes(self, weights: Weights) -> int:
-        return sum(
-            shape.numel() * weights.dtype(name).itemsize for name, shape in self._shapes.items()
-        )
 
     def _vector(self, task: int, name: str, part: slice) -> Tensor:
         """Read a stretch of a task vector, float32 [n], with zeros for NaN and infinity."""
@@ -229,7 +233,7 @@ class _Look:
         size = max(chunk_size(_CPU) // (2 * len(self._tasks)), 1 << 12)
         for _, part in cut({name: self._shapes[name]}, "element", size, block):
             vectors = [self._vector(task, name, part) for task in range(len(self._tasks))]
-            found.take(name, torch.stack(vectors), thresholds)
+            found.take(torch.stack(vectors), thresholds)
             if self._base is not None:
                 base = self._base.read(name, part.start, part.stop)
                 self._count.took(base)
@@ -245,19 +249,16 @@ class _Figures:
 
     def __init__(self, tasks: int) -> None:
         self.gram = torch.zeros(tasks, tasks, dtype=torch.float64)
-        self.squares: dict[str, Tensor] = {}
         self.base_squares = 0.0
         self.zeros = torch.zeros(tasks, dtype=torch.int64)
         self.largest = torch.zeros(tasks)
         # Positions that tasks move, and those in conflict; the same of their largest values.
         self.counts = torch.zeros(4, dtype=torch.int64)
 
-    def take(self, name: str, vectors: Tensor, thresholds: Tensor) -> None:
+    def take(self, vectors: Tensor, thresholds: Tensor) -> None:
         """Take up a stretch of all task vectors, float32 [T, n], n > 0; they are changed."""
         wide = vectors.to(torch.float64)
-        gram = wide @ wide.T
-        self.gram += gram
-        self.squares[name] = self.squares.get(name, 0) + gram.diagonal()
+        self.gram += wide @ wide.T
         self.zeros += vectors.shape[1] - vectors.count_nonzero(dim=1)
         magnitudes = vectors.abs()
         self.largest = torch.maximum(self.largest, magnitudes.amax(dim=1))
@@ -268,23 +269,10 @@ class _Figures:
     def add(self, other: _Figures) -> None:
         """Add the sums of another stretch."""
         self.gram += other.gram
-        for tensor, squares in other.squares.items():
-            self.squares[tensor] = self.squares.get(tensor, 0) + squares
         self.base_squares += other.base_squares
         self.zeros += other.zeros
         self.largest = torch.maximum(self.largest, other.largest)
         self.counts += other.counts
-
-    def into(self, report: FileReport, task: int, size: int) -> None:
-        """Write one task's figures into its report."""
-        if size == 0:
-            return
-        report.norm = float(self.gram[task, task].sqrt())
-        if self.base_squares:
-            report.relative = report.norm / math.sqrt(self.base_squares)
-        report.zeros = _share(int(self.zeros[task]), size)
-        report.largest = float(self.largest[task])
-        report.layers = {name: float(sums[task].sqrt()) for name, sums in self.squares.items()}
 
 
 def _both_signs(vectors: Tensor) -> tuple[int, int]:

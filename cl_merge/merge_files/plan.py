@@ -99,8 +99,8 @@ def _check_importance(importance: Weights, base: Weights, merged: list[str]) -> 
         raise InputError(
             f"the importance '{importance.path}' lacks tensors that are merged: {listing(missing)}"
         )
-    wanted = {name: tensor for name, tensor in _layout(base).items() if name in merged}
-    given = {name: has[name] for name in wanted}
+    layout = _layout(base)
+    given, wanted = {n: has[n] for n in merged}, {n: layout[n] for n in merged}
     check_same_layout(given, wanted, f"'{importance.path}'", f"the base '{base.path}'")
 
 

@@ -21,10 +21,10 @@ from cl_merge.mergers import (
     find_merger,
     fold_method,
     get_merger,
-    locate,
     merge,
     merge_method,
 )
+from cl_merge.mergers.registry import is_location
 from cl_merge.mergers.stack import StackMerger
 
 
@@ -581,8 +581,8 @@ def test_a_bad_definition_in_a_file_is_told_as_it_is(file):
 
 
 def test_a_location_is_told_from_a_name():
-    assert locate.is_location("a.py:b")
-    assert not locate.is_location("magmax")
+    assert is_location("a.py:b")
+    assert not is_location("magmax")
 
 
 def test_the_working_directory_hides_no_installed_module(tmp_path):
