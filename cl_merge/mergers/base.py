@@ -248,7 +248,7 @@ class Merger(ABC):
             shapes = self._folding.shapes.items()
             before = {name: torch.empty(shape, device="meta") for name, shape in shapes}
             check_same_layout(vector, before, what, "the tasks before")
-        _check_finite(vector, what)
+        _check_finite(vector, what, self.chunk_size)
         if self.weighted != (importance is not None):
             raise InputError(
                 f"{what}: '{self.name}' needs the importance of each element beside the task vector"
@@ -258,7 +258,7 @@ class Merger(ABC):
         if importance is not None:
             what = f"the importance of {what}"
             check_same_layout(importance, vector, what, "the task vector")
-            _check_finite(importance, what)
+            _check_finite(importance, what, self.chunk_size)
             negative = [name for name, tensor in importance.items() if bool((tensor < 0).any())]
             if negative:
                 raise InputError(f"{what} is negative in {listing(negative)}; expected 0 or more")
@@ -370,8 +370,13 @@ class Folding:
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
 
-def _check_finite(vector: Mapping[str, Tensor], what: str) -> None:
-    """Refuse what is not finite in float32."""
-    broken = [name for name, tensor in vector.items() if not is_finite(tensor.detach().float())]
+def _check_finite(vector: Mapping[str, Tensor], what: str, size: int | None) -> None:
+    """Refuse what is not finite in float32; in chunks, as everything is read."""
+    broken = set()
+    for device in {tensor.device for tensor in vector.values()}:
+        here = {name: tensor for name, tensor in vector.items() if tensor.device == device}
+        reader = Reader.of(here, device, chunk_size=size)
+        finite = zip(reader.pieces(), reader.map(is_finite), strict=True)
+        broken |= {name for (name, _), fine in finite if not fine}
     if broken:
-        raise not_finite(what, broken)
+        raise not_finite(what, [name for name in vector if name in broken])
