@@ -76,6 +76,8 @@ class Spread:
         return cls(statistics.median(values), min(values), max(values))
 
     def __format__(self, spec: str) -> str:
+        if self.least == self.most:
+            return f"{self.median:{spec}}"
         return f"{self.median:{spec}} ({self.least:{spec}}-{self.most:{spec}})"
 
 

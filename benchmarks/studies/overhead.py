@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 import logging
 import os
 import tempfile
@@ -36,7 +35,7 @@ from cl_merge.benchmarks.methods.method import TRAININGS
 from cl_merge.benchmarks.runs.progress import RunProgress
 from cl_merge.benchmarks.runs.run import Run, start_run
 from cl_merge.benchmarks.runs.trainers import evaluation_trainer, training_trainer
-from cl_merge.benchmarks.studies import harness, step_speed
+from cl_merge.benchmarks.studies import harness, regularizer_cost
 from cl_merge.benchmarks.studies.bare_loop import BareStream, BareTask, bare_test
 from cl_merge.callbacks import MergeCallback
 from cl_merge.config.reading import parse_arguments, read_config
@@ -59,6 +58,11 @@ class Pair:
     framework: harness.Stopwatch
     bare: harness.Stopwatch
 
+    def milliseconds(self, clock: str) -> tuple[float, float]:
+        """Milliseconds of a step or pass by a clock, ``wall`` or ``cpu``."""
+        both = getattr(self.framework, clock), getattr(self.bare, clock)
+        return 1000 * both[0] / self.units, 1000 * both[1] / self.units
+
 
 @dataclass
 class Found:
@@ -68,64 +72,53 @@ class Found:
     difference: float  # the largest of the results: of weights, or of counted images
     passes: int | None = None  # in a test, those that the framework made each time
 
-    def figures(self) -> dict[str, Any]:
-        """Read the figures off the pairs.
-
-        Returns:
-            By clock, ``"wall"`` and ``"cpu"``: milliseconds of a step or pass, and ratios of each
-            pair and of the sums; all plain values.
-        """
-        found: dict[str, Any] = {"difference": self.difference, "passes": self.passes}
-        units = [pair.units for pair in self.pairs]
-        for clock in ("wall", "cpu"):
-            ours = [getattr(pair.framework, clock) for pair in self.pairs]
-            bare = [getattr(pair.bare, clock) for pair in self.pairs]
-            ours_ms, bare_ms = (
-                [1000 * seconds / n for seconds, n in zip(took, units, strict=True)]
-                for took in (ours, bare)
-            )
-            found[clock] = {
-                "framework_ms": ours_ms,
-                "bare_ms": bare_ms,
-                "more_ms": [a - b for a, b in zip(ours_ms, bare_ms, strict=True)],
-                "ratios": [a / b for a, b in zip(ours, bare, strict=True)],
-                "ratio_of_sums": sum(ours) / sum(bare),
-            }
-        return found
+    def column(self, clock: str) -> dict[str, str]:
+        """Write what a clock says, by name of the table's row."""
+        times = [pair.milliseconds(clock) for pair in self.pairs]
+        ours_in_all = sum(getattr(pair.framework, clock) for pair in self.pairs)
+        bare_in_all = sum(getattr(pair.bare, clock) for pair in self.pairs)
+        return {
+            "framework, ms": f"{harness.Spread.of([ours for ours, _ in times]):.2f}",
+            "bare loop, ms": f"{harness.Spread.of([bare for _, bare in times]):.2f}",
+            "difference, ms": f"{harness.Spread.of([ours - bare for ours, bare in times]):.2f}",
+            "ratio": f"{harness.Spread.of([ours / bare for ours, bare in times]):.3f}",
+            "ratio of the sums": f"{ours_in_all / bare_in_all:.3f}",
+        }
 
 
 def main() -> None:
-    """Measure, print a table, and write the figures."""
+    """Measure, and print a table."""
     parser = harness.new_parser(__doc__)
     parts = parser.add_subparsers(dest="part", required=True)
     for name, repeat in (("stream", 3), ("test", 10)):
         part = parts.add_parser(name)
         part.add_argument("settings", nargs="*", metavar="key=value", help="as in cl-merge run")
         part.add_argument("--repeat", type=int, default=repeat)
-        part.add_argument("--json", type=Path, help="where to write all figures")
-    step_speed.add_arguments(parts.add_parser("step"))
+    step = parts.add_parser("step")
+    regularizer_cost.add_arguments(step)
+    step.set_defaults(
+        kinds=[regularizer_cost.BARE, "magmax"],
+        precision=regularizer_cost.PRECISIONS,
+        batch_size=128,
+        steps=40,
+        warmup=8,
+        repeat=3,
+    )
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     if arguments.part == "step":
-        step_speed.run(arguments, "cl_merge.benchmarks.studies.overhead")
+        regularizer_cost.run(arguments, "cl_merge.benchmarks.studies.overhead")
         return
     with tempfile.TemporaryDirectory(prefix="overhead-") as folder:
         run = start_run(read_settings(arguments.settings, Path(folder)))
         measure = measure_stream if arguments.part == "stream" else measure_test
-        figures = measure(run, arguments.repeat).figures()
+        found = measure(run, arguments.repeat)
         run.folder.release()
-    figures |= {"settings": arguments.settings, "threads": torch.get_num_threads()}
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
-    _show(figures, arguments.part, f"{run.config.model}, {run.config.data}")
+    _show(found, f"{run.config.model}, {run.config.data}")
 
 
 def read_settings(settings: Sequence[str], folder: Path) -> RunConfig:
-    """Read settings as ``cl-merge run`` does, for one method on the CPU.
-
-    Raises:
-        InputError: If a setting is wrong, or asks for what the bare loop does not do.
-    """
+    """Read settings as ``cl-merge run`` does; refuse what the bare loop does not do."""
     entry = find_data(str(parse_arguments(settings).get("data", "digits")))
     fixed = ["compare=false", "trainer.accelerator=cpu", "trainer.devices=1", f"out={folder}"]
     config = read_config([*settings, *fixed], entry.recipe)
@@ -284,22 +277,20 @@ def _largest(ours: dict[str, Tensor], bare: dict[str, Tensor]) -> float:
     return max((ours[name] - bare[name]).abs().max().item() for name in bare)
 
 
-def _show(figures: dict[str, Any], part: str, title: str) -> None:
-    clocks = figures["wall"], figures["cpu"]
-    threads = f"{figures['threads']} thread{'s' if figures['threads'] > 1 else ''}"
-    pairs = len(clocks[0]["ratios"])
+def _show(found: Found, title: str) -> None:
+    unit = "step" if found.passes is None else "forward pass"
     table = harness.new_table(
-        f"{title}: {pairs} pairs, {threads}; median (range)", "", "wall time", "CPU time"
-    )
-    unit = "step" if part == "stream" else "forward pass"
-    for key, name in (("framework", "framework"), ("bare", "bare loop"), ("more", "difference")):
-        spreads = [harness.Spread.of(clock[f"{key}_ms"]) for clock in clocks]
-        table.add_row(f"{name}, ms a {unit}", *(f"{spread:.2f}" for spread in spreads))
-    table.add_row("ratio", *(f"{harness.Spread.of(clock['ratios']):.3f}" for clock in clocks))
-    table.add_row("ratio of the sums", *(f"{clock['ratio_of_sums']:.3f}" for clock in clocks))
-    difference = f"largest difference of a {'weight at the end' if part == 'stream' else 'count'}"
-    passes = "" if part == "stream" else f"forward passes of the image tower: {figures['passes']}; "
-    harness.show(table, f"{passes}{difference}: {figures['difference']:g}")
+        f"{title}: {len(found.pairs)} pairs, threads: {torch.get_num_threads()}; median (range)",
+        f"of a {unit}", "wall time", "CPU time",
+    )  # fmt: skip
+    wall, cpu = found.column("wall"), found.column("cpu")
+    for name in wall:
+        table.add_row(name, wall[name], cpu[name])
+    if found.passes is None:
+        note = "largest difference of a weight at the end"
+    else:
+        note = f"forward passes of the image tower: {found.passes}; largest difference of a count"
+    harness.show(table, f"{note}: {found.difference:g}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """That both sides of the comparison do the same work; how long it takes is not for tests."""
 
-import json
 import math
+import subprocess
 import sys
 
 import pytest
 import torch
 
 from cl_merge.benchmarks.runs.run import start_run
-from cl_merge.benchmarks.studies import overhead, step_speed
+from cl_merge.benchmarks.studies import overhead, regularizer_cost
 from cl_merge.benchmarks.studies.harness import Stopwatch
 from cl_merge.benchmarks.studies.overhead import measure_stream, measure_test, read_settings
 from cl_merge.errors import InputError
@@ -78,15 +78,14 @@ def test_figures_are_those_of_the_pairs():
         overhead.Pair(10, watch(2.0, 1.0), watch(1.0, 1.0)),
         overhead.Pair(5, watch(3.0, 1.0), watch(4.0, 0.5)),
     ]
-    figures = overhead.Found(pairs, 0.0).figures()
-    assert figures["wall"] == {
-        "framework_ms": [200.0, 600.0],
-        "bare_ms": [100.0, 800.0],
-        "more_ms": [100.0, -200.0],
-        "ratios": [2.0, 0.75],
-        "ratio_of_sums": 1.0,
+    assert overhead.Found(pairs, 0.0).column("wall") == {
+        "framework, ms": "400.00 (200.00-600.00)",
+        "bare loop, ms": "450.00 (100.00-800.00)",
+        "difference, ms": "-50.00 (-200.00-100.00)",
+        "ratio": "1.375 (0.750-2.000)",
+        "ratio of the sums": "1.000",
     }
-    assert figures["cpu"]["ratios"] == [1.0, 2.0]
+    assert overhead.Found(pairs, 0.0).column("cpu")["ratio"] == "1.500 (1.000-2.000)"
 
 
 def test_settings_that_the_bare_loop_does_not_know_are_refused(tmp_path):
@@ -94,28 +93,42 @@ def test_settings_that_the_bare_loop_does_not_know_are_refused(tmp_path):
         read_settings(["stream.test_fraction=0.1"], tmp_path)
 
 
-@pytest.mark.parametrize(("part", "unit"), [("stream", "ms a step"), ("test", "ms a forward pass")])
-def test_the_command_prints_a_table_and_writes_the_figures(
-    part, unit, tmp_path, capsys, monkeypatch
-):
-    file = tmp_path / "figures.json"
-    settings = [*SMALL, LARGE_BATCHES]
-    arguments = [part, *settings, "--repeat", "1", "--json", str(file)]
+@pytest.mark.parametrize(("part", "unit"), [("stream", "of a step"), ("test", "forward pass")])
+def test_the_command_prints_a_table(part, unit, capsys, monkeypatch):
+    arguments = [part, *SMALL, LARGE_BATCHES, "--repeat", "1"]
     monkeypatch.setattr(sys, "argv", ["overhead", *arguments])
     overhead.main()
-    figures = json.loads(file.read_text())
-    assert figures["settings"] == settings
-    assert len(figures["wall"]["ratios"]) == (2 if part == "stream" else 1)
     shown = capsys.readouterr().out
+    assert f"{2 if part == 'stream' else 1} pairs" in shown
     assert unit in shown
-    assert f"{figures['cpu']['ratio_of_sums']:.3f}" in shown
+    assert "ratio of the sums" in shown
 
 
-@pytest.mark.parametrize("mode", ["32-true", "bf16-mixed"])
-def test_steps_on_random_images_are_the_same_work(mode):
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_steps_on_random_images_are_the_same_work(precision):
     ours, bare = (
-        step_speed.measure(mode, way, "glyph", batch_size=4, steps=3, warmup=2)
-        for way in step_speed.WAYS
+        regularizer_cost.measure(kind, precision, "glyph", batch_size=4, steps=3, warmup=2)
+        for kind in ("magmax", regularizer_cost.BARE)
     )
     assert ours["loss"] == pytest.approx(bare["loss"], rel=1e-6)
     assert all(figures["images_per_second"] > 0 for figures in (ours, bare))
+
+
+@pytest.mark.parametrize("kind", ["ewc-empirical", "lwf+ewc"])
+def test_steps_with_regularizers_are_measured_with_the_fisher_pass(kind):
+    found = regularizer_cost.measure(kind, "32-true", "glyph", batch_size=4, steps=3, warmup=2)
+    assert found["step_ms"] > 0
+    assert found["fisher_ms"] > 0
+
+
+@pytest.mark.parametrize("command", ["overhead", "regularizer_cost"])
+def test_steps_are_measured_in_processes_of_their_own(command):
+    words = ["step"] if command == "overhead" else ["--kinds", "plain", "lwf"]
+    words += ["--precision", "32-true", "--batch-size", "4", "--steps", "2", "--repeat", "1"]
+    module = f"cl_merge.benchmarks.studies.{command}"
+    done = subprocess.run(
+        [sys.executable, "-m", module, *words], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ms a step" in done.stdout
+    assert ("bare loop" in done.stdout) == (command == "overhead")
