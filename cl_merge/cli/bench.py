@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from cl_merge.benchmarks.suites.execution import Ended
     from cl_merge.benchmarks.suites.plan import Job
 
-_DESCRIPTION = """\
+HELP = "fill a table of data sets, methods and seeds"
+DESCRIPTION = """\
 Run a suite: every method on every data set, number of tasks and seed. Methods that share a training
 share it. What is done is never done again: the same command goes on where it was stopped, and tries
 once more what failed. It leaves a folder with all runs, tables, figures and report.html.
 """
-_EXAMPLES = """\
+EPILOG = """\
 examples:
   cl-merge bench offline --dry-run
   cl-merge bench offline --data digits,characters --seeds 3
@@ -35,48 +36,34 @@ examples:
 """
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the command line."""
-    command = commands.add_parser(
-        "bench",
-        help="fill a table of data sets, methods and seeds",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.add_argument(
-        "suite", metavar="SUITE", help="offline, table1, table2, domains, eight, or FILE.yaml"
-    )
-    command.add_argument(
-        "settings", nargs="*", metavar="KEY=VALUE", help="settings of every run, see cl-merge run"
-    )
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare what the command can be told."""
+    add = command.add_argument
+    add("suite", metavar="SUITE", help="offline, table1, table2, domains, eight, or FILE.yaml")
+    add("settings", nargs="*", metavar="KEY=VALUE", help="settings of every run, see cl-merge run")
     for name, about in (
         ("data", "only these data sets, with commas; others are added"),
         ("tasks", "only these numbers of tasks, with commas"),
         ("methods", "only these methods, with commas; any that cl-merge run knows"),
     ):
-        command.add_argument(f"--{name}", metavar="A,B", default="", help=about)
-    command.add_argument("--seeds", metavar="N", help="how many, or a list with commas")
-    command.add_argument("--out", metavar="FOLDER", help="folder of the suite [runs/SUITE]")
-    command.add_argument(
+        add(f"--{name}", metavar="A,B", default="", help=about)
+    add("--seeds", metavar="N", help="how many, or a list with commas")
+    add("--out", metavar="FOLDER", help="folder of the suite [runs/SUITE]")
+    add(
         "--dry-run",
         action="store_true",
         help="show what would be done, and how long it takes if earlier runs tell",
     )
-    command.add_argument(
-        "--parallel", type=int, metavar="N", help="runs side by side [one for each GPU]"
-    )
-    command.add_argument(
-        "--ddp", type=int, metavar="N", help="one run at a time, on N devices together"
-    )
-    command.add_argument(
+    add("--parallel", type=int, metavar="N", help="runs side by side [one for each GPU]")
+    add("--ddp", type=int, metavar="N", help="one run at a time, on N devices together")
+    add(
         "--cluster",
         action="append",
         default=[],
         metavar="KEY=VALUE",
         help="through submitit: cluster=slurm or local, and its parameters",
     )
-    command.add_argument(
+    add(
         "--no-figures",
         action="store_true",
         help="without the figures, some of which take minutes to measure",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-_DESCRIPTION = """\
+HELP = "write a finished run's model for open_clip, transformers, torch or ONNX"
+DESCRIPTION = """\
 Write the classifier of a finished run into a folder that works without cl-merge, with the names of
 its classes, its preprocessing and a model card. What was written is read again and compared with
 the run's model; the folder is there whole or not at all.
 """
-_FORMATS = """\
+EPILOG = """\
 formats:
   open_clip     image and text tower, for open_clip (local-dir:FOLDER)
   huggingface   image and text tower, for transformers (CLIPModel, CLIPProcessor)
@@ -25,21 +26,13 @@ examples:
 """
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the command line."""
-    command = commands.add_parser(
-        "export",
-        help="write a finished run's model for open_clip, transformers, torch or ONNX",
-        description=_DESCRIPTION,
-        epilog=_FORMATS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.add_argument("run", metavar="RUN", help="folder of a finished run")
-    command.add_argument("--format", required=True, metavar="FORMAT", help="see below")
-    command.add_argument(
-        "--out", "-o", "--output", required=True, metavar="FOLDER", help="a new folder"
-    )
-    command.add_argument("--method", help="another method of the run, with the same weights")
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare what the command can be told."""
+    add = command.add_argument
+    add("run", metavar="RUN", help="folder of a finished run")
+    add("--format", required=True, metavar="FORMAT", help="see below")
+    add("--out", "-o", "--output", required=True, metavar="FOLDER", help="a new folder")
+    add("--method", help="another method of the run, with the same weights")
     command.set_defaults(execute=export)
 
 

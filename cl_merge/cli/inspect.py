@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from cl_merge.merge_files.inspection import FileReport, Inspection
 
-_DESCRIPTION = """\
+HELP = "norms, zeros, sign conflicts, NaN, and what differs between checkpoints"
+DESCRIPTION = """\
 Look into checkpoints and task vectors: how far each task moved, what is zero, NaN or infinite,
 which names, shapes and dtypes differ from the base, and how much the tasks agree with each other.
 
@@ -29,14 +30,8 @@ _BROKEN = "holds NaN or infinity"
 _MOST_COLUMNS = 11  # of a table that fits a terminal
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the command line."""
-    command = commands.add_parser(
-        "inspect",
-        help="norms, zeros, sign conflicts, NaN, and what differs between checkpoints",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare what the command can be told."""
     add = command.add_argument
     add("files", nargs="+", metavar="FILE", help="fine-tuned weights or task vectors")
     add("--base", metavar="FILE", help="the weights before fine-tuning")

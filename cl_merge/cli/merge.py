@@ -13,7 +13,8 @@ from cl_merge.errors import InputError, unknown_name
 if TYPE_CHECKING:
     from cl_merge.merge_files import Merged
 
-_DESCRIPTION = """\
+HELP = "merge checkpoints, from files to a file"
+DESCRIPTION = """\
 Merge fine-tuned checkpoints into the base that they were fine-tuned from.
 
 The base and each task are a safetensors file, a folder with shards, a Hugging Face or open_clip
@@ -32,15 +33,9 @@ _ARGUMENTS = ("method", "scale", "include", "exclude", "importance", "overwrite"
 _SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the command line."""
-    command = commands.add_parser(
-        "merge",
-        help="merge checkpoints, from files to a file",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES + "\n" + _method_help(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare what the command can be told."""
+    command.epilog = _EXAMPLES + "\n" + _method_help()
     add = command.add_argument
     add("base", metavar="BASE", help="the weights before fine-tuning")
     add("tasks", nargs="+", metavar="TASK", help="fine-tuned weights, or task vectors, in order")

@@ -16,12 +16,13 @@ from cl_merge.errors import InputError
 if TYPE_CHECKING:
     from cl_merge.models.predictor import Guess, ImageClassifier
 
-_DESCRIPTION = """\
+HELP = "classify images with the model of a finished run"
+DESCRIPTION = """\
 Classify images with the model of a finished run. Single images make a table; a folder, searched at
 all depths, makes CSV, one line for each image: file, class_1, probability_1, class_2 and so on. In
 a folder a file that is no readable image is named and skipped, and the exit code is 1.
 """
-_EXAMPLES = """\
+EPILOG = """\
 examples:
   cl-merge predict runs/digits-magmax seven.png eight.png
   cl-merge predict runs/photos holiday/ --top 3 --out holiday.csv
@@ -29,22 +30,16 @@ examples:
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the command line."""
-    command = commands.add_parser(
-        "predict",
-        help="classify images with the model of a finished run",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.add_argument("run", metavar="RUN", help="folder of a finished run")
-    command.add_argument("images", metavar="IMAGE", nargs="+", help="images, or folders of images")
-    command.add_argument("--top", type=int, default=5, metavar="N", help="classes to name [5]")
-    command.add_argument("--out", "-o", "--output", metavar="FILE", help="write CSV there")
-    command.add_argument("--device", help="cpu, cuda or cuda:1 [cuda if there is one]")
-    command.add_argument("--batch-size", type=int, default=64, metavar="N", help="[64]")
-    command.add_argument("--method", help="another method of the run, with the same weights")
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare what the command can be told."""
+    add = command.add_argument
+    add("run", metavar="RUN", help="folder of a finished run")
+    add("images", metavar="IMAGE", nargs="+", help="images, or folders of images")
+    add("--top", type=int, default=5, metavar="N", help="classes to name [5]")
+    add("--out", "-o", "--output", metavar="FILE", help="write CSV there")
+    add("--device", help="cpu, cuda or cuda:1 [cuda if there is one]")
+    add("--batch-size", type=int, default=64, metavar="N", help="[64]")
+    add("--method", help="another method of the run, with the same weights")
     command.set_defaults(execute=predict)
 
 

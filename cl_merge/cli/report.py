@@ -17,29 +17,23 @@ if TYPE_CHECKING:
     from cl_merge.benchmarks.reports.figures import Drawing
     from cl_merge.benchmarks.reports.summary import Summary
 
-_DESCRIPTION = """\
+HELP = "tables, figures and a page to look at, of a suite or a run"
+DESCRIPTION = """\
 Read what a suite or a run has found so far, and write its report: report.html, one file that needs
 no network, with the figures that have been measured. --format prints the table instead.
 """
 FORMATS = ("markdown", "csv", "latex")
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the command line."""
-    command = commands.add_parser(
-        "report",
-        help="tables, figures and a page to look at, of a suite or a run",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.add_argument("folder", metavar="FOLDER", help="of a suite or a run")
-    command.add_argument("--open", action="store_true", help="show the page in a browser")
-    command.add_argument("--format", choices=FORMATS, help="print the table instead")
-    command.add_argument("--metric", default="accuracy", help="of the table [accuracy]")
-    command.add_argument(
-        "--measure", action="store_true", help="also what figures need that was not measured yet"
-    )
-    command.add_argument("--no-figures", action="store_true", help="without the figures")
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare what the command can be told."""
+    add = command.add_argument
+    add("folder", metavar="FOLDER", help="of a suite or a run")
+    add("--open", action="store_true", help="show the page in a browser")
+    add("--format", choices=FORMATS, help="print the table instead")
+    add("--metric", default="accuracy", help="of the table [accuracy]")
+    add("--measure", action="store_true", help="also what figures need that was not measured yet")
+    add("--no-figures", action="store_true", help="without the figures")
     command.set_defaults(execute=report)
 
 

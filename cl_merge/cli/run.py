@@ -13,7 +13,8 @@ from cl_merge.cli.process import StoppedError
 from cl_merge.cli.terminal import show_messages
 from cl_merge.errors import InputError
 
-_DESCRIPTION = """\
+HELP = "learn a stream of tasks and show what merging gives"
+DESCRIPTION = """\
 Learn a stream of tasks, merge what each task changed, and show what that gives.
 
 Without settings: scikit-learn's digits in five tasks, with a small model that comes along. It
@@ -29,17 +30,12 @@ examples:
 """
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the command line."""
-    command = commands.add_parser(
-        "run",
-        help="learn a stream of tasks and show what merging gives",
-        description=_DESCRIPTION,
-        epilog=_key_help() + "\n" + _EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings, see below")
-    command.add_argument("--config", metavar="FILE", help="YAML file of settings")
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Declare what the command can be told."""
+    command.epilog = _key_help() + "\n" + _EXAMPLES
+    add = command.add_argument
+    add("settings", nargs="*", metavar="KEY=VALUE", help="settings, see below")
+    add("--config", metavar="FILE", help="YAML file of settings")
     command.set_defaults(execute=lambda parsed: run(parsed.settings, parsed.config))
 
 
