@@ -25,11 +25,7 @@ def probe(size: int) -> Tensor:
 
 @torch.no_grad()
 def check_logits(form: str, written: Callable[[Tensor], Tensor], restored: Restored) -> None:
-    """Make sure that what was written gives the logits [B, C] of the run's model.
-
-    Raises:
-        InputError: If they differ by more than rounding.
-    """
+    """Make sure that what was written gives the logits [B, C] of the run's model."""
     images = probe(restored.clip.image_size)
     expected, found = restored.model(images), written(images)
     apart = float((found - expected).abs().max())
@@ -49,11 +45,7 @@ def check_features(
     encode_texts: Callable[[list[str]], Tensor],
     restored: Restored,
 ) -> None:
-    """Make sure that both towers that were written encode as the run's model does.
-
-    Raises:
-        InputError: If they differ by more than rounding.
-    """
+    """Make sure that both towers that were written encode as the run's model does."""
     check_logits(form, lambda images: restored.model.head(encode_images(images)), restored)
     texts = [f"a photo of a {name}." for name in restored.run.class_names[:8]]
     model: Any = restored.clip.model

@@ -87,11 +87,7 @@ class Network(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Classify transformed images, float32 [B, 3, H, W].
-
-        Returns:
-            Logits, float32 [B, C]; log-probabilities where class statistics vote.
-        """
+        """Classify images [B, 3, H, W]: logits, or log-probabilities after a vote."""
         merged = F.normalize(self.visual(images), dim=-1)
         text = F.linear(merged, self.text)
         if not self._encoders:

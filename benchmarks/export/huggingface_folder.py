@@ -68,12 +68,7 @@ def misfit(config: Mapping[str, Any]) -> str | None:
 
 
 def write(restored: Restored, folder: Path) -> None:
-    """Write a ``CLIPModel`` with its ``CLIPProcessor``.
-
-    Raises:
-        InputError: If images are prepared in a way that CLIPProcessor does not know, or
-            transformers does not give the run's logits with what was written.
-    """
+    """Write a ``CLIPModel`` with its ``CLIPProcessor``."""
     transformers: Any = import_module("transformers")  # whose annotations are not whole
     mode = preprocessing(restored)["resize_mode"]
     if mode == "longest":
@@ -91,11 +86,7 @@ def write(restored: Restored, folder: Path) -> None:
 
 
 def converted(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of an open_clip ``CLIP`` of two transformers to those of a ``CLIPModel``.
-
-    Raises:
-        KeyError: If it has a tensor that a ``CLIPModel`` has not.
-    """
+    """Rename the tensors of an open_clip ``CLIP`` to those of a ``CLIPModel``."""
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name in _NAMES:

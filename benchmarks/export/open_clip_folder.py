@@ -52,15 +52,7 @@ def reason(run: FinishedRun) -> str | None:
 
 
 def model_config(config: RunConfig) -> dict[str, Any]:
-    """Describe the architecture of a run's model as open_clip does; reads no weights.
-
-    Returns:
-        What stands in ``open_clip_config.json`` as ``model_cfg``, with the run's image size, if it
-        gives one.
-
-    Raises:
-        InputError: If the model is not there any more.
-    """
+    """Describe a run's model as open_clip's ``model_cfg``, with the run's image size."""
     import open_clip
 
     if config.model == "lite":
@@ -75,11 +67,7 @@ def model_config(config: RunConfig) -> dict[str, Any]:
 
 
 def write(restored: Restored, folder: Path) -> None:
-    """Write the configuration, the weights of both towers, and the tokenizer if it has files.
-
-    Raises:
-        InputError: If open_clip does not give the run's logits with what was written.
-    """
+    """Write the configuration, the weights of both towers, and the tokenizer if it has files."""
     model: Any = restored.clip.model
     config = model_config(restored.run.config)
     config["vision_cfg"]["image_size"] = restored.clip.image_size

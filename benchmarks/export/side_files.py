@@ -20,12 +20,7 @@ _TRIED = 256
 
 
 def write_side_files(restored: Restored, folder: Path) -> list[dict[str, Any]]:
-    """Write ``classes.json`` and ``preprocessing.json``.
-
-    Returns:
-        The classes: of each its ``name``, the ``tasks`` that it belongs to, from 0, and, if they
-        are known, the ``prompts`` of its row of the text head.
-    """
+    """Write ``classes.json`` and ``preprocessing.json``; returns the content of the former."""
     prompts = _known_prompts(restored)
     classes: list[dict[str, Any]] = []
     for label, name in enumerate(restored.run.class_names):
@@ -38,13 +33,7 @@ def write_side_files(restored: Restored, folder: Path) -> list[dict[str, Any]]:
 
 
 def preprocessing(restored: Restored) -> dict[str, Any]:
-    """Say how an image becomes what the model takes.
-
-    Returns:
-        ``size`` (height and width), ``mean`` and ``std`` (of values from 0 to 1), ``interpolation``
-        and ``resize_mode`` (``shortest``: the shorter side to the size, then the centre;
-        ``squash``: both sides to it; ``longest``: the longer side to it, then ``fill_color``).
-    """
+    """Say how an image becomes what the model takes, in the words of open_clip."""
     found = cast(Any, restored.model.visual).preprocess_cfg
     size = found["size"]
     return {

@@ -118,9 +118,7 @@ def bare_test(
     """Count what a model gets right, in one pass over transformed images in memory.
 
     `outside` tells which classes are none of a task's, bool [T, C]; `head` has the rows of all.
-
-    Returns:
-        By task, correct among all classes, correct among the task's, and all images, int64 [3, T].
+    Returns, by task, correct among all classes, among the task's, and all images: int64 [3, T].
     """
     tower.eval()
     counts = torch.zeros(3, len(outside), dtype=torch.int64)

@@ -19,23 +19,11 @@ _FINE = 48
 
 
 def draw(fields: Tensor, thickness: Tensor, random: Generator) -> Tensor:
-    """Draw characters, each distorted in its own way.
+    """Draw characters, each distorted in its own way: float32 [B, 3, 32, 32] from 0 to 1.
 
     Bent, sheared, scaled and moved; drawn with an uneven pen; sometimes with a gap; seen at a low
-    resolution; in random colours, dark on light or light on dark, with noise.
-
-    Args:
-        fields: Distance fields in pixels, float32 [B, 64, 64].
-        thickness: Distance up to which there is ink, in pixels of the field, float32 [B].
-        random: Where all random numbers come from.
-
-    Returns:
-        Images from 0 to 1, float32 [B, 3, 32, 32].
-
-    Example:
-        >>> fields = torch.full((2, 64, 64), 9.0)
-        >>> draw(fields, torch.ones(2), torch.Generator().manual_seed(0)).shape
-        torch.Size([2, 3, 32, 32])
+    resolution; in random colours, dark on light or light on dark, with noise. The fields are
+    float32 [B, 64, 64]; up to the thickness, float32 [B], there is ink; both in pixels of a field.
     """
     ink = _inked(fields, thickness, random)
     ink = _with_gaps(ink, random)

@@ -108,11 +108,7 @@ def read_run(folder: Path) -> Streamed:
 
 
 def measure(run: Streamed) -> dict[str, float]:
-    """Classify a run's test images in every way.
-
-    Returns:
-        Accuracy on all test images in per cent, by way.
-    """
+    """Classify a run's test images in every way; accuracies in per cent."""
 
     def accuracy(scores: Tensor) -> float:
         return 100.0 * float((scores.argmax(dim=1) == run.test_labels).double().mean())

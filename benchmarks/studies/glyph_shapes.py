@@ -82,12 +82,7 @@ class Shape:
 
 
 def shapes(fonts: Sequence[str] | None = None) -> list[Shape]:
-    """List every shape that fonts have for the characters; by default not those held out.
-
-    Example:
-        >>> shapes(["cmr10"])[7]
-        Shape(character='7', code=55, font='cmr10', style='serif')
-    """
+    """List every shape that fonts have for the characters; by default not those held out."""
     if fonts is None:
         fonts = [font for font in FONTS if font not in HELD_OUT]
     return [shape for font in fonts for shape in _shapes_of(font)]
@@ -123,20 +118,14 @@ class Atlas:
 
     @cached_property
     def outlines(self) -> Tensor:
-        """Signed distance to the outline in pixels, positive outside.
-
-        Float32 of shape ``(shapes, 64, 64)``.
-        """
+        """Signed distance to the outline in pixels, positive outside; float32 [shapes, 64, 64]."""
         fields = [_signed_distance(_mask(shape, 2 * FIELD)) for shape in self.shapes]
         # Drawn at twice the size, so a distance there is half a pixel here.
         return torch.nn.functional.avg_pool2d(torch.from_numpy(np.stack(fields)), 2) / 2
 
     @cached_property
     def strokes(self) -> Tensor:
-        """Distance to the thinned stroke in pixels, as a pen would follow it.
-
-        Float32 of shape ``(shapes, 64, 64)``.
-        """
+        """Distance to the thinned stroke in pixels; float32 [shapes, 64, 64]."""
         thin = thinned(torch.from_numpy(np.stack([_mask(s, FIELD) for s in self.shapes])))
         fields = [distance_transform_edt(~stroke) for stroke in thin.numpy()]
         return torch.from_numpy(np.stack(fields).astype(np.float32))
@@ -236,12 +225,7 @@ CAPTIONS = (
 
 
 def captions(character: str, style: str) -> list[str]:
-    """Describe a character of a style in several ways, as many for every style.
-
-    Example:
-        >>> captions("7", "bold serif")[1]
-        'a photo of a bold serif digit seven'
-    """
+    """Describe a character of a style in several ways, as many for every style."""
     return [
         caption.format(name=name, style=style) for name in spoken(character) for caption in CAPTIONS
     ]

@@ -99,9 +99,6 @@ def alone(module: str, alternative: str, *more: str) -> dict[str, float]:
 
     The module's command is started again with the arguments of this one, `more`, and
     ``--only ALTERNATIVE``; it prints a line of JSON last.
-
-    Raises:
-        RuntimeError: If it fails; says how.
     """
     command = [sys.executable, "-m", module, *sys.argv[1:], *more, "--only", alternative]
     done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603 - our own module
@@ -142,15 +139,7 @@ def show(*parts: Any) -> None:
 
 
 def random_work(model: str, count: int) -> tuple[CLIPClassifier, Tensor, Tensor]:
-    """Make a classifier under a random head, and random images; needs no hub and no files.
-
-    Args:
-        model: As in ``cl-merge run``; a plain architecture of open_clip's has random weights.
-        count: Number of images N.
-
-    Returns:
-        The classifier for 100 classes, images, float [N, 3, H, W], and labels, int64 [N].
-    """
+    """Make a classifier of 100 random classes, and random images with labels; needs no files."""
     from cl_merge.models.classifier import CLIPClassifier
     from cl_merge.models.zero_shot import ZeroShotHead
 
@@ -164,11 +153,7 @@ def random_work(model: str, count: int) -> tuple[CLIPClassifier, Tensor, Tensor]
 
 
 def task_vectors(run: Path, training: str = "sequential") -> Iterator[TaskVector]:
-    """Read the task vectors that a training of a run has left, one after another.
-
-    Raises:
-        InputError: If there are none.
-    """
+    """Read the task vectors that a training of a run has left, one after another."""
     folder = run / "task_vectors" / training
     files = sorted(folder.glob("task*.safetensors"), key=lambda file: int(file.stem[4:]))
     if not files:

@@ -150,11 +150,7 @@ def shapes_of(model: str, gigabytes: float, dtype: torch.dtype) -> dict[str, tor
 
 
 def measure(name: str, folder: Path, tasks: int) -> dict[str, float]:
-    """Do one piece of work in this process: ``"floor"``, a method, or one of `NAIVE`.
-
-    Returns:
-        Seconds, and the peak of memory beside memory maps in MiB.
-    """
+    """Do one piece of work in this process; seconds, and peak memory beside maps in MiB."""
     output = folder / "merged.safetensors"
     for old in (output, folder / "floor.bin"):
         old.unlink(missing_ok=True)

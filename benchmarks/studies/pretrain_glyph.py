@@ -80,11 +80,7 @@ def main(arguments: Sequence[str] | None = None, fonts: Sequence[str] | None = N
 
 
 def pretrain(recipe: Recipe, fonts: Sequence[str] | None = None, *, every: int = 500) -> nn.Module:
-    """Train the model, log the loss each so many steps, and return it in evaluation mode.
-
-    Raises:
-        InputError: If the recipe asks for more own captions than images.
-    """
+    """Train the model, log the loss each so many steps, and return it in evaluation mode."""
     from open_clip.model import CLIP
     from open_clip.tokenizer import SimpleTokenizer
 

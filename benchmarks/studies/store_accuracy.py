@@ -36,11 +36,7 @@ def main() -> None:
 
 
 def measure(run: Path, training: str, method: str) -> dict[str, float]:
-    """Merge the task vectors of a training from each store, and evaluate what that gives.
-
-    Returns:
-        Accuracy on all test images in per cent, by store.
-    """
+    """Merge the task vectors of a training from each store; accuracies in per cent."""
     evaluator, found = RunEvaluator.of(run), {}
     for store in STORES:
         merger = get_merger(method)

@@ -65,14 +65,7 @@ def main() -> None:
 
 
 def measure(folder: Path, ways: Iterable[str] | None = None) -> dict[str, float]:
-    """Measure a finished run with sequential task vectors in several ways, in all without any.
-
-    Returns:
-        Accuracy on all test images in per cent, by way.
-
-    Raises:
-        InputError: If the plain way does not give what the run's results say.
-    """
+    """Measure a finished sequential run in some ways, or in all; accuracies in per cent."""
     evaluator, found = RunEvaluator.of(folder), {}
     vectors: Vectors = list(harness.task_vectors(folder))
     for name in (*MERGING, *TRAINING) if ways is None else ways:

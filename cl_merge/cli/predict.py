@@ -44,12 +44,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def predict(parsed: argparse.Namespace) -> int:
-    """Classify images and show or write what was found; 1 if files were skipped.
-
-    Raises:
-        InputError: If the run cannot be loaded, a number is below 1, an image is not there or
-            cannot be read, a folder has none, or the output is there already.
-    """
+    """Classify images and show or write what was found; 1 if files were skipped."""
     for name, value in (("--top", parsed.top), ("--batch-size", parsed.batch_size)):
         if value < 1:
             raise InputError(f"{name} {value}; expected 1 or more")

@@ -19,12 +19,7 @@ _SPINS = "10000"
 
 
 class StoppedError(Exception):
-    """Work that was begun and did not end, for a reason outside of it.
-
-    Args:
-        resume_command: The command that goes on.
-        reason: What stopped it.
-    """
+    """Work that was begun and did not end, why, and the command that goes on."""
 
     def __init__(self, resume_command: str, reason: BaseException) -> None:
         super().__init__(resume_command, reason)

@@ -40,15 +40,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(settings: Sequence[str], file: str | None = None) -> None:
-    """Learn a stream of tasks, show what merging gives, and leave a run folder.
-
-    Args:
-        settings: ``key=value`` words.
-        file: A YAML file with more of them.
-
-    Raises:
-        InputError: If a key, a value or what they name is wrong.
-    """
+    """Learn a stream of tasks, show what merging gives, and leave a run folder."""
     from rich.console import Console
 
     from cl_merge.benchmarks.reports.run_pictures import draw_pictures

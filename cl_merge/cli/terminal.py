@@ -35,9 +35,8 @@ def show_messages(console: Console) -> None:
 def byte_progress(console: Console, doing: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
     """Show how many bytes were read, how fast, and how long the rest takes; on a terminal only.
 
-    Yields:
-        A function that takes the number of bytes to come and returns one that is told, from any
-        thread, of bytes that were read.
+    It yields a function that takes the number of bytes to come, and returns one that is told, from
+    any thread, of bytes that were read.
     """
     from rich import progress as rich
 
