@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -24,26 +25,22 @@ _VISION |= {"patch_dropout"}
 _TEXT = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
 _VOCABULARY = 49408
 
-_BLOCK = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
+# Names of tensors in open_clip, as patterns, and what stands there in transformers.
 _NAMES = {
-    "logit_scale": "logit_scale",
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",
-    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
-    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
-    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "ln_final.weight": "text_model.final_layer_norm.weight",
-    "ln_final.bias": "text_model.final_layer_norm.bias",
+    r"^visual\.transformer\.resblocks\.": "vision_model.encoder.layers.",
+    r"^transformer\.resblocks\.": "text_model.encoder.layers.",
+    r"\.ln_([12])\.": r".layer_norm\1.",
+    r"\.attn\.": ".self_attn.",
+    r"\.mlp\.c_fc\.": ".mlp.fc1.",
+    r"\.mlp\.c_proj\.": ".mlp.fc2.",
+    r"^visual\.class_embedding": "vision_model.embeddings.class_embedding",
+    r"^visual\.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    r"^visual\.conv1": "vision_model.embeddings.patch_embedding",
+    r"^visual\.ln_pre": "vision_model.pre_layrnorm",
+    r"^visual\.ln_post": "vision_model.post_layernorm",
+    r"^token_embedding": "text_model.embeddings.token_embedding",
+    r"^positional_embedding": "text_model.embeddings.position_embedding.weight",
+    r"^ln_final": "text_model.final_layer_norm",
 }
 # Stored as [in, out]; linear layers have it the other way round.
 _TURNED = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
@@ -89,26 +86,17 @@ def converted(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the tensors of an open_clip ``CLIP`` to those of a ``CLIPModel``."""
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        if name in _NAMES:
-            found[_NAMES[name]] = tensor
-        elif name in _TURNED:
+        renamed = name
+        for pattern, replacement in _NAMES.items():
+            renamed = re.sub(pattern, replacement, renamed)
+        if name in _TURNED:
             found[_TURNED[name]] = tensor.T.contiguous()
+        elif ".in_proj_" in name:
+            for which, third in zip("qkv", tensor.chunk(3), strict=True):
+                found[renamed.replace("in_proj_", f"{which}_proj.")] = third.clone()
         elif name != "attn_mask":  # which is made anew
-            found |= _of_block(name, tensor)
+            found[renamed] = tensor
     return found
-
-
-def _of_block(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    tower, _, inner = name.partition("transformer.resblocks.")
-    number, _, part = inner.partition(".")
-    model = {"visual.": "vision_model", "": "text_model"}[tower]
-    layer = f"{model}.encoder.layers.{number}."
-    if part.startswith("attn.in_proj_"):
-        kind = part.removeprefix("attn.in_proj_")
-        thirds = zip("qkv", tensor.chunk(3), strict=True)
-        return {f"{layer}self_attn.{which}_proj.{kind}": third.clone() for which, third in thirds}
-    module, _, kind = part.rpartition(".")
-    return {f"{layer}{_BLOCK[module]}.{kind}": tensor}
 
 
 def _odd_settings(config: Mapping[str, Any]) -> list[str]:

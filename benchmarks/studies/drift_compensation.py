@@ -10,7 +10,6 @@ and a linear discriminant classifies the test images. Nothing is trained.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,10 +57,7 @@ class Streamed:
 
 def main() -> None:
     """Measure every run, and print a table of means and spreads by setting."""
-    logging.getLogger("lightning").setLevel(logging.ERROR)
-    parser = harness.new_parser(__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
-    settings = harness.by_setting(parser.parse_args().runs, lambda run: measure(read_run(run)))
+    settings = harness.runs_by_setting(__doc__, lambda run: measure(read_run(run)))
     table = harness.new_table(None, "classified by", *settings)
     for name in next(iter(settings.values()))[0]:
         cells = [harness.mean_and_spread([run[name] for run in runs]) for runs in settings.values()]

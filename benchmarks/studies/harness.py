@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import statistics
 import subprocess
 import sys
@@ -116,6 +117,14 @@ def tell(found: Mapping[str, float]) -> None:
 def new_parser(about: str | None) -> argparse.ArgumentParser:
     """Make a parser whose help begins with the first line of a module's docstring."""
     return argparse.ArgumentParser(description=(about or "").split("\n")[0])
+
+
+def runs_by_setting(about: str | None, measure: Callable[[Path], T]) -> dict[str, list[T]]:
+    """Measure the runs that the command line names, and group what was found by their setting."""
+    logging.getLogger("lightning").setLevel(logging.ERROR)
+    parser = new_parser(about)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
+    return by_setting(parser.parse_args().runs, measure)
 
 
 def new_table(title: str | None, *columns: str) -> Any:

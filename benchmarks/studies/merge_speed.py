@@ -17,6 +17,7 @@ import os
 import tempfile
 import threading
 import time
+import timeit
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -243,12 +244,7 @@ def _files(folder: Path, tasks: int) -> list[Path]:
 
 
 def _least(work: Callable[[], object]) -> float:
-    seconds = []
-    for _ in range(9):
-        begin = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - begin)
-    return min(seconds)
+    return min(timeit.repeat(work, number=1, repeat=9))
 
 
 @contextmanager

@@ -12,7 +12,6 @@ Caltech-101 do not use, and taken over for the scale.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -46,10 +45,7 @@ Change = dict[str, Tensor]
 
 def main() -> None:
     """Measure every run, and print each way with its difference to the plain one, by setting."""
-    logging.getLogger("lightning").setLevel(logging.ERROR)
-    parser = harness.new_parser(__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished sequential runs")
-    settings = harness.by_setting(parser.parse_args().runs, measure)
+    settings = harness.runs_by_setting(__doc__, measure)
     table = harness.new_table(None, "way", *settings)
     for name in (*MERGING, *TRAINING):
         cells = []

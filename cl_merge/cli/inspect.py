@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cl_merge.benchmarks.formatting import counted
 from cl_merge.errors import listing
 
 if TYPE_CHECKING:
@@ -87,7 +88,9 @@ def _show(console: Console, found: Inspection, *, layers: bool) -> None:
 
 def _content(file: FileReport) -> str:
     values = f"{file.parameters / 1e6:,.2f} M" if file.parameters > 1e6 else file.parameters
-    return f"{file.kind}, {_tensors(file.tensors)}, {values} values, {listing(file.dtypes)}"
+    return (
+        f"{file.kind}, {counted(file.tensors, 'tensor')}, {values} values, {listing(file.dtypes)}"
+    )
 
 
 def _title(found: Inspection) -> str:
@@ -98,7 +101,11 @@ def _title(found: Inspection) -> str:
     else:
         what = "weights as they are; --base shows what training changed"
     differ = any(f.missing or f.extra or f.shapes or f.uneven for f in found.files)
-    return f"{what}; only the {_tensors(found.compared)} that all have alike" if differ else what
+    return (
+        f"{what}; only the {counted(found.compared, 'tensor')} that all have alike"
+        if differ
+        else what
+    )
 
 
 def _overview(found: Inspection) -> Table:
@@ -198,7 +205,3 @@ def _percent(share: float) -> str:
 
 def _number(value: float, form: str) -> str:
     return "-" if math.isnan(value) else format(value, form)
-
-
-def _tensors(number: int) -> str:
-    return "1 tensor" if number == 1 else f"{number} tensors"

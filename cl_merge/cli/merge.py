@@ -8,6 +8,7 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any
 
+from cl_merge.benchmarks.formatting import counted
 from cl_merge.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def _check_options(method: str, options: Any) -> None:
 
 def _summary(done: Merged, tasks: int) -> str:
     made = done.provenance
-    merged, of_tasks = _number(done.merged, "tensor"), _number(tasks, "task")
+    merged, of_tasks = counted(done.merged, "tensor"), counted(tasks, "task")
     copied = f", {done.copied} taken from the base" if done.copied else ""
     size, speed = done.bytes_read, done.bytes_read / max(done.seconds, 1e-9)
     return (
@@ -141,10 +142,6 @@ def _summary(done: Merged, tasks: int) -> str:
         f"method {made['cl_merge.method']}{_words(made['cl_merge.options'])}, scale "
         f"{made['cl_merge.scale']}; read {_bytes(size)} in {done.seconds:.1f} s, {_bytes(speed)}/s"
     )
-
-
-def _number(number: int, what: str) -> str:
-    return f"1 {what}" if number == 1 else f"{number} {what}s"
 
 
 def _words(options: str) -> str:

@@ -11,7 +11,6 @@ from PIL import Image
 from torch import Generator
 
 from cl_merge.benchmarks.datasets.characters import CHARACTERS
-from cl_merge.benchmarks.studies.distortions import draw
 from cl_merge.benchmarks.studies.glyph_shapes import (
     FIELD,
     FONTS,
@@ -23,6 +22,7 @@ from cl_merge.benchmarks.studies.glyph_shapes import (
     spoken,
     thinned,
 )
+from cl_merge.benchmarks.studies.pretrain_glyph import draw
 
 
 @pytest.fixture(scope="module")
