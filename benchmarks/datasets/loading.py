@@ -108,7 +108,7 @@ def make_head(clip: Clip, data: LoadedData, stream: TaskStream) -> ZeroShotHead:
 def check_facts(config: RunConfig, stream: TaskStream) -> None:
     """Warn if what was read differs from what is known of the data set."""
     entry = find_data(config.data)
-    recipe = _settings_of(entry).stream
+    recipe = settings_of(entry).stream
     found: dict[str, int] = {"classes": len(stream.class_names)}
     if all(getattr(config.stream, key) == getattr(recipe, key) for key in _SPLITTING):
         found |= stream.images_read
@@ -226,7 +226,7 @@ def _load_joined(config: RunConfig, entry: DataEntry) -> LoadedData:
         one = find_data(name)
         if one.sources:
             raise InputError(f"'{entry.name}' joins '{name}', which is itself joined")
-        recipe = _settings_of(one)
+        recipe = settings_of(one)
         pinned = revisions.get(one.name, recipe.stream.revision)
         splits, commit = _read(find_source(one), pinned, one, joined=True)
         own = {key: getattr(recipe.stream, key) for key in _READ}
@@ -237,7 +237,7 @@ def _load_joined(config: RunConfig, entry: DataEntry) -> LoadedData:
     with settings_named("stream"):
         joined, names = concat(data)
     columns = {key: getattr(StreamConfig, key) for key in (*_READ, "domain_pattern")}
-    prompts = _joined_prompts(config, recipes, names)
+    prompts = joined_prompts(config, recipes, names)
     return LoadedData(joined, columns | {"domain": "source"}, prompts, commits or None)
 
 
@@ -245,7 +245,7 @@ def _load_joined(config: RunConfig, entry: DataEntry) -> LoadedData:
 _READ = ("image", "label", "train_split", "test_split", "test_fraction")
 
 
-def _joined_prompts(
+def joined_prompts(
     config: RunConfig, recipes: list[RunConfig], names: list[list[str]]
 ) -> list[ClassPrompts]:
     """The prompts of each of the joined data sets: those given for all, or its own."""
@@ -261,7 +261,8 @@ def _joined_prompts(
     return found
 
 
-def _settings_of(entry: DataEntry) -> RunConfig:
+def settings_of(entry: DataEntry) -> RunConfig:
+    """Read the recipe of a data set."""
     return read_config([], entry.recipe, origin=str(entry.file or f"the recipe of {entry.name}"))
 
 

@@ -9,9 +9,14 @@ from typing import Any, cast
 import torch
 
 from cl_merge.benchmarks.datasets.catalog import find_data
-from cl_merge.benchmarks.datasets.loading import read_class_names, read_prompts
+from cl_merge.benchmarks.datasets.loading import (
+    ClassPrompts,
+    joined_prompts,
+    read_class_names,
+    read_prompts,
+    settings_of,
+)
 from cl_merge.benchmarks.runs.trained_run import FinishedRun, Restored
-from cl_merge.config.reading import read_config
 from cl_merge.errors import InputError
 from cl_merge.models.zero_shot import zero_shot_head
 
@@ -69,29 +74,20 @@ def _known_prompts(restored: Restored) -> list[list[str]] | None:
 
 def _prompts(run: FinishedRun) -> list[list[str]]:
     config, entry = run.config, find_data(run.config.data)
-    if not entry.sources:
-        names = read_class_names(config.class_names, run.class_names)
-        return _filled(names, read_prompts(config.prompts))
-    # Names of joined data sets begin with the data set's own.
-    parts = [find_data(name) for name in entry.sources]
-    own = [
-        [n.removeprefix(f"{p.name}: ") for n in run.class_names if n.startswith(f"{p.name}: ")]
-        for p in parts
+    known = [ClassPrompts(config.prompts, config.class_names, list(run.class_names))]
+    if entry.sources:
+        parts = [find_data(name) for name in entry.sources]
+        # Names of joined data sets begin with the data set's own.
+        own = [
+            [n.removeprefix(f"{p.name}: ") for n in run.class_names if n.startswith(f"{p.name}: ")]
+            for p in parts
+        ]
+        known = joined_prompts(config, [settings_of(part) for part in parts], own)
+    found = [
+        [template.replace("{}", name) for template in read_prompts(one.prompts)]
+        for one in known
+        for name in read_class_names(one.class_names, one.own_names or [])
     ]
-    given = config.class_names
-    if given is not None:
-        given = read_class_names(given, [name for names in own for name in names])
-    found: list[list[str]] = []
-    for part, names in zip(parts, own, strict=True):
-        recipe = read_config([], part.recipe, origin=part.name)
-        chosen = recipe.class_names if given is None else given[: len(names)]
-        given = None if given is None else given[len(names) :]
-        prompts = recipe.prompts if config.prompts is None else config.prompts
-        found += _filled(read_class_names(chosen, names), read_prompts(prompts))
     if len(found) != len(run.class_names):
         raise InputError(f"the data sets joined in '{config.data}' have changed")
     return found
-
-
-def _filled(names: list[str], templates: list[str]) -> list[list[str]]:
-    return [[template.replace("{}", name) for template in templates] for name in names]
