@@ -163,11 +163,11 @@ def find_method(name: str) -> Method:
     return Method(f"{label}-{training}", training, merger)
 
 
-def whole_path(name: str) -> str:
+def absolute_path(name: str) -> str:
     """Name the file of a method from the root; names that are no file stay as they are.
 
     Example:
-        >>> whole_path("ties"), whole_path("/home/../tmp/own.py:median")
+        >>> absolute_path("ties"), absolute_path("/home/../tmp/own.py:median")
         ('ties', '/tmp/own.py:median')
     """
     where, colon, method = name.rpartition(":")

@@ -14,8 +14,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from cl_merge.benchmarks.methods.method import TRAININGS, Method, grouped_methods
-from cl_merge.benchmarks.runs.json_files import read_json
-from cl_merge.benchmarks.runs.results import read_results
+from cl_merge.benchmarks.runs.results import read_json, read_results
 from cl_merge.benchmarks.suites.definition import Setting, Suite
 from cl_merge.benchmarks.suites.execution import LOG
 from cl_merge.benchmarks.suites.plan import BEGUN, DONE, FAILED, FAILURE, Cell, make_plan, state_of

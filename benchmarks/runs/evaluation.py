@@ -18,7 +18,6 @@ from cl_merge.benchmarks.methods.method import Method
 from cl_merge.benchmarks.runs.progress import RunProgress
 from cl_merge.benchmarks.runs.run import Run, make_merger
 from cl_merge.benchmarks.runs.run_log import RunLog
-from cl_merge.benchmarks.runs.trainers import evaluation_trainer
 from cl_merge.callbacks import ClassStatistics
 from cl_merge.callbacks.auto_scale import AutoScale
 from cl_merge.class_statistics import StreamStatistics
@@ -34,6 +33,17 @@ from cl_merge.task_vectors.module_weights import (
 from cl_merge.task_vectors.scales import Scales, scaled
 from cl_merge.task_vectors.task_vector import TaskVector
 from cl_merge.training.journal import is_first_process
+
+# What of the trainer's arguments also holds for evaluations outside a fit.
+_WHERE_IT_RUNS = (
+    "accelerator",
+    "devices",
+    "num_nodes",
+    "strategy",
+    "precision",
+    "deterministic",
+    "limit_test_batches",
+)
 
 _WHOLE = Scales.read(1.0, 1.0)
 
@@ -223,6 +233,20 @@ class Evaluation:
         if config.merge.device is not None:
             return torch.device(config.merge.device)
         return evaluation_trainer(config.trainer).strategy.root_device
+
+
+def evaluation_trainer(
+    settings: Mapping[str, Any], callbacks: Sequence[Callback] = ()
+) -> L.Trainer:
+    """Make a trainer that only evaluates, where and how precisely the training's settings say."""
+    return L.Trainer(
+        **{key: value for key, value in settings.items() if key in _WHERE_IT_RUNS},
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
 
 
 class _Within(Callback):

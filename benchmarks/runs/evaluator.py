@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from cl_merge.benchmarks.datasets.loading import load_parts
-from cl_merge.benchmarks.runs.trainers import evaluation_trainer
+from cl_merge.benchmarks.runs.evaluation import evaluation_trainer
 from cl_merge.config.reading import read_config
 from cl_merge.config.schema import RunConfig
 from cl_merge.data.task_stream import TaskStream
@@ -36,21 +36,13 @@ class RunEvaluator:
 
     @classmethod
     def of(cls, folder: str | Path) -> RunEvaluator:
-        """Load what the run in a folder was made with.
-
-        Raises:
-            InputError: If it cannot be loaded.
-        """
+        """Load what the run in a folder was made with."""
         config = read_config([], {}, Path(folder) / "config.yaml")
         stream, model = load_parts(config)
         return cls(config, stream, model, copies(trained_parameters(model)))
 
     def check_same(self, results: dict[str, Any]) -> None:
-        """Make sure that the images are those that a run was tested on, by its results.
-
-        Raises:
-            InputError: If classes or numbers of images differ; says for which tasks.
-        """
+        """Make sure that the images are those that a run was tested on, by its results."""
         then = [(task["class_names"], task["test_images"]) for task in results["tasks"]]
         now = [(list(task.class_names), len(task.test)) for task in self.stream.tasks]
         if len(then) != len(now):

@@ -24,7 +24,7 @@ from lightning.pytorch.loggers import (
     WandbLogger,
 )
 
-from cl_merge.benchmarks.runs.json_files import read_json
+from cl_merge.benchmarks.runs.results import read_json
 from cl_merge.config.reading import logger_options
 from cl_merge.config.schema import RunConfig
 from cl_merge.errors import InputError, listing, nearest

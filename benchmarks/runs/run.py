@@ -113,12 +113,7 @@ class Run:
 def start_run(config: RunConfig) -> Run:
     """Check a configuration, load what it names and claim its folder; trains nothing yet.
 
-    Returns:
-        The run; its folder is held until ``run.folder.release()``.
-
-    Raises:
-        InputError: If anything in the configuration cannot work, or another process holds the
-            folder.
+    The folder is held until ``run.folder.release()``.
     """
     method = find_method(config.method)
     merge = _try_settings(config, method)
@@ -161,16 +156,9 @@ def make_regularizer(config: RunConfig, name: str) -> Regularizer:
 
 
 def make_merger(config: RunConfig, method: Method) -> tuple[Merger, Any]:
-    """Make the merger of one of a run's methods as the run configures it.
+    """Make a method's merger, and say which scale is asked for, None for the published one.
 
-    The options of ``merge`` are for the run's own method, those of ``merge.beside`` for the
-    others.
-
-    Returns:
-        A fresh merger, and the scale that is asked for, None for the published one.
-
-    Raises:
-        InputError: If an option is wrong.
+    The options of ``merge`` are for the run's own method, those of ``merge.beside`` for the others.
     """
     options = config.merge
     if method.plain != find_method(config.method).plain:

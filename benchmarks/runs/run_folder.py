@@ -18,8 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from msgspec import Meta, Struct
 from torch import Tensor
 
-from cl_merge.benchmarks.runs.json_files import plain
-from cl_merge.benchmarks.runs.results import Amount, Count, Scale, read_results
+from cl_merge.benchmarks.runs.results import Amount, Count, Scale, as_json, read_results
 from cl_merge.benchmarks.runs.settings import check_same_run
 from cl_merge.config.reading import to_yaml
 from cl_merge.config.schema import RunConfig
@@ -212,7 +211,7 @@ class RunFolder:
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file; values that are not finite become null."""
-        self.write_text(name, json.dumps(plain(content), indent=2, allow_nan=False) + "\n")
+        self.write_text(name, json.dumps(as_json(content), indent=2, allow_nan=False) + "\n")
 
     @rank_zero_only
     def write_tensors(

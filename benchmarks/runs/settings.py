@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from cl_merge.benchmarks.datasets.catalog import find_data, is_data_file
-from cl_merge.benchmarks.methods.method import compared_methods, find_method, whole_path
+from cl_merge.benchmarks.methods.method import absolute_path, compared_methods, find_method
 from cl_merge.benchmarks.runs.results import read_results
 from cl_merge.config.reading import parse_arguments, read_config, read_yaml
 from cl_merge.config.schema import RunConfig
@@ -19,25 +19,15 @@ from cl_merge.errors import InputError
 
 # Settings that change nothing in what a run finds; everything else is fixed once it has begun.
 _FREE = {"out", "source", "checkpoint_seconds", "stream.num_workers", "stream.cache", "loggers"}
+_FREE |= {"merge.beside"}  # empty; what it says of a method that is there already is fixed
 _BESIDE = "merge.beside."
 
 
 def read_settings(settings: Sequence[str], file: str | Path | None = None) -> RunConfig:
-    """Read the configuration of a run, with the recipe of its data set underneath.
+    """Read the configuration of a run: ``key=value`` words over a file over the data's recipe.
 
-    If ``out`` names the folder of a run that was begun, its configuration is underneath instead,
-    and what is given must agree with it.
-
-    Args:
-        settings: ``key=value`` words; they win over the file, the file over the recipe.
-        file: A YAML file of settings.
-
-    Returns:
-        The configuration.
-
-    Raises:
-        InputError: If a key or value is wrong; names the nearest valid one. If it differs from that
-            of the run in the folder; names the key.
+    If ``out`` names the folder of a run that was begun, its configuration takes the place of the
+    recipe, and what is given must agree with it.
 
     Example:
         >>> read_settings(["method=ties"]).method
@@ -50,43 +40,29 @@ def read_settings(settings: Sequence[str], file: str | Path | None = None) -> Ru
     begun = Path(str(out)).expanduser() / "config.yaml" if out is not None else None
     if begun is not None and os.path.lexists(begun):
         saved: Any = OmegaConf.to_container(read_yaml(begun))
-        config = _with_whole_paths(read_config(settings, saved, file, origin=str(begun)))
+        config = _with_absolute_paths(read_config(settings, saved, file, origin=str(begun)))
         check_same_run(config, begun)
         return config
     entry = find_data(str(given.get("data", layer.get("data", RunConfig.data))))
     origin = str(entry.file or f"the recipe of {entry.name}")
-    config = _with_whole_paths(read_config(settings, entry.recipe, file, origin=origin))
+    config = _with_absolute_paths(read_config(settings, entry.recipe, file, origin=origin))
     find_method(config.method)
     return config
 
 
 def check_same_run(config: RunConfig, saved: Path) -> None:
-    """Check that a configuration is the one that a folder was made with.
-
-    Args:
-        config: What is asked for.
-        saved: The ``config.yaml`` of the folder.
-
-    Raises:
-        InputError: If a setting that matters differs; names it.
-    """
-    container: Any = OmegaConf.to_container(read_yaml(saved))
-    before, now = (flat(asdict(c)) for c in (read_config([], container, origin=str(saved)), config))
-    of_before, of_now = (compared_methods(c["method"], c["compare"]) for c in (before, now))
-    former, wanted = ({method.name for method in methods} for methods in (of_before, of_now))
-    merging = {method.plain.name for method in of_before}
+    """Refuse a configuration that differs, where it matters, from the saved one of a folder."""
+    former = read_config([], {}, saved)
+    merging = {m.plain.name for m in compared_methods(former.method, former.compare)}
+    joins = _names(former) <= _names(config)
 
     def free(key: str) -> bool:
         """Whether a setting may differ: methods can join a run, with options of their own."""
-        beside = key.removeprefix(_BESIDE).split(".")[0] if key.startswith(_BESIDE) else None
-        joins = key == "compare" and former <= wanted
-        return (
-            key in {*_FREE, _BESIDE.rstrip(".")}
-            or key.startswith("loggers.")
-            or joins
-            or (beside is not None and beside not in merging)
-        )
+        if key.startswith(_BESIDE):
+            return key.removeprefix(_BESIDE).split(".")[0] not in merging
+        return key in _FREE or key.startswith("loggers.") or (key == "compare" and joins)
 
+    before, now = flat(asdict(former)), flat(asdict(config))
     differing = [key for key in before | now if not free(key) and before.get(key) != now.get(key)]
     if differing:
         key, more = differing[0], len(differing) - 1
@@ -99,26 +75,25 @@ def check_same_run(config: RunConfig, saved: Path) -> None:
 
 def unfinished_methods(config: RunConfig, folder: Path) -> set[str]:
     """The methods of a run that its folder has no results of; all if it has not finished."""
-    wanted = {method.name for method in compared_methods(config.method, config.compare)}
-    return wanted - finished_methods(folder)
+    return _names(config) - finished_methods(folder)
 
 
 def finished_methods(folder: Path) -> set[str]:
-    """The methods that a run's folder has results of; none if no run has finished there.
-
-    Raises:
-        InputError: If its results are damaged.
-    """
+    """The methods that a run's folder has results of; none if no run has finished there."""
     return set((read_results(folder) or {}).get("methods", {}))
 
 
-def _with_whole_paths(config: RunConfig) -> RunConfig:
+def _names(config: RunConfig) -> set[str]:
+    return {method.name for method in compared_methods(config.method, config.compare)}
+
+
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
     """Name the user's files from the root, so that a run goes on wherever it is called from."""
     if is_data_file(config.data):
         config.data = str(Path(config.data).expanduser().resolve())
-    config.method = whole_path(config.method)
+    config.method = absolute_path(config.method)
     if isinstance(config.compare, list):
-        config.compare = [whole_path(str(name)) for name in config.compare]
+        config.compare = [absolute_path(str(name)) for name in config.compare]
     return config
 
 

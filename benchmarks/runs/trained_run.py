@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from cl_merge.benchmarks.runs.results import read_results
+from cl_merge.benchmarks.runs.results import finished_results
 from cl_merge.benchmarks.runs.run_folder import RunFolder
 from cl_merge.callbacks import ClassStatistics
 from cl_merge.class_statistics import StreamStatistics
-from cl_merge.config.reading import read_config, read_yaml
+from cl_merge.config.reading import read_config
 from cl_merge.config.schema import RunConfig
 from cl_merge.errors import InputError, listing, unknown_name
 from cl_merge.models.classifier import CLIPClassifier
@@ -114,27 +113,20 @@ def load(
 
 
 def read_run(folder: str | Path, method: str | None = None) -> FinishedRun:
-    """Read what the folder of a finished run says, but not its weights; arguments as of `load`.
-
-    Raises:
-        InputError: If the folder holds no finished run, is damaged, or has not kept the method.
-    """
+    """Read what the folder of a finished run says, but not its weights; arguments as of `load`."""
     path = Path(folder).expanduser()
-    results = _finished_results(path)
+    results = finished_results(path)
     chosen, known = method or results["method"], results["methods"]
     if chosen not in known:
         raise unknown_name(f"method of the run in '{path}'", chosen, known)
-    run = FinishedRun(path, _config(path), results, chosen, _class_names(path, results["tasks"]))
+    config = read_config([], {}, path / "config.yaml")
+    run = FinishedRun(path, config, results, chosen, _class_names(path, results["tasks"]))
     _check_kept(run)
     return run
 
 
 def restore(run: FinishedRun) -> Restored:
-    """Load the model of a finished run, on the CPU.
-
-    Raises:
-        InputError: If a file is missing or damaged, or the model cannot be loaded.
-    """
+    """Load the model of a finished run, on the CPU."""
     file = run.path / _WEIGHTS
     tensors, _ = load_tensors(file)
     clip = load_clip(run.config.model, image_size=run.config.image_size)
@@ -165,25 +157,6 @@ def checked_device(device: str | torch.device | None) -> torch.device:
     # torch raises several kinds, with advice for its own developers.
     except Exception as error:
         raise InputError(f"device={device}: no such device here; expected cpu or cuda") from error
-
-
-def _finished_results(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
-        raise InputError(f"'{path}' is no folder; expected that of a finished run")
-    if not (path / "config.yaml").is_file():
-        raise InputError(f"'{path}' holds no run: there is no config.yaml")
-    results = read_results(path)
-    if results is None:
-        raise InputError(
-            f"the run in '{path}' is not finished; go on with: cl-merge run out={path}"
-        )
-    return results
-
-
-def _config(path: Path) -> RunConfig:
-    file = path / "config.yaml"
-    saved: Any = OmegaConf.to_container(read_yaml(file))
-    return read_config([], saved, origin=str(file))
 
 
 def _class_names(path: Path, tasks: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:

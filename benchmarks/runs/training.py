@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import lightning as L
 import torch
@@ -11,12 +12,12 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from typing_extensions import override
 
+from cl_merge.benchmarks.datasets.loading import task_epochs
 from cl_merge.benchmarks.methods.method import METHODS, TRAININGS, Method, Training
 from cl_merge.benchmarks.runs.evaluation import Evaluation
 from cl_merge.benchmarks.runs.progress import RunProgress
 from cl_merge.benchmarks.runs.run import Run, make_regularizer
 from cl_merge.benchmarks.runs.run_log import RunLog, open_log
-from cl_merge.benchmarks.runs.trainers import training_trainer
 from cl_merge.callbacks.fisher import task_importance
 from cl_merge.data.task_stream import TaskStream
 from cl_merge.data.tasks import Task
@@ -103,6 +104,25 @@ def _train(
     run.costs[training.name] = found.costs
     if run.own in methods:
         _save_model(run, evaluation)
+
+
+def training_trainer(
+    run: Run, training: Training, task: Task, log: RunLog | None = None
+) -> L.Trainer:
+    """Make the trainer of a task, which logs to the log and keeps no checkpoints of its own."""
+    logger, callbacks = log.of_task(training, task) if log and log.on else (False, [])
+    defaults: dict[str, Any] = {
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 10,
+        "callbacks": callbacks,
+        "default_root_dir": str(run.folder.path),
+    }
+    given = dict(run.config.trainer)
+    if not training.joint:
+        given["max_epochs"] = task_epochs(run.config, len(run.stream.tasks))[task.index]
+    # `trainer.logger` has been read with the loggers of the run.
+    return L.Trainer(**defaults | given | {"logger": logger, "enable_progress_bar": False})
 
 
 class StoreTask(Callback):

@@ -32,9 +32,10 @@ from torch import Tensor
 from cl_merge.benchmarks.datasets.catalog import find_data
 from cl_merge.benchmarks.datasets.loading import load_data, task_epochs
 from cl_merge.benchmarks.methods.method import TRAININGS
+from cl_merge.benchmarks.runs.evaluation import evaluation_trainer
 from cl_merge.benchmarks.runs.progress import RunProgress
 from cl_merge.benchmarks.runs.run import Run, start_run
-from cl_merge.benchmarks.runs.trainers import evaluation_trainer, training_trainer
+from cl_merge.benchmarks.runs.training import training_trainer
 from cl_merge.benchmarks.studies import harness, regularizer_cost
 from cl_merge.benchmarks.studies.bare_loop import BareStream, BareTask, bare_test
 from cl_merge.callbacks import MergeCallback

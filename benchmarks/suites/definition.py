@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from cl_merge.benchmarks.datasets.catalog import find_data, is_data_file
 from cl_merge.benchmarks.formatting import data_label
-from cl_merge.benchmarks.methods.method import Method, find_method, whole_path
+from cl_merge.benchmarks.methods.method import Method, absolute_path, find_method
 from cl_merge.config.reading import parse_arguments, read_yaml
 from cl_merge.errors import InputError, nearest, unknown_name
 
@@ -125,7 +125,7 @@ def narrowed(
     if not settings:
         has = ", ".join(s.name for s in suite.settings)
         raise InputError(f"nothing is left of suite '{suite.name}', which has {has}")
-    names = [whole_path(name) for name in methods]
+    names = [absolute_path(name) for name in methods]
     for name in names:
         find_method(name)
     return replace(
@@ -168,7 +168,7 @@ def _parsed(name: str, content: Any, where: str) -> Suite:
     paper = content.get("paper")
     if paper is not None and paper not in _PAPER:
         raise unknown_name(f"table of the paper in suite {where}", str(paper), _PAPER)
-    methods = [whole_path(str(method)) for method in content["methods"]]
+    methods = [absolute_path(str(method)) for method in content["methods"]]
     for method in methods:
         find_method(method)
     settings = [s for entry in content["settings"] for s in _settings(entry, where)]

@@ -61,8 +61,8 @@ def run(settings: Sequence[str], file: str | None = None) -> None:
     # What follows loads torch's libraries and a model, which takes seconds: wrong settings first.
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    from cl_merge.benchmarks.runs.outcome import results
     from cl_merge.benchmarks.runs.progress import RunProgress
+    from cl_merge.benchmarks.runs.results import collect_results
     from cl_merge.benchmarks.runs.run import count_batches, start_run
     from cl_merge.benchmarks.runs.training import run_stream
 
@@ -71,7 +71,7 @@ def run(settings: Sequence[str], file: str | None = None) -> None:
         show_start(console, started)
         with RunProgress(console, count_batches(started)) as progress:
             run_stream(started, progress, lambda *done: show_task(console, *done))
-        found = results(started)
+        found = collect_results(started)
         if is_first_process():
             draw_pictures(found, started.folder.path)
         # The last thing that is written: what has it is whole.

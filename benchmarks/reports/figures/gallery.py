@@ -22,7 +22,7 @@ from cl_merge.benchmarks.reports.figures.task_vectors import (
     SIGN_CONFLICTS,
     SIGN_CONFLICTS_BY_TASKS,
 )
-from cl_merge.benchmarks.runs.json_files import plain, read_json
+from cl_merge.benchmarks.runs.results import as_json, read_json
 from cl_merge.errors import InputError
 from cl_merge.storage.files import atomic_write
 
@@ -114,16 +114,16 @@ class _Measurement:
 
     def store(self, found: Any) -> None:
         """Keep what was measured, beside that of other trainings."""
-        of_run = {"results": self.run.fingerprint, "found": plain(found)}
+        of_run = {"results": self.run.fingerprint, "found": as_json(found)}
         trainings = {**self._kept(), self.run.training: of_run}
-        content = {"options": plain(self.kind.options), "trainings": trainings}
+        content = {"options": as_json(self.kind.options), "trainings": trainings}
         with atomic_write(self.file) as temporary:
             text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
             temporary.write_text(text + "\n", encoding="utf-8")
 
     def _kept(self) -> dict[str, Any]:
         content = read_json(self.file) or {}
-        same = content.get("options") == plain(self.kind.options)
+        same = content.get("options") == as_json(self.kind.options)
         kept: dict[str, Any] = content["trainings"] if same else {}
         return kept
 
