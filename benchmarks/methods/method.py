@@ -65,11 +65,7 @@ class Method:
     def make_merger(
         self, common: Mapping[str, Any], options: Mapping[str, Any] | None = None
     ) -> Merger:
-        """Make its merger with options of its own, and common ones as far as it has them.
-
-        Raises:
-            InputError: If it has no such option, or a value is wrong.
-        """
+        """Make its merger with options of its own, and common ones as far as it has them."""
         assert self.merger is not None  # noqa: S101 - asked only of methods that merge
         given = {name: value for name, value in common.items() if name in self.options}
         return get_merger(self.merger, **given | dict(options or {}))
@@ -126,20 +122,12 @@ METHODS: dict[str, Method] = _methods()
 
 
 def find_method(name: str) -> Method:
-    """Look up a method.
+    """Look up a method by its name in tables, or by a merger's.
 
-    Args:
-        name: As in tables; any merger's name, which may end in ``-sequential`` or ``-independent``
-            to say which training it merges; or where to import a merger from, as for
-            `cl_merge.get_merger`, with the same endings. What merges may end in ``-statistics`` or
-            ``-aligned``, for class statistics beside the text head or inside the projection.
-
-    Returns:
-        The method. Mergers that are not in the tables merge independent fine-tunings, but for those
-        made for sequences.
-
-    Raises:
-        InputError: If there is none of that name; names the nearest.
+    A merger's name, or where to import one from, may end in ``-sequential`` or ``-independent``:
+    the training that it merges, without which it is independent fine-tunings but for mergers made
+    for sequences. What merges may then end in ``-statistics`` or ``-aligned``: class statistics
+    beside the text head or inside the projection.
 
     Example:
         >>> find_method("ties").training
@@ -177,16 +165,10 @@ def absolute_path(name: str) -> str:
 
 
 def compared_methods(name: str, compare: bool | str | list[str]) -> list[Method]:
-    """Choose the rows of a run's table, in the order of the tables.
+    """Choose the rows of a run's table, in the order of the tables, beside its own method's.
 
-    Args:
-        name: The run's own method.
-        compare: What to show beside it and zero-shot: False for nothing, True for what plain
-            fine-tuning and the method's own training give, ``"all"`` for all of `METHODS`, or
-            names.
-
-    Raises:
-        InputError: If a method is unknown, or `compare` is something else.
+    `compare` is False for zero-shot alone, True for what plain fine-tuning and the method's own
+    training give, ``"all"`` for all of `METHODS`, or names.
 
     Example:
         >>> [method.name for method in compared_methods("lwf-magmax", ["lwf"])]

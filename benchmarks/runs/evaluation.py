@@ -45,7 +45,7 @@ _WHERE_IT_RUNS = (
     "limit_test_batches",
 )
 
-_WHOLE = Scales.read(1.0, 1.0)
+_UNSCALED = Scales.read(1.0, 1.0)
 
 
 class Evaluation:
@@ -54,12 +54,6 @@ class Evaluation:
     It does not matter when: after each task while the run trains, when a run that was stopped goes
     on, or months later for methods that join it. What the folder has already is not done again.
     Mergers and class statistics stay in memory from task to task.
-
-    Args:
-        run: The run.
-        methods: Methods of the run that share a training; or those that train nothing.
-        progress: Shows how far the run is.
-        log: Gets what is found.
     """
 
     def __init__(
@@ -86,10 +80,7 @@ class Evaluation:
         Classifies with the base plus the scaled merge of the task vectors up to that task; with the
         base plus the task vector where nothing is merged, and with the base where nothing is
         trained. A scale that is to be chosen is chosen first, then class statistics learn the task.
-
-        Args:
-            method: One of the methods.
-            task: Index of the task; those before it have been evaluated.
+        The tasks before it have been evaluated.
         """
         run, voting = self._run, self._statistics.get(method.name)
         self.stream.select(task)
@@ -144,7 +135,7 @@ class Evaluation:
             yield from scaled(run.base, self._merged(method, task).items(), scales)
             yield from self._merged_buffers(task)
         elif self.training is not None and method.statistics is None:
-            yield from scaled(run.base, self._vector(task).items(), _WHOLE)
+            yield from scaled(run.base, self._vector(task).items(), _UNSCALED)
             yield from self._unmerged(task).items()
         else:
             yield from run.base.items()

@@ -58,13 +58,7 @@ _SERVER = os.environ.get("MLFLOW_TRACKING_URI")
 
 
 def check_loggers(config: RunConfig) -> dict[str, dict[str, Any]]:
-    """Check that what a run shall log to is there and takes the options that are given.
-
-    Returns:
-        For each logger its options; nothing where ``loggers`` or ``trainer.logger`` is false.
-
-    Raises:
-        InputError: If a logger is unknown or not installed, or has no such option.
+    """Check what a run shall log to: for each logger its options, if it is there and takes them.
 
     Example:
         >>> check_loggers(RunConfig(loggers="csv"))
@@ -83,23 +77,19 @@ def check_loggers(config: RunConfig) -> dict[str, dict[str, Any]]:
             package = ADAPTERS[name].package
             raise InputError(f"loggers={name}: package {package} is not installed: {_hint(name)}")
         functions = ADAPTERS[name].options_of()
-        known = {option for each in functions for option in inspect.signature(each).parameters}
+        taken = {option for each in functions for option in inspect.signature(each).parameters}
+        known = sorted(taken - _DECIDED)
         for option in options:
-            if option not in known - _DECIDED:
-                near = nearest(option, sorted(known - _DECIDED))
+            if option not in known:
                 raise InputError(
-                    f"unknown option 'loggers.{name}.{option}'{near} "
-                    f"Known: {listing(sorted(known - _DECIDED), limit=12)}"
+                    f"unknown option 'loggers.{name}.{option}'{nearest(option, known)} "
+                    f"Known: {listing(known, limit=12)}"
                 )
     return wanted
 
 
 def open_loggers(wanted: Mapping[str, Mapping[str, Any]], info: RunInfo) -> list[Logger]:
-    """Open loggers with their options, which have been checked.
-
-    Raises:
-        InputError: If one cannot be opened.
-    """
+    """Open loggers with their options, which have been checked."""
     opened: list[Logger] = []
     try:
         for name, options in wanted.items():

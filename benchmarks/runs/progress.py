@@ -7,30 +7,22 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from typing_extensions import override
+
+TRAIN_COST = 3
+"""What a training batch costs, in evaluation batches: forward and backward, about."""
 
 
 class RunProgress(Callback):
     """Show what is going on, the loss, and the time left of the whole run.
 
     Shows nothing on a console that is no terminal, and nothing on processes other than the first.
-
-    Args:
-        console: Where to draw.
-        total: Batches of the whole run, over all tasks, trainings and evaluations.
-        train_cost: What a training batch costs, in evaluation batches; forward and backward take
-            about three times a forward.
+    `total` is that of `count_batches`.
     """
 
-    def __init__(self, console: Console, total: int, train_cost: int = 3) -> None:
+    def __init__(self, console: Console, total: int) -> None:
         super().__init__()
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -47,7 +39,6 @@ class RunProgress(Callback):
             disable=not console.is_terminal,
         )
         self._bar = self._progress.add_task("starting", total=total, loss="")
-        self._train_cost = train_cost
         self._doing = ""
 
     def __enter__(self) -> RunProgress:
@@ -80,7 +71,7 @@ class RunProgress(Callback):
         # Reading the loss waits for the device: not more often than an eye can follow.
         if isinstance(loss, Tensor) and batch_idx % 10 == 0:
             self._progress.update(self._bar, loss=f"loss {loss.item():.3f}")
-        self._progress.advance(self._bar, self._train_cost)
+        self._progress.advance(self._bar, TRAIN_COST)
 
     @override
     def on_test_batch_end(

@@ -15,13 +15,9 @@ from torch import Tensor
 
 from cl_merge.benchmarks.datasets.loading import load_parts, task_epochs
 from cl_merge.benchmarks.formatting import data_label
-from cl_merge.benchmarks.methods.method import (
-    TRAININGS,
-    Method,
-    compared_methods,
-    find_method,
-)
+from cl_merge.benchmarks.methods.method import TRAININGS, Method, compared_methods, find_method
 from cl_merge.benchmarks.runs.loggers import check_loggers
+from cl_merge.benchmarks.runs.progress import TRAIN_COST
 from cl_merge.benchmarks.runs.run_folder import RunFolder
 from cl_merge.callbacks import EWC, LwF, MergeCallback
 from cl_merge.callbacks.auto_scale import AutoScale
@@ -125,7 +121,7 @@ def start_run(config: RunConfig) -> Run:
     return Run(config, folder, stream, model, base, buffers)
 
 
-def count_batches(run: Run, train_cost: int = 3) -> int:
+def count_batches(run: Run) -> int:
     """Count the batches that a run has still to do, a training batch as several of evaluation.
 
     An estimate where the trainer may stop early, or a run was stopped in the middle of a task.
@@ -141,7 +137,7 @@ def count_batches(run: Run, train_cost: int = 3) -> int:
         epochs = [run.config.trainer.get("max_epochs")]
         epochs = epochs if TRAININGS[name].joint else task_epochs(run.config, len(tasks))
         for task in set(range(len(tasks))) - set(run.folder.finished_tasks(name, len(tasks))):
-            total += train_cost * batches(len(tasks[task].train)) * (epochs[task] or 1)
+            total += TRAIN_COST * batches(len(tasks[task].train)) * (epochs[task] or 1)
         rows = len(run.tested_tasks(name))
         total += test * sum(rows - len(run.folder.rows(method.name)) for method in methods)
     return total
@@ -185,13 +181,6 @@ def _try_settings(config: RunConfig, method: Method) -> MergeCallback:
     _try_importances(config)
     _try_trainer(config)
     merge = _try_merge(config, method)
-    if config.merge.scale == "auto" and not method.merger:
-        raise InputError(f"merge.scale=auto, but method '{method.name}' merges nothing")
-    if config.merge.scale == "auto" and not config.stream.held_out:
-        raise InputError(
-            f"stream.held_out={config.stream.held_out}, but merge.scale=auto needs images to "
-            f"choose on; leave it out for {HELD_OUT}, or give a share above 0"
-        )
     for regularizer in ("lwf", "ewc"):
         make_regularizer(config, regularizer)
     return merge
@@ -255,6 +244,13 @@ def _try_merge(config: RunConfig, method: Method) -> MergeCallback:
     """Make the callback that would do the same in one fit, which checks the options."""
     options = config.merge
     merger, scale = make_merger(config, method) if method.merger else ("magmax", None)
+    if options.scale == "auto" and not method.merger:
+        raise InputError(f"merge.scale=auto, but method '{method.name}' merges nothing")
+    if options.scale == "auto" and not config.stream.held_out:
+        raise InputError(
+            f"stream.held_out={config.stream.held_out}, but merge.scale=auto needs images to "
+            f"choose on; leave it out for {HELD_OUT}, or give a share above 0"
+        )
     with settings_named("merge"):
         return MergeCallback(
             merger,

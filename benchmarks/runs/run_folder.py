@@ -23,7 +23,7 @@ from cl_merge.benchmarks.runs.settings import check_same_run
 from cl_merge.config.reading import to_yaml
 from cl_merge.config.schema import RunConfig
 from cl_merge.errors import InputError
-from cl_merge.storage.files import atomic_write, remove_leftovers, save_tensors
+from cl_merge.storage.files import atomic_write, remove_leftovers
 from cl_merge.training.cost import Cost
 from cl_merge.training.journal import Journal, is_first_process, only_process
 
@@ -75,17 +75,7 @@ class RunFolder:
     def claim(cls, config: RunConfig, name: str) -> RunFolder:
         """Create or take over the folder of a run, and hold it against other processes.
 
-        Args:
-            config: The run; its ``out`` is what the user asked for, None takes a new folder under
-                ``runs/``.
-            name: What a new folder is called.
-
-        Returns:
-            The folder, with the configuration written.
-
-        Raises:
-            InputError: If the folder holds another run, is in use or cannot be written, or if
-                several processes were started from outside without naming one.
+        Without ``out`` it is a new folder under ``runs/``, called `name`.
         """
         if not is_first_process():
             chosen = config.out or os.environ.get(_CHOSEN)
@@ -160,7 +150,8 @@ class RunFolder:
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Write the content of ``results.json``, and remove what was only needed to go on."""
-        self.write_json("results.json", results)
+        content = json.dumps(as_json(results), indent=2, allow_nan=False)
+        self._write_text("results.json", content + "\n")
         if is_first_process():
             shutil.rmtree(self.path / "state", ignore_errors=True)
 
@@ -190,7 +181,7 @@ class RunFolder:
         file = self.path / "config.yaml"
         if file.exists():
             check_same_run(config, file)
-        self.write_text("config.yaml", to_yaml(config))
+        self._write_text("config.yaml", to_yaml(config))
         circumstances = {"torch": torch.__version__, "threads": torch.get_num_threads()}
         former = [r["circumstances"] for r in self._journal.records if "circumstances" in r]
         if former and former[-1] != circumstances:
@@ -204,21 +195,9 @@ class RunFolder:
         self._note({"circumstances": circumstances})
 
     @rank_zero_only
-    def write_text(self, name: str, text: str) -> None:
-        """Write a text file of a name in the folder."""
+    def _write_text(self, name: str, text: str) -> None:
         with atomic_write(self.path / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
-
-    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write a JSON file; values that are not finite become null."""
-        self.write_text(name, json.dumps(as_json(content), indent=2, allow_nan=False) + "\n")
-
-    @rank_zero_only
-    def write_tensors(
-        self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-    ) -> None:
-        """Write tensors as safetensors, with metadata in the header."""
-        save_tensors(self.path / name, tensors, metadata)
 
 
 def _unused(path: Path) -> Path:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from math import isfinite
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
@@ -33,11 +33,7 @@ PATIENCE = 1.0
 
 @contextmanager
 def open_log(run: Run) -> Iterator[RunLog]:
-    """Open the log of a run, new or begun before.
-
-    Raises:
-        InputError: If a logger is unknown, not installed or cannot be opened.
-    """
+    """Open the log of a run, new or begun before."""
     wanted = check_loggers(run.config)
     title = f"{data_label(run.config.data)}-{len(run.stream.tasks)}-{_word(run.own.name)}"
     # Where it logs to is no setting of what is logged, and may name a server with a password.
@@ -58,34 +54,33 @@ def open_log(run: Run) -> Iterator[RunLog]:
 class RunLog:
     """The log of a run; the steps of each task stand in ``logs/journal.jsonl``.
 
-    Args:
-        run: The run.
-        loggers: Its loggers, in this process.
-        on: Whether anything is logged, here or by another process.
+    `on` says whether anything is logged, by the loggers of this process or by another one.
     """
 
     def __init__(self, run: Run, loggers: list[Logger], *, on: bool) -> None:
-        self.on = on
-        self._run, self._loggers = run, loggers
+        self._run, self._loggers, self._on = run, loggers, on
         self._journal = Journal(run.folder.path / "logs" / "journal.jsonl")
         self._saved = time.monotonic()
 
-    def of_task(self, training: Training, task: Task) -> tuple[Logger, list[Callback]]:
+    def of_task(
+        self, training: Training, task: Task
+    ) -> tuple[Logger | Literal[False], list[Callback]]:
         """The logger of a task's trainer, and callbacks that belong to it."""
+        if not self._on:
+            return False, []
         begin = self._steps(training.name, task.index)
         logger = _TaskLogger(self, training.name, task.index, begin)
         return logger, [LearningRateMonitor("step"), _Saving(self, training.name, task.index)]
 
     def evaluation(self, method: Method, row: int) -> None:
         """Log what a row of a method's accuracy matrix says, which the matrix has."""
-        if not self.on:
+        if not self._on:
             return
         training = method.training
         joint = training is not None and TRAININGS[training].joint
         step = self._steps(training, 1 if joint else row + 1) if training is not None else 0
         found = _metrics(self._run, method.name, row)
-        place = f"eval/{_word(method.name)}"
-        self.add(step, {f"{place}/{name}": value for name, value in found.items()})
+        self.add(step, {f"eval/{_word(method.name)}/{name}": found[name] for name in found})
         self.save()
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -28,6 +28,7 @@ from cl_merge.task_vectors.selection import Selection
 from cl_merge.task_vectors.task_vector import TaskVector
 from cl_merge.training.cost import Cost, Meter
 from cl_merge.training.fit import TaskEnd, fit_stream
+from cl_merge.training.journal import is_first_process
 
 log = logging.getLogger(__name__)
 
@@ -36,16 +37,7 @@ Tell = Callable[[Run, Training, TaskEnd], None]
 
 
 def run_stream(run: Run, progress: RunProgress, tell: Tell | None = None) -> None:
-    """Train and evaluate everything that a run needs and has not done yet.
-
-    Args:
-        run: A run that has been started.
-        progress: Shows how far it is.
-        tell: Called after each task of each training.
-
-    Raises:
-        InputError: If something that the run logs to is unknown, not installed or cannot be opened.
-    """
+    """Train and evaluate everything that a run needs and has not done yet."""
     meter = Meter(Cost(seconds=run.folder.seconds_before))
     with open_log(run) as log:
         zero_shot = METHODS["zero-shot"]
@@ -110,7 +102,7 @@ def training_trainer(
     run: Run, training: Training, task: Task, log: RunLog | None = None
 ) -> L.Trainer:
     """Make the trainer of a task, which logs to the log and keeps no checkpoints of its own."""
-    logger, callbacks = log.of_task(training, task) if log and log.on else (False, [])
+    logger, callbacks = log.of_task(training, task) if log is not None else (False, [])
     defaults: dict[str, Any] = {
         "enable_checkpointing": False,
         "enable_model_summary": False,
@@ -131,13 +123,7 @@ class StoreTask(Callback):
     ``task<n>.safetensors`` is the task vector. ``unmerged<n>.safetensors`` holds what else moved,
     as it is after the task: floating-point buffers, and parameters that ``merge.include`` and
     ``merge.exclude`` leave out; it is there only if something moved.
-    ``importance<n>.safetensors`` says how much each element matters.
-
-    Args:
-        run: The run.
-        stream: The tasks, pointing at the one that trains.
-        training: Name of the training.
-        weigh: Estimate how much each element matters.
+    ``importance<n>.safetensors`` says how much each element matters; `weigh` asks for it.
     """
 
     def __init__(self, run: Run, stream: TaskStream, training: str, *, weigh: bool) -> None:
@@ -205,4 +191,6 @@ def _save_model(run: Run, evaluation: Evaluation) -> None:
         "method": run.config.method,
         "scale": str(scale.plain() if scale else None),
     }
-    run.folder.write_tensors("merged.safetensors", run.model.state_dict(), metadata)
+    if is_first_process():
+        file = run.folder.path / "merged.safetensors"
+        save_tensors(file, run.model.state_dict(), metadata)

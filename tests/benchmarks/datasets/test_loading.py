@@ -100,7 +100,7 @@ def test_prompts_and_names_that_are_given_are_for_all_of_the_joined(folder):
 def test_the_batches_of_every_task_count_for_its_own_epochs(folder):
     run = start(folder, "compare=false", "evaluate=last")
     # 20 digits in 5 batches twice, 4 photos in one batch once; 364 test images in 91 batches.
-    assert count_batches(run, train_cost=3) == 91 + 91 + 3 * (5 * 2 + 1)
+    assert count_batches(run) == 91 + 91 + 3 * (5 * 2 + 1)
 
 
 def test_a_stream_of_data_sets_runs_from_end_to_end(folder, capsys):

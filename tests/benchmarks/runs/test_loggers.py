@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import math
 import re
 import struct
@@ -252,7 +253,7 @@ def test_mlflow_goes_on_in_the_same_run(tmp_path):
 @pytest.fixture(scope="module")
 def joined(tmp_path_factory):
     """A run whose logger failed on the way, and which a method joined later; what it said."""
-    folder, calls = tmp_path_factory.mktemp("joined") / "run", []
+    folder, calls, said = tmp_path_factory.mktemp("joined") / "run", [], []
     log_metrics = loggers.CSVLogger.log_metrics
 
     def fail(self, metrics, step):
@@ -261,11 +262,13 @@ def joined(tmp_path_factory):
             raise ConnectionError("the server is gone")
         log_metrics(self, metrics, step)
 
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    run_log.log.addHandler(handler)
     with pytest.MonkeyPatch.context() as patch:
-        said = []
         patch.setattr(loggers.CSVLogger, "log_metrics", fail)
-        patch.setattr(run_log.log, "warning", lambda text, *words: said.append(text % words))
         assert run(folder, "method=max-abs", "compare=false") == 0
+    run_log.log.removeHandler(handler)
     assert run(folder, "method=max-abs", "compare=[independent]") == 0
     return folder, said, len(calls)
 

@@ -13,12 +13,16 @@ import torch
 from forked import forked
 from killing import digest
 from omegaconf import OmegaConf
+from rich.console import Console
 from safetensors.torch import load_file
 from stopping import stop_at_evaluation
 
 from cl_merge import TaskVector, cli, load_clip, merge
-from cl_merge.benchmarks.runs import progress
 from cl_merge.benchmarks.runs.progress import RunProgress
+from cl_merge.benchmarks.runs.results import collect_results
+from cl_merge.benchmarks.runs.run import count_batches, start_run
+from cl_merge.benchmarks.runs.settings import read_settings
+from cl_merge.benchmarks.runs.training import run_stream
 from cl_merge.class_statistics import Discriminant, StreamStatistics
 from cl_merge.mergers import Merger
 from cl_merge.task_vectors.scales import Scales, scaled
@@ -87,7 +91,6 @@ def auto(tmp_path_factory):
 def test_images():
     """The test images of the runs, transformed, and their labels, in any order."""
     from cl_merge.benchmarks.datasets.loading import load_parts
-    from cl_merge.benchmarks.runs.settings import read_settings
 
     stream, _ = load_parts(read_settings(SETTINGS))
     batches = list(stream.test_dataloader())
@@ -329,20 +332,22 @@ def test_two_processes_learn_the_same_statistics_as_one(whole, tmp_path):
             torch.testing.assert_close(two[key].double(), one[key].double(), rtol=1e-5, atol=1e-5)
 
 
-def test_the_bar_ends_at_its_end(tmp_path, monkeypatch):
+def test_the_bar_ends_at_its_end(tmp_path):
     """What a run counts before it begins is what it does; one that goes on has only the rest."""
-    bars = []
 
-    class Counting(RunProgress):
-        def __exit__(self, *arguments):
-            (task,) = self._progress.tasks
-            bars.append((task.completed, task.total))
-            super().__exit__(*arguments)
+    def bar(*words):
+        started = start_run(read_settings([*words, f"out={tmp_path / 'run'}"]))
+        try:
+            with RunProgress(Console(quiet=True), count_batches(started)) as progress:
+                run_stream(started, progress)
+            started.folder.finish(collect_results(started))
+        finally:
+            started.folder.release()
+        (task,) = progress._progress.tasks
+        return task.completed, task.total
 
-    monkeypatch.setattr(progress, "RunProgress", Counting)
     words = [*SETTINGS, "stream.batch_size=16", "compare=[lwf]"]
-    assert run(tmp_path / "run", *words) == 0
-    assert run(tmp_path / "run", ALL.replace("[", "[lwf,")) == 0
+    bars = [bar(*words), bar(ALL.replace("[", "[lwf,"))]
     # 80 images in tasks of 24, 24 and 32; 144 to test on.
     steps, test = 2 + 2 + 2, 9
     first = test + 2 * (3 * steps + 3 * test)

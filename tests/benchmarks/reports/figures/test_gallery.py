@@ -84,35 +84,38 @@ def test_whole_task_vectors_are_as_good_as_the_run_found_them(trained, drawn, tr
 
 
 @pytest.fixture(scope="module")
-def replayed(trained):
+def evaluated(trained):
     (setting,) = find_settings(trained)
     run = setting.runs[0]
     return run, RunEvaluator.of(run.folder)
 
 
-def test_merging_and_evaluating_again_gives_what_the_run_found(replayed):
-    run, replay = replayed
+def test_merging_and_evaluating_again_gives_what_the_run_found(evaluated):
+    run, evaluator = evaluated
     methods = run.results["methods"]
-    assert replay.accuracy({}.items(), 1.0) == pytest.approx(methods["zero-shot"]["accuracy"])
+    assert evaluator.accuracy({}.items(), 1.0) == pytest.approx(methods["zero-shot"]["accuracy"])
     merged = merge(run.vectors(), "magmax")
-    assert replay.accuracy(merged.items(), 0.5) == pytest.approx(methods["magmax"]["accuracy"])
+    assert evaluator.accuracy(merged.items(), 0.5) == pytest.approx(methods["magmax"]["accuracy"])
 
 
-def test_a_tasks_images_count_as_they_do_among_all(trained, drawn, replayed):
-    run, replay = replayed
+def test_a_tasks_images_count_as_they_do_among_all(trained, drawn, evaluated):
+    run, evaluator = evaluated
     vector = keep(next(run.vectors()), SHARES[3], "lowest")
-    whole, own = replay.counts(vector.items(), 1.0), replay.counts(vector.items(), 1.0, task=1)
+    whole, own = (
+        evaluator.counts(vector.items(), 1.0),
+        evaluator.counts(vector.items(), 1.0, task=1),
+    )
     assert own[:, 1].tolist() == whole[:, 1].tolist()
     assert own[:, 0].tolist() == [0, 0, 0]
 
 
-def test_images_of_another_data_set_are_refused(replayed):
-    run, replay = replayed
-    replay.check_same(run.results)
+def test_images_of_another_data_set_are_refused(evaluated):
+    run, evaluator = evaluated
+    evaluator.check_same(run.results)
     other = json.loads(json.dumps(run.results))
     other["tasks"][1]["test_images"] += 1
     with pytest.raises(InputError, match=r"not the one that the run was tested on: .* in tasks 1"):
-        replay.check_same(other)
+        evaluator.check_same(other)
 
 
 def test_what_was_measured_is_not_measured_again_and_draws_the_same_bytes(trained, drawn, tmp_path):

@@ -35,7 +35,7 @@ def style():
         yield
 
 
-def no_replay():
+def no_evaluator():
     raise AssertionError("the model was loaded for a figure that needs no evaluation")
 
 
@@ -46,7 +46,7 @@ def measure_all(suite, measure):
             setting,
             {
                 training: {
-                    run.seed: measure(run, no_replay)
+                    run.seed: measure(run, no_evaluator)
                     for run in setting.runs
                     if run.training == training
                 }
@@ -113,7 +113,7 @@ def test_consistency_takes_the_updates_that_the_training_made(tmp_path):
     two = TaskVector({"w": torch.tensor([0.5, -3.0])})  # back by 0.5; on by 1
     for training in ("sequential", "independent"):
         folder = make_run(tmp_path, "birds-2", training, tasks=2, vectors=[one, two])
-        found = measure_consistency(SuiteRun(folder, 0, training), no_replay)
+        found = measure_consistency(SuiteRun(folder, 0, training), no_evaluator)
         known = [
             c for c, number in zip(found["consistency"], found["counts"], strict=True) if number
         ]
@@ -134,7 +134,7 @@ def test_origins_match_a_loop_over_elements_by_part_in_the_order_of_the_network(
     vectors = make_vectors(3)
     make_run(tmp_path, "birds-3", "sequential", vectors=vectors)
     run = find_settings(tmp_path)[0].runs[0]
-    found = measure_origins(run, no_replay)
+    found = measure_origins(run, no_evaluator)
     expected = {}
     for name in vectors[0]:
         stack = torch.stack([vector[name].reshape(-1) for vector in vectors])
@@ -193,7 +193,7 @@ def test_one_task_vector_is_held_at_a_time(tmp_path, measure):
             return (watched(file) for file in self.vector_files)
 
     folder = make_run(tmp_path, "birds-5", "sequential", tasks=5)
-    measure(Watched(folder, 0, "sequential"), no_replay)
+    measure(Watched(folder, 0, "sequential"), no_evaluator)
     assert len(held) == 5
 
 
