@@ -354,7 +354,7 @@ def test_a_single_run_keeps_methods_of_users(folder, tmp_path):
 
 
 def test_a_folder_without_results_is_no_run(tmp_path):
-    with pytest.raises(InputError, match="no finished run"):
+    with pytest.raises(InputError, match="holds no run: there is no config.yaml"):
         summary_of_run(tmp_path)
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(InputError, match="results.json"):
