@@ -61,8 +61,8 @@ def run(settings: Sequence[str], file: str | None = None) -> None:
     # What follows loads torch's libraries and a model, which takes seconds: wrong settings first.
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+    from cl_merge.benchmarks.runs.outcome import collect_results
     from cl_merge.benchmarks.runs.progress import RunProgress
-    from cl_merge.benchmarks.runs.results import collect_results
     from cl_merge.benchmarks.runs.run import count_batches, start_run
     from cl_merge.benchmarks.runs.training import run_stream
 
