@@ -114,7 +114,13 @@ def _traced(restored: Restored) -> torch.export.ExportedProgram:
     """Write down what the classifier computes, for any number of images."""
     images = probe(restored.clip.image_size)
     batch = {"images": {0: torch.export.Dim.DYNAMIC}}
-    return torch.export.export(Network(restored), (images,), dynamic_shapes=batch)
+    # Older versions of torch cannot trace the fused attention of their own layers.
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        return torch.export.export(Network(restored), (images,), dynamic_shapes=batch)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def _session(file: Path) -> Callable[[Tensor], Tensor]:

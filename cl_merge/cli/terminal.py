@@ -38,6 +38,9 @@ def byte_progress(console: Console, doing: str) -> Iterator[Callable[[int], Call
     It yields a function that takes the number of bytes to come, and returns one that is told, from
     any thread, of bytes that were read.
     """
+    if not console.is_terminal:
+        yield lambda total: lambda number: None
+        return
     from rich import progress as rich
 
     columns = (
@@ -47,8 +50,7 @@ def byte_progress(console: Console, doing: str) -> Iterator[Callable[[int], Call
         rich.TransferSpeedColumn(),
         rich.TimeRemainingColumn(),
     )
-    disable = not console.is_terminal
-    with rich.Progress(*columns, console=console, transient=True, disable=disable) as progress:
+    with rich.Progress(*columns, console=console, transient=True) as progress:
 
         def begin(total: int) -> Callable[[int], None]:
             task = progress.add_task(doing, total=total)

@@ -10,6 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from cl_merge.callbacks import ClassStatistics, MergeCallback
 
+pytestmark = pytest.mark.slow
+
 # The last task has fewer images than there are processes.
 COUNTS = (21, 17, 1)
 NAMES = ("loader", "images")

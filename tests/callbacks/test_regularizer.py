@@ -78,6 +78,7 @@ def name_of(options):
     return "-".join(str(value) for value in options.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", GRID, ids=name_of)
 @pytest.mark.parametrize("kind", ["published", "empirical"])
 def test_ewc_equals_the_penalty_inside_the_training_step(options, kind):
@@ -97,6 +98,7 @@ def test_ewc_equals_the_penalty_inside_the_training_step(options, kind):
     assert distance(module, free) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", GRID, ids=name_of)
 def test_lwf_equals_the_distillation_inside_the_training_step(options):
     options = options | {"max_epochs": 2}

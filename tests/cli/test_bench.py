@@ -8,6 +8,8 @@ import pytest
 
 from cl_merge.cli import main
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory):

@@ -8,6 +8,8 @@ import pytest
 
 from cl_merge import cli
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory):

@@ -36,6 +36,7 @@ def test_any_other_exit_goes_through(monkeypatch):
     assert stop.value.code == 3
 
 
+@pytest.mark.slow
 def test_the_program_is_installed_and_tells_its_version():
     found = subprocess.run(
         [sys.executable, "-m", "cl_merge.cli", "--version"],

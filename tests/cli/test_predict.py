@@ -10,6 +10,8 @@ import pytest
 from cl_merge import cli, load
 from cl_merge.benchmarks.datasets.digits import digits
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

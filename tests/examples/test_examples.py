@@ -9,11 +9,14 @@ from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
+import pytest
 import torch
 from forked import forked
 from safetensors.torch import load_file
 
 from cl_merge.cli import main as cl_merge
+
+pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -145,6 +145,7 @@ def test_compiled_loops_that_cannot_be_loaded_are_no_error(tmp_path):
     assert result == "[-2.0]"
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_package_is_built_and_merges(tmp_path):
     root = Path(kernels.__file__).parents[2]
     if not (root / "setup.py").exists():

@@ -10,9 +10,12 @@ import pytest
 
 SUPPORT = Path(__file__).parents[1] / "support"
 
-pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/status").exists(), reason="needs Linux' account of memory"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not Path("/proc/self/status").exists(), reason="needs Linux' account of memory"
+    ),
+]
 
 
 @pytest.fixture(scope="module")

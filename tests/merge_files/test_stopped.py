@@ -19,6 +19,8 @@ from cl_merge import cli
 from cl_merge.errors import StorageError
 from cl_merge.merge_files import merge_checkpoints
 
+pytestmark = pytest.mark.slow
+
 SUPPORT = Path(__file__).parents[1] / "support"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SUPPORT)}
 

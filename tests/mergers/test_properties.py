@@ -116,6 +116,7 @@ def test_random_mix_takes_every_value_from_one_of_the_tasks(vectors):
         assert bool(from_task.any(dim=0).all())
 
 
+@pytest.mark.slow
 @METHODS
 @given(vectors=vectors())
 def test_a_rule_may_be_driven_one_chunk_at_a_time_over_all_tasks(method, vectors):

@@ -54,5 +54,6 @@ def test_features_of_an_image_do_not_depend_on_its_batch(clip):
         torch.testing.assert_close(tower(images)[1:2], tower(images[1:2]))
 
 
+@pytest.mark.slow
 def test_it_reads_digits_that_it_never_saw():
     assert digits_accuracy(FOLDER) >= 75

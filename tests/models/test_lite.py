@@ -46,6 +46,7 @@ def test_projection_matches_ridge_regression_by_least_squares():
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @needs_lite
 def test_image_tower_gives_timms_features_times_the_projection(clip, image_weights):
     import timm
@@ -104,6 +105,7 @@ def test_images_are_scaled_to_plus_minus_one(clip):
     assert clip.model.visual.head.proj.weight.requires_grad
 
 
+@pytest.mark.slow
 @needs_lite
 def test_zero_shot_on_caltech(clip, tmp_path, shared):
     import datasets

@@ -174,6 +174,7 @@ def test_glyph_is_embedded():
     assert clip.model.encode_text(clip.tokenizer(["zero"])).shape == features.shape
 
 
+@pytest.mark.slow
 def test_vit_b_16_of_real_size(tmp_path):
     file = tmp_path / "vit.safetensors"
     state = open_clip.create_model("ViT-B-16").half().state_dict()

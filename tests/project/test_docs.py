@@ -122,6 +122,7 @@ def given(page, place, factory):
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_the_python_blocks_of_a_page_run(page, place, tmp_path_factory):
     names = given(page, place, tmp_path_factory)
@@ -129,6 +130,7 @@ def test_the_python_blocks_of_a_page_run(page, place, tmp_path_factory):
         exec(compile(block, page, "exec"), names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
 def test_the_commands_are_valid(page, command, place):
     parsed = cli._parse(shlex.split(command))

@@ -7,6 +7,8 @@ import pytest
 import torch
 from modules import FILES, module_name
 
+pytestmark = pytest.mark.slow
+
 MODULES = [
     name.removesuffix(".__init__")
     for name in map(module_name, FILES)

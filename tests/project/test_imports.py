@@ -86,6 +86,7 @@ def test_files_are_short(path):
     assert len(path.read_text().splitlines()) <= 400
 
 
+@pytest.mark.slow
 def test_merging_needs_no_lightning():
     modules = [
         *("analysis", "errors", "kernels", "mergers", "storage", "task_vectors.task_vector"),
@@ -102,6 +103,7 @@ def test_the_command_line_can_say_how_threads_wait_before_torch_is_there():
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+@pytest.mark.slow
 def test_public_names_are_there_and_cost_nothing_until_they_are_used():
     script = (
         "import sys, cl_merge\n"

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 FILE = Path(__file__).parents[2] / "docs" / "offline_table.ipynb"
 SMALL = """
 OUT = "walk"

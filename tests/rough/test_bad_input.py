@@ -201,6 +201,7 @@ def saved(data):
     return "images"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("data", "tasks", "message"),
     [

@@ -11,6 +11,8 @@ from cl_merge.config.reading import to_yaml
 from cl_merge.config.schema import RunConfig, described_keys
 from cl_merge.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 VALUES = ["", "null", "true", "-1", "0.5", "nan", "1e400", "9" * 30, "x", "${seed}", "${x}", "???"]
 VALUES += [
     "[]",

@@ -52,6 +52,7 @@ def test_streams_and_predictions_see_the_same_of_them(finished, tmp_path):
     assert np.array_equal(np.asarray(ImageTable(rows).image(0))[..., 0], GREY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"])
 def test_damaged_images_are_read_or_one_error(finished, tmp_path, kind):
     file = io.BytesIO()

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from cl_merge.errors import StorageError
 from cl_merge.storage.files import atomic_folder, storage_errors
 
+pytestmark = pytest.mark.slow
+
 
 def test_two_merges_to_one_folder_leave_that_of_one(tmp_path):
     for number, name in enumerate(("base", "one", "two")):

@@ -14,6 +14,8 @@ from cl_merge.benchmarks.runs.results import read_results
 from cl_merge.benchmarks.runs.run_folder import RunFolder
 from cl_merge.benchmarks.runs.settings import read_settings
 
+pytestmark = pytest.mark.slow
+
 
 def readers(folder, name):
     """All that reads a file of a run."""

@@ -5,6 +5,8 @@ import pytest
 from cl_merge import cli
 from cl_merge.kernels.parallel import usable_cores
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("word", "said"),

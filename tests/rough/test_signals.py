@@ -14,6 +14,8 @@ import pytest
 from cl_merge import cli
 from cl_merge.cli.process import terminated_as_interrupted
 
+pytestmark = pytest.mark.slow
+
 RUN = ["stream.tasks=2", "stream.images_per_class=4", "trainer.max_epochs=2000", "compare=false"]
 # What other libraries warn of depends on their versions.
 ENVIRONMENT = os.environ | {

@@ -19,6 +19,8 @@ from cl_merge.benchmarks.suites.execution import Ended
 from cl_merge.benchmarks.suites.plan import FAILED, jobs_of, make_plan
 from cl_merge.benchmarks.suites.terminal import show_ended
 
+pytestmark = pytest.mark.slow
+
 
 def shell(line, folder, **environment):
     command = f"{sys.executable} -m cl_merge.cli"

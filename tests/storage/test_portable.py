@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 # What macOS and Windows lack, or what fails there. Torch and Lightning are imported before: what
 # they use on Linux is not the question.
 TAKE_AWAY = """\

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from cl_merge import TaskVector, cli, load_clip, merge
 
+pytestmark = pytest.mark.slow
+
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": os.pathsep.join(
         [str(Path(__file__).parents[1] / "support"), os.environ.get("PYTHONPATH", "")]

@@ -32,6 +32,8 @@ from cl_merge.errors import InputError, StorageError
 from cl_merge.storage.files import load_state, save_state
 from cl_merge.training.journal import Journal, only_process
 
+pytestmark = pytest.mark.slow
+
 EPOCHS = 3
 
 

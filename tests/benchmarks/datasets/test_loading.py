@@ -103,6 +103,7 @@ def test_the_batches_of_every_task_count_for_its_own_epochs(folder):
     assert count_batches(run) == 91 + 91 + 3 * (5 * 2 + 1)
 
 
+@pytest.mark.slow
 def test_a_stream_of_data_sets_runs_from_end_to_end(folder, capsys):
     words = [f"data={folder}/both.yaml", f"out={folder}/run", "compare=[sequential]"]
     words += ["trainer.accelerator=cpu", "trainer.log_every_n_steps=1"]
@@ -273,6 +274,7 @@ def copy_of(name, folder):
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "tasks", "names"),
     [

@@ -14,6 +14,8 @@ from cl_merge import ImageClassifier, InputError, load, load_clip
 from cl_merge.benchmarks.datasets.digits import digits as all_digits
 from cl_merge.class_statistics import Discriminant, StreamStatistics
 
+pytestmark = pytest.mark.slow
+
 METHODS = ["magmax", "magmax-statistics", "magmax-aligned", "streaming-lda", "zero-shot"]
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 

@@ -22,6 +22,8 @@ from cl_merge.benchmarks.export.open_clip_folder import model_config
 from cl_merge.benchmarks.runs.trained_run import read_run, restore
 from cl_merge.errors import InputError, StorageError
 
+pytestmark = pytest.mark.slow
+
 LIBRARIES = {
     "torch": """
 program = torch.export.load(folder / "model.pt2").module()

@@ -18,6 +18,8 @@ from cl_merge.cli import main
 from cl_merge.errors import InputError
 from cl_merge.task_vectors.module_weights import copies, floating_buffers, trained_parameters
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = ("data=digits", "stream.tasks=3", "stream.images_per_class=8", "trainer.max_epochs=1")
 SMALL = [
     "data=digits",

@@ -19,6 +19,8 @@ from cl_merge.config.reading import read_config
 from cl_merge.config.schema import RunConfig
 from cl_merge.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 SMALL = [
     "stream.tasks=3",

@@ -18,6 +18,8 @@ from cl_merge.benchmarks.datasets.digits import digits
 from cl_merge.benchmarks.methods.method import METHODS, published_scale
 from cl_merge.task_vectors.scales import Scales, scaled
 
+pytestmark = pytest.mark.slow
+
 SMALL = [
     "stream.tasks=2",
     "stream.images_per_class=40",

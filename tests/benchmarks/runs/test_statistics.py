@@ -27,6 +27,8 @@ from cl_merge.class_statistics import Discriminant, StreamStatistics
 from cl_merge.mergers import Merger
 from cl_merge.task_vectors.scales import Scales, scaled
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = [
     "data=digits",
     "stream.tasks=3",

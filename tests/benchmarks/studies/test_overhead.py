@@ -13,6 +13,8 @@ from cl_merge.benchmarks.studies.harness import Stopwatch
 from cl_merge.benchmarks.studies.overhead import measure_stream, measure_test, read_settings
 from cl_merge.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 SMALL = [
     "stream.tasks=3",
     "stream.images_per_class=3",

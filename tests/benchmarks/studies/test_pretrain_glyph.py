@@ -2,11 +2,14 @@
 
 import logging
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from cl_merge import load_clip
 from cl_merge.benchmarks.studies.pretrain_glyph import Recipe, main, pretrain
+
+pytestmark = pytest.mark.slow
 
 FONTS = ["cmr10"]
 

@@ -14,6 +14,8 @@ from cl_merge.benchmarks.studies import text_head_only as text_head
 from cl_merge.benchmarks.studies.text_head_only import MERGING, PLAIN, TRAINING, measure, train
 from cl_merge.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 NAMES = ["stem.weight", "blocks.0.weight", "blocks.1.weight", "proj"]
 
 

@@ -17,6 +17,8 @@ from cl_merge.benchmarks.suites.execution import Processes, run_here
 from cl_merge.benchmarks.suites.plan import BEGUN, DONE, FAILED, jobs_of, make_plan, state_of
 from cl_merge.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 # Stands for `cl-merge`: does what the training's name says that it should.
 STAND_IN = """
 import json, os, signal, sys, time

@@ -20,6 +20,8 @@ from cl_merge.benchmarks.suites.plan import (
 )
 from cl_merge.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 
 def plan(suite="offline", **choice):
     return make_plan(narrowed(find_suite(suite), **choice))

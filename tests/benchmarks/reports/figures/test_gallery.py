@@ -17,6 +17,8 @@ from cl_merge.benchmarks.runs.evaluator import RunEvaluator
 from cl_merge.errors import InputError
 from cl_merge.mergers import merge
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = [
     "stream.tasks=2",
     "stream.images_per_class=8",

@@ -221,6 +221,7 @@ print((peak(16) - few) / 1024)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_tasks(tmp_path):
     code = _MEMORY.format(tests=str(Path(__file__).parents[3] / "support"), folder=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -16,6 +16,8 @@ from cl_merge.benchmarks.reports.figures.style import figure_style, new_canvas, 
 from cl_merge.benchmarks.reports.html import write_report
 from cl_merge.benchmarks.reports.summary import METRICS, summarize
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = [("cifar100", 5), ("cars", 5), ("cifar100", 10), ("cifar100", 20), ("cifar100", 50)]
 FAILS = [f"cars-5/seed{seed}/independent" for seed in (5, 6, 7)]
 FLAGS = (

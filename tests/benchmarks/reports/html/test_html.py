@@ -20,6 +20,8 @@ from cl_merge.benchmarks.suites.definition import Setting
 from cl_merge.benchmarks.suites.plan import FAILED
 from cl_merge.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = [("cifar100", 5), ("cars", 5), ("cifar100", 10)]
 FAILS = ["cars-5/seed5/independent", "cars-5/seed6/independent", "cars-5/seed7/independent"]
 VOID = {"meta", "link", "br", "hr", "img", "input"}
