@@ -36,7 +36,12 @@ FORMATS: dict[str, Format] = {
         huggingface_folder.write, huggingface_folder.reason, needs=("transformers",)
     ),
     "torch": Format(graphs.write_torch, votes=True),
-    "onnx": Format(graphs.write_onnx, votes=True, needs=("onnx", "onnxscript", "onnxruntime")),
+    "onnx": Format(
+        graphs.write_onnx,
+        graphs.onnx_reason,
+        votes=True,
+        needs=("onnx", "onnxscript", "onnxruntime"),
+    ),
 }
 """The formats by name."""
 

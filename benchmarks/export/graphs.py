@@ -16,8 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl_merge.benchmarks.export.comparing import check_logits, probe
-from cl_merge.benchmarks.runs.trained_run import Restored
+from cl_merge.benchmarks.runs.trained_run import FinishedRun, Restored
 from cl_merge.task_vectors.module_weights import copies, install
+
+# The oldest version whose exporter is known to write every model; that of 2.6 fails.
+_ONNX_NEEDS = (2, 11)
 
 # A file of ONNX's own format ends at 2 GB; larger weights lie beside it.
 _ONE_FILE = 1_900_000_000
@@ -27,6 +30,14 @@ def write_torch(restored: Restored, folder: Path) -> None:
     """Write the classifier as ``model.pt2``, and compare what it gives."""
     torch.export.save(_traced(restored), folder / "model.pt2")
     check_logits("torch", torch.export.load(folder / "model.pt2").module(), restored)
+
+
+def onnx_reason(run: FinishedRun) -> str | None:
+    """Why this torch cannot write a graph; None if it can."""
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version >= _ONNX_NEEDS:
+        return None
+    return f"it needs torch {'.'.join(map(str, _ONNX_NEEDS))}, and this is {torch.__version__}"
 
 
 def write_onnx(restored: Restored, folder: Path) -> None:

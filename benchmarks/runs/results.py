@@ -127,7 +127,7 @@ def read_json(path: Path, kind: Any = dict[str, Any]) -> dict[str, Any] | None:
     try:
         found: dict[str, Any] = msgspec.json.decode(content)
         msgspec.convert(found, kind)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise InputError(f"'{path}' is damaged: {error}; restore it, or delete it") from error
     return found
 

@@ -1,7 +1,9 @@
 """The script that makes the embedded model, on a few steps and one font."""
 
 import logging
+from pathlib import Path
 
+import matplotlib
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,7 +11,12 @@ from safetensors.torch import load_file
 from cl_merge import load_clip
 from cl_merge.benchmarks.studies.pretrain_glyph import Recipe, main, pretrain
 
-pytestmark = pytest.mark.slow
+FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "cmti10.ttf"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not FONT.exists(), reason="this version of matplotlib lacks a font"),
+]
 
 FONTS = ["cmr10"]
 
