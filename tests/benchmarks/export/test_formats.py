@@ -94,14 +94,19 @@ CASES = [
 ]
 
 
+def need_onnx():
+    if onnx_reason(None) is not None:
+        pytest.skip(onnx_reason(None))
+
+
 @pytest.fixture(scope="module")
 def exported(request, tmp_path_factory):
     """Makes each export once."""
     made = {}
 
     def make(form, run, method):
-        if form == "onnx" and onnx_reason(None) is not None:
-            pytest.skip(onnx_reason(None))
+        if form == "onnx":
+            need_onnx()
         if (form, run, method) not in made:
             folder = tmp_path_factory.mktemp("exported") / f"{form}-{run}-{method}"
             made[form, run, method] = export(
@@ -228,6 +233,7 @@ def message(run, form, output, **options):
 
 
 def test_what_a_format_cannot_hold_is_said_with_those_that_can(glyph, vit, tmp_path):
+    need_onnx()
     new = tmp_path / "new"
     assert message(glyph, "open_clip", new) == (
         "format open_clip cannot hold method 'magmax' with model 'glyph': its image tower "
@@ -319,6 +325,8 @@ def test_an_export_that_fails_leaves_nothing(vit, tmp_path):
     ("form", "package"), [("onnx", "onnxruntime"), ("huggingface", "transformers")]
 )
 def test_a_missing_library_is_said(form, package, vit, tmp_path, monkeypatch):
+    if form == "onnx":
+        need_onnx()
     monkeypatch.setitem(sys.modules, package, None)
     assert message(vit, form, tmp_path / "new") == (
         f"format {form} needs the package '{package}', which is not installed: "
