@@ -19,10 +19,15 @@ def resnet():
     return ModifiedResNet([3, 4, 6, 3], output_dim=8, heads=2, image_size=64, width=8)
 
 
+def timm_vit():
+    with torch.device("cpu"):  # older versions of timm cannot make one without values
+        return TimmModel("vit_tiny_patch16_224", 8, image_size=32, proj="linear")
+
+
 TOWERS = {
     "ViT-B-16": vit,
     "RN50": resnet,
-    "timm ViT": lambda: TimmModel("vit_tiny_patch16_224", 8, image_size=32, proj="linear"),
+    "timm ViT": timm_vit,
     "lite": lambda: TimmModel("efficientnet_lite0", 8, image_size=32, proj="linear"),
     "glyph": lambda: TimmModel("glyph_resnet", 8, image_size=32, proj="linear"),
 }
