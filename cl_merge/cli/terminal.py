@@ -38,7 +38,7 @@ def byte_progress(console: Console, doing: str) -> Iterator[Callable[[int], Call
     It yields a function that takes the number of bytes to come, and returns one that is told, from
     any thread, of bytes that were read.
     """
-    if not console.is_terminal:
+    if not console.is_terminal:  # where older versions of rich print an empty line all the same
         yield lambda total: lambda number: None
         return
     from rich import progress as rich
