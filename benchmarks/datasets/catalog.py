@@ -10,7 +10,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from cl_merge.config.reading import read_yaml
 from cl_merge.config.schema import described_keys
@@ -127,9 +127,8 @@ def _with_parents(name: str, children: tuple[str, ...]) -> tuple[dict[str, Any],
         raise InputError(f"data set '{name}' extends itself: {' -> '.join([*children, name])}")
     file = Path(name).expanduser().resolve() if is_data_file(name) else None
     with as_file(files("cl_merge.benchmarks.datasets").joinpath(f"{name}.yaml")) as own:
-        layer = read_yaml(file or own)
-    _check_keys(layer, str(file or f"{name}.yaml"))
-    given: Any = OmegaConf.to_container(layer)
+        given = read_yaml(file or own)
+    _check_keys(given, str(file or f"{name}.yaml"))
     if file is not None:
         _resolve_paths(given, file.parent)
     parent = given.pop("extends", None)
@@ -158,7 +157,7 @@ def _resolved(name: str, folder: Path) -> str:
     return str(path) if is_path else name
 
 
-def _check_keys(layer: DictConfig, origin: str) -> None:
+def _check_keys(layer: Mapping[str, Any], origin: str) -> None:
     known = [*described_keys(), *_OWN_KEYS]
     for key in map(str, layer):
         if key not in known:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from cl_merge.benchmarks.formatting import data_label
 from cl_merge.benchmarks.methods.method import find_method
 from cl_merge.benchmarks.reports.summary import Summary, summarize
@@ -49,7 +47,7 @@ class _JobHere(Job):
 
 def _words(folder: Path, results: dict[str, Any]) -> list[str]:
     """What names each method of a run, in the order of its results."""
-    config: Any = OmegaConf.to_container(read_yaml(folder / "config.yaml"))
+    config = read_yaml(folder / "config.yaml")
     compare = config.get("compare")
     given = [config.get("method"), *(compare if isinstance(compare, list) else [compare])]
     # A merger of the user's has a path in a file, and a name of its own in the results.

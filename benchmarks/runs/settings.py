@@ -8,8 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from cl_merge.benchmarks.datasets.catalog import find_data, is_data_file
 from cl_merge.benchmarks.methods.method import absolute_path, compared_methods, find_method
 from cl_merge.benchmarks.runs.results import read_results
@@ -33,17 +31,15 @@ def read_settings(settings: Sequence[str], file: str | Path | None = None) -> Ru
         >>> read_settings(["method=ties"]).method
         'ties'
     """
-    # Not resolved: what a value refers to may be in another layer.
-    given: Any = OmegaConf.to_container(parse_arguments(settings), resolve=False)
-    layer: Any = OmegaConf.to_container(read_yaml(file), resolve=False) if file is not None else {}
-    out = given.get("out", layer.get("out"))
+    given = (read_yaml(file) if file is not None else {}) | parse_arguments(settings)
+    out = given.get("out")
     begun = Path(str(out)).expanduser() / "config.yaml" if out is not None else None
     if begun is not None and os.path.lexists(begun):
-        saved: Any = OmegaConf.to_container(read_yaml(begun))
+        saved = read_yaml(begun)
         config = _with_absolute_paths(read_config(settings, saved, file, origin=str(begun)))
         check_same_run(config, begun)
         return config
-    entry = find_data(str(given.get("data", layer.get("data", RunConfig.data))))
+    entry = find_data(str(given.get("data", RunConfig.data)))
     origin = str(entry.file or f"the recipe of {entry.name}")
     config = _with_absolute_paths(read_config(settings, entry.recipe, file, origin=origin))
     find_method(config.method)

@@ -80,7 +80,7 @@ def find_suite(name: str) -> Suite:
         return _parsed(name, OmegaConf.to_container(OmegaConf.create(text)), name)
     if not is_data_file(name):
         raise unknown_name("suite", name, [*known_suites(), "FILE.yaml"])
-    return _parsed(Path(name).stem, OmegaConf.to_container(read_yaml(name)), name)
+    return _parsed(Path(name).stem, read_yaml(name), name)
 
 
 def known_suites() -> list[str]:
@@ -235,5 +235,4 @@ def _run_settings(words: Sequence[str]) -> Mapping[str, Any]:
                 f"'{word}': a suite decides {key} for each of its runs; choose data, tasks, "
                 "methods, seeds and out for the whole suite"
             )
-    found: Any = OmegaConf.to_container(parse_arguments(words))
-    return dict(found)
+    return parse_arguments(words)

@@ -5,16 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cl_merge.cli.process import StoppedError
 from cl_merge.cli.terminal import show_messages
 from cl_merge.errors import InputError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from cl_merge.benchmarks.suites.definition import Suite
     from cl_merge.benchmarks.suites.execution import Ended
     from cl_merge.benchmarks.suites.plan import Job
 
@@ -49,36 +46,33 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         add(f"--{name}", metavar="A,B", default="", help=about)
     add("--seeds", metavar="N", help="how many, or a list with commas")
     add("--out", metavar="FOLDER", help="folder of the suite [runs/SUITE]")
-    add(
-        "--dry-run",
-        action="store_true",
-        help="show what would be done, and how long it takes if earlier runs tell",
-    )
+    about = "show what would be done, and how long it takes if earlier runs tell"
+    add("--dry-run", action="store_true", help=about)
     add("--parallel", type=int, metavar="N", help="runs side by side [one for each GPU]")
     add("--ddp", type=int, metavar="N", help="one run at a time, on N devices together")
-    add(
-        "--cluster",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="through submitit: cluster=slurm or local, and its parameters",
-    )
-    add(
-        "--no-figures",
-        action="store_true",
-        help="without the figures, some of which take minutes to measure",
-    )
+    about = "through submitit: cluster=slurm or local, and its parameters"
+    add("--cluster", action="append", default=[], metavar="KEY=VALUE", help=about)
+    about = "without the figures, some of which take minutes to measure"
+    add("--no-figures", action="store_true", help=about)
     command.set_defaults(execute=bench)
 
 
 def bench(parsed: argparse.Namespace) -> int:
-    """Run a suite, or say what would be run."""
+    """Run what a suite lacks and write its report, or say what would be run; 1 if a run failed."""
     from rich.console import Console
 
+    from cl_merge.benchmarks.suites import terminal
     from cl_merge.benchmarks.suites.definition import find_suite, narrowed
-    from cl_merge.benchmarks.suites.plan import job_config, jobs_of, make_plan
-    from cl_merge.benchmarks.suites.suite_folder import with_former_methods
-    from cl_merge.benchmarks.suites.terminal import show_plan
+    from cl_merge.benchmarks.suites.plan import (
+        DONE,
+        FAILED,
+        job_config,
+        jobs_of,
+        make_plan,
+        state_of,
+    )
+    from cl_merge.benchmarks.suites.suite_folder import hold, remember, with_former_methods
+    from cl_merge.cli.report import make_report
 
     suite = narrowed(
         find_suite(parsed.suite),
@@ -94,34 +88,22 @@ def bench(parsed: argparse.Namespace) -> int:
         job_config(job)  # a wrong setting shows before anything runs
     console = Console(highlight=False)
     if parsed.dry_run:
-        show_plan(console, suite, jobs, folder)
+        terminal.show_plan(console, suite, jobs, folder)
         return 0
     show_messages(console)
-    return _fill(console, suite, jobs, folder, parsed)
-
-
-def _fill(
-    console: Console, suite: Suite, jobs: list[Job], folder: Path, parsed: argparse.Namespace
-) -> int:
-    """Run what is not done yet, and write the report; 1 if a run failed, otherwise 0."""
-    from cl_merge.benchmarks.suites.plan import DONE, FAILED, state_of
-    from cl_merge.benchmarks.suites.suite_folder import hold, remember
-    from cl_merge.benchmarks.suites.terminal import show_begin, show_ended, show_failures
-    from cl_merge.cli.report import make_report
-
     with hold(folder):
         remember(suite, folder)
         left = [job for job in jobs if state_of(job, folder) != DONE]
-        show_begin(console, suite, len(jobs), len(left), folder)
+        terminal.show_begin(console, suite, len(jobs), len(left), folder)
         failed = []
         try:
             for number, ended in enumerate(_run(left, folder, parsed), start=1):
-                show_ended(console, ended, number, len(left), folder)
+                terminal.show_ended(console, ended, number, len(left), folder)
                 failed += [ended] if ended.state == FAILED else []
             make_report(console, folder, figures="none" if parsed.no_figures else "all")
         except KeyboardInterrupt as stop:
             raise StoppedError("the same command", stop) from stop
-    show_failures(console, failed, folder)
+    terminal.show_failures(console, failed, folder)
     return 1 if failed else 0
 
 
@@ -129,6 +111,7 @@ def _run(jobs: list[Job], folder: Path, parsed: argparse.Namespace) -> Iterator[
     from cl_merge.benchmarks.suites.cluster import run_on_cluster
     from cl_merge.benchmarks.suites.execution import run_here
     from cl_merge.benchmarks.suites.plan import on_devices
+    from cl_merge.config.reading import parse_arguments
 
     parallel = parsed.parallel
     if parsed.ddp is not None:
@@ -136,7 +119,7 @@ def _run(jobs: list[Job], folder: Path, parsed: argparse.Namespace) -> Iterator[
             raise InputError("--ddp runs one job at a time; leave out --parallel")
         jobs, parallel = [on_devices(job, parsed.ddp) for job in jobs], 1
     if parsed.cluster:
-        return run_on_cluster(jobs, folder, _options(parsed.cluster))
+        return run_on_cluster(jobs, folder, parse_arguments(parsed.cluster))
     return run_here(jobs, folder, parallel)
 
 
@@ -149,12 +132,3 @@ def _numbers(text: str) -> list[int]:
     if any(not word.isdigit() or int(word) < 1 for word in words):
         raise InputError(f"--tasks {text}; expected numbers with commas, such as 5,10,20")
     return [int(word) for word in words]
-
-
-def _options(words: list[str]) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-
-    from cl_merge.config.reading import parse_arguments
-
-    found: Any = OmegaConf.to_container(parse_arguments(words))
-    return dict(found)

@@ -7,8 +7,7 @@ import json
 import math
 import sys
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cl_merge.benchmarks.formatting import counted
 from cl_merge.errors import listing
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from cl_merge.merge_files.inspection import FileReport, Inspection
+    from cl_merge.merge_files.inspection import Inspection
 
 HELP = "norms, zeros, sign conflicts, NaN, and what differs between checkpoints"
 DESCRIPTION = """\
@@ -50,6 +49,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def inspect(parsed: argparse.Namespace) -> int:
     """Inspect as the command line says; returns 1 if the files could not be merged as they are."""
+    import msgspec
     from rich.console import Console
 
     from cl_merge.cli.terminal import byte_progress
@@ -60,7 +60,9 @@ def inspect(parsed: argparse.Namespace) -> int:
             parsed.files, parsed.base, density=parsed.density, progress=progress
         )
     if parsed.json:
-        sys.stdout.write(json.dumps(_plain(asdict(found) | {"fine": found.fine}), indent=2) + "\n")
+        # JSON has no paths, no NaN and no infinity; msgspec writes the last two as null.
+        encoded = msgspec.json.encode(asdict(found) | {"fine": found.fine}, enc_hook=str)
+        sys.stdout.write(json.dumps(msgspec.json.decode(encoded), indent=2) + "\n")
     else:
         _show(Console(highlight=False), found, layers=parsed.layers)
     return 0 if found.fine else 1
@@ -70,27 +72,25 @@ def _show(console: Console, found: Inspection, *, layers: bool) -> None:
     from rich.markup import escape
 
     for number, file in enumerate(found.files):
-        path = escape(str(file.path))
-        console.print(f"{number:<2} {path}  [dim]{_content(file)}[/]", soft_wrap=True)
+        values = f"{file.parameters / 1e6:,.2f} M" if file.parameters > 1e6 else file.parameters
+        tensors, dtypes = counted(file.tensors, "tensor"), listing(file.dtypes)
+        content = f"[dim]{file.kind}, {tensors}, {values} values, {dtypes}[/]"
+        console.print(f"{number:<2} {escape(str(file.path))}  {content}", soft_wrap=True)
     console.print()
     console.print(f"[bold]{escape(_title(found))}[/]", soft_wrap=True)
     console.print(_overview(found))
     if len(found.files) > 1:
         _show_agreement(console, found)
     if layers:
+        table = _table("tensor", *map(str, range(len(found.files))))
+        for name in found.files[0].layers:
+            table.add_row(escape(name), *(f"{file.layers[name]:.3g}" for file in found.files))
         console.print("\n[bold]norm by tensor[/]")
-        console.print(_by_layer(found))
+        console.print(table)
     if not found.fine:
         console.print("\n[bold red]cannot be merged as they are[/]")
     for path, text in _problems(found):
         console.print(f"[red]{escape(path)}[/]: {escape(text)}", soft_wrap=True)
-
-
-def _content(file: FileReport) -> str:
-    values = f"{file.parameters / 1e6:,.2f} M" if file.parameters > 1e6 else file.parameters
-    return (
-        f"{file.kind}, {counted(file.tensors, 'tensor')}, {values} values, {listing(file.dtypes)}"
-    )
 
 
 def _title(found: Inspection) -> str:
@@ -100,39 +100,35 @@ def _title(found: Inspection) -> str:
         what = "task vectors"
     else:
         what = "weights as they are; --base shows what training changed"
-    differ = any(f.missing or f.extra or f.shapes or f.uneven for f in found.files)
-    return (
-        f"{what}; only the {counted(found.compared, 'tensor')} that all have alike"
-        if differ
-        else what
-    )
+    if any(f.missing or f.extra or f.shapes or f.uneven for f in found.files):
+        what += f"; only the {counted(found.compared, 'tensor')} that all have alike"
+    return what
 
 
 def _overview(found: Inspection) -> Table:
     table = _table("", "norm", *(["of base's norm"] if found.base else []), "zeros", "largest")
     for number, file in enumerate(found.files):
-        table.add_row(
-            str(number),
-            _number(file.norm, ".4g"),
-            *([_percent(file.relative)] if found.base else []),
-            _percent(file.zeros),
-            _number(file.largest, ".3g"),
-        )
+        norm, largest = _number(file.norm, ".4g"), _number(file.largest, ".3g")
+        relative = [_percent(file.relative)] if found.base else []
+        table.add_row(str(number), norm, *relative, _percent(file.zeros), largest)
     return table
 
 
 def _show_agreement(console: Console, found: Inspection) -> None:
-    pairs = [(i, j) for i in range(len(found.files)) for j in range(i)]
     if len(found.files) <= _MOST_COLUMNS:
+        table = _table("", *map(str, range(len(found.files) - 1)))
+        for number, row in enumerate(found.cosines[1:], start=1):
+            table.add_row(str(number), *(_number(cosine, ".2f") for cosine in row[:number]))
         console.print("[bold]cosine between tasks[/]")
-        console.print(_cosines(found))
+        console.print(table)
     else:
-        by_cosine = sorted(pairs, key=lambda pair: found.cosines[pair[0]][pair[1]])
-        (low, high), values = (by_cosine[0], by_cosine[-1]), [found.cosines[i][j] for i, j in pairs]
+        pairs = [(found.cosines[i][j], i, j) for i in range(len(found.files)) for j in range(i)]
+        pairs.sort(key=lambda pair: pair[0])
+        (low, *fewest), (high, *most) = pairs[0], pairs[-1]
+        mean = sum(cosine for cosine, *_ in pairs) / len(pairs)
         console.print(
-            f"cosine between tasks: {sum(values) / len(values):.2f} on average, from "
-            f"{min(values):.2f} ({low[1]} and {low[0]}) to {max(values):.2f} ({high[1]} and "
-            f"{high[0]})\n",
+            f"cosine between tasks: {mean:.2f} on average, from {low:.2f} ({fewest[1]} and "
+            f"{fewest[0]}) to {high:.2f} ({most[1]} and {most[0]})\n",
             soft_wrap=True,
         )
     if found.are_changes:
@@ -144,38 +140,19 @@ def _show_agreement(console: Console, found: Inspection) -> None:
         )
 
 
-def _cosines(found: Inspection) -> Table:
-    table = _table("", *map(str, range(len(found.files) - 1)))
-    for number, row in enumerate(found.cosines[1:], start=1):
-        table.add_row(str(number), *(_number(cosine, ".2f") for cosine in row[:number]))
-    return table
-
-
 def _problems(found: Inspection) -> list[tuple[str, str]]:
     """What keeps the files from being merged: which file, and what it is."""
     reference = "the base" if found.base else f"'{found.files[0].path}'"
-    lines = [(str(found.base), _BROKEN, found.base_not_finite)]
+    lines = [(found.base, _BROKEN, found.base_not_finite)]
     for file in found.files:
         lines += [
-            (str(file.path), what, names)
-            for what, names in (
-                (_BROKEN, file.not_finite),
-                (f"lacks tensors of {reference}", file.missing),
-                (f"has tensors that {reference} lacks", file.extra),
-                (f"differs from {reference}", file.shapes),
-                (f"changes other tensors than '{found.files[0].path}'", file.uneven),
-            )
+            (file.path, _BROKEN, file.not_finite),
+            (file.path, f"lacks tensors of {reference}", file.missing),
+            (file.path, f"has tensors that {reference} lacks", file.extra),
+            (file.path, f"differs from {reference}", file.shapes),
+            (file.path, f"changes other tensors than '{found.files[0].path}'", file.uneven),
         ]
-    return [(path, f"{what}: {listing(names)}") for path, what, names in lines if names]
-
-
-def _by_layer(found: Inspection) -> Table:
-    from rich.markup import escape
-
-    table = _table("tensor", *map(str, range(len(found.files))))
-    for name in found.files[0].layers:
-        table.add_row(escape(name), *(f"{file.layers[name]:.3g}" for file in found.files))
-    return table
+    return [(str(path), f"{what}: {listing(names)}") for path, what, names in lines if names]
 
 
 def _table(*columns: str) -> Table:
@@ -186,17 +163,6 @@ def _table(*columns: str) -> Table:
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     return table
-
-
-def _plain(value: Any) -> Any:
-    """What JSON can hold: it knows neither paths, nor NaN, nor infinity."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _percent(share: float) -> str:

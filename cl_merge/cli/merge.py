@@ -38,16 +38,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare what the command can be told."""
     command.epilog = _EXAMPLES + "\n" + _method_help()
     add = command.add_argument
+    several: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
     add("base", metavar="BASE", help="the weights before fine-tuning")
     add("tasks", nargs="+", metavar="TASK", help="fine-tuned weights, or task vectors, in order")
     # --output was its name before.
-    add(
-        *("-o", "--out", "--output"),
-        dest="out",
-        required=True,
-        metavar="OUT",
-        help="file.safetensors, or a folder",
-    )
+    names, about = ("-o", "--out", "--output"), "file.safetensors, or a folder"
+    add(*names, dest="out", required=True, metavar="OUT", help=about)
     add("--method", default="magmax", metavar="NAME", help="see below, or FILE.py:NAME [magmax]")
     add(
         "--scale",
@@ -56,31 +52,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="factor of the merged task vector, or PATTERN=NUMBER for parameters by name; may be "
         "repeated, the first pattern that fits counts [the one the method was published with]",
     )
-    add(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="options of the method, as in density=0.3",
-    )
-    for name, about in (("include", "merge only"), ("exclude", "do not merge")):
-        add(
-            f"--{name}",
-            nargs="+",
-            action="extend",
-            default=[],
-            metavar="PATTERN",
-            help=f"{about} the parameters whose names fit, as in 'visual.*'",
-        )
-    add(
-        "--importance",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FILE",
-        help="for methods that weigh elements, as fisher: one file for each task",
-    )
+    add("--set", **several, metavar="KEY=VALUE", help="options of the method, as in density=0.3")
+    fit = "the parameters whose names fit, as in 'visual.*'"
+    add("--include", **several, metavar="PATTERN", help=f"merge only {fit}")
+    add("--exclude", **several, metavar="PATTERN", help=f"do not merge {fit}")
+    about = "for methods that weigh elements, as fisher: one file for each task"
+    add("--importance", **several, metavar="FILE", help=about)
     add("--shard-size", default="5GB", metavar="SIZE", help="most of one file in a folder [5GB]")
     add("--overwrite", action="store_true", help="replace an output file that exists")
     command.set_defaults(execute=merge)
@@ -88,7 +65,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def merge(parsed: argparse.Namespace) -> None:
     """Merge as the command line says, and tell what was done."""
-    from omegaconf import OmegaConf
     from rich.console import Console
 
     from cl_merge.cli.terminal import byte_progress, show_messages
@@ -96,7 +72,7 @@ def merge(parsed: argparse.Namespace) -> None:
     from cl_merge.merge_files import merge_checkpoints
 
     scale, shard_bytes = read_scale(parsed.scale), read_size(parsed.shard_size)
-    options: Any = OmegaConf.to_container(parse_arguments(parsed.set))
+    options = parse_arguments(parsed.set)
     _check_options(parsed.method, options)
     console = Console(stderr=True, highlight=False)
     show_messages(console)
@@ -119,7 +95,6 @@ def merge(parsed: argparse.Namespace) -> None:
 
 
 def _check_options(method: str, options: Any) -> None:
-    """Make sure that the method has these options, and none that means something else here."""
     import inspect
 
     from cl_merge.mergers.registry import find_merger
@@ -136,18 +111,14 @@ def _summary(done: Merged, tasks: int) -> str:
     made = done.provenance
     merged, of_tasks = counted(done.merged, "tensor"), counted(tasks, "task")
     copied = f", {done.copied} taken from the base" if done.copied else ""
+    given = json.loads(made["cl_merge.options"])
+    options = f" ({', '.join(f'{key}={value}' for key, value in given.items())})" if given else ""
     size, speed = done.bytes_read, done.bytes_read / max(done.seconds, 1e-9)
     return (
         f"{done.path}: {merged} merged from {of_tasks}{copied}\n"
-        f"method {made['cl_merge.method']}{_words(made['cl_merge.options'])}, scale "
+        f"method {made['cl_merge.method']}{options}, scale "
         f"{made['cl_merge.scale']}; read {_bytes(size)} in {done.seconds:.1f} s, {_bytes(speed)}/s"
     )
-
-
-def _words(options: str) -> str:
-    """Write options as they are given, in brackets."""
-    words = ", ".join(f"{key}={value}" for key, value in json.loads(options).items())
-    return f" ({words})" if words else ""
 
 
 def _bytes(number: float) -> str:

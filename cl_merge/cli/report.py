@@ -100,7 +100,7 @@ def _table(summary: Summary, form: str, metric: str) -> str:
 
     if form == "csv":
         return csv_text(summary)
-    return markdown(summary, metric) if form == "markdown" else latex(summary, metric)
+    return (markdown if form == "markdown" else latex)(summary, metric)
 
 
 def _drawings(console: Console, summary: Summary, folder: Path, figures: str) -> list[Drawing]:

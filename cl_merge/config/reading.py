@@ -12,14 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from cl_merge.config.schema import (
-    EVALUATE,
-    HELD_OUT,
-    LOGGERS,
-    MergeConfig,
-    RunConfig,
-    described_keys,
-)
+from cl_merge.config.schema import EVALUATE, HELD_OUT, LOGGERS, RunConfig, described_keys
 from cl_merge.config.trainer import check_trainer
 from cl_merge.errors import InputError, nearest, unknown_name
 from cl_merge.storage.files import is_no_file
@@ -48,13 +41,10 @@ def read_config(
         >>> read_config(["stream.tasks=10", "seed=3"], {}).stream.tasks
         10
     """
-    layers = [(origin, OmegaConf.create(dict(recipe)))]
+    config = _merged(OmegaConf.structured(RunConfig), recipe, origin)
     if file is not None:
-        layers.append((str(file), read_yaml(file)))
-    layers.append(("the command line", parse_arguments(arguments)))
-    config = OmegaConf.structured(RunConfig)
-    for source, layer in layers:
-        config = _merged(config, layer, source)
+        config = _merged(config, read_yaml(file), str(file))
+    config = _merged(config, parse_arguments(arguments), "the command line")
     found: Any = OmegaConf.to_object(_resolved(config))
     _check_sizes(asdict(found))
     _check_values(found)
@@ -93,24 +83,22 @@ def logger_options(loggers: Any) -> dict[str, dict[str, Any]] | None:
     """
     if loggers is None:
         return None
-    if isinstance(loggers, Mapping):
-        found = {str(name): options for name, options in loggers.items()}
-    elif isinstance(loggers, (list, tuple)):
-        found = {str(name): None for name in loggers}
-    elif isinstance(loggers, str) or loggers is False:
-        found = {loggers: None} if loggers else {}
-    else:
+    if isinstance(loggers, str) or loggers is False:
+        loggers = [loggers] if loggers else []
+    if isinstance(loggers, (list, tuple)):
+        loggers = {str(name): None for name in loggers}
+    if not isinstance(loggers, Mapping):
         raise InputError(f"loggers={loggers}; expected a name, a list of names, or false")
-    for name, options in found.items():
+    for name, options in loggers.items():
         if name not in LOGGERS:
             raise unknown_name("logger", name, LOGGERS)
         if options is not None and not isinstance(options, Mapping):
             raise InputError(f"loggers.{name}={options}; expected options of the logger, by name")
-    return {name: dict(options or {}) for name, options in found.items()}
+    return {name: dict(options or {}) for name, options in loggers.items()}
 
 
-def parse_arguments(arguments: Sequence[str]) -> DictConfig:
-    """Read ``key=value`` words into a tree."""
+def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
+    """Read ``key=value`` words into a tree of plain values; references stay as they are."""
     found = OmegaConf.create()
     for word in arguments:
         key, equals, _ = word.partition("=")
@@ -124,11 +112,11 @@ def parse_arguments(arguments: Sequence[str]) -> DictConfig:
         except Exception as error:
             hint = "put quotes around text with brackets, braces or commas"
             raise InputError(f"cannot read '{word}' ({_first_line(error)}); {hint}") from error
-    return found
+    return OmegaConf.to_container(found)  # type: ignore[return-value]
 
 
-def read_yaml(file: str | Path) -> DictConfig:
-    """Read a YAML file of settings."""
+def read_yaml(file: str | Path) -> dict[str, Any]:
+    """Read a YAML file of settings; references stay as they are."""
     if is_no_file(file):
         raise InputError(f"config {file}: is no file; expected one of keys and values")
     try:
@@ -142,7 +130,7 @@ def read_yaml(file: str | Path) -> DictConfig:
         raise InputError(f"config {file}: no valid YAML ({_first_line(error)})") from error
     if not isinstance(found, DictConfig):
         raise InputError(f"config {file}: expected keys and values, found a list")
-    return found
+    return OmegaConf.to_container(found)  # type: ignore[return-value]
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -150,11 +138,11 @@ def to_yaml(config: RunConfig) -> str:
     return str(OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
-def _merged(config: DictConfig, layer: DictConfig, origin: str) -> DictConfig:
+def _merged(config: DictConfig, layer: Mapping[str, Any], origin: str) -> DictConfig:
     """Put a layer over a configuration, key by key, so that an error can name the key."""
-    for key in map(str, layer):
+    for key, value in layer.items():
         try:
-            merged = OmegaConf.merge(config, OmegaConf.masked_copy(layer, key))
+            config = OmegaConf.merge(config, {str(key): value})  # type: ignore[assignment]
         except TypeError as error:
             raise InputError(
                 f"{origin}: a list stands where keys and values are expected, or the other way "
@@ -167,7 +155,6 @@ def _merged(config: DictConfig, layer: DictConfig, origin: str) -> DictConfig:
         except OmegaConfBaseException as error:
             where = f"{error.full_key}: " if error.full_key else ""
             raise InputError(f"{origin}: {where}{_first_line(error)}") from error
-        config = merged  # type: ignore[assignment]
     return config
 
 
@@ -180,8 +167,7 @@ def _resolved(config: DictConfig) -> DictConfig:
     # What is only known now: a value left out as ???, or a reference to a key that there is not.
     except OmegaConfBaseException as error:
         raise InputError(f"{error.full_key}: {_first_line(error)}") from error
-    layer: DictConfig = OmegaConf.create(plain)
-    return _merged(OmegaConf.structured(RunConfig), layer, "what a setting refers to")
+    return _merged(OmegaConf.structured(RunConfig), plain, "what a setting refers to")
 
 
 def _check_sizes(value: Any, name: str = "") -> None:
@@ -198,19 +184,8 @@ def _check_sizes(value: Any, name: str = "") -> None:
 
 def _check_values(config: RunConfig) -> None:
     check_trainer(config.trainer)
-    _check_merge(config.merge)
     logger_options(config.loggers)
-    if config.evaluate not in EVALUATE:
-        raise unknown_name("value of evaluate", config.evaluate, EVALUATE)
-    if not config.checkpoint_seconds >= 0:
-        raise InputError(f"checkpoint_seconds={config.checkpoint_seconds}; expected 0 or more")
-    if config.seed < 0:
-        raise InputError(f"seed={config.seed}; expected 0 or more")
-    if config.seed > _LARGEST_SEED:
-        raise InputError(f"seed={config.seed}; expected at most {_LARGEST_SEED}")
-
-
-def _check_merge(merge: MergeConfig) -> None:
+    merge, seed = config.merge, config.seed
     if merge.scale != "auto":
         try:
             Scales.read(merge.scale, 1.0)
@@ -223,6 +198,13 @@ def _check_merge(merge: MergeConfig) -> None:
         raise InputError(f"merge.density={merge.density}; expected more than 0, at most 1")
     if merge.store not in STORES:
         raise unknown_name("value of merge.store", merge.store, STORES)
+    if config.evaluate not in EVALUATE:
+        raise unknown_name("value of evaluate", config.evaluate, EVALUATE)
+    if not config.checkpoint_seconds >= 0:
+        raise InputError(f"checkpoint_seconds={config.checkpoint_seconds}; expected 0 or more")
+    if not 0 <= seed <= _LARGEST_SEED:
+        most = "0 or more" if seed < 0 else f"at most {_LARGEST_SEED}"
+        raise InputError(f"seed={seed}; expected {most}")
 
 
 def _first_line(error: BaseException) -> str:
