@@ -34,9 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say(str(error))
             return 2
         except StoppedError as stopped:
-            code, why = _explain(stopped.reason, signals)
+            resume_command, reason = stopped.args
+            code, why = _explain(reason, signals)
             kept = "what was finished is kept; " if code in (130, 143) else ""
-            say(f"{why}; {kept}go on with: {stopped.resume_command}")
+            say(f"{why}; {kept}go on with: {resume_command}")
             return code
         except (KeyboardInterrupt, SystemExit, OSError) as stop:
             code, why = _explain(stop, signals)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cl_merge.cli.process import StoppedError
 from cl_merge.cli.terminal import show_messages
@@ -38,12 +38,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("suite", metavar="SUITE", help="offline, table1, table2, domains, eight, or FILE.yaml")
     add("settings", nargs="*", metavar="KEY=VALUE", help="settings of every run, see cl-merge run")
-    for name, about in (
-        ("data", "only these data sets, with commas; others are added"),
-        ("tasks", "only these numbers of tasks, with commas"),
-        ("methods", "only these methods, with commas; any that cl-merge run knows"),
-    ):
-        add(f"--{name}", metavar="A,B", default="", help=about)
+    several: dict[str, Any] = {"metavar": "A,B", "default": ""}
+    add("--data", **several, help="only these data sets, with commas; others are added")
+    add("--tasks", **several, help="only these numbers of tasks, with commas")
+    about = "only these methods, with commas; any that cl-merge run knows"
+    add("--methods", **several, help=about)
     add("--seeds", metavar="N", help="how many, or a list with commas")
     add("--out", metavar="FOLDER", help="folder of the suite [runs/SUITE]")
     about = "show what would be done, and how long it takes if earlier runs tell"
@@ -61,16 +60,8 @@ def bench(parsed: argparse.Namespace) -> int:
     """Run what a suite lacks and write its report, or say what would be run; 1 if a run failed."""
     from rich.console import Console
 
-    from cl_merge.benchmarks.suites import terminal
+    from cl_merge.benchmarks.suites import plan, terminal
     from cl_merge.benchmarks.suites.definition import find_suite, narrowed
-    from cl_merge.benchmarks.suites.plan import (
-        DONE,
-        FAILED,
-        job_config,
-        jobs_of,
-        make_plan,
-        state_of,
-    )
     from cl_merge.benchmarks.suites.suite_folder import hold, remember, with_former_methods
     from cl_merge.cli.report import make_report
 
@@ -83,9 +74,9 @@ def bench(parsed: argparse.Namespace) -> int:
         run=parsed.settings,
     )
     folder = Path(parsed.out or Path("runs") / suite.name).expanduser()
-    jobs = jobs_of(make_plan(with_former_methods(suite, folder)))
+    jobs = plan.jobs_of(plan.make_plan(with_former_methods(suite, folder)))
     for job in jobs:
-        job_config(job)  # a wrong setting shows before anything runs
+        plan.job_config(job)  # a wrong setting shows before anything runs
     console = Console(highlight=False)
     if parsed.dry_run:
         terminal.show_plan(console, suite, jobs, folder)
@@ -93,13 +84,13 @@ def bench(parsed: argparse.Namespace) -> int:
     show_messages(console)
     with hold(folder):
         remember(suite, folder)
-        left = [job for job in jobs if state_of(job, folder) != DONE]
+        left = [job for job in jobs if plan.state_of(job, folder) != plan.DONE]
         terminal.show_begin(console, suite, len(jobs), len(left), folder)
         failed = []
         try:
             for number, ended in enumerate(_run(left, folder, parsed), start=1):
                 terminal.show_ended(console, ended, number, len(left), folder)
-                failed += [ended] if ended.state == FAILED else []
+                failed += [ended] if ended.state == plan.FAILED else []
             make_report(console, folder, figures="none" if parsed.no_figures else "all")
         except KeyboardInterrupt as stop:
             raise StoppedError("the same command", stop) from stop

@@ -31,7 +31,7 @@ examples:
   cl-merge merge base.safetensors task*.safetensors --method mine.py:median --out merged.safetensors
 """
 _ARGUMENTS = ("method", "scale", "include", "exclude", "importance", "overwrite")
-_SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SIZES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -124,7 +124,7 @@ def _summary(done: Merged, tasks: int) -> str:
 def _bytes(number: float) -> str:
     for unit, size in reversed(_SIZES.items()):
         if number >= size:
-            return f"{number / size:.3g} {unit or 'bytes'}"
+            return f"{number / size:.3g} {f'{unit}B' if unit else 'bytes'}"
     return "0 bytes"
 
 
@@ -163,10 +163,8 @@ def read_size(word: str) -> int:
         >>> read_size("1.5 GB")
         1500000000
     """
-    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([KMGT]?B?)", word.strip().upper())
-    unit = match.group(2) if match else ""
-    unit = unit if unit in _SIZES or not unit.rstrip("B") else f"{unit}B"
-    number = float(match.group(1)) * _SIZES.get(unit, 1) if match else 0
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([KMGT]?)B?", word.strip().upper())
+    number = float(match[1]) * _SIZES[match[2]] if match else 0
     if number < 1:
         raise InputError(f"--shard-size {word}: expected a size such as 5GB or 500MB")
     return int(number)

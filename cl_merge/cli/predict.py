@@ -77,13 +77,11 @@ def predict(parsed: argparse.Namespace) -> int:
 
 def _images(path: Path) -> list[Path]:
     """The images of a folder, at all depths and in order; of a file itself."""
+    if not path.exists():
+        raise InputError(f"there is no image '{path}'; check the path")
     if not path.is_dir():
-        if not path.exists():
-            raise InputError(f"there is no image '{path}'; check the path")
         return [path]
-    found = sorted(
-        file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()
-    )
+    found = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
     if not found:
         raise InputError(f"the folder '{path}' has no image ({', '.join(SUFFIXES)})")
     return found

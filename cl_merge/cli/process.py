@@ -9,22 +9,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from sys import UnraisableHookArgs
 
 # Turns of the loop in which a thread waits; without a setting GNU's library makes 300,000.
 _SPINS = "10000"
 
 
 class StoppedError(Exception):
-    """Work that was begun and did not end, why, and the command that goes on."""
-
-    def __init__(self, resume_command: str, reason: BaseException) -> None:
-        super().__init__(resume_command, reason)
-        self.resume_command = resume_command
-        self.reason = reason
+    """Work that was begun and did not end: the command that goes on, and what it raised."""
 
 
 class Signals:
@@ -62,7 +53,7 @@ def terminated_as_interrupted() -> Iterator[Signals]:
         yield signals
         return
 
-    def unraisable(found: UnraisableHookArgs) -> None:
+    def unraisable(found: sys.UnraisableHookArgs) -> None:
         if isinstance(found.exc_value, KeyboardInterrupt):
             signals.repeat()
         else:

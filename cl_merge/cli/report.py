@@ -67,9 +67,8 @@ def make_report(
     from cl_merge.storage.files import atomic_write
 
     summary = _summary(folder)
-    parts = rich_tables(summary, metric, console.width)
     console.print(f"\n{title_of(summary, metric)}", style="italic", markup=False)
-    for part in parts:
+    for part in rich_tables(summary, metric, console.width):
         console.print(part)
     console.print(legend_of(summary, metric), style="dim", markup=False)
     page = folder / "report.html"
@@ -77,11 +76,8 @@ def make_report(
     for ending, form in (("md", "markdown"), ("tex", "latex"), ("csv", "csv")):
         with atomic_write(folder / f"table.{ending}") as temporary:
             temporary.write_text(_table(summary, form, "accuracy"), encoding="utf-8")
-    console.print(
-        f"{page} is the report; table.md, table.tex and table.csv lie beside it",
-        soft_wrap=True,
-        markup=False,
-    )
+    said = f"{page} is the report; table.md, table.tex and table.csv lie beside it"
+    console.print(said, soft_wrap=True, markup=False)
     return page
 
 

@@ -23,11 +23,9 @@ def show_messages(console: Console) -> None:
     """Let what the library has to say appear beside the progress bar instead of breaking it."""
     from rich.logging import RichHandler
 
+    plain = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
     library = logging.getLogger("cl_merge")
-    library.handlers = [
-        RichHandler(console=console, show_time=False, show_level=False, show_path=False)
-    ]
-    library.propagate = False
+    library.handlers, library.propagate = [plain], False
     library.setLevel(logging.INFO)
 
 
@@ -43,14 +41,9 @@ def byte_progress(console: Console, doing: str) -> Iterator[Callable[[int], Call
         return
     from rich import progress as rich
 
-    columns = (
-        rich.TextColumn("{task.description}"),
-        rich.BarColumn(),
-        rich.DownloadColumn(),
-        rich.TransferSpeedColumn(),
-        rich.TimeRemainingColumn(),
-    )
-    with rich.Progress(*columns, console=console, transient=True) as progress:
+    name, amount = rich.TextColumn("{task.description}"), (rich.BarColumn(), rich.DownloadColumn())
+    pace = rich.TransferSpeedColumn(), rich.TimeRemainingColumn()
+    with rich.Progress(name, *amount, *pace, console=console, transient=True) as progress:
 
         def begin(total: int) -> Callable[[int], None]:
             task = progress.add_task(doing, total=total)

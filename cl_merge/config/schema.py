@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass
+from operator import attrgetter
 from typing import Any
 
 EVALUATE = ("every", "last")
@@ -165,7 +166,5 @@ def default_of(key: str) -> Any:
         >>> default_of("stream.batch_size")
         128
     """
-    found: Any = RunConfig()
-    for part in key.split("."):
-        found = getattr(found, part)
+    found = attrgetter(key)(RunConfig())
     return None if is_dataclass(found) or found in ({}, []) else found

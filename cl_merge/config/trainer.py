@@ -61,16 +61,12 @@ def check_trainer(arguments: Mapping[str, Any]) -> None:
             raise InputError(f"{given}; {_NOT_HERE[name]}: leave it out")
         if not _fits(value, hints[name]):
             raise InputError(f"{given}; expected {_described(hints[name])}")
-        _check_size(name, value, given)
-
-
-def _check_size(name: str, value: Any, given: str) -> None:
-    if name in _LEAST and value is not None and value < _LEAST[name]:
-        raise InputError(f"{given}; expected a whole number from {_LEAST[name]}")
-    if name == "max_steps" and value < 1 and value != -1:
-        raise InputError(f"{given}; expected a whole number from 1, or -1 for no limit")
-    if name in ("limit_train_batches", "limit_test_batches") and value == 0:
-        raise InputError(f"{given}; expected a number of batches, or a share above 0")
+        if name in _LEAST and value is not None and value < _LEAST[name]:
+            raise InputError(f"{given}; expected a whole number from {_LEAST[name]}")
+        if name == "max_steps" and value < 1 and value != -1:
+            raise InputError(f"{given}; expected a whole number from 1, or -1 for no limit")
+        if name in ("limit_train_batches", "limit_test_batches") and value == 0:
+            raise InputError(f"{given}; expected a number of batches, or a share above 0")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -79,7 +75,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (Union, UnionType):
         return any(_fits(value, one) for one in of)
     if origin is Literal:
-        return any(type(value) is type(one) and value == one for one in of)
+        return (type(value), value) in [(type(one), one) for one in of]
     if origin is list:
         return isinstance(value, list) and all(_fits(item, of[0]) for item in value)
     if origin is dict:
@@ -93,14 +89,11 @@ def _described(hint: Any) -> str:
     """A type in words; what a configuration cannot hold is left out."""
     origin, of = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        words = {word for one in of if (word := _described(one))}
+        words = {word for one in of if (word := _described(one))} - {"null"}
         # Python keeps one Union for all orders of its types, in the order that it met first.
-        return " or ".join(sorted(words, key=_rank))
+        known = [word for word in _WORDS.values() if word in words]
+        null = ["null"] if NoneType in of else []
+        return " or ".join([*known, *sorted(words - set(known)), *null])
     if origin is Literal:
         return " or ".join(str(one) for one in of)
     return _WORDS.get(origin or hint, "")
-
-
-def _rank(word: str) -> tuple[bool, int, str]:
-    words = list(_WORDS.values())
-    return word == "null", words.index(word) if word in words else len(words), word
