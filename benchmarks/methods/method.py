@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from cl_merge.errors import InputError, unknown_name
-from cl_merge.mergers import MERGERS, Merger, find_merger, get_merger
+from cl_merge.mergers import MERGERS, find_merger
 from cl_merge.mergers.registry import is_location
 
 
@@ -24,11 +24,6 @@ class Training:
     start: str = "sequential"  # where a task starts to train, or "independent"
     regularizer: str | None = None  # "lwf" or "ewc"
     joint: bool = False  # whether all tasks are one
-
-    @property
-    def plain(self) -> bool:
-        """Whether it is fine-tuning on one task after another and nothing else."""
-        return self.regularizer is None and not self.joint
 
 
 @dataclass(frozen=True)
@@ -62,33 +57,23 @@ class Method:
         """Whether it weighs the elements of task vectors, by importances that a fit estimates."""
         return self.merger is not None and find_merger(self.merger).weighted
 
-    def make_merger(
-        self, common: Mapping[str, Any], options: Mapping[str, Any] | None = None
-    ) -> Merger:
-        """Make its merger with options of its own, and common ones as far as it has them."""
-        assert self.merger is not None  # noqa: S101 - asked only of methods that merge
-        given = {name: value for name, value in common.items() if name in self.options}
-        return get_merger(self.merger, **given | dict(options or {}))
-
 
 TRAININGS: dict[str, Training] = {
-    training.name: training
-    for training in (
-        Training("sequential"),
-        Training("independent", start="independent"),
-        Training("lwf", regularizer="lwf"),
-        Training("ewc", regularizer="ewc"),
-        Training("joint", joint=True),
-    )
+    "sequential": Training("sequential"),
+    "independent": Training("independent", start="independent"),
+    "lwf": Training("lwf", regularizer="lwf"),
+    "ewc": Training("ewc", regularizer="ewc"),
+    "joint": Training("joint", joint=True),
 }
 
+# The trainings that are fine-tuning on one task after another and nothing else.
 _PLAIN = ("sequential", "independent")
 
 # Mergers that were made for tasks that come one after another, each from the weights of the last.
 _FOR_SEQUENCES = {"ema", "opcm"}
 
 # What a name ends in when class statistics vote, and which.
-_STATISTICS = {"statistics": "both", "aligned": "aligned"}
+_STATISTICS = {"-statistics": "both", "-aligned": "aligned"}
 
 # In the order of the tables. With every method but MagMax the paper merges independent
 # fine-tunings; the same mergers of sequential task vectors come close, so they are shown too.
@@ -137,10 +122,10 @@ def find_method(name: str) -> Method:
     """
     if name in METHODS:
         return METHODS[name]
-    plain, ending = _split_ending(name, _STATISTICS)
-    if ending is not None:
-        return _with_statistics(name, find_method(plain), ending)
-    merger, training = _split_ending(name, _PLAIN)
+    before, dash, last = name.rpartition("-")
+    if before and dash + last in _STATISTICS:
+        return _with_statistics(name, find_method(before), dash + last)
+    merger, training = (before, last) if before and last in _PLAIN else (name, None)
     if not is_location(merger) and merger not in MERGERS:
         raise unknown_name("method", name, [*METHODS, *(m for m in MERGERS if m not in METHODS)])
     label = _label(merger)
@@ -179,8 +164,7 @@ def compared_methods(name: str, compare: bool | str | list[str]) -> list[Method]
     if compare == "all":
         wanted |= METHODS
     elif compare is True:
-        trainings = {t.name for t in TRAININGS.values() if t.plain} | {own.training}
-        wanted |= {m.name: m for m in METHODS.values() if m.training in trainings}
+        wanted |= {m.name: m for m in METHODS.values() if m.training in (*_PLAIN, own.training)}
     elif isinstance(compare, (str, list)):
         for other in [compare] if isinstance(compare, str) else compare:
             wanted |= {(method := find_method(other)).name: method}
@@ -205,7 +189,7 @@ def grouped_methods(trainings: Mapping[str, str | None]) -> dict[str, list[str]]
     for name, training in trainings.items():
         if name not in METHODS:
             other = "independent training" if training == "independent" else "sequential training"
-            votes = _split_ending(name, _STATISTICS)[1] is not None
+            votes = name.endswith(tuple(_STATISTICS))
             grouped["class statistics" if votes else other].append(name)
     return {title: group for title, group in grouped.items() if group}
 
@@ -216,7 +200,6 @@ def published_scale(method: Method) -> float | None:
 
 
 def _with_statistics(name: str, plain: Method, ending: str) -> Method:
-    """The method that merges as another one does, and has class statistics beside it."""
     if plain.statistics is not None:
         raise InputError(
             f"method={name}: '{plain.name}' has class statistics already; expected one ending, as "
@@ -227,7 +210,7 @@ def _with_statistics(name: str, plain: Method, ending: str) -> Method:
             f"method={name}: class statistics stand beside a merged model, and '{plain.name}' "
             "merges nothing; expected a method that merges, as in magmax-statistics"
         )
-    own = f"{plain.name}-{ending}"
+    own = f"{plain.name}{ending}"
     return METHODS.get(own) or replace(
         plain,
         name=own,
@@ -238,19 +221,13 @@ def _with_statistics(name: str, plain: Method, ending: str) -> Method:
     )
 
 
-def _split_ending(name: str, endings: Collection[str]) -> tuple[str, str | None]:
-    """What stands before an ending such as ``-aligned``, and the ending; None without."""
-    before, _, ending = name.rpartition("-")
-    return (before, ending) if before and ending in endings else (name, None)
-
-
 def _label(merger: str) -> str:
     """What a merger is called in tables: a user's own one by its own name, not by its file."""
     if not is_location(merger):
         return merger
     label = find_merger(merger).name
     other = label in METHODS or (label in MERGERS and MERGERS[label] is not find_merger(merger))
-    if other or _split_ending(label, _STATISTICS)[1] is not None:
+    if other or label.endswith(tuple(_STATISTICS)):
         raise InputError(
             f"'{merger}' calls itself '{label}', which is the name of another method; give it "
             "another name"

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, LambdaCallback
 from torch import Tensor
-from typing_extensions import override
 
 from cl_merge.benchmarks.methods.method import Method
 from cl_merge.benchmarks.runs.progress import RunProgress
@@ -21,7 +19,6 @@ from cl_merge.benchmarks.runs.run_log import RunLog
 from cl_merge.callbacks import ClassStatistics
 from cl_merge.callbacks.auto_scale import AutoScale
 from cl_merge.class_statistics import StreamStatistics
-from cl_merge.data.task_stream import TaskStream
 from cl_merge.mergers import Average, Merger
 from cl_merge.storage.files import load_tensors
 from cl_merge.task_vectors.module_weights import (
@@ -35,15 +32,8 @@ from cl_merge.task_vectors.task_vector import TaskVector
 from cl_merge.training.journal import is_first_process
 
 # What of the trainer's arguments also holds for evaluations outside a fit.
-_WHERE_IT_RUNS = (
-    "accelerator",
-    "devices",
-    "num_nodes",
-    "strategy",
-    "precision",
-    "deterministic",
-    "limit_test_batches",
-)
+_WHERE_IT_RUNS = {"accelerator", "devices", "num_nodes", "strategy", "precision"}
+_WHERE_IT_RUNS |= {"deterministic", "limit_test_batches"}
 
 _UNSCALED = Scales.read(1.0, 1.0)
 
@@ -59,7 +49,7 @@ class Evaluation:
     def __init__(
         self, run: Run, methods: Sequence[Method], progress: RunProgress, log: RunLog
     ) -> None:
-        self._run, self._progress, self._log = run, progress, log
+        self._run, self.progress, self.log = run, progress, log
         self.methods = methods
         self.training = methods[0].training
         self.stream = run.stream_of(self.training)
@@ -91,20 +81,24 @@ class Evaluation:
         if not (choose or learn or test):
             return
         where = f"task {task + 1}/{len(self.stream.tasks)}, " if self.training else ""
-        self._progress.describe(f"{where}evaluating {method.name}")
+        self.progress.describe(f"{where}evaluating {method.name}")
         if choose:
             self._choose_scale(method, task)
-        with self._holding(self._weights(method, task)):
+        kept = copies(self._live())  # those of the training, which goes on with them
+        try:
+            install(self._live(), self._weights(method, task))
             if voting is not None and learn:
                 self._learn(method, voting)
             if test:
                 run.model.accuracy = matrix
                 callbacks = [voting] if voting is not None else []
-                evaluation_trainer(run.config.trainer, [*callbacks, self._progress]).test(
+                evaluation_trainer(run.config.trainer, [*callbacks, self.progress]).test(
                     run.model, datamodule=self.stream, verbose=False
                 )
-                self._log.evaluation(method, row)
+                self.log.evaluation(method, row)
                 run.folder.add_row(method.name, row, matrix.rows[row])
+        finally:
+            install(self._live(), kept)  # looked up anew: to change devices makes new buffers
 
     def install(self, method: Method) -> None:
         """Put the weights that a method classifies with after the last task into the model."""
@@ -112,16 +106,6 @@ class Evaluation:
         voting = self._statistics.get(method.name)
         if voting is not None and voting.kind == "aligned":
             voting.install(self._run.model)
-
-    @contextmanager
-    def _holding(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[None]:
-        """Hold weights in the model for a while; those of the training are back afterwards."""
-        kept = copies(self._live())
-        try:
-            install(self._live(), weights)
-            yield
-        finally:
-            install(self._live(), kept)  # looked up anew: to change devices makes new buffers
 
     def _live(self) -> dict[str, Tensor]:
         return trained_parameters(self._run.model) | floating_buffers(self._run.model)
@@ -135,7 +119,9 @@ class Evaluation:
             yield from scaled(run.base, self._merged(method, task).items(), scales)
             yield from self._merged_buffers(task)
         elif self.training is not None and method.statistics is None:
-            yield from scaled(run.base, self._vector(task).items(), _UNSCALED)
+            yield from scaled(
+                run.base, TaskVector.load(self._stored("task", task)).items(), _UNSCALED
+            )
             yield from self._unmerged(task).items()
         else:
             yield from run.base.items()
@@ -148,14 +134,11 @@ class Evaluation:
         merger = self._mergers[plain.name]
         while merger.tasks <= task:
             following = merger.tasks
-            importance = None
+            vector, importance = TaskVector.load(self._stored("task", following)), None
             if merger.weighted:
                 importance = self._placed(load_tensors(self._stored("importance", following))[0])
-            merger.update(self._placed(self._vector(following)), importance)
+            merger.update(self._placed(vector), importance)
         return merger
-
-    def _vector(self, task: int) -> TaskVector:
-        return TaskVector.load(self._stored("task", task))
 
     def _unmerged(self, task: int) -> dict[str, Tensor]:
         """What moved in a task and is not in its task vector; runs of before did not store it."""
@@ -210,9 +193,18 @@ class Evaluation:
 
     def _within_trainer(self, work: Callable[[L.Trainer, L.LightningModule], object]) -> None:
         """Do something where a trainer has set up devices and processes."""
-        evaluation_trainer(self._run.config.trainer, [_Within(self.stream, work)]).predict(
-            self._run.model, _NoBatches(), return_predictions=False
+
+        def start(trainer: L.Trainer, module: L.LightningModule) -> None:
+            self.stream.trainer = trainer  # how many processes share the images
+            # What is kept outlives the inference mode of a prediction.
+            with torch.inference_mode(False):
+                work(trainer, module)
+
+        trainer = evaluation_trainer(
+            self._run.config.trainer, [LambdaCallback(on_predict_start=start)]
         )
+        # An iterator tells no length: without a batch the hooks fire all the same.
+        trainer.predict(self._run.model, iter(()), return_predictions=False)
 
     def _placed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors where the run merges: on ``merge.device``, or where it trains."""
@@ -238,26 +230,3 @@ def evaluation_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-
-
-class _Within(Callback):
-    """Do some work in a hook of a trainer, with the model on its device."""
-
-    def __init__(
-        self, stream: TaskStream, work: Callable[[L.Trainer, L.LightningModule], object]
-    ) -> None:
-        self._stream, self._work = stream, work
-
-    @override
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._stream.trainer = trainer  # how many processes share the images
-        # What is kept outlives the inference mode of a prediction.
-        with torch.inference_mode(False):
-            self._work(trainer, pl_module)
-
-
-class _NoBatches:
-    """Nothing to predict, of a length that is not known before: the hooks fire all the same."""
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(())

@@ -66,9 +66,8 @@ class RunEvaluator:
         """
         classes = [other.classes for other in self.stream.tasks]
         self.model.accuracy = matrix = AccuracyMatrix(classes, len(self.stream.class_names))
-        live = trained_parameters(self.model)
-        scales = Scales.read(scale, scale)
-        with swapped(live, scaled(self.base, changes, scales)):
+        weights = scaled(self.base, changes, Scales.read(scale, scale))
+        with swapped(trained_parameters(self.model), weights):
             self._trainer.test(self.model, self._loader(task), verbose=False)
         (row,) = matrix.rows.values()
         return row
@@ -85,11 +84,8 @@ class RunEvaluator:
         # The test loader shows the rows of all tasks in ascending order.
         rows = np.unique(np.concatenate([other.test for other in self.stream.tasks]))
         chosen = np.searchsorted(rows, np.sort(self.stream.tasks[task].test))
-        return DataLoader(
-            Subset(every.dataset, chosen.tolist()),
-            batch_size=self.stream.batch_size,
-            num_workers=every.num_workers,
-        )
+        images, size = Subset(every.dataset, chosen.tolist()), self.stream.batch_size
+        return DataLoader(images, batch_size=size, num_workers=every.num_workers)
 
     @cached_property
     def _trainer(self) -> L.Trainer:

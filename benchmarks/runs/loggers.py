@@ -36,7 +36,7 @@ class RunInfo:
     """What loggers are told of a run."""
 
     title: str  # what it is called where runs have names
-    settings: Mapping[str, Any]  # its hyper-parameters, plain values by name
+    settings: dict[str, Any]  # its hyper-parameters, plain values by name
     folder: Path  # of its logs
 
 
@@ -73,11 +73,11 @@ def check_loggers(config: RunConfig) -> dict[str, dict[str, Any]]:
     if wanted is None:
         return {name: {} for name in ("csv", "tensorboard") if _installed(name)}
     for name, options in wanted.items():
+        adapter = ADAPTERS[name]
         if not _installed(name):
-            package = ADAPTERS[name].package
-            raise InputError(f"loggers={name}: package {package} is not installed: {_hint(name)}")
-        functions = ADAPTERS[name].options_of()
-        taken = {option for each in functions for option in inspect.signature(each).parameters}
+            reason = f"package {adapter.package} is not installed: {_hint(name)}"
+            raise InputError(f"loggers={name}: {reason}")
+        taken = {o for each in adapter.options_of() for o in inspect.signature(each).parameters}
         known = sorted(taken - _DECIDED)
         for option in options:
             if option not in known:
@@ -114,15 +114,12 @@ def close_logger(logger: Logger, status: str) -> None:
 
 def _open_csv(info: RunInfo, options: Mapping[str, Any]) -> CSVLogger:
     file = info.folder / "csv" / "metrics.csv"
-    rows = []
-    if file.exists():
-        with file.open(newline="") as table:
-            rows = list(csv.DictReader(table))
+    rows = list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
     logger = CSVLogger(info.folder.parent, info.folder.name, "csv")
     with warnings.catch_warnings():
         # It warns that it deletes the file of before, whose rows follow.
         warnings.filterwarnings("ignore", message="Experiment logs directory")
-        logger.log_hyperparams(dict(info.settings))
+        logger.log_hyperparams(info.settings)
     for row in rows:
         step = int(row.pop("step"))
         logger.log_metrics({name: float(value) for name, value in row.items() if value}, step)
@@ -136,17 +133,18 @@ def _open_tensorboard(info: RunInfo, options: Mapping[str, Any]) -> TensorBoardL
     new = not any(folder.glob("events.out.tfevents.*"))
     place = info.folder.parent, info.folder.name, folder.name
     logger = TensorBoardLogger(*place, default_hp_metric=new)
-    logger.log_hyperparams(dict(info.settings))
+    logger.log_hyperparams(info.settings)
     return logger
 
 
 def _open_wandb(info: RunInfo, options: Mapping[str, Any]) -> WandbLogger:
     file = info.folder / "wandb.json"
     # Drawn by the system: the generators of the run must not notice.
-    run = _kept_id(file) or _keep_id(file, token_hex(4))
+    run = _kept_id(file) or token_hex(4)
+    _keep_id(file, run)
     given = {"project": "cl-merge", "name": info.title} | dict(options)
     logger = WandbLogger(**given, save_dir=str(info.folder), id=run, resume="allow")
-    logger.log_hyperparams(dict(info.settings))
+    logger.log_hyperparams(info.settings)
     return logger
 
 
@@ -164,20 +162,18 @@ def _open_mlflow(info: RunInfo, options: Mapping[str, Any]) -> MLFlowLogger:
     if run is None:
         _keep_id(file, str(logger.run_id))
         # Once: there, what was written cannot be changed.
-        logger.log_hyperparams(dict(info.settings))
+        logger.log_hyperparams(info.settings)
     else:
         logger.experiment.update_run(logger.run_id, status="RUNNING")
     return logger
 
 
-def _wandb_functions() -> list[Callable[..., Any]]:
-    return [WandbLogger.__init__, import_module("wandb").init]
-
-
 ADAPTERS = {
     "csv": LoggerAdapter("lightning", _open_csv),
     "tensorboard": LoggerAdapter("tensorboard", _open_tensorboard),
-    "wandb": LoggerAdapter("wandb", _open_wandb, _wandb_functions),
+    "wandb": LoggerAdapter(
+        "wandb", _open_wandb, lambda: [WandbLogger.__init__, import_module("wandb").init]
+    ),
     "mlflow": LoggerAdapter("mlflow", _open_mlflow, lambda: [MLFlowLogger.__init__]),
 }
 
@@ -194,7 +190,6 @@ def _kept_id(file: Path) -> str | None:
     return (read_json(file) or {}).get("id")
 
 
-def _keep_id(file: Path, run: str) -> str:
+def _keep_id(file: Path, run: str) -> None:
     with atomic_write(file) as temporary:
         temporary.write_text(json.dumps({"id": run}) + "\n", encoding="utf-8")
-    return run

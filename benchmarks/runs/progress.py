@@ -25,7 +25,7 @@ class RunProgress(Callback):
     def __init__(self, console: Console, total: int) -> None:
         super().__init__()
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}{task.fields[epoch]}"),
             BarColumn(bar_width=24),
             TextColumn("{task.percentage:>3.0f} %"),
             TextColumn("{task.fields[loss]}"),
@@ -38,8 +38,7 @@ class RunProgress(Callback):
             refresh_per_second=2,
             disable=not console.is_terminal,
         )
-        self._bar = self._progress.add_task("starting", total=total, loss="")
-        self._doing = ""
+        self._bar = self._progress.add_task("starting", total=total, epoch="", loss="")
 
     def __enter__(self) -> RunProgress:
         self._progress.start()
@@ -50,23 +49,16 @@ class RunProgress(Callback):
 
     def describe(self, doing: str) -> None:
         """Say what goes on now, in a few words such as ``"task 2/5"``."""
-        self._doing = doing
-        self._progress.update(self._bar, description=doing, loss="")
+        self._progress.update(self._bar, description=doing, epoch="", loss="")
 
     @override
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-        self._progress.update(self._bar, description=f"{self._doing}, {epoch}")
+        epoch = f", epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        self._progress.update(self._bar, epoch=epoch)
 
     @override
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        _, _, outputs, _, batch_idx = args
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         # Reading the loss waits for the device: not more often than an eye can follow.
         if isinstance(loss, Tensor) and batch_idx % 10 == 0:
@@ -74,13 +66,5 @@ class RunProgress(Callback):
         self._progress.advance(self._bar, TRAIN_COST)
 
     @override
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
         self._progress.advance(self._bar)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -81,7 +80,7 @@ class Results(Struct, omit_defaults=True):
         tasks = len(self.tasks)
         for name, method in self.methods.items():
             for key in ("matrix", "matrix_task_aware"):
-                rows: Sequence[Sequence[object]] = getattr(method, key)
+                rows = getattr(method, key)
                 if len(rows) > tasks or any(len(row) != tasks for row in rows):
                     raise ValueError(f"methods.{name}.{key} is not of {tasks} tasks")
             if len(method.seen) != tasks:
@@ -114,7 +113,7 @@ def finished_results(folder: Path) -> dict[str, Any]:
 def read_json(path: Path, kind: Any = dict[str, Any]) -> dict[str, Any] | None:
     """Read a file that holds an object, as plain values; None if there is no such file.
 
-    Raises `InputError` if it is not of a kind, a type that msgspec knows; names the entry.
+    `InputError` names the entry where it is not of a kind, a type that msgspec knows.
     """
     if is_no_file(path):
         raise InputError(f"'{path}' is no file; take it away")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import msgspec
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
@@ -18,6 +22,7 @@ from cl_merge.benchmarks.formatting import data_label
 from cl_merge.benchmarks.methods.method import TRAININGS, Method, compared_methods, find_method
 from cl_merge.benchmarks.runs.loggers import check_loggers
 from cl_merge.benchmarks.runs.progress import TRAIN_COST
+from cl_merge.benchmarks.runs.results import Results
 from cl_merge.benchmarks.runs.run_folder import RunFolder
 from cl_merge.callbacks import EWC, LwF, MergeCallback
 from cl_merge.callbacks.auto_scale import AutoScale
@@ -27,12 +32,14 @@ from cl_merge.config.schema import HELD_OUT, RunConfig
 from cl_merge.data.task_stream import TaskStream, check_loading
 from cl_merge.errors import InputError, unknown_name
 from cl_merge.kernels.parallel import usable_cores
-from cl_merge.mergers import Merger
+from cl_merge.mergers import Merger, get_merger
 from cl_merge.models.classifier import CLIPClassifier
 from cl_merge.task_vectors.module_weights import copies, floating_buffers, trained_parameters
 from cl_merge.task_vectors.scales import Scales
 from cl_merge.training.cost import Cost
 from cl_merge.training.metrics import AccuracyMatrix
+
+PACKAGES = ("cl-merge", "torch", "lightning", "open_clip_torch", "torchmetrics", "datasets", "timm")
 
 
 @dataclass
@@ -62,21 +69,18 @@ class Run:
     def matrices(self) -> dict[str, AccuracyMatrix]:
         """The accuracy matrix of every method, with the rows that the folder has already."""
         classes = [task.classes for task in self.stream.tasks]
-        found = {}
-        for method in self.methods:
-            matrix = AccuracyMatrix(classes, len(self.stream.class_names))
-            matrix.rows |= self.folder.rows(method.name)
-            found[method.name] = matrix
+        found = {
+            m.name: AccuracyMatrix(classes, len(self.stream.class_names)) for m in self.methods
+        }
+        for name, matrix in found.items():
+            matrix.rows |= self.folder.rows(name)
         return found
 
     @property
     def trainings(self) -> dict[str, list[Method]]:
         """The trainings of this run, each with the methods that share it."""
-        return {
-            name: methods
-            for name in TRAININGS
-            if (methods := [method for method in self.methods if method.training == name])
-        }
+        found = {name: [m for m in self.methods if m.training == name] for name in TRAININGS}
+        return {name: methods for name, methods in found.items() if methods}
 
     def stream_of(self, training: str | None) -> TaskStream:
         """The tasks of a training: all in one where it is joint."""
@@ -121,6 +125,42 @@ def start_run(config: RunConfig) -> Run:
     return Run(config, folder, stream, model, base, buffers)
 
 
+def collect_results(run: Run) -> dict[str, Any]:
+    """Put together what a run found whose stream is done, as it is read from ``results.json``."""
+    # Of a run that had finished and was given more methods.
+    former = run.folder.results().get("methods", {})
+    found = {
+        "method": run.own.name,
+        "seed": run.config.seed,
+        "data": run.config.data,
+        "model": run.config.model,
+        "scenario": run.config.stream.scenario,
+        "tasks": [
+            {
+                "name": task.name,
+                "classes": task.classes,
+                "class_names": task.class_names,
+                "train_images": len(task.train),
+                "held_out_images": len(task.held_out),
+                "test_images": len(task.test),
+            }
+            for task in run.stream.tasks
+        ],
+        "methods": {m.name: former.get(m.name) or _method_results(run, m) for m in run.methods},
+        "training": run.costs,
+        "total": run.cost,
+        "finished": datetime.now(UTC).isoformat(timespec="minutes"),
+        "versions": {"python": platform.python_version()} | {n: version(n) for n in PACKAGES},
+        "machine": {
+            "platform": platform.platform(),
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        },
+    }
+    results = msgspec.json.decode(msgspec.json.encode(found), type=Results)
+    return msgspec.to_builtins(results)  # type: ignore[no-any-return]
+
+
 def count_batches(run: Run) -> int:
     """Count the batches that a run has still to do, a training batch as several of evaluation.
 
@@ -135,7 +175,8 @@ def count_batches(run: Run) -> int:
     for name, methods in run.trainings.items():
         tasks = run.stream_of(name).tasks
         epochs = [run.config.trainer.get("max_epochs")]
-        epochs = epochs if TRAININGS[name].joint else task_epochs(run.config, len(tasks))
+        if not TRAININGS[name].joint:
+            epochs = task_epochs(run.config, len(tasks))
         for task in set(range(len(tasks))) - set(run.folder.finished_tasks(name, len(tasks))):
             total += TRAIN_COST * batches(len(tasks[task].train)) * (epochs[task] or 1)
         rows = len(run.tested_tasks(name))
@@ -161,15 +202,17 @@ def make_merger(config: RunConfig, method: Method) -> tuple[Merger, Any]:
         given = dict(options.beside.get(method.plain.name) or {})
         scale = given.pop("scale", None)
         Scales.read(scale, 1.0)
-        return method.make_merger({}, given), scale
-    if options.density is not None and "density" not in method.options:
-        raise InputError(
-            f"merge.density={options.density}, but method '{method.name}' has no density"
-        )
-    common: dict[str, Any] = {"seed": options.seed}
-    if options.density is not None:
-        common["density"] = options.density
-    return method.make_merger(common, options.options), options.scale
+    else:
+        given, scale = dict(options.options), options.scale
+        if "seed" in method.options:
+            given.setdefault("seed", options.seed)
+        if options.density is not None:
+            if "density" not in method.options:
+                raise InputError(
+                    f"merge.density={options.density}, but method '{method.name}' has no density"
+                )
+            given.setdefault("density", options.density)
+    return get_merger(str(method.merger), **given), scale
 
 
 def _try_settings(config: RunConfig, method: Method) -> MergeCallback:
@@ -178,7 +221,6 @@ def _try_settings(config: RunConfig, method: Method) -> MergeCallback:
     with settings_named("stream"):
         check_loading(config.stream.batch_size, config.stream.num_workers, config.stream.cache)
     _try_compared(config, compared_methods(config.method, config.compare))
-    _try_importances(config)
     _try_trainer(config)
     merge = _try_merge(config, method)
     for regularizer in ("lwf", "ewc"):
@@ -199,11 +241,7 @@ def _try_compared(config: RunConfig, methods: list[Method]) -> None:
             make_merger(config, method)
         except InputError as error:
             raise InputError(f"merge.beside.{name}: {error}") from error
-
-
-def _try_importances(config: RunConfig) -> None:
-    """Refuse methods that weigh elements where tasks were stored without what they weigh by."""
-    for method in compared_methods(config.method, config.compare):
+    for method in methods:
         if not (config.out and method.weighted):
             continue
         stored = Path(config.out).expanduser() / "task_vectors" / str(method.training)
@@ -262,3 +300,23 @@ def _try_merge(config: RunConfig, method: Method) -> MergeCallback:
             device=options.device,
             importance_samples=options.importance_samples,
         )
+
+
+def _method_results(run: Run, method: Method) -> dict[str, Any]:
+    matrix = run.matrices[method.name]
+    metrics, seen = matrix.metrics(run.matrices["zero-shot"]), matrix.seen()
+    scale = run.scale(method)
+    chosen = run.folder.chosen_scales(method.plain.name) if run.chooses_scale(method) else {}
+    return {
+        "accuracy": metrics["accuracy"],
+        "metrics": metrics,
+        "matrix": matrix.accuracy().tolist(),
+        "matrix_task_aware": matrix.accuracy(aware=True).tolist(),
+        # Joint training, and with evaluate=last every other, is evaluated after all tasks only.
+        "seen": [None] * (len(run.stream.tasks) - len(seen)) + seen,
+        "training": method.training,
+        "merger": method.merger,
+        "scale": scale.plain() if scale else None,
+        "statistics": method.statistics,
+        "chosen_scales": [chosen[task] for task in sorted(chosen)] or None,
+    }

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from msgspec import Meta, Struct
 from torch import Tensor
 
-from cl_merge.benchmarks.runs.results import Amount, Count, Scale, as_json, read_results
+from cl_merge.benchmarks.runs.results import Amount, Count, Scale, read_results
 from cl_merge.benchmarks.runs.settings import check_same_run
 from cl_merge.config.reading import to_yaml
 from cl_merge.config.schema import RunConfig
@@ -38,16 +38,12 @@ class _Session(Struct):
 
 
 class _Row(_Session):
-    """A row of the accuracy matrix of a method."""
-
     method: str
     task: Count
     counts: Annotated[list[list[Count]], Meta(min_length=3, max_length=3)]
 
 
 class _ChosenScale(_Session):
-    """The scale that a method has chosen after a task."""
-
     chose: str
     task: Count
     scale: Scale
@@ -64,12 +60,12 @@ class RunFolder:
         self.path = Path(path)
         self._journal = Journal(self.path / "journal.jsonl")
         self._check_journal()
-        self._session = 1 + max((r["session"] for r in self._journal.records), default=0)
-        self._began = time.monotonic()
-        self._held = ExitStack()
         sessions = {r["session"]: r["seconds"] for r in self._journal.records}
         # How long the run took before it was stopped, up to its last journal entry.
         self.seconds_before = float(sum(sessions.values()))
+        self._session = 1 + max(sessions, default=0)
+        self._began = time.monotonic()
+        self._held = ExitStack()
 
     @classmethod
     def claim(cls, config: RunConfig, name: str) -> RunFolder:
@@ -150,7 +146,7 @@ class RunFolder:
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Write the content of ``results.json``, and remove what was only needed to go on."""
-        content = json.dumps(as_json(results), indent=2, allow_nan=False)
+        content = json.dumps(results, indent=2, allow_nan=False)
         self._write_text("results.json", content + "\n")
         if is_first_process():
             shutil.rmtree(self.path / "state", ignore_errors=True)
@@ -186,11 +182,8 @@ class RunFolder:
         former = [r["circumstances"] for r in self._journal.records if "circumstances" in r]
         if former and former[-1] != circumstances:
             log.warning(
-                "%s was begun with %s and goes on with %s: the results may differ in the last "
-                "digits from those of one run",
-                self.path,
-                former[-1],
-                circumstances,
+                f"{self.path} was begun with {former[-1]} and goes on with {circumstances}: the "
+                "results may differ in the last digits from those of one run"
             )
         self._note({"circumstances": circumstances})
 

@@ -12,7 +12,7 @@ from math import isfinite
 from typing import Any, Literal
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor
+from lightning.pytorch.callbacks import Callback, LambdaCallback, LearningRateMonitor
 from lightning.pytorch.loggers import Logger
 from typing_extensions import override
 
@@ -51,16 +51,20 @@ def open_log(run: Run) -> Iterator[RunLog]:
     found.close("success")
 
 
-class RunLog:
-    """The log of a run; the steps of each task stand in ``logs/journal.jsonl``.
+class RunLog(Logger):
+    """The log of a run, and the logger of each of its trainers.
 
-    `on` says whether anything is logged, by the loggers of this process or by another one.
+    It passes on what it is given to the run's loggers, at a step of the training that it belongs
+    to: the steps of each task stand in ``logs/journal.jsonl``. `on` says whether anything is
+    logged, by the loggers of this process or by another one.
     """
 
     def __init__(self, run: Run, loggers: list[Logger], *, on: bool) -> None:
+        super().__init__()
         self._run, self._loggers, self._on = run, loggers, on
         self._journal = Journal(run.folder.path / "logs" / "journal.jsonl")
         self._saved = time.monotonic()
+        self._prefix, self._task, self._begin = "", 0, 0  # of the task that trains
 
     def of_task(
         self, training: Training, task: Task
@@ -68,9 +72,19 @@ class RunLog:
         """The logger of a task's trainer, and callbacks that belong to it."""
         if not self._on:
             return False, []
-        begin = self._steps(training.name, task.index)
-        logger = _TaskLogger(self, training.name, task.index, begin)
-        return logger, [LearningRateMonitor("step"), _Saving(self, training.name, task.index)]
+        self._prefix, self._task = f"train/{training.name}", task.index
+        self._begin = self._steps(training.name, task.index)
+
+        def note_steps(trainer: L.Trainer, module: L.LightningModule) -> None:
+            self._write()
+            record = {"training": training.name, "task": task.index, "steps": trainer.global_step}
+            self._journal.append(record)
+
+        # What is repeated from a checkpoint is logged again, what is not must be there.
+        saving = LambdaCallback(
+            on_save_checkpoint=lambda *_: self._write(), on_train_end=note_steps
+        )
+        return self, [LearningRateMonitor("step"), saving]
 
     def evaluation(self, method: Method, row: int) -> None:
         """Log what a row of a method's accuracy matrix says, which the matrix has."""
@@ -80,29 +94,49 @@ class RunLog:
         joint = training is not None and TRAININGS[training].joint
         step = self._steps(training, 1 if joint else row + 1) if training is not None else 0
         found = _metrics(self._run, method.name, row)
-        self.add(step, {f"eval/{_word(method.name)}/{name}": found[name] for name in found})
-        self.save()
-
-    def add(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log values at a step of the training that they belong to."""
-        self._each(lambda logger: logger.log_metrics(dict(metrics), step))
-
-    def save(self, patience: float = 0.0) -> None:
-        """Write what was logged, if the last time is so many seconds ago."""
-        if time.monotonic() - self._saved >= patience:
-            self._each(lambda logger: logger.save())
-            self._saved = time.monotonic()
-
-    def note_steps(self, training: str, task: int, steps: int) -> None:
-        """Note how many steps of the optimizer the training of a task took."""
-        self.save()
-        self._journal.append({"training": training, "task": task, "steps": steps})
+        self._add(step, {f"eval/{_word(method.name)}/{name}": found[name] for name in found})
+        self._write()
 
     def close(self, status: str) -> None:
         """Write what waits, and tell the loggers that nothing follows."""
-        self.save()
+        self._write()
         for logger in self._loggers:
             close_logger(logger, status)
+
+    # What a trainer calls.
+
+    @property
+    @override
+    def name(self) -> str:
+        return "cl_merge"
+
+    @property
+    @override
+    def version(self) -> str:
+        return self._prefix
+
+    @override
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        found = {f"{self._prefix}/{_name(name)}": value for name, value in metrics.items()}
+        if "epoch" in metrics:  # what the module logs; rates come by themselves, for the same step
+            found[f"{self._prefix}/task"] = self._task
+        self._add(self._begin + (step or 0), found)
+
+    @override
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Those of the model are among those of the run, which are logged once."""
+
+    @override
+    def save(self) -> None:
+        if time.monotonic() - self._saved >= PATIENCE:
+            self._write()
+
+    def _add(self, step: int, metrics: dict[str, float]) -> None:
+        self._each(lambda logger: logger.log_metrics(metrics, step))
+
+    def _write(self) -> None:
+        self._each(lambda logger: logger.save())
+        self._saved = time.monotonic()
 
     def _each(self, work: Callable[[Logger], None]) -> None:
         for logger in list(self._loggers):
@@ -123,60 +157,8 @@ class RunLog:
         return sum(int(record["steps"]) for record in found if record is not None)
 
 
-class _TaskLogger(Logger):
-    """What a task's trainer sees of the log of a run."""
-
-    def __init__(self, run_log: RunLog, training: str, task: int, begin: int) -> None:
-        super().__init__()
-        self._log, self._task, self._begin = run_log, task, begin
-        self._place = f"train/{training}"
-
-    @property
-    @override
-    def name(self) -> str:
-        return "cl_merge"
-
-    @property
-    @override
-    def version(self) -> str:
-        return self._place
-
-    @override
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        found = {f"{self._place}/{_name(name)}": value for name, value in metrics.items()}
-        if "epoch" in metrics:  # what the module logs; rates come by themselves, for the same step
-            found[f"{self._place}/task"] = self._task
-        self._log.add(self._begin + (step or 0), found)
-
-    @override
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Those of the model are among those of the run, which are logged once."""
-
-    @override
-    def save(self) -> None:
-        self._log.save(PATIENCE)
-
-
-class _Saving(Callback):
-    """Write the log where a run may go on from, and note the steps of a task."""
-
-    def __init__(self, run_log: RunLog, training: str, task: int) -> None:
-        self._log, self._training, self._task = run_log, training, task
-
-    @override
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        # What is repeated is logged again, what is not must be there.
-        self._log.save()
-
-    @override
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._log.note_steps(self._training, self._task, trainer.global_step)
-
-
 def _name(name: str) -> str:
-    """What is called ``name`` by the module, its callbacks and Lightning is called here."""
+    """What the log calls a value that the module, its callbacks or Lightning log."""
     rate = re.fullmatch(r"lr-\w+?(?:/pg(\d+))?", name)
     if rate is None:
         return name
@@ -195,9 +177,7 @@ def _metrics(run: Run, method: str, row: int) -> dict[str, float]:
     seen = len(run.stream.tasks) if method == "zero-shot" else row + 1
     found = {}
     if counts[2, :seen].sum():
-        before = _part(run, "zero-shot", [0], seen)
-        rows = [at for at in sorted(run.matrices[method].rows) if at <= row]
-        found = _part(run, method, rows, seen).metrics(before)
+        found = _part(run, method, row, seen).metrics(_part(run, "zero-shot", 0, seen))
     width = max(len(str(len(run.stream.tasks) - 1)), 2)
     for task, (correct, aware, total) in enumerate(counts.T.tolist()):
         if total:
@@ -206,8 +186,9 @@ def _metrics(run: Run, method: str, row: int) -> dict[str, float]:
     return {name: value for name, value in found.items() if isfinite(value)}
 
 
-def _part(run: Run, method: str, rows: list[int], tasks: int) -> AccuracyMatrix:
+def _part(run: Run, method: str, last: int, tasks: int) -> AccuracyMatrix:
+    """The first columns of a method's matrix, down to a row."""
     classes = [task.classes for task in run.stream.tasks[:tasks]]
-    matrix = AccuracyMatrix(classes, len(run.stream.class_names))
-    matrix.rows = {row: run.matrices[method].rows[row][:, :tasks] for row in rows}
+    matrix, rows = AccuracyMatrix(classes, len(run.stream.class_names)), run.matrices[method].rows
+    matrix.rows = {row: rows[row][:, :tasks] for row in sorted(rows) if row <= last}
     return matrix

@@ -49,8 +49,9 @@ def read_settings(settings: Sequence[str], file: str | Path | None = None) -> Ru
 def check_same_run(config: RunConfig, saved: Path) -> None:
     """Refuse a configuration that differs, where it matters, from the saved one of a folder."""
     former = read_config([], {}, saved)
-    merging = {m.plain.name for m in compared_methods(former.method, former.compare)}
-    joins = _names(former) <= _names(config)
+    methods, now_methods = (compared_methods(c.method, c.compare) for c in (former, config))
+    merging = {method.plain.name for method in methods}
+    joins = {method.name for method in methods} <= {method.name for method in now_methods}
 
     def free(key: str) -> bool:
         """Whether a setting may differ: methods can join a run, with options of their own."""
@@ -61,26 +62,17 @@ def check_same_run(config: RunConfig, saved: Path) -> None:
     before, now = flat(asdict(former)), flat(asdict(config))
     differing = [key for key in before | now if not free(key) and before.get(key) != now.get(key)]
     if differing:
-        key, more = differing[0], len(differing) - 1
+        key, others = differing[0], len(differing) - 1
+        more = f" ({others} more settings differ)" if others else ""
         raise InputError(
             f"out={saved.parent} holds a run with {key}={before.get(key)}, not {now.get(key)}"
-            f"{f' ({more} more settings differ)' if more else ''}; name a new folder, or leave the "
-            "setting out to go on with that run"
+            f"{more}; name a new folder, or leave the setting out to go on with that run"
         )
-
-
-def unfinished_methods(config: RunConfig, folder: Path) -> set[str]:
-    """The methods of a run that its folder has no results of; all if it has not finished."""
-    return _names(config) - finished_methods(folder)
 
 
 def finished_methods(folder: Path) -> set[str]:
     """The methods that a run's folder has results of; none if no run has finished there."""
     return set((read_results(folder) or {}).get("methods", {}))
-
-
-def _names(config: RunConfig) -> set[str]:
-    return {method.name for method in compared_methods(config.method, config.compare)}
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -102,7 +94,6 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for name, value in tree.items():
-        key = f"{prefix}{name}"
-        inner = flat(value, f"{key}.") if isinstance(value, Mapping) else None
-        found |= inner if inner else {key: value}
+        inner = flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else None
+        found |= inner or {f"{prefix}{name}": value}
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,11 +54,6 @@ class FinishedRun:
         return self.found.get("statistics")
 
     @property
-    def own(self) -> bool:
-        """Whether the method is the run's own, whose weights were written as they are."""
-        return bool(self.results["method"] == self.method)
-
-    @property
     def plain(self) -> bool:
         """Whether an image encoder and the text head are all that decides."""
         return self.statistics in (None, "aligned")
@@ -104,7 +99,11 @@ def load(
         for guess in classifier.predict("seven.png")[0]:
             print(guess.name, guess.probability)
     """
-    place = checked_device(device)
+    try:
+        place = torch.empty(0, device=device or "cpu").device
+    # torch raises several kinds, with advice for its own developers.
+    except Exception as error:
+        raise InputError(f"device={device}: no such device here; expected cpu or cuda") from error
     restored = restore(read_run(folder, method))
     model = restored.model.to(place)
     if restored.voting is not None:
@@ -120,7 +119,19 @@ def read_run(folder: str | Path, method: str | None = None) -> FinishedRun:
     if chosen not in known:
         raise unknown_name(f"method of the run in '{path}'", chosen, known)
     config = read_config([], {}, path / "config.yaml")
-    run = FinishedRun(path, config, results, chosen, _class_names(path, results["tasks"]))
+    names = {  # tasks may share classes
+        label: name
+        for task in results["tasks"]
+        for label, name in zip(task["classes"], task["class_names"], strict=True)
+    }
+    missing = [str(label) for label in range(len(names)) if label not in names]
+    if missing:
+        raise InputError(
+            f"'{path / 'results.json'}' is damaged: no task has the classes {listing(missing)}; "
+            "restore it, or run again in a new folder"
+        )
+    class_names = tuple(names[label] for label in range(len(names)))
+    run = FinishedRun(path, config, results, chosen, class_names)
     _check_kept(run)
     return run
 
@@ -138,10 +149,9 @@ def restore(run: FinishedRun) -> Restored:
     head = ZeroShotHead(tensors[_HEAD], run.class_names)
     visual: nn.Module = clip.model.visual  # type: ignore[assignment]
     model = CLIPClassifier(visual, head, **asdict(run.config.optimizer)).eval()
-    base, buffers = copies(trained_parameters(model)), copies(floating_buffers(model))
+    voting = _statistics(run, model)
     if not _pretrained(run.method, run.found):
         _load_weights(model, tensors, file, run.config.model)
-    voting = _statistics(run, base, buffers)
     if voting is not None and voting.kind == "aligned":
         voting.install(model)
         voting = None
@@ -150,43 +160,23 @@ def restore(run: FinishedRun) -> Restored:
     return Restored(run, clip, model, voting)
 
 
-def checked_device(device: str | torch.device | None) -> torch.device:
-    """Make sure that there is a device; None is the CPU."""
-    try:
-        return torch.empty(0, device=device or "cpu").device
-    # torch raises several kinds, with advice for its own developers.
-    except Exception as error:
-        raise InputError(f"device={device}: no such device here; expected cpu or cuda") from error
-
-
-def _class_names(path: Path, tasks: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Names by label; tasks may share classes."""
-    names = {
-        label: name
-        for task in tasks
-        for label, name in zip(task["classes"], task["class_names"], strict=True)
-    }
-    missing = [label for label in range(len(names)) if label not in names]
-    if missing or not names:
-        raise InputError(
-            f"'{path / 'results.json'}' is damaged: no task has the classes "
-            f"{listing(map(str, missing))}; restore it, or run again in a new folder"
-        )
-    return tuple(names[label] for label in range(len(names)))
-
-
 def _check_kept(run: FinishedRun) -> None:
-    """Make sure that the weights of the method are in the folder, or can be made of what is."""
+    """Check that the weights of the method are in the folder, or can be made of what is."""
     methods, own = run.results["methods"], run.results["method"]
     if not (run.path / _WEIGHTS).is_file():
         raise InputError(
             f"the run in '{run.path}' has no {_WEIGHTS}"
             + (": method=zero-shot trains nothing" if own == "zero-shot" else "; restore it")
         )
+    # Methods that merge the same have the same weights, unless statistics are in them.
+    merges = methods[own]["merger"] is not None and methods[own].get("statistics") != "aligned"
+    same = ("training", "merger", "scale")
     kept = [
         name
         for name, found in methods.items()
-        if name == own or _pretrained(name, found) or _same_merge(found, methods[own])
+        if name == own
+        or _pretrained(name, found)
+        or (merges and all(found[key] == methods[own][key] for key in same))
     ]
     if run.method not in kept:
         raise InputError(
@@ -200,18 +190,11 @@ def _pretrained(name: str, found: Mapping[str, Any]) -> bool:
     return name == "zero-shot" or (found["merger"] is None and found.get("statistics") is not None)
 
 
-def _same_merge(found: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
-    """Whether a method has the run's own merged weights, before any statistics are in them."""
-    if own.get("statistics") == "aligned" or own["merger"] is None:
-        return False
-    return all(found[key] == own[key] for key in ("training", "merger", "scale"))
-
-
 def _load_weights(
     model: CLIPClassifier, tensors: Mapping[str, Tensor], file: Path, name: str
 ) -> None:
-    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    given = {key: tuple(value.shape) for key, value in tensors.items()}
+    wanted = {key: value.shape for key, value in model.state_dict().items()}
+    given = {key: value.shape for key, value in tensors.items()}
     wrong = sorted(key for key in wanted | given if wanted.get(key) != given.get(key))
     if wrong:
         raise InputError(
@@ -221,11 +204,10 @@ def _load_weights(
     install(model.state_dict(), tensors)
 
 
-def _statistics(
-    run: FinishedRun, base: dict[str, Tensor], buffers: dict[str, Tensor]
-) -> ClassStatistics | None:
+def _statistics(run: FinishedRun, pretrained: CLIPClassifier) -> ClassStatistics | None:
     """Make the method's class statistics of the run's file, unless the weights hold them."""
-    if run.statistics is None or (run.own and run.statistics == "aligned"):
+    own = run.method == run.results["method"]
+    if run.statistics is None or (own and run.statistics == "aligned"):
         return None
     file = RunFolder(run.path).statistics(run.method)
     made = ClassStatistics(run.statistics)
@@ -236,5 +218,6 @@ def _statistics(
             f"{len(run.class_names)}"
         )
     if run.found["merger"] is not None:  # otherwise the model holds the pre-trained weights
-        made.base, made.base_buffers = base, buffers
+        made.base = copies(trained_parameters(pretrained))
+        made.base_buffers = copies(floating_buffers(pretrained))
     return made

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from cl_merge.benchmarks.datasets.loading import task_epochs
-from cl_merge.benchmarks.methods.method import METHODS, TRAININGS, Method, Training
+from cl_merge.benchmarks.methods.method import METHODS, TRAININGS, Training
 from cl_merge.benchmarks.runs.evaluation import Evaluation
 from cl_merge.benchmarks.runs.progress import RunProgress
 from cl_merge.benchmarks.runs.run import Run, make_regularizer
@@ -46,21 +46,13 @@ def run_stream(run: Run, progress: RunProgress, tell: Tell | None = None) -> Non
         # Nothing trains: every row of the matrix is the same.
         rows |= {task.index: rows[0].clone() for task in run.stream.tasks}
         for name, methods in run.trainings.items():
-            _train(run, TRAININGS[name], methods, progress, log, tell)
+            _train(run, TRAININGS[name], Evaluation(run, methods, progress, log), tell)
         run.cost = meter.read()
 
 
-def _train(
-    run: Run,
-    training: Training,
-    methods: list[Method],
-    progress: RunProgress,
-    log: RunLog,
-    tell: Tell | None,
-) -> None:
+def _train(run: Run, training: Training, evaluation: Evaluation, tell: Tell | None) -> None:
     """Train the stream once, storing what each task changed; evaluate what shares the training."""
-    evaluation = Evaluation(run, methods, progress, log)
-    stream = evaluation.stream
+    stream, methods, progress = evaluation.stream, evaluation.methods, evaluation.progress
     for task in run.folder.finished_tasks(training.name, len(stream.tasks)):
         evaluation.after_task(task)
     if (costs := run.folder.finished_training(training.name)) is not None:
@@ -72,7 +64,7 @@ def _train(
         if training.start == "independent":
             _reset(run)
         progress.describe(f"task {task.index + 1}/{len(stream.tasks)}, {training.name}")
-        return training_trainer(run, training, task, log)
+        return training_trainer(run, training, task, evaluation.log)
 
     def after_task(end: TaskEnd) -> None:
         evaluation.after_task(end.task.index)
@@ -165,11 +157,9 @@ class StoreTask(Callback):
         names = [name for name in moved if name in buffers]
         if names and not self._told:
             log.warning(
-                "%d floating-point buffers moved during training and are not merged: %s. Methods "
-                "that merge are evaluated with those of the last task; choose with "
-                "merge.buffers=trained, base or average",
-                len(names),
-                listing(names),
+                f"{len(names)} floating-point buffers moved during training and are not merged: "
+                f"{listing(names)}. Methods that merge are evaluated with those of the last task; "
+                "choose with merge.buffers=trained, base or average"
             )
             self._told = True
         return moved

@@ -7,6 +7,7 @@ import logging
 import textwrap
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from cl_merge.cli.process import StoppedError
@@ -43,27 +44,27 @@ def run(settings: Sequence[str], file: str | None = None) -> None:
     """Learn a stream of tasks, show what merging gives, and leave a run folder."""
     from rich.console import Console
 
+    from cl_merge.benchmarks.methods.method import compared_methods
     from cl_merge.benchmarks.reports.run_pictures import draw_pictures
     from cl_merge.benchmarks.reports.run_terminal import show_results, show_start, show_task
-    from cl_merge.benchmarks.runs.settings import read_settings, unfinished_methods
+    from cl_merge.benchmarks.runs.settings import finished_methods, read_settings
     from cl_merge.training.journal import is_first_process
 
     config = read_settings(settings, file)
     console = Console(quiet=not is_first_process(), highlight=False)
     folder = Path(config.out).expanduser() if config.out else None
-    if folder is not None and not unfinished_methods(config, folder):
-        if is_first_process():
-            console.print(f"{folder} holds this run, finished; nothing is left to do", markup=False)
-            show_results(console, folder)
+    names = {method.name for method in compared_methods(config.method, config.compare)}
+    if folder is not None and names <= finished_methods(folder):
+        console.print(f"{folder} holds this run, finished; nothing is left to do", markup=False)
+        show_results(console, folder)
         return
     _quieten()
     show_messages(console)
     # What follows loads torch's libraries and a model, which takes seconds: wrong settings first.
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    from cl_merge.benchmarks.runs.outcome import collect_results
     from cl_merge.benchmarks.runs.progress import RunProgress
-    from cl_merge.benchmarks.runs.run import count_batches, start_run
+    from cl_merge.benchmarks.runs.run import collect_results, count_batches, start_run
     from cl_merge.benchmarks.runs.training import run_stream
 
     started = start_run(config)
@@ -92,11 +93,12 @@ def _key_help() -> str:
     from cl_merge.config.schema import default_of, described_keys
     from cl_merge.mergers import MERGERS
 
+    wrapped = partial(textwrap.wrap, width=100, break_on_hyphens=False)
     lines = ["settings:"]
     for key, about in described_keys().items():
         default = default_of(key)
         shown = f"  [{default}]" if default is not None else ""
-        lines += _wrapped(f"  {key:<26}{about}{shown}", indent=28)
+        lines += wrapped(f"  {key:<26}{about}{shown}", subsequent_indent=" " * 28)
     others = [name for name in MERGERS if name not in METHODS]
     for text in (
         "data sets: " + ", ".join(catalog()),
@@ -106,12 +108,8 @@ def _key_help() -> str:
         "what merges may end in -statistics, for class statistics beside the text head, or in "
         "-aligned, for those inside the image projection, as in ties-aligned",
     ):
-        lines += ["", *_wrapped(text, indent=2)]
+        lines += ["", *wrapped(text, subsequent_indent="  ")]
     return "\n".join(lines) + "\n"
-
-
-def _wrapped(text: str, indent: int) -> list[str]:
-    return textwrap.wrap(text, 100, subsequent_indent=" " * indent, break_on_hyphens=False)
 
 
 def _quieten() -> None:

@@ -9,9 +9,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cl_merge import load_clip
-from cl_merge.benchmarks.runs.outcome import collect_results
 from cl_merge.benchmarks.runs.progress import RunProgress
-from cl_merge.benchmarks.runs.run import count_batches, start_run
+from cl_merge.benchmarks.runs.run import collect_results, count_batches, start_run
 from cl_merge.benchmarks.runs.settings import read_settings
 from cl_merge.benchmarks.runs.training import run_stream
 from cl_merge.cli import main

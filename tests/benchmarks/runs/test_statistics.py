@@ -18,9 +18,8 @@ from safetensors.torch import load_file
 from stopping import stop_at_evaluation
 
 from cl_merge import TaskVector, cli, load_clip, merge
-from cl_merge.benchmarks.runs.outcome import collect_results
 from cl_merge.benchmarks.runs.progress import RunProgress
-from cl_merge.benchmarks.runs.run import count_batches, start_run
+from cl_merge.benchmarks.runs.run import collect_results, count_batches, start_run
 from cl_merge.benchmarks.runs.settings import read_settings
 from cl_merge.benchmarks.runs.training import run_stream
 from cl_merge.class_statistics import Discriminant, StreamStatistics
