@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any, cast
@@ -10,30 +11,9 @@ from cl_merge.benchmarks.export.comparing import check_features
 from cl_merge.benchmarks.export.side_files import preprocessing
 from cl_merge.benchmarks.runs.trained_run import FinishedRun, Restored
 from cl_merge.config.schema import RunConfig
+from cl_merge.models import lite
 from cl_merge.models.pretrained import resolve
 from cl_merge.storage.files import save_tensors
-
-# `lite` as in `cl_merge.models.lite`, with the public names of what it is made of; its package
-# holds these weights under a name of its own.
-_LITE_TEXT = "sentence-transformers/all-MiniLM-L6-v2"
-_LITE = {
-    "embed_dim": 384,
-    "vision_cfg": {
-        "timm_model_name": "tf_efficientnet_lite0",
-        "timm_model_pretrained": False,
-        "timm_pool": "avg",
-        "timm_proj": "linear",
-        "image_size": 224,
-    },
-    "text_cfg": {
-        "hf_model_name": _LITE_TEXT,
-        "hf_tokenizer_name": _LITE_TEXT,
-        "hf_model_pretrained": False,
-        "hf_pooler_type": "mean_pooler",
-        "hf_proj_type": None,
-        "context_length": 256,
-    },
-}
 
 
 def reason(run: FinishedRun) -> str | None:
@@ -56,7 +36,7 @@ def model_config(config: RunConfig) -> dict[str, Any]:
     import open_clip
 
     if config.model == "lite":
-        found: dict[str, Any] = json.loads(json.dumps(_LITE))
+        found = copy.deepcopy(lite.CONFIG)
     else:
         source = resolve(config.model)
         found = open_clip.get_model_config(source.config)
@@ -79,7 +59,7 @@ def write(restored: Restored, folder: Path) -> None:
         config["text_cfg"]["hf_model_name"] = str(folder)
         _write_config(content, folder)
         _check(restored, folder)
-        config["text_cfg"]["hf_model_name"] = _LITE_TEXT
+        config["text_cfg"]["hf_model_name"] = config["text_cfg"]["hf_tokenizer_name"]
         _write_config(content, folder)
     else:
         save_tokenizer = getattr(restored.clip.tokenizer, "save_pretrained", None)
@@ -92,9 +72,7 @@ def write(restored: Restored, folder: Path) -> None:
 def _write_lite_text(restored: Restored, folder: Path) -> None:
     from transformers import AutoTokenizer
 
-    from cl_merge.models.lite import _packaged_weights
-
-    _, source = _packaged_weights()
+    _, source = lite.packaged_weights()
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     cast(Any, restored.clip.model).text.config.save_pretrained(folder)
 

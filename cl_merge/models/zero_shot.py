@@ -20,7 +20,7 @@ class ZeroShotHead(nn.Module):
     """Classify image features by the text embeddings of the classes' names.
 
     The logit of class c is ``exp(logit_scale) * cos(image, text_c)``; there is no bias. The rows
-    are a buffer, so nothing in the head trains, and the text tower is not needed any more.
+    are a buffer: nothing in the head trains.
 
     Args:
         weight: ``[C, D]``, one row per class: its unit text embedding times ``exp(logit_scale)``.
@@ -103,8 +103,8 @@ def zero_shot_head(
         The head, on the device of the model.
 
     Raises:
-        InputError: If a name is empty or repeats, if a template has no ``{}`` or several, or if the
-            batch size is not positive.
+        InputError: If a name is empty or repeats, a template has no ``{}`` or several, or the batch
+            size is not positive.
 
     Example:
         >>> clip = load_clip("glyph")  # doctest: +SKIP
@@ -132,26 +132,22 @@ def zero_shot_head(
         if sums is None:
             sums = rows.new_zeros(len(names), rows.shape[1])
         sums.index_add_(0, owners[start : start + batch_size], rows)
-    assert sums is not None  # noqa: S101  (there is a class and a template, hence a batch)
+    assert sums is not None  # noqa: S101 - there is a class and a template, hence a batch
     return ZeroShotHead(F.normalize(sums, dim=-1) * model.logit_scale.float().exp(), names)
 
 
 def _checked_class_names(class_names: Sequence[str]) -> tuple[str, ...]:
     if isinstance(class_names, str):
-        raise InputError(
-            f"class names must be a list of strings, not the one string {class_names!r}"
-        )
+        raise InputError(f"class names must be a list of strings, not the string {class_names!r}")
     names = tuple(class_names)
     if not names:
         raise InputError("no class names: a zero-shot head needs at least one")
     for position, name in enumerate(names):
         if not isinstance(name, str) or not name.strip():
             raise InputError(f"class name {position} is {name!r}; expected a non-empty string")
-    repeated = [name for name, count in Counter(names).items() if count > 1]
+    repeated = [repr(name) for name, count in Counter(names).items() if count > 1]
     if repeated:
-        raise InputError(
-            f"class names must differ, but these repeat: {', '.join(map(repr, repeated))}"
-        )
+        raise InputError(f"class names must differ, but these repeat: {', '.join(repeated)}")
     return names
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from cl_merge.errors import InputError
-from cl_merge.models.lite import _load_image_weights, _packaged_weights, projection
+from cl_merge.models.lite import _load_image_weights, packaged_weights, projection
 from cl_merge.models.pretrained import load_clip
 from cl_merge.models.zero_shot import zero_shot_head
 
@@ -33,7 +33,7 @@ def refuse_network(*_):
 
 @pytest.fixture
 def image_weights():
-    return torch.load(_packaged_weights()[0], weights_only=True)
+    return torch.load(packaged_weights()[0], weights_only=True)
 
 
 def test_projection_matches_ridge_regression_by_least_squares():
@@ -81,7 +81,7 @@ def test_projected_names_point_where_the_classifier_does(clip, image_weights):
 def test_text_tower_is_the_mean_over_tokens_of_the_sentence_encoder(clip):
     from transformers import AutoTokenizer, BertModel
 
-    folder = str(_packaged_weights()[1])
+    folder = str(packaged_weights()[1])
     tokenizer, encoder = AutoTokenizer.from_pretrained(folder), BertModel.from_pretrained(folder)
     texts = ["a dog", "a photo of an extraordinarily long-necked giraffe.", "7"]
     expected = []

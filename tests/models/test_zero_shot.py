@@ -113,7 +113,7 @@ def test_a_model_in_training_mode_is_put_in_evaluation_mode(clip):
         (["a", " "], "class name 1 is ' '; expected a non-empty string"),
         (["a", 7], "class name 1 is 7; expected a non-empty string"),
         (["a", "b", "a", "c", "b"], "class names must differ, but these repeat: 'a', 'b'"),
-        ("cat", "class names must be a list of strings, not the one string 'cat'"),
+        ("cat", "class names must be a list of strings, not the string 'cat'"),
     ],
 )
 def test_wrong_class_names_are_named(clip, names, message):
