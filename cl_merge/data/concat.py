@@ -68,30 +68,22 @@ def concat(data: Sequence[NamedSplits]) -> tuple[dict[str, datasets.Dataset], li
             "and each once"
         )
     labels, names = zip(*map(_labels, data), strict=True)
-    features = datasets.Features(
-        {
-            "label": datasets.ClassLabel(
-                names=[f"{d.name}: {c}" for d, own in zip(data, names, strict=True) for c in own]
-            ),
-            "source": datasets.ClassLabel(names=[d.name for d in data]),
-        }
-    )
+    classes = [f"{d.name}: {c}" for d, own in zip(data, names, strict=True) for c in own]
+    label = datasets.ClassLabel(names=classes)
+    source = datasets.ClassLabel(names=[d.name for d in data])
+    features = datasets.Features({"label": label, "source": source})
     first_label = [0, *accumulate(map(len, names))]
     parts = []
     for index, own in enumerate(data):
         # Columns first, then the division: to add one to a part would copy its images.
         labelled = {}
         for split, found in labels[index].items():
-            columns = {"label": found + first_label[index], "source": np.full(len(found), index)}
-            labelled[split] = _beside_images(
-                own.splits[split], own.image, datasets.Dataset.from_dict(columns, features)
-            )
+            values = {"label": found + first_label[index], "source": np.full(len(found), index)}
+            columns = datasets.Dataset.from_dict(values, features)
+            labelled[split] = _beside_images(own.splits[split], own.image, columns)
         parts.append(own.divided(labelled))
-    train, test = zip(*parts, strict=True)
-    return {
-        "train": datasets.concatenate_datasets(list(train)),
-        "test": datasets.concatenate_datasets(list(test)),
-    }, list(names)
+    train, test = (datasets.concatenate_datasets(list(own)) for own in zip(*parts, strict=True))
+    return {"train": train, "test": test}, list(names)
 
 
 def _labels(data: NamedSplits) -> tuple[dict[str, Indices], list[str]]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
 from cl_merge.data.sampling import Draw, generators_kept, seed_generators
 from cl_merge.data.tasks import Indices
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     import datasets
 
 Transform: TypeAlias = Callable[[Image.Image], Tensor]
-
-# Decoded images are kept in memory up to this many bytes, unless the user says otherwise.
-CACHE_BYTES = 1 << 30
 
 
 class Sample(NamedTuple):
@@ -89,8 +86,17 @@ class ImageTable:
 
     def image(self, row: int) -> Image.Image:
         """Decode one image to RGB; `InputError` if its bytes are no image."""
-        kept = self._decoded.get(row)
-        return self._decode(row) if kept is None else kept
+        if row in self._decoded:
+            return self._decoded[row]
+        column = self._columns["image"]
+        try:
+            return as_rgb(self._rows[int(row)][column])
+        # Readers of image formats raise whatever damaged bytes lead them to.
+        except Exception as error:
+            raise InputError(
+                f"row {row} of the {self.where} split, column '{column}', is no readable "
+                f"image ({error}); remove the row or replace the file"
+            ) from error
 
     def keep_decoded(self, rows: Indices) -> None:
         """Decode images once and keep them, so that later epochs do not decode again."""
@@ -101,17 +107,6 @@ class ImageTable:
         """Estimate how many bytes so many decoded images take, from the first few of the split."""
         first = [self.image(row) for row in range(min(len(self), 8))]
         return sum(3 * i.width * i.height for i in first) * count // max(len(first), 1)
-
-    def _decode(self, row: int) -> Image.Image:
-        column = self._columns["image"]
-        try:
-            return as_rgb(self._rows[int(row)][column])
-        # Readers of image formats raise whatever damaged bytes lead them to.
-        except Exception as error:
-            raise InputError(
-                f"row {row} of the {self.where} split, column '{column}', is no readable "
-                f"image ({error}); remove the row or replace the file"
-            ) from error
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -182,22 +177,16 @@ class ImageDataset(Dataset[Sample]):
 
 
 class TensorSamples(Dataset[Sample]):
-    """Samples in memory: images, float32 [N, 3, H, W], labels and tasks, int64 [N]."""
+    """The samples of a data set in memory; its transform draws no random numbers."""
 
-    def __init__(self, images: Tensor, labels: Tensor, tasks: Tensor) -> None:
-        self._samples = TensorDataset(images, labels, tasks)
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, index: int) -> Sample:
-        return Sample(*self._samples[index])
-
-    @classmethod
-    def of(cls, dataset: ImageDataset, *, num_workers: int = 0) -> TensorSamples:
-        """Transform every image of a data set once; the transform draws no random numbers."""
+    def __init__(self, dataset: ImageDataset, num_workers: int) -> None:
         # Making an iterator draws a number; not from the global generator, which training uses.
         own = torch.Generator()
         loader = DataLoader(dataset, batch_size=64, num_workers=num_workers, generator=own)
-        images, labels, tasks = zip(*loader, strict=True)
-        return cls(torch.cat(images), torch.cat(labels), torch.cat(tasks))
+        self._columns = [torch.cat(batches) for batches in zip(*loader, strict=True)]
+
+    def __len__(self) -> int:
+        return len(self._columns[0])
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(*(column[index] for column in self._columns))

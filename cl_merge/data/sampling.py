@@ -33,12 +33,10 @@ class Draw(NamedTuple):
 class StreamSampler(DistributedSampler[Draw]):
     """Shuffle the images of a task, each with a seed for its augmentation.
 
-    Order and seeds are functions of (seed, task, epoch, image) alone. A run that is resumed at an
-    epoch, any number of workers and any number of processes see the same images: batch k of W
-    processes with b images each holds what batch k of one process with W * b images holds. If W
-    does not divide the images, the first of the order come twice.
-
-    Being a `DistributedSampler`, it is told each epoch by Lightning and left alone otherwise.
+    Order and seeds are functions of (seed, task, epoch, image) alone, whatever the workers and
+    processes, and when a run resumes: batch k of W processes with b images each holds what batch k
+    of one process with W * b images holds. If W does not divide the images, the first of the order
+    come twice. Lightning tells it the epoch, as it is a `DistributedSampler`.
 
     Args:
         dataset: The images of the task.

@@ -101,7 +101,9 @@ def _read_local(path: Path) -> Mapping[str, datasets.Dataset]:
         if (path / "dataset_dict.json").exists():
             saved: Mapping[str, datasets.Dataset] = datasets.load_from_disk(str(path))
             return saved
-        parquet = _parquet_splits(path)
+        parquet: dict[str, list[str]] = {}
+        for file in sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")]):
+            parquet.setdefault(file.stem.split("-")[0], []).append(str(file))
         if parquet:
             return _load("parquet", data_files=parquet)
         return _load("imagefolder", data_dir=str(path))
@@ -112,13 +114,6 @@ def _read_local(path: Path) -> Mapping[str, datasets.Dataset]:
             f"{path}: cannot be read as a data set ({reason}); expected parquet files, or images "
             "in train/CLASS/ and test/CLASS/"
         ) from error
-
-
-def _parquet_splits(folder: Path) -> dict[str, list[str]]:
-    splits: dict[str, list[str]] = {}
-    for file in sorted([*folder.glob("*.parquet"), *folder.glob("data/*.parquet")]):
-        splits.setdefault(file.stem.split("-")[0], []).append(str(file))
-    return splits
 
 
 def _read_hub(source: str, revision: str | None, local_copy: str) -> Mapping[str, datasets.Dataset]:

@@ -81,7 +81,15 @@ def with_domains(rows: datasets.Dataset, image: str, pattern: str) -> datasets.D
     """
     import datasets
 
-    expression = _compiled(pattern)
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"domain_pattern={pattern}: no regular expression ({error})") from error
+    if expression.groups < 1:
+        raise InputError(
+            f"domain_pattern={pattern} has no group; put the part that is the domain in "
+            "parentheses, as in ([a-z]+)_[0-9]+"
+        )
     if image not in rows.column_names:
         raise unknown_name("column of images", image, rows.column_names)
     files = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
@@ -98,19 +106,6 @@ def with_domains(rows: datasets.Dataset, image: str, pattern: str) -> datasets.D
         domains.append(found[1])
     with without_bars():
         return rows.add_column("domain", domains)
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        found = re.compile(pattern)
-    except re.error as error:
-        raise InputError(f"domain_pattern={pattern}: no regular expression ({error})") from error
-    if found.groups < 1:
-        raise InputError(
-            f"domain_pattern={pattern} has no group; put the part that is the domain in "
-            "parentheses, as in ([a-z]+)_[0-9]+"
-        )
-    return found
 
 
 def _indices(table: ImageTable, column: str, names: list[str]) -> Indices:
@@ -134,9 +129,8 @@ def _indices(table: ImageTable, column: str, names: list[str]) -> Indices:
 
 def check_range(values: Indices, number: int, owner: str, kind: str = "label") -> None:
     """Make sure that labels, or domains, are from 0 to below a number of classes."""
-    wrong = sorted({int(v) for v in np.unique(values) if not 0 <= v < number})
+    wrong = [str(value) for value in np.unique(values) if not 0 <= value < number]
     if wrong:
         raise InputError(
-            f"{owner} has {kind}s outside the head: {listing(map(str, wrong))}; expected "
-            f"0 to {number - 1}"
+            f"{owner} has {kind}s outside the head: {listing(wrong)}; expected 0 to {number - 1}"
         )

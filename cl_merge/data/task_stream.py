@@ -14,14 +14,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 from torchvision.transforms.functional import to_tensor
 from typing_extensions import override
 
-from cl_merge.data.images import (
-    CACHE_BYTES,
-    ImageDataset,
-    ImageTable,
-    Sample,
-    TensorSamples,
-    Transform,
-)
+from cl_merge.data.images import ImageDataset, ImageTable, Sample, TensorSamples, Transform
 from cl_merge.data.sampling import ShareSampler, StreamLoader, StreamSampler
 from cl_merge.data.sources import read_images
 from cl_merge.data.tables import indices_of, two_splits, with_domains
@@ -46,6 +39,10 @@ if TYPE_CHECKING:
     import datasets
 
 
+# Images are kept in memory up to this many bytes, unless the user says otherwise.
+CACHE_BYTES = 1 << 30
+
+
 class TaskStream(L.LightningDataModule):
     """Split a labelled image data set into tasks and show them one after another.
 
@@ -54,7 +51,7 @@ class TaskStream(L.LightningDataModule):
     are `Sample` tuples ``(image, label, task)``.
 
     The order of the training images and what their augmentation draws depend on seed, task, epoch
-    and image only: not on the number of workers or processes, nor on whether a run was resumed.
+    and image only: not on workers, processes or whether a run was resumed.
 
     Args:
         data: A folder, parquet file or hub id (see `read_images`), or the splits themselves as a
@@ -65,8 +62,7 @@ class TaskStream(L.LightningDataModule):
             classes), ``"source"`` (a task per data set of several joined ones, with the classes of
             that data set) or ``"data"`` (random parts of the images).
         order: Order of the classes, the domains or the data sets: ``"natural"``, a seed, or a list
-            of indices or names. An order is a list, never a hidden draw: `Task.class_names` says
-            which it was.
+            of indices or names. `Task.class_names` says which it was.
         image: The column with the images.
         label: The column with the labels.
         domain: The column with the domains, or with the names of the data sets that were joined;
@@ -76,8 +72,8 @@ class TaskStream(L.LightningDataModule):
         train_split: Name of the split to train on.
         test_split: Name of the split to test on.
         test_fraction: Share of the training split to hold out as test images where the data set has
-            no test split, drawn from `split_seed`.
-        split_seed: Which share; None for `seed`.
+            no test split.
+        split_seed: Draws that share; None for `seed`.
         revision: Which commit of a hub data set.
         images_per_class: Train on at most so many images of each class, drawn from `seed`.
         held_out: Share of each task's training images not to train on, drawn from `seed` for each
@@ -95,12 +91,14 @@ class TaskStream(L.LightningDataModule):
 
     Attributes:
         tasks: All tasks, in order.
+        test_tasks: The tasks that test images count for: `tasks`, or in a joint stream those
+            joined.
         class_names: The names of all classes; the index is the global label.
+        images_read: How many images the splits ``train`` and ``test`` have, whatever tasks use.
 
     Raises:
         InputError: If a column or split is missing, labels lie outside the head, there are more
-            tasks than classes, a task has no training or test image, or another argument cannot
-            be.
+            tasks than classes, a task has no training or test image, or another argument cannot be.
 
     Example::
 
@@ -158,10 +156,12 @@ class TaskStream(L.LightningDataModule):
         train, test = two_splits(splits, train_split, test_split, test_fraction, chosen)
         self._train = ImageTable(train, image, label, domain, where=train_split)
         self._test = ImageTable(test, image, label, domain, where=test_split)
+        self.images_read = {"train": len(train), "test": len(test)}
         self._train_labels, self._test_labels, self.class_names = indices_of(
             self._train, self._test, "label"
         )
-        self._transforms = {"train": train_transform, "test": test_transform}
+        self._train_transform = train_transform
+        self._test_transform = test_transform
         self.batch_size = batch_size
         self.num_workers = num_workers
         self._cache = cache
@@ -172,26 +172,16 @@ class TaskStream(L.LightningDataModule):
             self.tasks = limited_tasks(self.tasks, self._train_labels, images_per_class, seed)
         if held_out != 0:
             self.tasks = held_out_tasks(self.tasks, self._train_labels, held_out, seed)
+        self.test_tasks = self.tasks
         self._current = 0
-        self._original: list[Task] | None = None
         self._test_samples: ImageDataset | TensorSamples | None = None
         # By task; a joint stream has its own.
         self._held_out: dict[int, ImageDataset | TensorSamples] = {}
 
     @property
-    def images_read(self) -> dict[str, int]:
-        """How many images the splits ``train`` and ``test`` have, whatever the tasks use."""
-        return {"train": len(self._train), "test": len(self._test)}
-
-    @property
     def task(self) -> Task:
         """The task that the training loader shows."""
         return self.tasks[self._current]
-
-    @property
-    def test_tasks(self) -> list[Task]:
-        """The tasks that test images count for: `tasks`, or in a joint stream those joined."""
-        return self.tasks if self._original is None else self._original
 
     @property
     def row(self) -> int:
@@ -209,7 +199,6 @@ class TaskStream(L.LightningDataModule):
             fit_stream(model, stream.joint(), trainer={"max_epochs": 3})
         """
         joint = copy.copy(self)
-        joint._original = list(self.test_tasks)
         joint._current = 0
         joint._held_out = {}
         joint.tasks = [joint_task(self.tasks, self.class_names)]
@@ -229,26 +218,34 @@ class TaskStream(L.LightningDataModule):
         Lightning tells the sampler the epoch; in a loop of one's own, say
         ``loader.sampler.set_epoch(epoch)``.
         """
-        self._keep_decoded()
-        dataset = self._images_of(self.task.train, self.task, "train")
-        # For the seeds of workers: the task's own, so that what came before changes nothing.
-        generator = torch.Generator().manual_seed(
-            derive_seed("workers", self._seed, self.task.index)
+        dataset = self._images_of(self.task, self._train_transform)
+        task, (rank, world) = self.task.index, self._rank_and_world()
+        sampler: Sampler[Any] = (
+            StreamSampler(dataset, seed=self._seed, task=task, num_replicas=world, rank=rank)
+            if self._sampler is None
+            else self._sampler(dataset)
         )
         return StreamLoader(
             dataset,
             batch_size=self.batch_size,
-            sampler=self._shuffled(dataset) if self._sampler is None else self._sampler(dataset),
+            sampler=sampler,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
-            generator=generator,
+            # For the seeds of workers: the task's own, so that what came before changes nothing.
+            generator=torch.Generator().manual_seed(derive_seed("workers", self._seed, task)),
         )
 
     @override
     def test_dataloader(self) -> DataLoader[Sample]:
         """Load the test images of every task, each exactly once over all processes."""
         if self._test_samples is None:
-            self._test_samples = self._prepare_test()
+            tasks = np.full(len(self._test), -1)
+            for task in self.test_tasks:
+                tasks[task.test] = task.index
+            rows = np.flatnonzero(tasks >= 0)
+            transform = self._test_transform
+            dataset = ImageDataset(self._test, rows, self._test_labels, tasks, transform)
+            self._test_samples = self._in_memory(dataset, len(rows))
         return self._ordered_loader(self._test_samples)
 
     def held_out_dataloader(self) -> DataLoader[Sample]:
@@ -273,7 +270,7 @@ class TaskStream(L.LightningDataModule):
             if task.index not in self._held_out:
                 # The limit is for the images of all tasks, which are in memory together at the end.
                 images = sum(len(other.held_out) for other in self.tasks)
-                dataset = self._images_of(task.held_out, task, "test")
+                dataset = self._dataset(task.held_out, task, self._test_transform)
                 self._held_out[task.index] = self._in_memory(dataset, images)
         return self._ordered_loader(ConcatDataset([self._held_out[t.index] for t in seen]))
 
@@ -284,8 +281,7 @@ class TaskStream(L.LightningDataModule):
             A loader that shows each image exactly once over all processes, in a fixed order, with
             the transform of the tests.
         """
-        self._keep_decoded()
-        return self._ordered_loader(self._images_of(self.task.train, self.task, "test"))
+        return self._ordered_loader(self._images_of(self.task, self._test_transform))
 
     @override
     def predict_dataloader(self) -> DataLoader[Sample]:
@@ -321,12 +317,6 @@ class TaskStream(L.LightningDataModule):
             return split_by_domain(train, test, names, domain_names, order=order)
         return split_by_source((train, test), labels, names, domain_names, order=order)
 
-    def _shuffled(self, dataset: ImageDataset) -> StreamSampler:
-        rank, world = self._rank_and_world()
-        return StreamSampler(
-            dataset, seed=self._seed, task=self.task.index, num_replicas=world, rank=rank
-        )
-
     def _ordered_loader(self, samples: Dataset[Sample]) -> DataLoader[Sample]:
         """Load in a fixed order this process's share; `Trainer` would repeat images to pad it."""
         rank, world = self._rank_and_world()
@@ -348,35 +338,24 @@ class TaskStream(L.LightningDataModule):
         trainer = self.trainer
         return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
 
-    def _images_of(self, rows: Indices, task: Task, transform: str) -> ImageDataset:
-        """Training images that belong to a task, with the transform of training or of tests."""
-        tasks = np.full(len(self._train), task.index)
-        return ImageDataset(
-            self._train, rows, self._train_labels, tasks, self._transforms[transform]
-        )
+    def _images_of(self, task: Task, transform: Transform) -> ImageDataset:
+        """A task's training images, decoded once if those of all tasks fit in memory."""
+        images = sum(len(task.train) for task in self.tasks)
+        if self._fits(lambda: self._train.decoded_bytes(images)):
+            self._train.keep_decoded(task.train)
+        return self._dataset(task.train, task, transform)
 
-    def _prepare_test(self) -> ImageDataset | TensorSamples:
-        tasks = np.full(len(self._test), -1)
-        for task in self.test_tasks:
-            tasks[task.test] = task.index
-        rows = np.flatnonzero(tasks >= 0)
-        transform = self._transforms["test"]
-        dataset = ImageDataset(self._test, rows, self._test_labels, tasks, transform)
-        return self._in_memory(dataset, len(rows))
+    def _dataset(self, rows: Indices, task: Task, transform: Transform) -> ImageDataset:
+        tasks = np.full(len(self._train), task.index)
+        return ImageDataset(self._train, rows, self._train_labels, tasks, transform)
 
     def _in_memory(self, dataset: ImageDataset, images: int) -> ImageDataset | TensorSamples:
         """Transform the images once, if so many of them fit in memory."""
-        if len(dataset) and self._use_cache(lambda: dataset[0].image.nbytes * images):
-            return TensorSamples.of(dataset, num_workers=self.num_workers)
+        if len(dataset) and self._fits(lambda: dataset[0].image.nbytes * images):
+            return TensorSamples(dataset, self.num_workers)
         return dataset
 
-    def _keep_decoded(self) -> None:
-        """Decode the current task's training images once, if those of all tasks fit in memory."""
-        images = sum(len(task.train) for task in self.tasks)
-        if self._use_cache(lambda: self._train.decoded_bytes(images)):
-            self._train.keep_decoded(self.task.train)
-
-    def _use_cache(self, needed: Callable[[], int]) -> bool:
+    def _fits(self, needed: Callable[[], int]) -> bool:
         return needed() <= CACHE_BYTES if self._cache == "auto" else self._cache
 
 

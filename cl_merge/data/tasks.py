@@ -1,7 +1,4 @@
-"""How a data set becomes a stream: the tasks, and the four ways to split.
-
-Everything here works on label arrays: no image is decoded to make a split.
-"""
+"""How a data set becomes a stream: the tasks, and the four ways to split; no image is decoded."""
 
 from __future__ import annotations
 
@@ -31,8 +28,8 @@ class Task:
     Attributes:
         index: Position in the stream, from 0.
         name: What the task is called in tables: its classes, domain, data set or part.
-        classes: Global labels of the task's classes, in the order in which they come. They are also
-            the rows of the classification head.
+        classes: Global labels of the task's classes in their order, which are also the rows of the
+            classification head.
         class_names: The names of those classes.
         train: Rows of the training set that belong to the task, int64, ascending.
         test: Rows of the test set that belong to the task, int64, ascending.
@@ -64,8 +61,8 @@ class Task:
 def parts(length: int, number: int) -> list[slice]:
     """Cut a sequence into consecutive parts of nearly equal length; together they cover it once.
 
-    Part k is ``[floor(length / number * k), floor(length / number * (k + 1)))``, in exact integer
-    arithmetic: in floating point some pairs, 100 classes in 97 tasks for one, lose the last one.
+    Part k is ``[floor(length / number * k), floor(length / number * (k + 1)))``, in integers: in
+    floating point some pairs, 100 classes in 97 tasks for one, lose the last one.
 
     Example:
         >>> parts(7, 3)
@@ -107,8 +104,9 @@ def resolve_order(order: Order, names: Sequence[str], what: str) -> list[int]:
             f"every {what}"
         )
     indices = [_index_of(item, names, what) for item in order]
-    missing = [names[i] for i in range(len(names)) if i not in set(indices)]
-    repeated = [names[i] for i in sorted(set(indices)) if indices.count(i) > 1]
+    counts = Counter(indices)
+    missing = [name for index, name in enumerate(names) if counts[index] == 0]
+    repeated = [name for index, name in enumerate(names) if counts[index] > 1]
     if missing or repeated:
         raise InputError(
             f"the {what} order must hold each {what} once, {len(names)} in all; "
@@ -172,9 +170,6 @@ def split_by_domain(
         domain_names: The names of the D domains; each becomes one task.
         order: The order in which domains come, see `resolve_order`.
 
-    Returns:
-        One task per domain.
-
     Raises:
         InputError: If a domain has no training or no test image.
     """
@@ -193,7 +188,7 @@ def split_by_source(
     *,
     order: Order = "natural",
 ) -> list[Task]:
-    """Split joined data sets into what they were: every task is one, with its own classes.
+    """Split joined data sets into what they were: every task is one, with the classes it shows.
 
     Args:
         sources: Which data set each training and each test image is from, int64 [N] and [M].
@@ -201,9 +196,6 @@ def split_by_source(
         class_names: The names of the classes of all data sets.
         source_names: The names of the S data sets; each becomes one task.
         order: The order in which the data sets come, see `resolve_order`.
-
-    Returns:
-        One task per data set; its classes are those that its images show.
 
     Raises:
         InputError: If a data set has no training or no test image, or shares a class with another.
@@ -237,14 +229,11 @@ def split_by_data(
         train_size: Number of training images.
         test_size: Number of test images.
         class_names: The names of the C classes.
-        tasks: Number of tasks, at most the number of training images.
+        tasks: Number of tasks.
         seed: Which random parts.
 
-    Returns:
-        The tasks.
-
     Raises:
-        InputError: If there are more tasks than training images.
+        InputError: If there are more tasks than training or than test images.
     """
     random = np.random.default_rng(seed)
     dealt = []
@@ -272,11 +261,12 @@ def joint_task(tasks: Sequence[Task], class_names: Sequence[str]) -> Task:
 
 
 def limited_tasks(tasks: Sequence[Task], labels: Indices, limit: int, seed: int) -> list[Task]:
-    """Train on at most `limit` images of each class."""
+    """Train on at most `limit` images of each class, chosen at random."""
     if limit < 1:
         raise InputError(f"images_per_class={limit}; expected 1 or more")
-    kept = limit_per_class(labels, limit, seed)
-    return [replace(task, train=np.intersect1d(task.train, kept)) for task in tasks]
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    kept = [shuffled[labels[shuffled] == label][:limit] for label in np.unique(labels)]
+    return [replace(task, train=np.intersect1d(task.train, np.concatenate(kept))) for task in tasks]
 
 
 def held_out_tasks(tasks: Sequence[Task], labels: Indices, share: float, seed: int) -> list[Task]:
@@ -291,20 +281,12 @@ def held_out_tasks(tasks: Sequence[Task], labels: Indices, share: float, seed: i
     return found
 
 
-def limit_per_class(labels: Indices, limit: int, seed: int) -> Indices:
-    """Choose at most `limit` images of each class at random: their rows, ascending."""
-    shuffled = np.random.default_rng(seed).permutation(len(labels))
-    chosen = [shuffled[labels[shuffled] == label][:limit] for label in np.unique(labels)]
-    return np.sort(np.concatenate(chosen))
-
-
 def hold_out(labels: Indices, share: float, seed: int) -> NDArray[np.bool_]:
     """Choose a share of the images of each class, at random.
 
     Args:
         labels: Labels, int64 [N].
-        share: Which share, 0 to 1. At least one image is chosen of a class that has two or more,
-            and at least one is left.
+        share: Which share, 0 to 1; at least one image of a class with two or more, but not all.
         seed: Which images.
 
     Returns:
@@ -331,17 +313,11 @@ def _tasks(
     test: Indices,
 ) -> list[Task]:
     """Make tasks of their names, classes, and which of them each training and test image is for."""
-    return [
-        Task(
-            index,
-            name,
-            tuple(own),
-            tuple(class_names[c] for c in own),
-            np.flatnonzero(train == index),
-            np.flatnonzero(test == index),
-        )
-        for index, (name, own) in enumerate(zip(names, classes, strict=True))
-    ]
+    tasks = []
+    for index, (name, own) in enumerate(zip(names, classes, strict=True)):
+        rows = np.flatnonzero(train == index), np.flatnonzero(test == index)
+        tasks.append(Task(index, name, tuple(own), tuple(class_names[c] for c in own), *rows))
+    return tasks
 
 
 def _index_of(item: int | str, names: Sequence[str], what: str) -> int:

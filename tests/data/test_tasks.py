@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cl_merge.data.tasks import (
+    Task,
     hold_out,
-    limit_per_class,
+    limited_tasks,
     parts,
     resolve_order,
     split_by_class,
@@ -130,8 +131,9 @@ def test_data_parts_are_random_disjoint_and_reproducible():
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=80), st.integers(1, 10), st.integers(0, 9))
 def test_the_limit_keeps_exactly_so_many_of_each_class(labels, limit, seed):
-    labels = np.array(labels)
-    kept = limit_per_class(labels, limit, seed)
+    labels, rows = np.array(labels), np.arange(len(labels))
+    [limited] = limited_tasks([Task(0, "all", (), (), rows, rows)], labels, limit, seed)
+    kept = limited.train
     for label in set(labels.tolist()):
         assert (labels[kept] == label).sum() == min(limit, (labels == label).sum())
     assert (np.diff(kept) > 0).all()
