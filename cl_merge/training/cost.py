@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -72,5 +73,5 @@ def _peak() -> int:
             return 0
         highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return highest if sys.platform == "darwin" else highest * 1024
-    lines = (line.split() for line in status.splitlines() if line.startswith("VmHWM:"))
-    return next((int(line[1]) * 1024 for line in lines), 0)
+    found = re.search(r"VmHWM:\s*(\d+)", status)
+    return int(found[1]) * 1024 if found else 0

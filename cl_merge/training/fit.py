@@ -18,13 +18,7 @@ from cl_merge.seeds import derive_seed
 from cl_merge.training.cost import Cost, Meter
 from cl_merge.training.journal import only_process
 from cl_merge.training.metrics import AccuracyMatrix
-from cl_merge.training.resume import (
-    KeepCheckpoints,
-    StreamFolder,
-    describe,
-    get_row,
-    put_row,
-)
+from cl_merge.training.resume import KeepCheckpoints, StreamFolder, describe, get_row, put_row
 
 
 @dataclass
@@ -77,17 +71,15 @@ def fit_stream(
 
     Every task gets a new `Trainer`: optimizers, schedules and step counts start afresh. Callbacks
     that live through the stream, such as `MergeCallback`, go into `callbacks`; those that must be
-    new for every task, such as `ModelCheckpoint`, `EarlyStopping` or a `CSVLogger`, are built by a
-    function given as `trainer`.
+    new for every task, such as `ModelCheckpoint` or `EarlyStopping`, are built by a function given
+    as `trainer`.
 
     With a `directory`, a stream that was stopped at any instant resumes when this is called again
     in the same way, with the model as it was before the first task: finished tasks are skipped, and
-    a task in progress resumes at the end of an epoch. Its last epoch is always repeated, for
-    callbacks that work at a task's end need a real one; a task with a schedule that waits for a
-    plateau starts anew. With a seed, and on a CPU, weights, merged weights and metrics are those of
-    a stream that was not interrupted, bit for bit.
-
-    Under DDP every process is given the same `directory`; the first one writes to it.
+    a task in progress resumes at the end of an epoch, at the latest that before its last; with a
+    schedule that waits for a plateau it starts anew. With a seed, and on a CPU, weights, merged
+    weights and metrics are those of a stream that was not interrupted, bit for bit. Under DDP every
+    process is given the same `directory`; the first one writes to it.
 
     Args:
         model: What learns.
@@ -100,8 +92,7 @@ def fit_stream(
             generators alone.
         on_task_end: Called after each task's evaluation. If it did not return, it is called again
             when the stream resumes; the evaluation is not repeated.
-        directory: Where to keep what is needed to resume: the journal ``journal.jsonl`` and the
-            state ``state.ckpt``. None keeps nothing.
+        directory: Where to keep ``journal.jsonl`` and ``state.ckpt``, to resume; None for nowhere.
         checkpoint_seconds: The least time between two checkpoints within a task, which are written
             at the ends of its epochs but the last; 0 writes one after each.
 
@@ -234,9 +225,8 @@ def _trainer(
         # Lightning sets this attribute without declaring it.
         made: Any = given(task)
         # As Lightning orders them: checkpoints last, so that they hold what the others did.
-        checkpoints = [c for c in made.callbacks if isinstance(c, Checkpoint)]
-        others = [c for c in made.callbacks if not isinstance(c, Checkpoint)]
-        made.callbacks = [seeding, *others, *callbacks, *checkpoints]
+        found = [seeding, *made.callbacks, *callbacks]
+        made.callbacks = sorted(found, key=lambda callback: isinstance(callback, Checkpoint))
         return made  # type: ignore[no-any-return]
     arguments = dict(given or {})
     own = arguments.get("callbacks") or []

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import BaseFileLock, FileLock, Timeout
+from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
 
 from cl_merge.errors import InputError
@@ -41,10 +41,8 @@ class Journal:
 
     def find(self, **fields: Any) -> dict[str, Any] | None:
         """The last record that holds these fields, among others; None if there is none."""
-        for record in self.records[::-1]:
-            if all(key in record and record[key] == value for key, value in fields.items()):
-                return record
-        return None
+        fitting = (record for record in self.records[::-1] if fields.items() <= record.items())
+        return next(fitting, None)
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a record of plain values; it has reached the disk when this returns.
@@ -81,20 +79,11 @@ def only_process(folder: str | Path) -> Iterator[None]:
     The lock goes with the process, however it ends. Who holds a folder may hold it once more. The
     folder is made if missing; `InputError` says that another process holds it.
     """
-    key = (Path(folder).resolve(), os.getpid(), threading.get_ident())
+    folder = Path(folder)
+    key = (folder.resolve(), os.getpid(), threading.get_ident())
     if not is_first_process() or key in _held:
         yield
         return
-    lock = _acquired(Path(folder))
-    _held.add(key)
-    try:
-        yield
-    finally:
-        _held.discard(key)
-        lock.release()
-
-
-def _acquired(folder: Path) -> BaseFileLock:
     lock = FileLock(folder / ".lock")
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +98,12 @@ def _acquired(folder: Path) -> BaseFileLock:
                 f"{folder} is on a file system without locks; name a folder elsewhere, or: "
                 "pip install -U filelock"
             ) from error
-    return lock
+    _held.add(key)
+    try:
+        yield
+    finally:
+        _held.discard(key)
+        lock.release()
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:

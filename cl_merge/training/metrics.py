@@ -1,7 +1,12 @@
 """The accuracy matrix of a stream, and the figures read off it.
 
-``R[i, j]`` is the accuracy on task j after task i. The figures are functions of matrices of counts
-or of accuracies; `AccuracyMatrix` counts, over any number of processes.
+`AccuracyMatrix` counts, over any number of processes. The figures are functions of what it has, for
+T tasks:
+
+- ``accuracy``: R, float [T, T]; ``R[i, j]`` is the accuracy on task j after task i. Figures of it
+  are in its unit.
+- ``correct``: images classified correctly, int64 [T, T], and ``total``: test images of each task,
+  int64 [T]. Figures of them are in per cent.
 """
 
 from __future__ import annotations
@@ -19,12 +24,6 @@ def average_accuracy(accuracy: Tensor) -> float:
 
     ACC of Lopez-Paz & Ranzato, NeurIPS 2017, equation 2.
 
-    Args:
-        accuracy: R, float [T, T], any unit.
-
-    Returns:
-        The average, in the unit of R.
-
     Example:
         >>> average_accuracy(torch.tensor([[90.0, 50.0], [70.0, 80.0]]))
         75.0
@@ -35,12 +34,7 @@ def average_accuracy(accuracy: Tensor) -> float:
 def micro_accuracy(correct: Tensor, total: Tensor) -> float:
     """Micro average accuracy: the share of all test images that the last row gets right.
 
-    Args:
-        correct: Images classified correctly, int64 [T, T].
-        total: Test images of each task, int64 [T].
-
-    Returns:
-        Accuracy in per cent. This is the headline figure of the MagMax paper.
+    This is the headline figure of the MagMax paper.
     """
     return 100.0 * int(correct[-1].sum()) / int(total.sum())
 
@@ -48,16 +42,9 @@ def micro_accuracy(correct: Tensor, total: Tensor) -> float:
 def seen_accuracies(
     correct: Tensor, total: Tensor, tasks: Sequence[int] | None = None
 ) -> list[float]:
-    """Accuracy on everything seen, after each task.
+    """Accuracy on everything seen: for each row, the micro average over the tasks up to its own.
 
-    Args:
-        correct: Images classified correctly, int64 [rows, T].
-        total: Test images of each task, int64 [T].
-        tasks: After which task each row was counted; None if row i was after task i.
-
-    Returns:
-        A value per row in per cent: after task i, the micro average over the test images of tasks
-        0 to i.
+    `tasks` says after which task each row was counted; None if row i was after task i.
     """
     return [
         micro_accuracy(row[None, : task + 1], total[: task + 1])
@@ -66,15 +53,7 @@ def seen_accuracies(
 
 
 def average_incremental_accuracy(correct: Tensor, total: Tensor) -> float:
-    """The mean over i of the accuracy on everything seen after task i (Rebuffi et al. 2017, iCaRL).
-
-    Args:
-        correct: Images classified correctly, int64 [T, T].
-        total: Test images of each task, int64 [T].
-
-    Returns:
-        The average in per cent.
-    """
+    """Mean over i of the accuracy on all seen after task i (iCaRL, Rebuffi et al. 2017)."""
     seen = seen_accuracies(correct, total)
     return sum(seen) / len(seen)
 
@@ -82,13 +61,8 @@ def average_incremental_accuracy(correct: Tensor, total: Tensor) -> float:
 def backward_transfer(accuracy: Tensor) -> float:
     """What later tasks did to earlier ones: mean over j < T of R[T, j] - R[j, j].
 
-    Lopez-Paz & Ranzato, Gradient Episodic Memory for Continual Learning, NeurIPS 2017, equation 3.
-
-    Args:
-        accuracy: R, float [T, T].
-
-    Returns:
-        The mean in the unit of R; negative where tasks are forgotten; NaN for a single task.
+    Negative where tasks are forgotten; NaN for a single task. Lopez-Paz & Ranzato, Gradient
+    Episodic Memory for Continual Learning, NeurIPS 2017, equation 3.
     """
     return _mean((accuracy[-1] - accuracy.diagonal())[:-1])
 
@@ -96,15 +70,8 @@ def backward_transfer(accuracy: Tensor) -> float:
 def forward_transfer(accuracy: Tensor, zero_shot: Tensor) -> float:
     """What earlier tasks did to later ones: mean over j > 1 of R[j-1, j] - b[j].
 
-    Lopez-Paz & Ranzato 2017, equation 4, with the zero-shot accuracies as b: for a pre-trained
-    model they, not a random initialisation, are what a task starts from.
-
-    Args:
-        accuracy: R, float [T, T].
-        zero_shot: b, float [T], accuracy on each task before any training.
-
-    Returns:
-        The mean in the unit of R; NaN for a single task.
+    NaN for a single task. Lopez-Paz & Ranzato 2017, equation 4, with the zero-shot accuracies as b,
+    float [T]: a pre-trained model's tasks start from them, not from a random initialisation.
     """
     return _mean(accuracy.diagonal(offset=1) - zero_shot[1:])
 
@@ -114,13 +81,8 @@ def forgetting(accuracy: Tensor) -> float:
 
     Chaudhry et al., Riemannian Walk for Incremental Learning, ECCV 2018, section 3: the maximum
     runs over the rows before the last, so that the figure can be negative. Rows before a task
-    was seen count too: a pre-trained model is good at tasks that are still to come.
-
-    Args:
-        accuracy: R, float [T, T].
-
-    Returns:
-        The mean in the unit of R; NaN for a single task.
+    was seen count too: a pre-trained model is good at tasks that are still to come. NaN for a
+    single task.
     """
     if len(accuracy) < 2:
         return float("nan")
@@ -159,11 +121,8 @@ class AccuracyMatrix(Metric):
 
     def __init__(self, task_classes: Sequence[Sequence[int]], num_classes: int) -> None:
         super().__init__()
-        self.add_state(
-            "counts",
-            default=torch.zeros(3, len(task_classes), dtype=torch.int64),
-            dist_reduce_fx="sum",
-        )
+        none = torch.zeros(3, len(task_classes), dtype=torch.int64)
+        self.add_state("counts", default=none, dist_reduce_fx="sum")
         outside = torch.ones(len(task_classes), num_classes, dtype=torch.bool)
         for task, classes in enumerate(task_classes):
             outside[task, list(classes)] = False
@@ -191,12 +150,9 @@ class AccuracyMatrix(Metric):
         return self.counts
 
     def finish_row(self, task: int) -> None:
-        """Keep the current row as the one after a task, and start a new one.
+        """Keep the current row as the one after the task of an index, and start a new one.
 
         Under several processes this must be called on each of them, while they can communicate.
-
-        Args:
-            task: Index of the task that was learned last.
         """
         self.rows[task] = self.compute().cpu().clone()
         self.reset()
@@ -219,16 +175,16 @@ class AccuracyMatrix(Metric):
         return seen_accuracies(self.correct(), self.total, sorted(self.rows))
 
     def metrics(self, zero_shot: AccuracyMatrix | None = None) -> dict[str, float]:
-        """Read the standard metrics off the matrix.
+        """Read the standard metrics off the matrix, in per cent.
 
         Args:
             zero_shot: The matrix of the pre-trained model, for the forward transfer.
 
         Returns:
-            By name, in per cent: ``accuracy`` (micro), ``average_accuracy`` (macro),
-            ``task_aware_accuracy`` (micro), ``average_incremental_accuracy``,
-            ``backward_transfer``, ``forgetting`` and, with `zero_shot`, ``forward_transfer``. What
-            compares tasks is NaN while rows are missing, as after joint training, which has one.
+            ``accuracy`` (micro), ``average_accuracy`` (macro), ``task_aware_accuracy`` (micro),
+            ``average_incremental_accuracy``, ``backward_transfer``, ``forgetting`` and, with
+            `zero_shot`, ``forward_transfer``. What compares tasks is NaN while rows are missing,
+            as after joint training, which has one.
         """
         matrix, correct, total = self.accuracy(), self.correct(), self.total
         found = {

@@ -37,10 +37,7 @@ class StreamFolder:
     ``evaluation``), and that it is finished (``task``). The state is one file that is replaced in
     one step: within a task a checkpoint of Lightning's, after its training the weights and the
     states of the callbacks. Whatever instant a process dies at, the two fit together; files that do
-    not are refused with an `InputError`.
-
-    Processes that are launched for a run read what the first one found: all that is written before
-    they communicate says the same to them.
+    not are refused with an `InputError`. Other processes of a run read what the first one wrote.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -67,11 +64,11 @@ class StreamFolder:
                 f"{self.path}: journal.jsonl is missing, or that of something else{_RESTORE}"
             )
         for key in [*before, *description]:
-            if before.get(key) != description.get(key):
+            was, now = before.get(key), description.get(key)
+            if was != now:
                 raise InputError(
-                    f"{self.path} was made for another stream: {key} was "
-                    f"{_short(before.get(key))} and is {_short(description.get(key))}; name a new "
-                    "folder"
+                    f"{self.path} was made for another stream: {key} was {_short(was)} and is "
+                    f"{_short(now)}; name a new folder"
                 )
         self._check_state(sum(record.get("done") == "task" for record in records))
 
@@ -125,15 +122,11 @@ class StreamFolder:
     ) -> None:
         """Keep what the training of a task left."""
         states = {callback.state_key: callback.state_dict() for callback in callbacks}
-        entry = {"task": task, "trained": True, "cost": asdict(cost)}
-        state = {
-            _ENTRY: entry,
-            "state_dict": model.state_dict(),
-            "callbacks": {key: state for key, state in states.items() if state},
-        }
+        states = {key: state for key, state in states.items() if state}
+        self._state = {_ENTRY: {"task": task, "trained": True, "cost": asdict(cost)}}
         if is_first_process():
-            save_state(self.state_file, state)
-        self._state = {_ENTRY: entry}
+            weights = {"state_dict": model.state_dict(), "callbacks": states}
+            save_state(self.state_file, self._state | weights)
 
 
 class KeepCheckpoints(Checkpoint):
@@ -155,21 +148,12 @@ class KeepCheckpoints(Checkpoint):
 
     @override
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        awaits_metric = any(s.reduce_on_plateau for s in trainer.lr_scheduler_configs)
         due = time.monotonic() - self._last >= self._seconds
-        due = due and not _ends(trainer) and not _awaits_metric(trainer)
+        due = due and not _ends(trainer) and not awaits_metric
         # The clocks of the processes differ, but writing is something they do together.
-        if trainer.strategy.broadcast(due):
-            self._write(trainer)
-            self._last = time.monotonic()
-
-    @override
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        cost = asdict(self._meter.read())
-        checkpoint[_ENTRY] = {"task": self._task, "trained": False, "cost": cost}
-
-    def _write(self, trainer: L.Trainer) -> None:
+        if not trainer.strategy.broadcast(due):
+            return
         # What is repeated is logged again, what is not must be there.
         for logger in trainer.loggers:
             logger.save()
@@ -179,6 +163,14 @@ class KeepCheckpoints(Checkpoint):
             trainer.save_checkpoint(self._folder.state_file)
         finally:
             trainer.strategy.checkpoint_io = others
+        self._last = time.monotonic()
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        cost = asdict(self._meter.read())
+        checkpoint[_ENTRY] = {"task": self._task, "trained": False, "cost": cost}
 
 
 class _AtomicFiles(TorchCheckpointIO):
@@ -201,11 +193,6 @@ def _ends(trainer: L.Trainer) -> bool:
     )
 
 
-def _awaits_metric(trainer: L.Trainer) -> bool:
-    """Whether a schedule is still to be told the metric of the epoch that is ending."""
-    return any(schedule.reduce_on_plateau for schedule in trainer.lr_scheduler_configs)
-
-
 def describe(stream: TaskStream, seed: int | None, evaluate: bool) -> dict[str, Any]:
     """What must be the same for a stream to resume, as plain values."""
     number = len(stream.tasks)
@@ -223,10 +210,8 @@ def describe(stream: TaskStream, seed: int | None, evaluate: bool) -> dict[str, 
 def get_row(model: L.LightningModule, stream: TaskStream) -> Row | None:
     """The row of the current task in a module's accuracy matrix; None if it has none."""
     matrix = getattr(model, "accuracy", None)
-    if not isinstance(matrix, AccuracyMatrix) or stream.row not in matrix.rows:
-        return None
-    found: Row = matrix.rows[stream.row].tolist()
-    return found
+    row = matrix.rows.get(stream.row) if isinstance(matrix, AccuracyMatrix) else None
+    return None if row is None else row.tolist()
 
 
 def put_row(model: L.LightningModule, stream: TaskStream, row: Row | None) -> None:
@@ -236,8 +221,7 @@ def put_row(model: L.LightningModule, stream: TaskStream, row: Row | None) -> No
     matrix = getattr(model, "accuracy", None)
     if not isinstance(matrix, AccuracyMatrix):
         classes = [task.classes for task in stream.test_tasks]
-        matrix = AccuracyMatrix(classes, len(stream.class_names))
-        model.accuracy = matrix
+        model.accuracy = matrix = AccuracyMatrix(classes, len(stream.class_names))
     matrix.rows[stream.row] = torch.tensor(row)
 
 
