@@ -54,8 +54,7 @@ def leave_one_out_scores(
         vectors: Vectors that are in the statistics, of classes with two or more, float [B, D].
         labels: Their classes, int64 [B].
         gaussians: The statistics.
-        rows_at_once: Bounds the memory beside the result: 1024 rows of scores of 1000 classes take
-            8 MB.
+        rows_at_once: Bounds the memory: 1024 rows of scores of 1000 classes take 8 MB.
 
     Returns:
         Scores up to a constant for each vector, float64 [B, C].
@@ -65,39 +64,26 @@ def leave_one_out_scores(
     """
     covariance, shrinkage = gaussians.covariance()
     inverse = torch.linalg.inv(covariance)
-    weight = (1.0 - shrinkage) / gaussians.freedom
-    towards = gaussians.means @ inverse
-    scores = torch.empty(len(vectors), len(gaussians.means), dtype=torch.float64)
+    weight = (1.0 - shrinkage) / gaussians.freedom  # of a scatter in the covariance
+    means = gaussians.means
+    towards = means @ inverse
+    scores = torch.empty(len(vectors), len(means), dtype=torch.float64)
     for start in range(0, len(vectors), rows_at_once):
         part = slice(start, start + rows_at_once)
         rows, classes = vectors[part].double(), labels[part, None]
-        scores[part] = -0.5 * _distances(rows, classes, gaussians, inverse, towards, weight)
+        count = gaussians.counts[classes]
+        ratio = count / (count - 1.0)
+        residual = rows - means[classes[:, 0]]
+        whitened = residual @ inverse
+        length = (residual * whitened).sum(dim=1, keepdim=True)
+        share = weight * ratio
+        # Just below 1 where a vector alone spans a direction: what is left there has no variance.
+        growth = share / (1.0 - share * length).clamp(min=1e-6)
+        # Squared Mahalanobis distances to all means, first with the vector in the statistics.
+        distance = (rows @ inverse * rows).sum(dim=1, keepdim=True) - 2.0 * rows @ towards.T
+        distance += (towards * means).sum(dim=1)
+        overlap = (rows * whitened).sum(dim=1, keepdim=True) - whitened @ means.T
+        distance += growth * overlap**2
+        distance.scatter_(1, classes, ratio**2 * (length + growth * length**2))
+        scores[part] = -0.5 * distance
     return scores.masked_fill_(~gaussians.seen, -torch.inf)
-
-
-def _distances(
-    vectors: Tensor,
-    labels: Tensor,
-    gaussians: ClassGaussians,
-    inverse: Tensor,
-    towards: Tensor,
-    weight: float,
-) -> Tensor:
-    """Squared Mahalanobis distances [B, C] to the statistics of all other vectors.
-
-    Labels are [B, 1]; the weight is that of a scatter in the covariance.
-    """
-    means, count = gaussians.means, gaussians.counts[labels]
-    ratio = count / (count - 1.0)
-    residual = vectors - means[labels[:, 0]]
-    whitened = residual @ inverse
-    length = (residual * whitened).sum(dim=1, keepdim=True)
-    share = weight * ratio
-    # Just below 1 where a vector alone spans a direction: what is left there has no variance.
-    growth = share / (1.0 - share * length).clamp(min=1e-6)
-    # To all means, first with the vector in the statistics.
-    distance = (vectors @ inverse * vectors).sum(dim=1, keepdim=True) - 2.0 * vectors @ towards.T
-    distance += (towards * means).sum(dim=1)
-    overlap = (vectors * whitened).sum(dim=1, keepdim=True) - whitened @ means.T
-    distance += growth * overlap**2
-    return distance.scatter_(1, labels, ratio**2 * (length + growth * length**2))

@@ -28,9 +28,8 @@ def fused_map(gaussians: ClassGaussians, head: Tensor, vote: Vote) -> Tensor:
 
     The text head divides by the length of P m, which is the same for all classes of an image: it
     predicts what a vote of both predicts. P is one more linear layer at the end of the encoder, or
-    is multiplied into the last one (`fused_projection`): the model is as large and as fast as it
-    was, and keeps its form. Classes not seen get the text head's logits times t, and of A what the
-    average seen class gets.
+    is multiplied into the last one (`fused_projection`). Classes not seen get the text head's
+    logits times t, and of A what the average seen class gets.
 
     Args:
         gaussians: Statistics of the features of the encoder, C classes and D features.
@@ -43,16 +42,14 @@ def fused_map(gaussians: ClassGaussians, head: Tensor, vote: Vote) -> Tensor:
     """
     head = head.detach().cpu().double()
     discriminant = Discriminant.of(gaussians)
-    seen = gaussians.seen[:, None]
+    seen = gaussians.seen
     mean, second = gaussians.second_moment()
     identity = torch.eye(len(second), dtype=torch.float64)
-    constant = torch.linalg.solve(
-        second + _SMALL_RIDGE * second.trace() / len(second) * identity, mean
-    )
-    bias = discriminant.bias.masked_fill(~seen[:, 0], 0.0)[:, None]
-    target = discriminant.weight + bias * constant
-    target = (target - target[seen[:, 0]].mean(dim=0)) * seen
-    rows = head - head[seen[:, 0]].mean(dim=0)
+    ridge = _SMALL_RIDGE * second.trace() / len(second)
+    constant = torch.linalg.solve(second + ridge * identity, mean)
+    target = discriminant.weight + discriminant.bias.masked_fill(~seen, 0.0)[:, None] * constant
+    target = (target - target[seen].mean(dim=0)) * seen[:, None]
+    rows = head - head[seen].mean(dim=0)
     strength = _RIDGE * float((rows * rows).sum()) / len(second)
     statistics = torch.linalg.solve(rows.T @ rows + strength * identity, rows.T @ target)
     mixed = vote.text * identity + vote.statistics * statistics

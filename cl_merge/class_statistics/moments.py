@@ -38,9 +38,8 @@ class FeatureMoments(TensorState):
     """The first two moments of unit feature vectors, exact whatever the order.
 
     By class their number and their sum, over all classes the sum of their products. A vector's
-    elements are rounded to multiples of 2^-20 and summed as whole numbers, so that neither the
-    order of the vectors, nor how they are spread over batches and processes, nor the order in which
-    moments are added up changes a bit.
+    elements are rounded to multiples of 2^-20 and summed as whole numbers, so that the order of
+    vectors and moments, and how they are spread over batches and processes, does not change a bit.
 
     Args:
         classes: Number of classes, C.
@@ -89,11 +88,7 @@ class FeatureMoments(TensorState):
             self.products += (whole.T @ whole).long()
 
     def add(self, other: FeatureMoments) -> None:
-        """Add the moments of other vectors, of as many classes and features.
-
-        Raises:
-            InputError: If it is of another shape, or 2^23 vectors or more come together.
-        """
+        """Add moments of other vectors; `InputError` for another shape, or 2^23 vectors or more."""
         if other.sums.shape != self.sums.shape:
             raise InputError(
                 f"moments of {list(other.sums.shape)} classes and features do not fit those of "
@@ -112,11 +107,7 @@ class FeatureMoments(TensorState):
         return part
 
     def reduce(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Sum over processes, by a function that sums an int64 tensor over all of them.
-
-        Raises:
-            InputError: If all processes together have 2^23 vectors or more.
-        """
+        """Sum over processes, by a function that sums an int64 tensor over all of them."""
         self.load_tensors({name: total(tensor) for name, tensor in self.tensors().items()})
         _check_number(int(self.counts.sum()))
 
@@ -161,11 +152,7 @@ class ClassGaussians:
         return max(int(self.counts.sum()) - int(self.seen.sum()), 1)
 
     def covariance(self) -> tuple[Tensor, float]:
-        """The covariance within classes, shrunk towards a multiple of the identity.
-
-        Returns:
-            The matrix, float64 [D, D], and the share of the identity in it, 0 to 1.
-        """
+        """The covariance within classes, float64 [D, D], and the share of the identity in it."""
         sample = self.scatter / self.freedom
         size = float(sample.diagonal().mean())
         identity = torch.eye(len(sample), dtype=torch.float64)

@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,21 +52,13 @@ class StreamStatistics:
             raise unknown_name("encoders", encoders, ENCODERS)
         if not (ridge > 0 and ridge < float("inf")):
             raise InputError(f"ridge={ridge}; expected a finite number above 0")
+        self.classes = classes
+        self.features = features
         self.encoders = encoders
         self.base = FeatureMoments(classes, features)
         self.drift = None if encoders == "base" else DriftCompensation(classes, features, ridge)
         self.vote = Vote()
         self.tasks = 0
-
-    @property
-    def classes(self) -> int:
-        """Number of classes, C."""
-        return len(self.base.counts)
-
-    @property
-    def features(self) -> int:
-        """Length of the features, D."""
-        return self.base.sums.shape[1]
 
     def learn(
         self,
@@ -95,14 +88,13 @@ class StreamStatistics:
                 f"labels from {int(labels.min())} to {int(labels.max())}, but the statistics are "
                 f"of {self.classes} classes; expected 0 to {self.classes - 1}"
             )
-        if self.drift is None:
-            task = FeatureMoments(self.classes, self.features)
-            task.update(base, labels)
-        else:
+        vectors = [base]
+        if self.drift is not None:
             if merged is None:
                 raise InputError(f"encoders='{self.encoders}' need the merged model's features")
-            task = FeatureMoments(self.classes, 2 * self.features)
-            task.update(torch.cat([base, merged], dim=1), labels)
+            vectors.append(merged)
+        task = FeatureMoments(self.classes, len(vectors) * self.features)
+        task.update(torch.cat(vectors, dim=1), labels)
         task.reduce(total)
         before = copy.deepcopy(self.base)
         self.base.add(task.first(self.features))
@@ -110,8 +102,15 @@ class StreamStatistics:
             self.drift.update(before, task)
         self.vote = Vote(text=0.0)
         if text is not None:
-            features = {"base": base} | ({} if merged is None else {"merged": merged})
-            self.vote = self._choose(features, labels, text, total)
+            # Chosen leave-one-out, for which an image may not be the only one of its class.
+            usable = self.base.counts[labels] > 1
+            features: dict[str, Any] = {"base": base, "merged": merged}
+            scores = [
+                leave_one_out_scores(features[encoder][usable], labels[usable], gaussians)
+                for encoder, gaussians in self.gaussians().items()
+            ]
+            mean = sum(scores[1:], start=scores[0]) / len(scores)
+            self.vote = choose_vote(text[usable], mean, labels[usable], total=total)
         self.tasks += 1
 
     def gaussians(self) -> dict[str, ClassGaussians]:
@@ -137,11 +136,7 @@ class StreamStatistics:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state_dict` returned; its tensors are copied.
-
-        Raises:
-            InputError: If it is of other classes, features or encoders.
-        """
+        """Go on from what `state_dict` returned, copied; `InputError` if it is of another shape."""
         for name, own in self.state_dict().items():
             if name not in state:
                 raise InputError(f"no tensor '{name}' in the saved class statistics")
@@ -175,22 +170,10 @@ class StreamStatistics:
 
     @classmethod
     def load(cls, path: str | Path) -> StreamStatistics:
-        """Read what `save` has written.
-
-        Args:
-            path: The file.
-
-        Returns:
-            The statistics.
-
-        Raises:
-            InputError: If there is no such file, or it holds something else.
-        """
+        """Read what `save` has written; `InputError` if it is missing or something else."""
         tensors, metadata = load_tensors(path)
         if metadata.get("format") != FORMAT:
-            raise InputError(
-                f"{path}: holds no class statistics; expected a file that save() wrote"
-            )
+            raise InputError(f"{path}: holds no class statistics; expected what save() wrote")
         try:
             ridge = json.loads(metadata["ridge"]) or RIDGE
             classes, features = tensors["base.sums"].shape
@@ -199,15 +182,3 @@ class StreamStatistics:
         except (KeyError, ValueError, TypeError) as error:
             raise InputError(f"{path}: damaged class statistics ({error})") from error
         return made
-
-    def _choose(
-        self, features: Mapping[str, Tensor], labels: Tensor, text: Tensor, total: Total
-    ) -> Vote:
-        """Choose leave-one-out, for which an image may not be the only one of its class."""
-        usable = self.base.counts[labels] > 1
-        scores = [
-            leave_one_out_scores(features[encoder][usable], labels[usable], gaussians)
-            for encoder, gaussians in self.gaussians().items()
-        ]
-        mean = sum(scores[1:], start=scores[0]) / len(scores)
-        return choose_vote(text[usable], mean, labels[usable], total=total)

@@ -30,8 +30,8 @@ class Vote:
     def combine(self, text: Tensor, scores: Tensor, seen: Tensor | None = None) -> Tensor:
         """Combine the text head's logits with the scores of the statistics.
 
-        The statistics say nothing of classes that they have not seen. Those keep the probability
-        that the text head gives them; only the rest is dealt out anew among the others.
+        Classes that the statistics have not seen keep the probability that the text head gives
+        them; only the rest is dealt out anew among the others.
 
         Args:
             text: Logits, float [B, K].
@@ -68,9 +68,8 @@ def choose_vote(
 ) -> Vote:
     """Choose both factors by the cross entropy on images, over the classes seen.
 
-    Their ratio decides what is predicted. They are chosen apart because the scores of a
-    discriminant are far too sure of themselves: with the text's factor fixed, the best factor of
-    the scores would be the one that dampens them.
+    Their ratio decides what is predicted. With the text's factor fixed, the best factor of the
+    scores would be one that dampens them, since a discriminant is far too sure of itself.
 
     Args:
         text: Logits of the text head, float [B, C].

@@ -191,6 +191,6 @@ def _embed_imagenet_classes(
     prompts = [f"a photo of a {name}" for name in IMAGENET_CLASSNAMES]
     # Texts of similar length together, since each is padded to the longest of its batch.
     order = torch.tensor(list(map(len, prompts))).argsort(stable=True)
-    batches = order.split(batch_size)
+    batches = torch.split(order, batch_size)
     rows = [model.encode_text(tokenizer([prompts[i] for i in batch])) for batch in batches]
     return F.normalize(torch.cat(rows), dim=-1)[order.argsort()]

@@ -72,9 +72,10 @@ class ImageClassifier:
         for name, value in (("top", top), ("batch_size", batch_size)):
             if value < 1:
                 raise InputError(f"{name}={value}; expected 1 or more")
-        single = isinstance(images, (Image.Image, str, Path))
-        single = single or (isinstance(images, Tensor) and images.ndim != 4)
-        pictures: list[Any] = [images] if single else list(images)
+        given: Any = images
+        single = isinstance(given, Tensor) and given.ndim != 4
+        single = single or isinstance(given, (Image.Image, str, Path))
+        pictures: list[Picture] = [given] if single else list(given)
         found: list[list[Guess]] = []
         for start in range(0, len(pictures), batch_size):
             batch = torch.stack([self.prepare(p) for p in pictures[start : start + batch_size]])
