@@ -129,8 +129,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
 class ImageDataset(Dataset[Sample]):
     """Some rows of an `ImageTable`, transformed, each with its label and task.
 
-    Indexed with a `Draw`, the transform draws from generators seeded for it, and leaves them as
-    they were; indexed with a number, it draws from them as they are.
+    Indexed with a `Draw`, the transform draws from generators seeded for it, which are put back
+    afterwards; indexed with a number, it draws from them as they are.
 
     Args:
         table: Where the images come from.

@@ -27,8 +27,7 @@ def read_images(
             written by ``DatasetDict.save_to_disk``; or a hub id such as ``uoft-cs/cifar100``, where
             needed with its configuration, as in ``ufldl-stanford/svhn:cropped_digits``.
         revision: Which commit of a hub data set.
-        local_copy: How the user says where a local copy is, for the message if the hub cannot be
-            reached.
+        local_copy: How the user says where a local copy is, for messages.
 
     Returns:
         The splits by name.
@@ -45,7 +44,17 @@ def read_images(
         return _read_local(path)
     if not is_hub_id(source):
         raise InputError(f"'{source}', to read images from: no such file or folder")
-    return _read_hub(str(source), revision, local_copy)
+    hub_id, _, configuration = str(source).partition(":")
+    try:
+        return _load(hub_id, configuration or None, revision=revision)
+    # Which error comes depends on what failed: the name, the network, the offline switch.
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"'{source}', to read images from: neither a folder here nor to be had from the hub "
+            f"({reason}); to use a local copy (parquet files, folders of images, or written by "
+            f"save_to_disk), {local_copy}"
+        ) from error
 
 
 def is_hub_id(source: str | Path) -> bool:
@@ -113,20 +122,6 @@ def _read_local(path: Path) -> Mapping[str, datasets.Dataset]:
         raise InputError(
             f"{path}: cannot be read as a data set ({reason}); expected parquet files, or images "
             "in train/CLASS/ and test/CLASS/"
-        ) from error
-
-
-def _read_hub(source: str, revision: str | None, local_copy: str) -> Mapping[str, datasets.Dataset]:
-    hub_id, _, configuration = source.partition(":")
-    try:
-        return _load(hub_id, configuration or None, revision=revision)
-    # Which error comes depends on what failed: the name, the network, the offline switch.
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"'{source}', to read images from: neither a folder here nor to be had from the hub "
-            f"({reason}); to use a local copy (parquet files, folders of images, or written by "
-            f"save_to_disk), {local_copy}"
         ) from error
 
 

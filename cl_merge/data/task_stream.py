@@ -75,9 +75,9 @@ class TaskStream(L.LightningDataModule):
             no test split.
         split_seed: Draws that share; None for `seed`.
         revision: Which commit of a hub data set.
-        images_per_class: Train on at most so many images of each class, drawn from `seed`.
-        held_out: Share of each task's training images not to train on, drawn from `seed` for each
-            class and task, at least one where there are two: what `held_out_dataloader` shows.
+        images_per_class: Train on at most so many images of each class.
+        held_out: Share of the training images of each class and task not to train on, at least one
+            where there are two: what `held_out_dataloader` shows.
         train_transform: Turns a PIL image into a float tensor [3, H, W] for training.
         test_transform: The same for testing; draws no random numbers.
         batch_size: Images per batch and process.
@@ -86,8 +86,7 @@ class TaskStream(L.LightningDataModule):
             ``"auto"`` for sets that take less than a gibibyte.
         sampler: Makes the sampler of a training loader from its data set; if None, `StreamSampler`,
             which shuffles. With any other, augmentation draws from the global generators.
-        seed: For everything drawn here: shuffling, augmentation, held-out images,
-            data-incremental parts.
+        seed: For everything drawn here.
 
     Attributes:
         tasks: All tasks, in order.
@@ -191,8 +190,8 @@ class TaskStream(L.LightningDataModule):
     def joint(self) -> TaskStream:
         """A stream of the single task ``"joint"``, for training that sees everything at once.
 
-        It shares the images with this one. Test images still count for the task that they came
-        from, so that the accuracy matrix has as many columns as ever, and its last row alone.
+        Test images still count for the task that they came from, so that the accuracy matrix has as
+        many columns as ever, and its last row alone.
 
         Example::
 
@@ -215,7 +214,7 @@ class TaskStream(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Sample]:
         """Load the images of the current task, shuffled anew in every epoch.
 
-        Lightning tells the sampler the epoch; in a loop of one's own, say
+        Lightning tells the sampler the epoch; in a loop of your own, call
         ``loader.sampler.set_epoch(epoch)``.
         """
         dataset = self._images_of(self.task, self._train_transform)
@@ -252,10 +251,8 @@ class TaskStream(L.LightningDataModule):
         """Load the held-out training images of all tasks up to the current one, as if for a test.
 
         They were never trained on, and are no test images: what is chosen on them, such as the
-        scale of a merge, leaves the test untouched.
-
-        Returns:
-            A loader that shows each image exactly once over all processes, in a fixed order.
+        scale of a merge, leaves the test untouched. Each is shown exactly once over all processes,
+        in a fixed order.
 
         Raises:
             InputError: If no image is held out.
@@ -277,16 +274,11 @@ class TaskStream(L.LightningDataModule):
     def task_dataloader(self) -> DataLoader[Sample]:
         """Load the current task's training images as if for a test, for what is measured on them.
 
-        Returns:
-            A loader that shows each image exactly once over all processes, in a fixed order, with
-            the transform of the tests.
+        Each is shown exactly once over all processes, in a fixed order.
         """
         return self._ordered_loader(self._images_of(self.task, self._test_transform))
 
-    @override
-    def predict_dataloader(self) -> DataLoader[Sample]:
-        """Load the same images as the test loader."""
-        return self.test_dataloader()
+    predict_dataloader = test_dataloader
 
     @override
     def state_dict(self) -> dict[str, Any]:

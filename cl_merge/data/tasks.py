@@ -81,9 +81,6 @@ def resolve_order(order: Order, names: Sequence[str], what: str) -> list[int]:
         names: The names to order, ``names[i]`` belongs to index i.
         what: What the names stand for, for messages: ``"class"``, ``"domain"`` or ``"source"``.
 
-    Returns:
-        The indices in the order asked for.
-
     Raises:
         InputError: If a name is unknown or the list is not a permutation.
 
@@ -125,15 +122,14 @@ def split_by_class(
 ) -> list[Task]:
     """Class-incremental: every task brings classes that no other task has.
 
+    Task k of T has the classes ``order[floor(C/T*k) : floor(C/T*(k+1))]``.
+
     Args:
         train_labels: Labels of the training images, int64 [N].
         test_labels: Labels of the test images, int64 [M].
         class_names: The names of the C classes.
         tasks: Number of tasks, at most C.
         order: The order in which classes come, see `resolve_order`.
-
-    Returns:
-        The tasks; task k has the classes ``order[floor(C/T*k) : floor(C/T*(k+1))]``.
 
     Raises:
         InputError: If there are more tasks than classes, or a task has no training or test image.

@@ -58,8 +58,7 @@ class CLIPClassifier(L.LightningModule):
         warmup_steps: Optimizer steps of linear warm-up at the start of every task.
         label_smoothing: Of the cross entropy.
         layer_decay: Factor of the learning rate from each layer of the encoder to the one before
-            it, see `layer_depths`. Below 1 early layers, which see what all tasks have in common,
-            learn slower; 1 is the paper's.
+            it, see `layer_depths`. Below 1 early layers learn slower; 1 is the paper's.
         freeze_batch_norm: Keep batch-norm layers in evaluation mode, so that their statistics stay
             those of the pre-training; their weights and biases train all the same.
 
@@ -68,8 +67,8 @@ class CLIPClassifier(L.LightningModule):
         head: The frozen classifier.
         accuracy: Where tests are counted; made when a `TaskStream` is first tested, or set by hand.
         classify: What classifies instead of the head, if not None: a function of this module,
-            images [B, 3, H, W], their features [B, D] and classes that returns logits, as `forward`
-            does. `ClassStatistics` sets it for the time of an evaluation.
+            images [B, 3, H, W], their features [B, D] and classes that returns logits. Set by
+            `ClassStatistics` for an evaluation.
 
     Raises:
         InputError: If an option is out of its range.
@@ -190,8 +189,6 @@ class CLIPClassifier(L.LightningModule):
             classes = torch.tensor(self._task.classes, device=self._position.device)
             self._position.fill_(-1)
             self._position[classes] = torch.arange(len(classes), device=classes.device)
-        if self.trainer.is_global_zero and not self._warmup_explained:
-            self._explain_unfinished_warmup()
 
     def task_logits(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Classify a training batch among the classes of the current task.
@@ -263,7 +260,13 @@ class CLIPClassifier(L.LightningModule):
     def configure_optimizers(self) -> Any:
         lr, decay = self.hparams["lr"], self.hparams["weight_decay"]
         optimizer = AdamW(self._parameter_groups(), lr=lr, weight_decay=decay)
-        steps = int(self.trainer.estimated_stepping_batches)
+        steps, warmup = int(self.trainer.estimated_stepping_batches), self.hparams["warmup_steps"]
+        if steps < warmup and self.trainer.is_global_zero and not self._warmup_explained:
+            self._warmup_explained = True
+            log.info(
+                f"a task takes {steps} steps and its warm-up {warmup}: the learning rate ends at "
+                f"{100 * steps / warmup:.0f} % of its peak, see warmup_steps"
+            )
         factor = LambdaLR(optimizer, lambda step: self._rate(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step"}}
 
@@ -298,15 +301,6 @@ class CLIPClassifier(L.LightningModule):
         lowest, highest = (int(value) for value in labels.aminmax())
         if lowest < 0 or highest >= len(self.head.class_names):
             check_range(labels.cpu().numpy(), len(self.head.class_names), "the batch")
-
-    def _explain_unfinished_warmup(self) -> None:
-        steps, warmup = int(self.trainer.estimated_stepping_batches), self.hparams["warmup_steps"]
-        if steps < warmup:
-            self._warmup_explained = True
-            log.info(
-                f"a task takes {steps} steps and its warm-up {warmup}: the learning rate ends at "
-                f"{100 * steps / warmup:.0f} % of its peak, see warmup_steps"
-            )
 
     def _stream(self) -> TaskStream | None:
         data = getattr(self.trainer, "datamodule", None)

@@ -33,9 +33,9 @@ class Clip:
 
     Attributes:
         name: What was asked for, such as ``"ViT-B-16:openai"``.
-        model: An open_clip ``CLIP`` or ``CustomTextCLIP`` with its weights, in evaluation mode. Its
-            image tower, ``model.visual``, maps images ``[B, 3, image_size, image_size]`` to
-            features ``[B, D]`` and stands on its own: drop the rest once the head is made.
+        model: An open_clip ``CLIP`` or ``CustomTextCLIP`` in evaluation mode. Its image tower,
+            ``model.visual``, maps images ``[B, 3, image_size, image_size]`` to features ``[B, D]``:
+            all that is needed once the head is made.
         tokenizer: Maps ``N`` texts to token numbers ``[N, L]`` for ``model.encode_text``.
         train_transform: Maps a PIL image to a float32 tensor, with open_clip's random crop.
         test_transform: The same without randomness.
@@ -87,16 +87,23 @@ def load_clip(model: str = "glyph", *, image_size: int | None = None) -> Clip:
         >>> features = clip.model.visual(clip.test_transform(image)[None])  # doctest: +SKIP
 
     Reference:
-        Radford et al., Learning Transferable Visual Models From Natural Language Supervision,
-        ICML 2021; Ilharco et al., OpenCLIP, 2021.
+        Radford et al., CLIP, ICML 2021; Ilharco et al., OpenCLIP, 2021.
     """
     if image_size is not None and image_size < 1:
         raise InputError(f"image_size={image_size}; expected 1 or more, in pixels")
     if model == "lite":
         from cl_merge.models.lite import build_lite
 
-        return _with_transforms(model, *build_lite(image_size))
-    return _with_transforms(model, *_create(model, resolve(model), image_size))
+        made, tokenizer = build_lite(image_size)
+    else:
+        made, tokenizer = _create(model, resolve(model), image_size)
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    # What open_clip stores in the image tower.
+    config = PreprocessCfg(**cast(Any, made.visual).preprocess_cfg)
+    size = config.size if isinstance(config.size, int) else config.size[0]
+    train, test = (image_transform_v2(config, is_train=random) for random in (True, False))
+    return Clip(model, made, tokenizer, train, test, size)
 
 
 class Source(NamedTuple):
@@ -143,7 +150,6 @@ def resolve(model: str) -> Source:
 
 
 def _folder_source(folder: Path) -> Source:
-    """Check that a folder holds a config and weights, so that neither is missed silently."""
     if not folder.is_dir():
         raise InputError(f"model folder '{folder}' does not exist")
     if not (folder / _CONFIG).is_file():
@@ -250,18 +256,3 @@ def _one_line(error: Exception) -> str:
     """Return the message of an error without line breaks, cut where lists of tensors go on."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]} ..."
-
-
-def _with_transforms(name: str, model: nn.Module, tokenizer: Tokenizer) -> Clip:
-    """Add the transforms that open_clip makes of the preprocessing stored in the image tower."""
-    from open_clip.transform import PreprocessCfg, image_transform_v2
-
-    config = PreprocessCfg(**cast(Any, model.visual).preprocess_cfg)
-    return Clip(
-        name=name,
-        model=model,
-        tokenizer=tokenizer,
-        train_transform=image_transform_v2(config, is_train=True),
-        test_transform=image_transform_v2(config, is_train=False),
-        image_size=config.size if isinstance(config.size, int) else config.size[0],
-    )

@@ -1,8 +1,4 @@
-"""Image towers of our own, registered with timm; importing this module is all that is needed.
-
-After the import an open_clip config names a tower through ``timm_model_name``, exactly as it names
-one of timm's own.
-"""
+"""Image towers of our own, which an open_clip config can name once this module is imported."""
 
 from __future__ import annotations
 
@@ -21,10 +17,7 @@ default_cfgs = generate_default_cfgs(
             "pool_size": (4, 4),
             "mean": (0.5, 0.5, 0.5),
             "std": (0.5, 0.5, 0.5),
-            "interpolation": "bicubic",
             "num_classes": 0,
-            "first_conv": "stem",
-            "classifier": "fc",
         }
     }
 )
@@ -33,10 +26,9 @@ default_cfgs = generate_default_cfgs(
 class GlyphResNet(nn.Module):
     """A small pre-activation residual network for 32-pixel images, without batch statistics.
 
-    Group normalisation sees one image at a time: nothing but parameters changes in training, so
-    that the difference of two trained networks is all that there is to merge, and an image's
-    features do not depend on its batch. The arguments are those of timm: 0 classes leave the
-    classifier out, ``global_pool=""`` the pooling.
+    With group normalisation nothing but parameters changes in training, and an image's features do
+    not depend on its batch. The arguments are those of timm: 0 classes leave the classifier out,
+    ``global_pool=""`` the pooling.
 
     Reference: He et al., Identity Mappings in Deep Residual Networks, ECCV 2016; Wu and He, Group
     Normalization, ECCV 2018.

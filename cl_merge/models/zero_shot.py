@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl_merge.errors import InputError
-
-if TYPE_CHECKING:
-    from cl_merge.models.pretrained import Clip
+from cl_merge.models.pretrained import Clip
 
 
 class ZeroShotHead(nn.Module):
@@ -39,8 +37,7 @@ class ZeroShotHead(nn.Module):
         tensor([[8.]])
 
     Reference:
-        Radford et al., Learning Transferable Visual Models From Natural Language Supervision,
-        ICML 2021, section 3.1.2.
+        Radford et al., CLIP, ICML 2021, section 3.1.2.
     """
 
     weight: Tensor
@@ -87,11 +84,10 @@ def zero_shot_head(
     *,
     batch_size: int = 256,
 ) -> ZeroShotHead:
-    """Make a classifier from class names and prompts.
+    """Make a classifier from class names and prompts; the text tower is not needed afterwards.
 
     Every prompt of a class is encoded and L2-normalised; the row of the class is their mean,
-    L2-normalised, times ``exp(logit_scale)``. This is the only use of the text tower: afterwards
-    ``clip.model.visual`` is all that a classifier needs.
+    L2-normalised, times ``exp(logit_scale)``.
 
     Args:
         clip: The model, as :func:`cl_merge.load_clip` returns it; left in evaluation mode.
@@ -112,8 +108,7 @@ def zero_shot_head(
         >>> logits = head(clip.model.visual(images))  # doctest: +SKIP
 
     Reference:
-        Radford et al., Learning Transferable Visual Models From Natural Language Supervision,
-        ICML 2021, section 3.1.4 (prompt ensembling).
+        Radford et al., CLIP, ICML 2021, section 3.1.4 (prompt ensembling).
     """
     names = _checked_class_names(class_names)
     templates = _checked_templates(templates)
