@@ -49,22 +49,19 @@ class Journal:
 
         If it cannot be written, a `StorageError` says so, and it is not among `records` either.
         """
-        line = json.dumps(record) + "\n"
-        self._write(line.encode())
+        line = json.dumps(record).encode() + b"\n"
+        if is_first_process():
+            with storage_errors(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("ab") as file:
+                    if file.tell() > self._length:
+                        file.truncate(self._length)
+                    file.write(line)
+                    file.flush()
+                    os.fsync(file.fileno())
+                self._length += len(line)
         # What later reads give, not what was passed: tuples are lists, keys are text.
         self.records.append(json.loads(line))
-
-    @rank_zero_only
-    def _write(self, line: bytes) -> None:
-        with storage_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as file:
-                if file.tell() > self._length:
-                    file.truncate(self._length)
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-            self._length += len(line)
 
 
 def is_first_process() -> bool:
@@ -125,9 +122,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
         if isinstance(record, dict):
             records.append(record)
             length += len(line)
-        elif number == len(lines):
-            break
-        else:
+        elif number < len(lines):
             raise InputError(
                 f"{path}, line {number}, is no record of a journal; restore the file, or start "
                 "again in a new folder"

@@ -74,29 +74,24 @@ class StreamFolder:
 
     def _check_state(self, finished: int) -> None:
         """Check that the state is that of the last task that is finished, or of the next."""
-        if not self._state:
-            if finished:
-                raise InputError(
-                    f"{self.path}: the journal tells of {finished} finished tasks, but state.ckpt "
-                    f"is missing{_RESTORE}"
-                )
-            return
         entry = self._state.get(_ENTRY)
-        if not isinstance(entry, dict):
+        wrong = ""
+        if not self._state:
+            wrong = "missing" if finished else ""
+        elif not isinstance(entry, dict):
             raise InputError(f"{self.state_file} is a checkpoint of something else{_RESTORE}")
-        reached = entry["task"] + entry["trained"]
-        if not (finished <= reached and entry["task"] <= finished):
-            age = "older" if reached < finished else "newer"
+        elif entry["task"] + entry["trained"] < finished:
+            wrong = f"older, of task {entry['task']}"
+        elif entry["task"] > finished:
+            wrong = f"newer, of task {entry['task']}"
+        if wrong:
             raise InputError(
                 f"{self.path}: the journal tells of {finished} finished tasks, but state.ckpt is "
-                f"{age}, of task {entry['task']}{_RESTORE}"
+                f"{wrong}{_RESTORE}"
             )
 
     def restore(self, model: L.LightningModule, callbacks: Sequence[Callback]) -> None:
-        """Bring a model and callbacks to where the last task that was trained left them.
-
-        Within a task it is Lightning that restores them, from the same file.
-        """
+        """Bring model and callbacks to where the last trained task left them, if none is begun."""
         entry = self._state.get(_ENTRY)
         if entry is not None and entry["trained"]:
             try:
@@ -132,10 +127,9 @@ class StreamFolder:
 class KeepCheckpoints(Checkpoint):
     """Write a checkpoint at the end of an epoch, if the last one is long enough ago.
 
-    The last epoch gets none on purpose: what works at a task's end, such as merging, needs a real
-    end of training, so that a task killed there repeats its last epoch. Nor does any epoch where a
-    schedule waits for a plateau, because Lightning tells it the epoch's metric only later, and does
-    not make up for it when it resumes: such a task starts anew.
+    The last epoch gets none: what works at a task's end, such as merging, needs a real end of
+    training. Nor does any epoch where a schedule waits for a plateau: Lightning tells it the
+    epoch's metric only later, and not at all when it resumes.
     """
 
     def __init__(self, folder: StreamFolder, task: int, seconds: float, meter: Meter) -> None:

@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from feature_vectors import gaussians_of, on_grid
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from cl_merge.class_statistics import (
-    ClassGaussians,
     Discriminant,
-    FeatureMoments,
     leave_one_out_scores,
 )
 
@@ -21,13 +20,7 @@ def draw(images=60, classes=4, features=6, seed=0):
     noise = torch.randn(images, features, generator=generator, dtype=torch.float64)
     vectors = means[labels] + noise * torch.linspace(0.2, 1.5, features)
     vectors = vectors / vectors.norm(dim=1, keepdim=True)
-    return (vectors * 2**20).round() / 2**20, labels
-
-
-def gaussians_of(vectors, labels, classes):
-    moments = FeatureMoments(classes, vectors.shape[1])
-    moments.update(vectors, labels)
-    return ClassGaussians.of(moments)
+    return on_grid(vectors), labels
 
 
 @pytest.mark.parametrize("features", [6, 90], ids=["D < N", "D > N"])

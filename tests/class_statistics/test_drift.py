@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from feature_vectors import moments_of, on_grid
 
 from cl_merge.class_statistics import DriftCompensation, FeatureMoments
 
@@ -19,22 +20,12 @@ def draw_task(seed, classes, images=80):
     return *(on_grid(x / x.norm(dim=1, keepdim=True)) for x in (base, merged)), labels
 
 
-def on_grid(vectors, steps=2**20):
-    return (vectors * steps).round() / steps
-
-
-def moments_of(vectors, labels):
-    made = FeatureMoments(CLASSES, vectors.shape[1])
-    made.update(vectors, labels)
-    return made
-
-
 def compensate(tasks, ridge):
     """What is under test, and the moments of base features that go with it."""
     drift, before = DriftCompensation(CLASSES, FEATURES, ridge), FeatureMoments(CLASSES, FEATURES)
     for base, merged, labels in tasks:
-        drift.update(before, moments_of(torch.cat([base, merged], dim=1), labels))
-        before.add(moments_of(base, labels))
+        drift.update(before, moments_of(torch.cat([base, merged], dim=1), labels, CLASSES))
+        before.add(moments_of(base, labels, CLASSES))
     return drift, before
 
 
@@ -129,7 +120,7 @@ def test_statistics_go_to_tensors_and_back_as_copies_and_go_on_alike():
     found = DriftCompensation(CLASSES, FEATURES, 2.0)
     found.load_tensors(drift.tensors())
     base, merged, labels = tasks[2]
-    found.update(before, moments_of(torch.cat([base, merged], dim=1), labels))
+    found.update(before, moments_of(torch.cat([base, merged], dim=1), labels, CLASSES))
     whole = compensate(tasks, 2.0)[0]
     for name, tensor in found.tensors().items():
         assert torch.equal(tensor, whole.tensors()[name]), name
@@ -141,7 +132,7 @@ def test_distributions_given_away_stay_as_they_were():
     drift, before = compensate([first], 2.0)
     given = drift.gaussians(before.counts)
     means, scatter = given.means.clone(), given.scatter.clone()
-    drift.update(before, moments_of(torch.cat(second[:2], dim=1), second[2]))
+    drift.update(before, moments_of(torch.cat(second[:2], dim=1), second[2], CLASSES))
     assert torch.equal(given.means, means)
     assert torch.equal(given.scatter, scatter)
 
@@ -159,7 +150,7 @@ def test_a_single_image_moves_old_classes_but_does_not_turn_them():
     old = drift.gaussians(before.counts)
     base, merged, _ = draw_task(1, [2], images=1)
     predicted = base @ drift.weight + drift.bias
-    drift.update(before, moments_of(torch.cat([base, merged], dim=1), torch.tensor([2])))
+    drift.update(before, moments_of(torch.cat([base, merged], dim=1), torch.tensor([2]), CLASSES))
     torch.testing.assert_close(drift.means[:2], old.means[:2] + (merged - predicted))
     torch.testing.assert_close(drift.means[2:3], merged)
     torch.testing.assert_close(drift.scatter, old.scatter)

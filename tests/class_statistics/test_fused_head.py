@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from feature_vectors import gaussians_of
 
 from cl_merge.class_statistics import (
-    ClassGaussians,
     Discriminant,
-    FeatureMoments,
     Vote,
     fused_map,
     fused_projection,
@@ -25,10 +24,8 @@ def case(classes=5, features=24, images=1000, seed=0, unseen=()):
     seen = torch.tensor([label for label in range(classes) if label not in unseen])
     labels = seen[torch.randint(len(seen), (images,), generator=generator)]
     vectors = unit(means[labels] + 0.9 * torch.randn(images, features, generator=generator))
-    moments = FeatureMoments(classes, features)
-    moments.update(vectors, labels)
     head = 30 * unit(means + 1.5 * torch.randn(classes, features, generator=generator))
-    return vectors.double(), ClassGaussians.of(moments), head.double()
+    return vectors.double(), gaussians_of(vectors, labels, classes), head.double()
 
 
 def centred(scores):

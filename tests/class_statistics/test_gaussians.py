@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from feature_vectors import gaussians_of, on_grid
 from sklearn.covariance import OAS
 
 from cl_merge.class_statistics import ClassGaussians, FeatureMoments, oas_shrinkage
@@ -14,13 +15,7 @@ def draw(images, classes, features, seed=0):
     vectors = torch.randn(images, features, generator=generator, dtype=torch.float64)
     vectors = vectors / vectors.norm(dim=1, keepdim=True)
     labels = torch.randint(classes, (images,), generator=generator)
-    return (vectors * 2**20).round() / 2**20, labels
-
-
-def gaussians_of(vectors, labels, classes):
-    moments = FeatureMoments(classes, vectors.shape[1])
-    moments.update(vectors, labels)
-    return ClassGaussians.of(moments)
+    return on_grid(vectors), labels
 
 
 @pytest.mark.parametrize("features", [4, 80], ids=["D < N", "D > N"])

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from feature_vectors import moments_of
 
 from cl_merge.class_statistics import FeatureMoments, unit
 from cl_merge.class_statistics.moments import MOST_ROWS, ROWS_AT_ONCE, STEP
@@ -18,12 +19,6 @@ def draw(images, classes=5, features=7, seed=0):
     return vectors / vectors.norm(dim=1, keepdim=True), labels
 
 
-def moments_of(vectors, labels, classes=5):
-    made = FeatureMoments(classes, vectors.shape[1])
-    made.update(vectors, labels)
-    return made
-
-
 def assert_same_bits(one, other):
     for name, tensor in one.tensors().items():
         assert torch.equal(tensor, other.tensors()[name]), name
@@ -35,31 +30,31 @@ def test_any_order_and_any_batches_give_the_same_bits(batch):
     found = FeatureMoments(5, 7)
     for rows in torch.randperm(400).split(batch):
         found.update(vectors[rows], labels[rows])
-    assert_same_bits(found, moments_of(vectors, labels))
+    assert_same_bits(found, moments_of(vectors, labels, 5))
 
 
 def test_what_two_machines_have_seen_adds_up_to_the_same_bits_in_any_order():
     vectors, labels = draw(400)
-    parts = [moments_of(vectors[rank::3], labels[rank::3]) for rank in range(3)]
+    parts = [moments_of(vectors[rank::3], labels[rank::3], 5) for rank in range(3)]
     for order in ([0, 1, 2], [2, 0, 1]):
         found = FeatureMoments(5, 7)
         for rank in order:
             found.add(parts[rank])
-        assert_same_bits(found, moments_of(vectors, labels))
+        assert_same_bits(found, moments_of(vectors, labels, 5))
 
 
 def test_processes_reduce_to_the_same_bits():
     vectors, labels = draw(400)
-    parts = [moments_of(vectors[rank::2], labels[rank::2]) for rank in range(2)]
+    parts = [moments_of(vectors[rank::2], labels[rank::2], 5) for rank in range(2)]
     others = iter(parts[1].tensors().values())
     parts[0].reduce(lambda tensor: tensor + next(others))
-    assert_same_bits(parts[0], moments_of(vectors, labels))
+    assert_same_bits(parts[0], moments_of(vectors, labels, 5))
 
 
 def test_batches_longer_than_what_is_multiplied_at_once_lose_nothing():
     vectors, labels = draw(2 * ROWS_AT_ONCE + 5, features=3)
     whole = (vectors * 2**20).round().long()
-    found = moments_of(vectors, labels)
+    found = moments_of(vectors, labels, 5)
     assert torch.equal(found.products, whole.T @ whole)  # int64 throughout
     for label in range(5):
         assert torch.equal(found.sums[label], whole[labels == label].sum(dim=0))
@@ -68,7 +63,7 @@ def test_batches_longer_than_what_is_multiplied_at_once_lose_nothing():
 
 def test_moments_are_the_naive_sums_to_the_rounding_step():
     vectors, labels = draw(50)
-    found = moments_of(vectors, labels)
+    found = moments_of(vectors, labels, 5)
     sums, products = torch.zeros(5, 7).double(), torch.zeros(7, 7).double()
     for vector, label in zip(vectors, labels, strict=True):
         sums[label] += vector
@@ -107,12 +102,12 @@ def test_the_longest_sums_fit_the_numbers_they_are_kept_in():
 )
 def test_vectors_that_cannot_be_summed_exactly_are_refused_and_change_nothing(bad, message):
     vectors, labels = draw(10)
-    found = moments_of(vectors, labels)
+    found = moments_of(vectors, labels, 5)
     wrong = vectors.clone()
     wrong[9, 6] = bad
     with pytest.raises(InputError, match=message):
         found.update(wrong, labels)
-    assert_same_bits(found, moments_of(vectors, labels))
+    assert_same_bits(found, moments_of(vectors, labels, 5))
 
 
 def test_a_length_of_one_may_be_off_by_the_rounding_of_float32():
@@ -146,24 +141,24 @@ def test_moments_of_another_shape_are_not_added(shape):
 
 def test_moments_of_the_first_elements_are_those_of_shorter_vectors():
     vectors, labels = draw(400)
-    assert_same_bits(moments_of(vectors, labels).first(3), moments_of(vectors[:, :3], labels))
+    assert_same_bits(moments_of(vectors, labels, 5).first(3), moments_of(vectors[:, :3], labels, 5))
 
 
 def test_moments_go_to_tensors_and_back_as_copies():
     vectors, labels = draw(20)
-    made = moments_of(vectors, labels)
+    made = moments_of(vectors, labels, 5)
     found = FeatureMoments(5, 7)
     found.load_tensors(made.tensors())
     assert_same_bits(found, made)
     made.update(vectors, labels)
-    assert_same_bits(found, moments_of(vectors, labels))
+    assert_same_bits(found, moments_of(vectors, labels, 5))
 
 
 def test_no_image_changes_nothing():
     vectors, labels = draw(20)
-    found = moments_of(vectors, labels)
+    found = moments_of(vectors, labels, 5)
     found.update(vectors[:0], labels[:0])
-    assert_same_bits(found, moments_of(vectors, labels))
+    assert_same_bits(found, moments_of(vectors, labels, 5))
 
 
 def test_unit_vectors_are_float32_of_length_one():

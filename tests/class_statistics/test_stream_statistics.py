@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from feature_vectors import moments_of
 
 from cl_merge.class_statistics import (
     ENCODERS,
@@ -53,19 +54,13 @@ def assert_same_bits(one, other):
         assert torch.equal(tensor, theirs[name]), name
 
 
-def moments_of(vectors, labels):
-    made = FeatureMoments(CLASSES, vectors.shape[1])
-    made.update(vectors, labels)
-    return made
-
-
 @pytest.mark.parametrize("encoders", ENCODERS)
 def test_learning_is_moments_and_drift_compensation_and_a_vote(encoders):
     base, drift = FeatureMoments(CLASSES, FEATURES), DriftCompensation(CLASSES, FEATURES, 0.5)
     found = StreamStatistics(CLASSES, FEATURES, encoders, ridge=0.5)
     for task in range(3):
         vectors, merged, labels, text = draw_task(task)
-        both = moments_of(torch.cat([vectors, merged], dim=1), labels)
+        both = moments_of(torch.cat([vectors, merged], dim=1), labels, CLASSES)
         drift.update(base, both)
         base.update(vectors, labels)
         pairs = {
