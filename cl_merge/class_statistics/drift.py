@@ -13,9 +13,8 @@ RIDGE = 2.0
 class DriftCompensation(TensorState):
     r"""Statistics of features m under the merged model of today, for images that are gone.
 
-    The base encoder never changes, so statistics of its features b stay true. What is missing of
-    an old image is how m has moved since. A linear drift map from b to m is kept; each task
-    corrects it by a ridge regression on its own images, towards what it was before:
+    Statistics of the base encoder's features b stay true. A linear drift map from b to m is kept;
+    each task corrects it by a ridge regression on its own images, towards what it was before:
 
     .. math:: W = (C_{bb} + r I)^{-1} (C_{bm} - C_{bb} G), \quad G \leftarrow G + W
 
@@ -25,8 +24,6 @@ class DriftCompensation(TensorState):
     .. math::
         S_{mm} \leftarrow S_{mm} + W^T S_{bb} W + W^T S_{bm} + S_{bm}^T W, \quad
         S_{bm} \leftarrow S_{bm} + S_{bb} W
-
-    Nothing here grows with the number of tasks.
 
     Args:
         classes: Number of classes, C.

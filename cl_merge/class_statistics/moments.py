@@ -65,14 +65,9 @@ class FeatureMoments(TensorState):
         self.products = torch.zeros(features, features, dtype=torch.int64)
 
     def update(self, vectors: Tensor, labels: Tensor) -> None:
-        """Add vectors.
+        """Add vectors, elements at most 1 in magnitude, float [B, D], of classes, int64 [B].
 
-        Args:
-            vectors: Elements of at most 1 in magnitude, as of `unit`, float [B, D].
-            labels: Their classes, int64 [B].
-
-        Raises:
-            InputError: If a vector is not finite or too long, or 2^23 or more come together.
+        `InputError` if a vector is not finite or too long, or 2^23 or more come together.
         """
         vectors, labels = vectors.detach().cpu(), labels.detach().cpu()
         if not bool(torch.isfinite(vectors).all()):
@@ -178,9 +173,6 @@ def oas_shrinkage(covariance: Tensor, freedom: float) -> float:
     Args:
         covariance: S, float64 [D, D].
         freedom: n: vectors less the means that were subtracted from them.
-
-    Returns:
-        The share, 0 to 1.
 
     Reference:
         Chen, Wiesel, Eldar & Hero, Shrinkage Algorithms for MMSE Covariance Estimation, IEEE
