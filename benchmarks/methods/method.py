@@ -70,7 +70,7 @@ TRAININGS: dict[str, Training] = {
 _PLAIN = ("sequential", "independent")
 
 # Mergers that were made for tasks that come one after another, each from the weights of the last.
-_FOR_SEQUENCES = {"ema", "opcm"}
+_USUAL = {"ema": "sequential", "opcm": "sequential"}
 
 # What a name ends in when class statistics vote, and which.
 _STATISTICS = {"-statistics": "both", "-aligned": "aligned"}
@@ -127,12 +127,12 @@ def find_method(name: str) -> Method:
         return _with_statistics(name, find_method(before), dash + last)
     merger, training = (before, last) if before and last in _PLAIN else (name, None)
     if not is_location(merger) and merger not in MERGERS:
-        raise unknown_name("method", name, [*METHODS, *(m for m in MERGERS if m not in METHODS)])
+        raise unknown_name("method", name, dict.fromkeys([*METHODS, *MERGERS]))
     label = _label(merger)
-    usual = METHODS[merger].training if merger in METHODS else None
-    usual = usual or ("sequential" if merger in _FOR_SEQUENCES else "independent")
+    known = METHODS.get(merger)
+    usual = known.training if known else _USUAL.get(merger, "independent")
     if training in (None, usual):
-        return METHODS.get(merger) or Method(label, usual, merger)
+        return known or Method(label, usual, merger)
     return Method(f"{label}-{training}", training, merger)
 
 

@@ -20,7 +20,7 @@ from cl_merge.benchmarks.formatting import data_label
 from cl_merge.benchmarks.methods.method import TRAININGS, Method, Training
 from cl_merge.benchmarks.runs.loggers import RunInfo, check_loggers, close_logger, open_loggers
 from cl_merge.benchmarks.runs.run import Run
-from cl_merge.benchmarks.runs.settings import flat
+from cl_merge.config.reading import flat
 from cl_merge.data.tasks import Task
 from cl_merge.training.journal import Journal, is_first_process
 from cl_merge.training.metrics import AccuracyMatrix

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from cl_merge.benchmarks.datasets.catalog import find_data, is_data_file
 from cl_merge.benchmarks.methods.method import absolute_path, compared_methods, find_method
 from cl_merge.benchmarks.runs.results import read_results
-from cl_merge.config.reading import parse_arguments, read_config, read_yaml
+from cl_merge.config.reading import flat, parse_arguments, read_config, read_yaml
 from cl_merge.config.schema import RunConfig
 from cl_merge.errors import InputError
 
@@ -83,17 +82,3 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     if isinstance(config.compare, list):
         config.compare = [absolute_path(str(name)) for name in config.compare]
     return config
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Bring nested settings to one level; an empty mapping is a value.
-
-    Example:
-        >>> flat({"seed": 0, "stream": {"tasks": 5}})
-        {'seed': 0, 'stream.tasks': 5}
-    """
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        inner = flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else None
-        found |= inner or {f"{prefix}{name}": value}
-    return found

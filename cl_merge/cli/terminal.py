@@ -59,13 +59,9 @@ def own_terminal() -> Iterator[None]:
     After it streams, environment and logging are the caller's as they were.
     """
     library = logging.getLogger("cl_merge")
-    before = library.handlers, library.propagate, library.level
-
-    def restore_logging() -> None:
-        library.handlers, library.propagate, library.level = before
-
     with ExitStack() as after:
-        after.callback(restore_logging)
+        for name in ("handlers", "propagate", "level"):
+            after.callback(setattr, library, name, getattr(library, name))
         for name in ("stdout", "stderr"):
             stream: TextIO | None = getattr(sys, name)
             if stream is None:

@@ -46,7 +46,6 @@ def read_config(
         config = _merged(config, read_yaml(file), str(file))
     config = _merged(config, parse_arguments(arguments), "the command line")
     found: Any = OmegaConf.to_object(_resolved(config))
-    _check_sizes(asdict(found))
     _check_values(found)
     if found.stream.held_out is None:
         found.stream.held_out = HELD_OUT if found.merge.scale == "auto" else 0.0
@@ -138,6 +137,20 @@ def to_yaml(config: RunConfig) -> str:
     return str(OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Bring nested settings to one level; an empty mapping is a value.
+
+    Example:
+        >>> flat({"seed": 0, "stream": {"tasks": 5}})
+        {'seed': 0, 'stream.tasks': 5}
+    """
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        inner = flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else None
+        found |= inner or {f"{prefix}{name}": value}
+    return found
+
+
 def _merged(config: DictConfig, layer: Mapping[str, Any], origin: str) -> DictConfig:
     """Put a layer over a configuration, key by key, so that an error can name the key."""
     for key, value in layer.items():
@@ -170,19 +183,13 @@ def _resolved(config: DictConfig) -> DictConfig:
     return _merged(OmegaConf.structured(RunConfig), plain, "what a setting refers to")
 
 
-def _check_sizes(value: Any, name: str = "") -> None:
-    """Make sure that integers are such as torch can take and messages can show."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            _check_sizes(inner, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, list):
-        for inner in value:
-            _check_sizes(inner, name)
-    elif isinstance(value, int) and abs(value) >= 2**63:
-        raise InputError(f"{name}: a number of {value.bit_length()} bits; expected at most 63")
-
-
 def _check_values(config: RunConfig) -> None:
+    for key, value in flat(asdict(config)).items():
+        for number in value if isinstance(value, list) else [value]:
+            # What torch can take and messages can show.
+            if isinstance(number, int) and abs(number) >= 2**63:
+                bits = number.bit_length()
+                raise InputError(f"{key}: a number of {bits} bits; expected at most 63")
     check_trainer(config.trainer)
     logger_options(config.loggers)
     merge, seed = config.merge, config.seed
