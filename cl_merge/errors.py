@@ -7,18 +7,14 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Wrong input, found before any work is lost.
+    """Wrong input, found before any work is lost: the message says where, and what would be right.
 
-    The message names the offending file, key or value, says what was expected and what to do. The
-    command line prints it on one line and exits with code 2.
+    The command line prints it on one line and exits with code 2.
     """
 
 
 class StorageError(OSError):
-    """A file could not be written: a full disk, a read-only folder, a quota.
-
-    The message names the file and the reason. What was there before is still there.
-    """
+    """A file could not be written; the message says why. What was there before is still there."""
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> InputError:

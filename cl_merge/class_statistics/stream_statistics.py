@@ -21,9 +21,6 @@ from cl_merge.storage.files import load_tensors, save_tensors
 ENCODERS = ("both", "base", "merged")
 FORMAT = "cl_merge.statistics"
 
-Total = Callable[[Tensor], Tensor]
-"""Sums an int64 tensor over all processes."""
-
 
 class StreamStatistics:
     """Class statistics of a stream's images under the base encoder and under the merged one.
@@ -50,7 +47,7 @@ class StreamStatistics:
     ) -> None:
         if encoders not in ENCODERS:
             raise unknown_name("encoders", encoders, ENCODERS)
-        if not (ridge > 0 and ridge < float("inf")):
+        if not 0 < ridge < float("inf"):
             raise InputError(f"ridge={ridge}; expected a finite number above 0")
         self.classes = classes
         self.features = features
@@ -67,7 +64,7 @@ class StreamStatistics:
         labels: Tensor,
         text: Tensor | None = None,
         *,
-        total: Total = lambda tensor: tensor,
+        total: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> None:
         """Take up the images of a task; under several processes each has its own.
 
@@ -77,7 +74,7 @@ class StreamStatistics:
             labels: Their classes, int64 [N].
             text: The text head's logits for them, float [N, C]; None leaves the text head out of
                 the vote among classes seen.
-            total: Sums over processes.
+            total: Sums an int64 tensor over all processes.
 
         Raises:
             InputError: If features are not finite, those under the merged model are missing, or a

@@ -23,12 +23,12 @@ Transform: TypeAlias = Callable[[Image.Image], Tensor]
 
 
 class Sample(NamedTuple):
-    """One image or, collated, one batch.
+    """One image or, collated, one batch of B.
 
     Attributes:
-        image: The transformed image, float32 [3, H, W]; in a batch [B, 3, H, W].
-        label: The global label, int64; in a batch [B].
-        task: Index of the task that the image belongs to, int64; in a batch [B].
+        image: The transformed image, float32 [3, H, W] or [B, 3, H, W].
+        label: The global label, an integer or int64 [B].
+        task: Index of the task that the image belongs to, an integer or int64 [B].
     """
 
     image: Tensor
@@ -100,8 +100,7 @@ class ImageTable:
 
     def keep_decoded(self, rows: Indices) -> None:
         """Decode images once and keep them, so that later epochs do not decode again."""
-        for row in rows.tolist():
-            self._decoded[row] = self.image(row)
+        self._decoded |= {row: self.image(row) for row in rows.tolist()}
 
     def decoded_bytes(self, count: int) -> int:
         """Estimate how many bytes so many decoded images take, from the first few of the split."""

@@ -1,4 +1,10 @@
-"""How a data set becomes a stream: the tasks, and the four ways to split; no image is decoded."""
+"""How a data set becomes a stream: the tasks, and the four ways to split; no image is decoded.
+
+The splits take values of the N training and the M test images, int64 [N] and [M], which are indices
+into names: labels, domains or sources (the data sets that were joined). The order is that of the
+classes, domains or sources, see `resolve_order`. They raise `InputError` if a task would have no
+training or no test image.
+"""
 
 from __future__ import annotations
 
@@ -122,17 +128,7 @@ def split_by_class(
 ) -> list[Task]:
     """Class-incremental: every task brings classes that no other task has.
 
-    Task k of T has the classes ``order[floor(C/T*k) : floor(C/T*(k+1))]``.
-
-    Args:
-        train_labels: Labels of the training images, int64 [N].
-        test_labels: Labels of the test images, int64 [M].
-        class_names: The names of the C classes.
-        tasks: Number of tasks, at most C.
-        order: The order in which classes come, see `resolve_order`.
-
-    Raises:
-        InputError: If there are more tasks than classes, or a task has no training or test image.
+    Of C classes task k of T, at most C, has ``order[floor(C/T*k) : floor(C/T*(k+1))]``.
     """
     if tasks > len(class_names):
         raise InputError(
@@ -157,18 +153,7 @@ def split_by_domain(
     *,
     order: Order = "natural",
 ) -> list[Task]:
-    """Domain-incremental: every task brings all classes, seen in another domain.
-
-    Args:
-        train_domains: Domain indices of the training images, int64 [N].
-        test_domains: Domain indices of the test images, int64 [M].
-        class_names: The names of the C classes.
-        domain_names: The names of the D domains; each becomes one task.
-        order: The order in which domains come, see `resolve_order`.
-
-    Raises:
-        InputError: If a domain has no training or no test image.
-    """
+    """Domain-incremental: every domain is a task and brings all classes."""
     ordered = resolve_order(order, domain_names, "domain")
     names = [domain_names[domain] for domain in ordered]
     classes = [range(len(class_names))] * len(ordered)
@@ -184,17 +169,10 @@ def split_by_source(
     *,
     order: Order = "natural",
 ) -> list[Task]:
-    """Split joined data sets into what they were: every task is one, with the classes it shows.
+    """Split joined data sets into what they were: each is a task, with the classes that it shows.
 
-    Args:
-        sources: Which data set each training and each test image is from, int64 [N] and [M].
-        labels: Labels of the training and of the test images, int64 [N] and [M].
-        class_names: The names of the classes of all data sets.
-        source_names: The names of the S data sets; each becomes one task.
-        order: The order in which the data sets come, see `resolve_order`.
-
-    Raises:
-        InputError: If a data set has no training or no test image, or shares a class with another.
+    Sources and labels are pairs, of the training and of the test images. `InputError` if data sets
+    share a class.
     """
     classes = [
         sorted({int(c) for s, y in zip(sources, labels, strict=True) for c in np.unique(y[s == k])})
@@ -220,16 +198,6 @@ def split_by_data(
     """Data-incremental: every task brings a random part of the images, of all classes.
 
     The test images are dealt out in the same way, so that each of them counts for one task.
-
-    Args:
-        train_size: Number of training images.
-        test_size: Number of test images.
-        class_names: The names of the C classes.
-        tasks: Number of tasks.
-        seed: Which random parts.
-
-    Raises:
-        InputError: If there are more tasks than training or than test images.
     """
     random = np.random.default_rng(seed)
     dealt = []

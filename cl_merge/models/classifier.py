@@ -193,12 +193,13 @@ class CLIPClassifier(L.LightningModule):
     def task_logits(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Classify a training batch among the classes of the current task.
 
+        Without a `TaskStream` there is one task with all classes.
+
         Args:
             batch: Images, float [B, 3, H, W], and global labels, int64 [B]; more is ignored.
 
         Returns:
-            Logits, float32 [B, K], and the position of each label among the task's K classes, int64
-            [B]. Without a `TaskStream` there is one task with all classes.
+            Logits, float32 [B, K], and each label's position among the task's K classes, int64 [B].
         """
         images, labels = batch[0], batch[1]
         if self._task is None:
@@ -308,16 +309,11 @@ class CLIPClassifier(L.LightningModule):
 
 
 def layer_depths(names: Iterable[str]) -> dict[str, int]:
-    """Number the layers of an encoder, from its input to its output.
+    """Find the layer of each parameter of an encoder, from its input to its output.
 
-    Each numbered block is a layer. What comes before the first one, such as a stem and embeddings,
-    is layer 0; what comes after, such as a last norm and the projection, is the last layer.
-
-    Args:
-        names: Names of parameters, in the order of the module.
-
-    Returns:
-        The layer of each parameter, by name.
+    Parameters are named in the order of the module. Each numbered block is a layer. What comes
+    before the first one, such as a stem and embeddings, is layer 0; what comes after, such as a
+    last norm and the projection, is the last layer.
 
     Example:
         >>> layer_depths(["proj", "conv.weight", "blocks.0.w", "blocks.1.w", "norm.weight"])

@@ -78,9 +78,9 @@ def load_clip(model: str = "glyph", *, image_size: int | None = None) -> Clip:
         The model in evaluation mode, on the CPU, in float32.
 
     Raises:
-        InputError: If the architecture, the tag, the file or the folder does not exist; if weights
-            are missing, unreadable, of another architecture or cannot be downloaded; or if the
-            image size is not possible.
+        InputError: If the architecture, tag, file or folder does not exist, weights are missing,
+            unreadable, of another architecture or cannot be downloaded, or the image size is not
+            possible.
 
     Example:
         >>> clip = load_clip("ViT-B-16:openai")  # doctest: +SKIP
@@ -253,6 +253,6 @@ def _explained(what: str) -> Iterator[None]:
 
 
 def _one_line(error: Exception) -> str:
-    """Return the message of an error without line breaks, cut where lists of tensors go on."""
+    """The message of an error without line breaks, cut where lists of tensors go on."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]} ..."

@@ -56,11 +56,11 @@ class ZeroShotHead(nn.Module):
         """Score image features against all classes or some of them.
 
         Args:
-            features: ``[B, D]`` image features of any floating-point type, not normalised.
+            features: Of any floating-point type, not normalised, ``[B, D]``.
             classes: Row numbers of the ``K`` classes to score, in the order wanted; all without it.
 
         Returns:
-            ``[B, K]`` (or ``[B, C]``) logits, float32 also under mixed precision.
+            Logits, float32 also under mixed precision, ``[B, K]`` or ``[B, C]``.
         """
         weight = self.weight
         if classes is not None:
@@ -94,9 +94,6 @@ def zero_shot_head(
         class_names: The names of the ``C`` classes, in the order of the labels.
         templates: Prompts with one ``{}`` each, where the name goes; one prompt may be a string.
         batch_size: How many prompts to encode at once.
-
-    Returns:
-        The head, on the device of the model.
 
     Raises:
         InputError: If a name is empty or repeats, a template has no ``{}`` or several, or the batch
