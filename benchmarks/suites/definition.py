@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -20,7 +19,7 @@ from cl_merge.errors import InputError, nearest, unknown_name
 
 T = TypeVar("T")
 
-_FOLDER = "cl_merge.benchmarks.suites"
+_FOLDER = Path(__file__).parent
 _PAPER = ("table1", "table2")
 # What a plan decides for each run.
 _PLANNED = ("data", "seed", "out", "method", "compare", "stream.tasks", "merge.beside")
@@ -75,17 +74,28 @@ def find_suite(name: str) -> Suite:
         >>> find_suite("table2").seeds
         (5,)
     """
-    if name in known_suites():
-        text = files(_FOLDER).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
-        return _parsed(name, OmegaConf.to_container(OmegaConf.create(text)), name)
-    if not is_data_file(name):
+    known = name in known_suites()
+    if not known and not is_data_file(name):
         raise unknown_name("suite", name, [*known_suites(), "FILE.yaml"])
-    return _parsed(Path(name).stem, read_yaml(name), name)
+    file, where = _FOLDER / f"{name}.yaml" if known else Path(name), f"suite {name}"
+    content = read_yaml(file)
+    _check_keys(content, Suite, where)
+    for key in ("settings", "methods"):
+        if not isinstance(content.get(key), list) or not content[key]:
+            raise InputError(f"{where}: '{key}' must be a list with at least one entry")
+    paper = content.get("paper")
+    if paper is not None and paper not in _PAPER:
+        raise unknown_name(f"table of the paper in {where}", str(paper), _PAPER)
+    methods = _checked_methods(map(str, content["methods"]))
+    settings = [s for entry in content["settings"] for s in _settings(entry, where)]
+    defaults = {"name": file.stem, "about": "", "shown": methods, "seeds": [0]}
+    suite = _converted({**defaults, **content, "methods": methods, "settings": []}, Suite, where)
+    return replace(suite, settings=tuple(settings), seeds=tuple(dict.fromkeys(suite.seeds)))
 
 
 def known_suites() -> list[str]:
     """The names of the suites that come along."""
-    return sorted(Path(f.name).stem for f in files(_FOLDER).iterdir() if f.name.endswith(".yaml"))
+    return sorted(file.stem for file in _FOLDER.glob("*.yaml"))
 
 
 def narrowed(
@@ -110,10 +120,7 @@ def narrowed(
     settings: list[Setting] = []
     for name in data or dict.fromkeys(s.data for s in suite.settings):
         own = [s for s in suite.settings if s.data == name]
-        if not own:
-            find_data(name)
-            numbers: Sequence[int | None] = tasks or [None]
-            own = [Setting(name, n, joint_tasks=numbers[0]) for n in numbers]
+        own = own or _settings({"data": name, "tasks": list(tasks) or None}, "the command line")
         chosen = [s for s in own if not tasks or s.tasks in tasks]
         if not chosen and data:
             known = ", ".join(str(s.tasks) for s in own if s.tasks is not None)
@@ -125,9 +132,7 @@ def narrowed(
     if not settings:
         has = ", ".join(s.name for s in suite.settings)
         raise InputError(f"nothing is left of suite '{suite.name}', which has {has}")
-    names = [absolute_path(name) for name in methods]
-    for name in names:
-        find_method(name)
+    names = _checked_methods(methods)
     return replace(
         suite,
         settings=tuple(settings),
@@ -140,19 +145,12 @@ def narrowed(
 
 def joined(one: Suite, other: Suite) -> Suite:
     """Put together all settings, methods and seeds of two parts of a suite."""
-
-    def union(first: tuple[Any, ...], second: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(dict.fromkeys((*first, *second)))
-
-    methods = union(one.methods, other.methods)
-    shown = union(one.shown, other.shown)
-    return replace(
-        one,
-        settings=union(one.settings, other.settings),
-        methods=methods,
-        shown=tuple(name for name in methods if name in shown),
-        seeds=tuple(sorted(union(one.seeds, other.seeds))),
-    )
+    every = {
+        key: tuple(dict.fromkeys((*getattr(one, key), *getattr(other, key))))
+        for key in ("settings", "methods", "shown", "seeds")
+    }
+    every["shown"] = tuple(name for name in every["methods"] if name in every["shown"])
+    return replace(one, **every | {"seeds": tuple(sorted(every["seeds"]))})
 
 
 def to_yaml(suite: Suite) -> str:
@@ -160,39 +158,24 @@ def to_yaml(suite: Suite) -> str:
     return str(OmegaConf.to_yaml(OmegaConf.create(asdict(suite))))
 
 
-def _parsed(name: str, content: Any, where: str) -> Suite:
-    _check_keys(content, Suite, f"suite {where}")
-    for key in ("settings", "methods"):
-        if not isinstance(content.get(key), list) or not content[key]:
-            raise InputError(f"suite {where}: '{key}' must be a list with at least one entry")
-    paper = content.get("paper")
-    if paper is not None and paper not in _PAPER:
-        raise unknown_name(f"table of the paper in suite {where}", str(paper), _PAPER)
-    methods = [absolute_path(str(method)) for method in content["methods"]]
+def _checked_methods(names: Iterable[str]) -> list[str]:
+    methods = [absolute_path(name) for name in names]
     for method in methods:
         find_method(method)
-    settings = [s for entry in content["settings"] for s in _settings(entry, where)]
-    defaults = {"name": name, "about": "", "shown": methods, "seeds": [0]}
-    found = {**defaults, **content, "methods": methods, "settings": []}
-    suite = _converted(found, Suite, f"suite {where}")
-    return replace(suite, settings=tuple(settings), seeds=tuple(dict.fromkeys(suite.seeds)))
+    return methods
 
 
 def _settings(entry: Any, where: str) -> list[Setting]:
     if not isinstance(entry, Mapping) or "data" not in entry:
-        raise InputError(f"suite {where}: each setting needs data: NAME, found {entry}")
-    _check_keys(entry, Setting, f"a setting of suite {where}")
-    data, numbers = str(entry["data"]), entry.get("tasks")
+        raise InputError(f"{where}: each setting needs data: NAME, found {entry}")
+    _check_keys(entry, Setting, f"a setting of {where}")
+    data, tasks = str(entry["data"]), entry.get("tasks")
     find_data(data)
-    numbers = numbers if isinstance(numbers, list) else [numbers]
-    for number in numbers:
-        if number is not None and (not isinstance(number, int) or number < 1):
-            raise InputError(f"suite {where}: tasks of '{data}' must be numbers, found {number}")
-    joint = entry.get("joint_tasks", numbers[0])
-    return [
-        _converted({**entry, "tasks": number, "joint_tasks": joint}, Setting, f"suite {where}")
-        for number in numbers
-    ]
+    numbers = tasks if isinstance(tasks, list) else [tasks]
+    if not numbers or any(n is not None and (not isinstance(n, int) or n < 1) for n in numbers):
+        raise InputError(f"{where}: tasks of '{data}' must be numbers, found {tasks}")
+    common = {"joint_tasks": numbers[0], **entry}
+    return [_converted({**common, "tasks": number}, Setting, where) for number in numbers]
 
 
 def _converted(content: Any, kind: type[T], where: str) -> T:
@@ -214,17 +197,15 @@ def _check_keys(content: Any, kind: type[Suite | Setting], where: str) -> None:
 def _seeds(text: str | None, default: tuple[int, ...]) -> tuple[int, ...]:
     if text is None:
         return default
-    try:
-        numbers = [int(word) for word in text.split(",") if word.strip()]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 0 or ("," not in text and numbers[0] < 1):
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    listed = "," in text
+    if not words or not all(map(str.isdecimal, words)) or (not listed and int(text) < 1):
         raise InputError(
             f"seeds '{text}'; expected how many, such as 3, or a list with commas, such as 0,1,2"
         )
-    if "," in text:
-        return tuple(dict.fromkeys(numbers))
-    return tuple(default[0] + number for number in range(numbers[0]))
+    if listed:
+        return tuple(dict.fromkeys(map(int, words)))
+    return tuple(range(default[0], default[0] + int(text)))
 
 
 def _run_settings(words: Sequence[str]) -> Mapping[str, Any]:

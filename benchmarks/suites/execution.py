@@ -1,4 +1,4 @@
-"""Run the jobs of a suite, side by side on this machine."""
+"""Run the jobs of a suite: side by side on this machine, or through submitit on many."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -27,6 +28,7 @@ LOG = "log.txt"
 
 _INTERRUPTED = (130, 143)  # exit codes after Ctrl-C and after SIGTERM
 _LAST_WORDS = 4000  # bytes of a log in which the reason of a failure is looked for
+_DAY = 24 * 60  # minutes
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,35 @@ def run_here(
         pool.shutdown(cancel_futures=True)
 
 
+def run_on_cluster(
+    jobs: Sequence[Job], folder: Path, options: Mapping[str, Any]
+) -> Iterator[Ended]:
+    """Run jobs through submitit, from a folder that all machines see, and yield each as it ends.
+
+    The options are ``cluster`` and any parameter of ``submitit.AutoExecutor.update_parameters``.
+    """
+    executor = _executor(folder, options)
+    from submitit import helpers
+
+    with executor.batch():
+        # The machines need not start where this process did.
+        sent = [executor.submit(run_job, job, folder.resolve()) for job in jobs]
+    left = dict(zip(sent, jobs, strict=True))
+    try:
+        for handle in helpers.as_completed(sent, poll_frequency=1.0):
+            job = left.pop(handle)
+            try:
+                ended = handle.result()
+            # The machine may be gone, or the time over: what there is to know is in the message.
+            except Exception as error:
+                said = str(error).strip().splitlines() or [type(error).__name__]
+                ended = _failed(job, folder, said[-1], 0.0)
+            yield ended
+    finally:
+        for handle in left:
+            handle.cancel()
+
+
 def run_job(
     job: Job,
     folder: Path,
@@ -130,8 +161,7 @@ def run_job(
     run_folder.mkdir(parents=True, exist_ok=True)
     (run_folder / FAILURE).unlink(missing_ok=True)
     with atomic_write(run_folder / "job.yaml") as temporary:
-        text = str(OmegaConf.to_yaml(OmegaConf.create(dict(job.config))))
-        temporary.write_text(text, encoding="utf-8")
+        OmegaConf.save(OmegaConf.create(dict(job.config)), temporary)
     running = processes or Processes()
     words = ["run", "--config", str(run_folder / "job.yaml"), f"out={run_folder}"]
     began = time.monotonic()
@@ -141,10 +171,10 @@ def run_job(
         return Ended(job, DONE, seconds)
     if code in _INTERRUPTED or running.stopped:
         return Ended(job, BEGUN, seconds)
-    return failed(job, folder, _reason(run_folder / LOG, code), seconds)
+    return _failed(job, folder, _reason(run_folder / LOG, code), seconds)
 
 
-def failed(job: Job, folder: Path, reason: str, seconds: float) -> Ended:
+def _failed(job: Job, folder: Path, reason: str, seconds: float) -> Ended:
     """Note in the folder of a job that it failed, and why."""
     with atomic_write(folder / job.path / FAILURE) as temporary:
         failure = {"reason": reason, "seconds": round(seconds, 1)}
@@ -176,5 +206,24 @@ def _reason(log: Path, code: int) -> str:
     lines = log.read_bytes()[-_LAST_WORDS:].decode(errors="replace").splitlines()
     said = [line.strip() for line in lines if line.strip()]
     ours = [line for line in said if line.startswith("cl-merge: ")]
-    last = ours[-1] if ours else said[-1] if said else ""
+    last = (ours or said or [""])[-1]
     return last.removeprefix("cl-merge: ") or f"exit code {code}"
+
+
+def _executor(folder: Path, options: Mapping[str, Any]) -> Any:
+    try:
+        import submitit
+    except ModuleNotFoundError as error:
+        raise InputError(
+            'several machines need the package submitit: pip install "cl-merge[cluster]"'
+        ) from error
+    settings = {"timeout_min": _DAY, **options}
+    try:
+        executor = submitit.AutoExecutor(
+            folder=folder / "cluster" / "%j", cluster=settings.pop("cluster", None)
+        )
+        executor.update_parameters(name=f"cl-merge-{folder.name}", **settings)
+    # What submitit raises for a cluster or a parameter that does not exist depends on its version.
+    except Exception as error:
+        raise InputError(f"cluster: {' '.join(str(error).split())}") from error
+    return executor

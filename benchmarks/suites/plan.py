@@ -42,9 +42,6 @@ class Job:
         name = self.setting.data_name if joint else self.setting.name
         return f"{name}/seed{self.seed}/{self.training}{self.apart}"
 
-    def __str__(self) -> str:
-        return self.path
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -105,7 +102,7 @@ def on_devices(job: Job, devices: int) -> Job:
     batch = job_config(job).stream.batch_size
     if devices < 1 or batch % devices:
         raise InputError(
-            f"ddp {devices}: {job} trains on batches of {batch}, which cannot be shared out "
+            f"ddp {devices}: {job.path} trains on batches of {batch}, which cannot be shared out "
             f"among {devices}; choose a divisor, or stream.batch_size"
         )
     trainer = {"devices": devices, "strategy": "ddp" if devices > 1 else "auto"}
@@ -115,9 +112,7 @@ def on_devices(job: Job, devices: int) -> Job:
 
 def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
     """Settings over settings, as nested keys."""
-    found: Any = OmegaConf.to_container(
-        OmegaConf.merge(*(OmegaConf.create(dict(layer)) for layer in layers))
-    )
+    found: Any = OmegaConf.to_container(OmegaConf.merge(*map(dict, layers)))
     return dict(found)
 
 
@@ -126,7 +121,7 @@ def _training(method: Method, suite: Suite) -> str:
     if method.training is not None:
         return method.training
     others = (find_method(name).training for name in (*suite.shown, *suite.methods))
-    return next((name for name in others if name not in (None, "joint")), "sequential") or ""
+    return next((name for name in others if name and name != "joint"), "sequential")
 
 
 def _job(
@@ -137,30 +132,28 @@ def _job(
     training: str,
     alone: Method | None,
 ) -> Job:
-    """Make the job of a training, or that of a method which has one of its own."""
+    """The job of a training, or that of a method which has one of its own."""
     if TRAININGS[training].joint:
         setting = replace(setting, tasks=setting.joint_tasks)
     shared = [m for m in words if m.training == training and not m.weighted]
     methods = [alone] if alone else shared or [find_method("sequential")]
     own = next((m for m in methods if m.merger), methods[0])
     others = [m for m in methods if m != own]
-    own_settings = {
+    config = {
         "data": setting.data,
         "seed": seed,
         "method": words.get(own, own.name),
         "compare": [words[m] for m in others],
         "stream": {} if setting.tasks is None else {"tasks": setting.tasks},
-        "merge": _published(own, others) if suite.published else {},
+        "merge": {},
     }
-    config = _merged(suite.run, setting.run, own_settings)
+    if suite.published:
+        # Methods with class statistics merge with the options of those without.
+        options = {
+            m.plain.name: dict(m.published) for m in others if m.published and m.plain != own.plain
+        }
+        found = {"options": dict(own.published), "beside": options}
+        config["merge"] = {key: value for key, value in found.items() if value}
+    config = _merged(suite.run, setting.run, config)
     names = (own.name, *(m.name for m in others))
     return Job(setting, seed, training, names, config, f"-{own.name}" if alone else "")
-
-
-def _published(own: Method, others: list[Method]) -> dict[str, Any]:
-    found: dict[str, Any] = {"options": dict(own.published)} if own.published else {}
-    # Methods with class statistics merge with the options of those without.
-    options = {
-        m.plain.name: dict(m.published) for m in others if m.published and m.plain != own.plain
-    }
-    return found | ({"beside": options} if options else {})

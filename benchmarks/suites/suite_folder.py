@@ -36,7 +36,19 @@ def remember(suite: Suite, folder: Path) -> None:
     """Add to the folder's ``suite.yaml`` what is asked for now."""
     if (folder / SUITE).exists():
         before = read_folder(folder)
-        _check_same(before, suite, folder)
+        if before.name != suite.name:
+            raise InputError(
+                f"'{folder}' holds suite '{before.name}', not '{suite.name}'; name another folder"
+            )
+        for key, one, other in (
+            ("run settings", before.run, suite.run),
+            ("published", before.published, suite.published),
+        ):
+            if one != other:
+                raise InputError(
+                    f"'{folder}' was begun with {key} {one or 'none'}, not {other or 'none'}; "
+                    "give the same, or name another folder"
+                )
         suite = joined(before, suite)
     with atomic_write(folder / SUITE) as temporary:
         temporary.write_text(to_yaml(suite), encoding="utf-8")
@@ -51,19 +63,3 @@ def read_folder(folder: str | Path) -> Suite:
             "results.json)"
         )
     return find_suite(str(file))
-
-
-def _check_same(before: Suite, now: Suite, folder: Path) -> None:
-    if before.name != now.name:
-        raise InputError(
-            f"'{folder}' holds suite '{before.name}', not '{now.name}'; name another folder"
-        )
-    for key, one, other in (
-        ("run settings", before.run, now.run),
-        ("published", before.published, now.published),
-    ):
-        if one != other:
-            raise InputError(
-                f"'{folder}' was begun with {key} {one or 'none'}, not {other or 'none'}; "
-                "give the same, or name another folder"
-            )

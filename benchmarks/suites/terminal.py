@@ -46,15 +46,12 @@ def show_plan(console: Console, suite: Suite, jobs: Sequence[Job], folder: Path)
 
 def expected_seconds(jobs: Sequence[Job], folder: Path) -> dict[Job, float]:
     """How long jobs take by the finished runs of the same setting and training, where there are."""
+    kinds = {job: job.path.replace(f"/seed{job.seed}/", "/", 1) for job in jobs}
     known: dict[str, list[float]] = {}
-    for job in jobs:
+    for job, kind in kinds.items():
         if (results := read_results(folder / job.path)) is not None:
-            known.setdefault(_without_seed(job), []).append(results["total"]["seconds"])
-    return {job: median(known[key]) for job in jobs if (key := _without_seed(job)) in known}
-
-
-def _without_seed(job: Job) -> str:
-    return job.path.replace(f"/seed{job.seed}/", "/", 1)
+            known.setdefault(kind, []).append(results["total"]["seconds"])
+    return {job: median(known[kind]) for job, kind in kinds.items() if kind in known}
 
 
 def _time_left(left: Sequence[Job], times: dict[Job, float]) -> str:
@@ -70,16 +67,14 @@ def _time_left(left: Sequence[Job], times: dict[Job, float]) -> str:
 
 def show_begin(console: Console, suite: Suite, jobs: int, left: int, folder: Path) -> None:
     """Say how many runs there are, and how many of them are left to do."""
-    said = f"{suite.name} in {folder}: {counted(jobs, 'run')}"
     done = f", {jobs - left} of them done" if left < jobs else ""
-    console.print(
-        f"{said}, all done; nothing is left to do" if not left else said + done, markup=False
-    )
+    done = done if left else ", all done; nothing is left to do"
+    console.print(f"{suite.name} in {folder}: {counted(jobs, 'run')}{done}", markup=False)
 
 
 def show_ended(console: Console, ended: Ended, number: int, jobs: int, folder: Path) -> None:
     """Say how a run ended, the `number`-th of so many jobs."""
-    said = escape(f"{number}/{jobs} {ended.job}, {duration(ended.seconds)}: ")
+    said = escape(f"{number}/{jobs} {ended.job.path}, {duration(ended.seconds)}: ")
     if ended.state == DONE:
         methods = finished_results(folder / ended.job.path)["methods"]
         said += ", ".join(

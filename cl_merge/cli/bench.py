@@ -99,8 +99,7 @@ def bench(parsed: argparse.Namespace) -> int:
 
 
 def _run(jobs: list[Job], folder: Path, parsed: argparse.Namespace) -> Iterator[Ended]:
-    from cl_merge.benchmarks.suites.cluster import run_on_cluster
-    from cl_merge.benchmarks.suites.execution import run_here
+    from cl_merge.benchmarks.suites.execution import run_here, run_on_cluster
     from cl_merge.benchmarks.suites.plan import on_devices
     from cl_merge.config.reading import parse_arguments
 

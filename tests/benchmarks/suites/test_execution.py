@@ -11,9 +11,8 @@ import time
 import pytest
 from results_files import whole_results
 
-from cl_merge.benchmarks.suites.cluster import run_on_cluster
 from cl_merge.benchmarks.suites.definition import find_suite, narrowed
-from cl_merge.benchmarks.suites.execution import Processes, run_here
+from cl_merge.benchmarks.suites.execution import Processes, run_here, run_on_cluster
 from cl_merge.benchmarks.suites.plan import BEGUN, DONE, FAILED, jobs_of, make_plan, state_of
 from cl_merge.errors import InputError
 
