@@ -9,8 +9,9 @@ from typing import Any
 
 from cl_merge.benchmarks.formatting import counted, data_label, rounded
 from cl_merge.benchmarks.reports.figures.accuracy import draw_accuracies
-from cl_merge.benchmarks.reports.figures.figure import Drawing
 from cl_merge.benchmarks.reports.figures.style import (
+    WIDTH,
+    Drawing,
     figure_style,
     heat_map,
     new_canvas,
@@ -47,7 +48,7 @@ def _pictures(results: Mapping[str, Any], columns: int) -> Iterator[Drawing]:
     curve = draw_accuracies(methods, tasks, title_of_run(results), columns=columns, fewest=1)
     if curve is not None:
         yield replace(curve, kind=PICTURES[0])
-    yield replace(_draw_matrix(results), kind=PICTURES[1])
+    yield _draw_matrix(results)
 
 
 def _draw_matrix(results: Mapping[str, Any]) -> Drawing:
@@ -56,10 +57,9 @@ def _draw_matrix(results: Mapping[str, Any]) -> Drawing:
     matrix = results["methods"][method]["matrix"]
     rows = [results["methods"]["zero-shot"]["matrix"][0], *matrix]
     after = [f"task {i + 1}" for i in range(tasks)] if len(matrix) > 1 else ["all tasks"]
-    canvas = new_canvas(2.2 + 0.5 * len(rows), 2.5 + 0.7 * tasks)
+    canvas = new_canvas(2.2 + 0.5 * len(rows), max(WIDTH, 2.5 + 0.7 * tasks))
     axes = canvas.add_subplot()
-    values = [[float("nan") if value is None else value for value in row] for row in rows]
-    image = heat_map(axes, values)
+    image = heat_map(axes, [[float("nan") if v is None else v for v in row] for row in rows])
     names = [shortened(task["name"]) for task in results["tasks"]]
     axes.set_xticks(range(tasks), names, rotation=40, ha="right")
     axes.set_yticks(range(len(rows)), ["zero-shot", *after])
@@ -72,13 +72,15 @@ def _draw_matrix(results: Mapping[str, Any]) -> Drawing:
             said = "-" if value is None else rounded(value, 0)
             axes.text(j, i, said, ha="center", va="center", color=shade, fontsize=8)
     canvas.colorbar(image, ax=axes)
+    numbers = [str(number + 1) for number in range(tasks)]
     return Drawing(
         canvas,
         f"Accuracy matrix of {method}",
         "Accuracy on each task (column) after each task (row), among all classes; the first row is "
         "zero-shot.",
-        ("after task", *(str(number + 1) for number in range(tasks))),
-        tuple((str(number + 1), *row) for number, row in enumerate(matrix)),
+        ("after task", *numbers),
+        tuple((number, *row) for number, row in zip(numbers, matrix, strict=False)),
+        kind=PICTURES[1],
     )
 
 

@@ -52,36 +52,30 @@ def results_table(results: Mapping[str, Any]) -> Table:
         pad_edge=False,
     )
     table.add_column("method", no_wrap=True)
-    table.add_column("scale", justify="right", no_wrap=True)
-    for title in _COLUMNS.values():
+    for title in ("scale", *_COLUMNS.values()):
         table.add_column(title, justify="right", no_wrap=True)
-    for title, group in grouped_methods(
-        {name: methods[name]["training"] for name in methods}
-    ).items():
+    trainings = {name: method["training"] for name, method in methods.items()}
+    for title, group in grouped_methods(trainings).items():
         table.add_section()
         table.add_row(title, style="dim italic")
         for name in group:
-            method = methods[name]
-            values = [method["metrics"][key] for key in _COLUMNS]
+            values = [methods[name]["metrics"][key] for key in _COLUMNS]
             figures = ["-" if value is None else rounded(value) for value in values]
-            table.add_row(
-                escape(name), _scale(method), *figures, style="bold" if name == best else ""
-            )
+            style = "bold" if name == best else ""
+            table.add_row(escape(name), _scale(methods[name]), *figures, style=style)
     return table
 
 
 def show_start(console: Console, run: Run) -> None:
     """Say what a run is about to do."""
-    stream = run.stream
-    train = sum(len(task.train) for task in stream.tasks)
-    held_out = sum(len(task.held_out) for task in stream.tasks)
-    test = sum(len(task.test) for task in stream.tasks)
+    config, tasks = run.config, run.stream.tasks
+    held_out = sum(len(task.held_out) for task in tasks)
     apart = f"{held_out} held out, " if held_out else ""
     console.print(
-        f"{find_data(run.config.data).name} with {run.config.model}: "
-        f"{len(stream.class_names)} classes in {counted(len(stream.tasks), 'task')} "
-        f"({run.config.stream.scenario}-incremental), {train} images to train on, {apart}{test} "
-        f"to test on; writing to {run.folder.path}",
+        f"{find_data(config.data).name} with {config.model}: {len(run.stream.class_names)} classes "
+        f"in {counted(len(tasks), 'task')} ({config.stream.scenario}-incremental), "
+        f"{sum(len(task.train) for task in tasks)} images to train on, "
+        f"{apart}{sum(len(task.test) for task in tasks)} to test on; writing to {run.folder.path}",
         markup=False,
     )
 

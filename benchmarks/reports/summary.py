@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from cl_merge.benchmarks.methods.method import TRAININGS, Method, grouped_methods
-from cl_merge.benchmarks.runs.results import read_json, read_results
+from cl_merge.benchmarks.formatting import data_label
+from cl_merge.benchmarks.methods.method import TRAININGS, Method, find_method, grouped_methods
+from cl_merge.benchmarks.runs.results import finished_results, read_json, read_results
+from cl_merge.benchmarks.suites import plan
 from cl_merge.benchmarks.suites.definition import Setting, Suite
 from cl_merge.benchmarks.suites.execution import LOG
-from cl_merge.benchmarks.suites.plan import BEGUN, DONE, FAILED, FAILURE, Cell, make_plan, state_of
+from cl_merge.benchmarks.suites.plan import DONE, Cell, Job
+from cl_merge.config.reading import read_yaml
+from cl_merge.mergers.registry import is_location
 
 
 @dataclass(frozen=True)
@@ -31,45 +33,15 @@ class Metric:
     better: int = 0  # 1 or -1 where more or less of it makes a method better
 
 
-METRICS: dict[str, Metric] = {
-    "accuracy": Metric(
-        "accuracy, %",
-        "accuracy on all test images among all classes after the last task, micro average",
-        better=1,
-    ),
-    "average_accuracy": Metric(
-        "macro average accuracy, %", "the same as the mean over tasks, macro average", better=1
-    ),
-    "task_aware_accuracy": Metric(
-        "task-aware accuracy, %", "accuracy among the classes of the image's own task", better=1
-    ),
-    "average_incremental_accuracy": Metric(
-        "average incremental accuracy, %",
-        "mean over tasks of the accuracy on everything seen so far",
-        better=1,
-    ),
-    "forgetting": Metric(
-        "forgetting, points",
-        "mean over tasks of the best accuracy before the last task less the last",
-        better=-1,
-    ),
-    "backward_transfer": Metric(
-        "backward transfer, points",
-        "mean over tasks of the accuracy after the last task less that after it",
-        better=1,
-    ),
-    "forward_transfer": Metric(
-        "forward transfer, points",
-        "mean over tasks of the accuracy just before it less zero-shot",
-        better=1,
-    ),
-    "seconds": Metric(
-        "time, minutes", "of the whole run, which serves all methods that share its training", 60.0
-    ),
-    "peak_memory": Metric("peak memory, GiB", "bytes, of the run", 2.0**30),
-    "stored_bytes": Metric("stored, MB", "bytes of task vectors that the run keeps", 1e6, 0),
-}
+def _table(name: str) -> dict[str, Any]:
+    found: Any = OmegaConf.to_container(read_yaml(Path(__file__).parent / name))
+    return dict(found)
+
+
+METRICS: dict[str, Metric] = {name: Metric(**own) for name, own in _table("metrics.yaml").items()}
 """What a cell can tell, by name; shares are in per cent."""
+
+_PAPER = _table("paper/results.yaml")
 
 # Of joint training, which is one run for any number of tasks, only what does not depend on it.
 _WITHOUT_TASKS = ("accuracy", "seconds", "peak_memory", "stored_bytes")
@@ -138,40 +110,41 @@ class Summary:
 
 def summarize(suite: Suite, folder: str | Path, cells: Sequence[Cell] | None = None) -> Summary:
     """Read what cells, by default a suite's plan, have found so far; some may lack metrics."""
-    folder, cells = Path(folder), make_plan(suite) if cells is None else cells
+    folder, cells = Path(folder), plan.make_plan(suite) if cells is None else cells
     results = {job: read_results(folder / job.path) or {} for job in {cell.job for cell in cells}}
     found: dict[tuple[str, str], list[CellResult]] = {}
     for cell in cells:
         key = (cell.setting.name, cell.method)
         found.setdefault(key, []).append(_read(cell, folder, results[cell.job]))
-    rows = suite.rows
     entries = {}
     for setting in suite.settings:
-        own = {method: found[setting.name, method.name] for method in rows}
-        metrics = {method: _over_seeds(of_method) for method, of_method in own.items()}
-        ranks = {name: _ranked(name, metrics) for name in METRICS}
-        for method in rows:
-            entries[setting.name, method.name] = Entry(
+        metrics = {m.name: _over_seeds(found[setting.name, m.name]) for m in suite.rows}
+        ranks = {name: _ranked(name, suite.rows, metrics) for name in METRICS}
+        for method in suite.rows:
+            key = (setting.name, method.name)
+            entries[key] = Entry(
                 setting,
                 method,
-                metrics[method],
+                metrics[method.name],
                 paper_accuracy(suite, setting, method),
-                {name: of_all[method] for name, of_all in ranks.items() if method in of_all},
-                tuple(own[method]),
+                {name: best[method.name] for name, best in ranks.items() if method.name in best},
+                tuple(found[key]),
             )
     return Summary(suite, folder, entries)
 
 
-def _ranked(name: str, metrics: Mapping[Method, Mapping[str, SeedValues]]) -> dict[Method, int]:
+def _ranked(
+    metric: str, methods: Sequence[Method], metrics: Mapping[str, Mapping[str, SeedValues]]
+) -> dict[str, int]:
     """The best and the second best of the methods that merge; the first of equal ones."""
-    better = METRICS[name].better
+    better = METRICS[metric].better
     values = {
-        method: better * own[name].mean
-        for method, own in metrics.items()
-        if better and method.merger and name in own
+        m.name: better * metrics[m.name][metric].mean
+        for m in methods
+        if better and m.merger and metric in metrics[m.name]
     }
-    best = sorted(values, key=lambda method: -values[method])[:2]
-    return {method: rank for rank, method in enumerate(best, start=1)}
+    best = sorted(values, key=lambda name: -values[name])[:2]
+    return {name: rank for rank, name in enumerate(best, start=1)}
 
 
 def paper_accuracy(suite: Suite, setting: Setting, method: Method) -> float | None:
@@ -189,25 +162,20 @@ def paper_accuracy(suite: Suite, setting: Setting, method: Method) -> float | No
     """
     if suite.paper is None:
         return None
-    row = _paper().get(method.paper or "", {}).get(setting.data)
+    row = _PAPER.get(method.paper or "", {}).get(setting.data)
     value = row.get(setting.tasks) if isinstance(row, Mapping) else row
     return None if value is None else float(value)
-
-
-@cache
-def _paper() -> dict[str, Any]:
-    file = files("cl_merge.benchmarks.reports.paper").joinpath("results.yaml")
-    found: Any = OmegaConf.to_container(OmegaConf.create(file.read_text(encoding="utf-8")))
-    return dict(found)
 
 
 def _read(cell: Cell, folder: Path, results: Mapping[str, Any]) -> CellResult:
     job, run_folder = cell.job, folder / cell.job.path
     result = results.get("methods", {}).get(cell.method)
     if result is None:
-        state = state_of(job, folder)
-        reason = _failure(run_folder) if state == FAILED else ""
-        return CellResult(cell, BEGUN if state == DONE else state, job.path, reason=reason)
+        state, reason = plan.state_of(job, folder), ""
+        if state == plan.FAILED:
+            failure = read_json(run_folder / plan.FAILURE) or {}
+            reason = str(failure.get("reason", f"see {LOG}"))
+        return CellResult(cell, plan.BEGUN if state == DONE else state, job.path, reason=reason)
     total = results["total"]
     metrics = {name: x for name, x in result["metrics"].items() if x is not None}
     metrics["seconds"] = total["seconds"]
@@ -221,13 +189,47 @@ def _read(cell: Cell, folder: Path, results: Mapping[str, Any]) -> CellResult:
     return CellResult(cell, DONE, job.path, metrics, result)
 
 
-def _failure(run_folder: Path) -> str:
-    return str((read_json(run_folder / FAILURE) or {}).get("reason", f"see {LOG}"))
-
-
 def _over_seeds(cells: Sequence[CellResult]) -> dict[str, SeedValues]:
     values = {
         name: {cell.cell.seed: cell.metrics[name] for cell in cells if name in cell.metrics}
         for name in METRICS
     }
     return {name: SeedValues(own) for name, own in values.items() if own}
+
+
+def summary_of_run(folder: str | Path) -> Summary:
+    """Read a finished run as if it were a suite of its own: one column, a row for each method."""
+    folder = Path(folder)
+    results = finished_results(folder)
+    methods = {find_method(word).name: word for word in _words(folder, results)}
+    data = data_label(results["data"])
+    tasks = None if results["scenario"] == "domain" else len(results["tasks"])
+    setting, seed = Setting(results["data"], tasks), int(results["seed"])
+    suite = Suite(
+        name=folder.resolve().name,
+        about=f"{results['method']} on {data} with {results['model']}, a single run",
+        settings=(setting,),
+        methods=tuple(methods.values()),
+        shown=tuple(methods.values()),
+        seeds=(seed,),
+    )
+    training = str(results["methods"][results["method"]].get("training") or "sequential")
+    job = _JobHere(setting, seed, training, tuple(methods), config={})
+    return summarize(suite, folder, [Cell(setting, name, seed, job) for name in methods])
+
+
+class _JobHere(Job):
+    """A job whose folder is the suite's."""
+
+    path = "."
+
+
+def _words(folder: Path, results: Mapping[str, Any]) -> list[str]:
+    """What names each method of a run, in the order of its results."""
+    config: Any = OmegaConf.to_container(read_yaml(folder / "config.yaml"))
+    compare = config.get("compare")
+    given = [config.get("method"), *(compare if isinstance(compare, list) else [compare])]
+    # A merger of the user's has a path in a file, and a name of its own in the results.
+    paths = [word for word in given if isinstance(word, str) and is_location(word)]
+    own = {find_method(path).name: path for path in paths}
+    return [own.get(name, name) for name in results["methods"]]

@@ -7,14 +7,16 @@ import io
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 from rich import box
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from cl_merge.benchmarks.formatting import rounded
 from cl_merge.benchmarks.reports.summary import METRICS, Entry, Summary
-from cl_merge.benchmarks.suites.definition import Setting
 from cl_merge.benchmarks.suites.plan import BEGUN, DONE, FAILED, NEW
 from cl_merge.errors import unknown_name
 
@@ -31,6 +33,10 @@ class Shown:
     rank: int | None = None  # 1 or 2 for the best and the second best
     difference: str = ""  # to the paper's accuracy, with its sign
     state: str = DONE  # how far its runs are
+
+
+Row = tuple[str, str, list[Shown]]
+"""Group, method, and what stands in each setting's column."""
 
 
 def shown(entry: Entry, metric: str) -> Shown:
@@ -51,8 +57,8 @@ def shown(entry: Entry, metric: str) -> Shown:
     )
 
 
-def rows_of(summary: Summary, metric: str) -> Iterator[tuple[str, str, list[Shown]]]:
-    """Go through the rows of a table: group, method, and what stands in each setting's column."""
+def rows_of(summary: Summary, metric: str) -> Iterator[Row]:
+    """Go through the rows of a table."""
     if metric not in METRICS:
         raise unknown_name("metric", metric, list(METRICS))
     for group, methods in summary.groups.items():
@@ -64,42 +70,29 @@ def rows_of(summary: Summary, metric: str) -> Iterator[tuple[str, str, list[Show
 def rich_tables(summary: Summary, metric: str = "accuracy", width: int = 80) -> list[Table]:
     """Make the table for a terminal, in as many parts as fit its width in characters."""
     rows = list(rows_of(summary, metric))
-    names = [_heading(setting) for setting in summary.suite.settings]
-    edges, gap = 2, 3  # characters that the box and the padding take
-    first = max(max(len(group), len(method)) for group, method, _ in rows)
-    room = width - edges - first - gap
-    columns: list[list[int]] = [[]]
-    left = room
-    for index, name in enumerate(names):
-        texts = [len(_plain(cells[index])) for _, _, cells in rows]
-        needed = gap + max(*map(len, name.split("\n")), *texts)
-        if needed > left and columns[-1]:
-            columns.append([])
-            left = room
-        columns[-1].append(index)
-        left -= needed
-    return [_part(rows, names, chosen) for chosen in columns]
+    console = Console(width=10_000)  # a measure is at most as wide
+    parts: list[list[int]] = [[]]
+    for column in range(len(summary.suite.settings)):
+        wider = _part(summary, rows, [*parts[-1], column])
+        if parts[-1] and console.measure(wider).maximum > width:
+            parts.append([])
+        parts[-1].append(column)
+    return [_part(summary, rows, columns) for columns in parts]
 
 
-def _part(
-    rows: list[tuple[str, str, list[Shown]]], names: Sequence[str], columns: Sequence[int]
-) -> Table:
+def _part(summary: Summary, rows: Sequence[Row], columns: Sequence[int]) -> Table:
     table = Table(box=box.SIMPLE, padding=(0, 2, 0, 0))
     table.add_column("method", no_wrap=True)
     for index in columns:
-        table.add_column(escape(names[index]), justify="right", no_wrap=True)
-    last = None
-    for group, method, cells in rows:
-        if group != last:
-            table.add_section()
-            table.add_row(escape(group), style="dim italic")
-            last = group
-        table.add_row(escape(method), *(_for_terminal(cells[index]) for index in columns))
+        setting = summary.suite.settings[index]
+        tasks = "" if setting.tasks is None else f"\n{setting.tasks}"
+        table.add_column(escape(setting.data_name + tasks), justify="right", no_wrap=True)
+    for group, of_group in groupby(rows, key=itemgetter(0)):
+        table.add_section()
+        table.add_row(escape(group), style="dim italic")
+        for _, method, cells in of_group:
+            table.add_row(escape(method), *(_for_terminal(cells[index]) for index in columns))
     return table
-
-
-def _heading(setting: Setting) -> str:
-    return setting.data_name if setting.tasks is None else f"{setting.data_name}\n{setting.tasks}"
 
 
 def title_of(summary: Summary, metric: str) -> str:
@@ -149,12 +142,10 @@ def latex(summary: Summary, metric: str = "accuracy") -> str:
         r"\toprule",
         rf"method & {' & '.join(names)} \\",
     ]
-    last = None
-    for group, method, cells in rows:
-        if group != last:
-            lines.append(r"\midrule")
-            last = group
-        lines.append(rf"{_escaped(method)} & {' & '.join(map(_for_latex, cells))} \\")
+    for _, of_group in groupby(rows, key=itemgetter(0)):
+        lines.append(r"\midrule")
+        for _, method, cells in of_group:
+            lines.append(rf"{_escaped(method)} & {' & '.join(map(_for_latex, cells))} \\")
     legend = legend_of(summary, metric).replace("%", r"\%")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", f"% {legend}", ""])
 
@@ -167,22 +158,20 @@ def csv_text(summary: Summary) -> str:
     """
     seeds = summary.suite.seeds
     file = io.StringIO()
-    out = csv.writer(file, lineterminator="\n")
-    columns = ("setting", "data", "tasks", "method", "metric", "mean", "std", "seeds")
-    out.writerow([*columns, "paper", "difference", *(f"seed {seed}" for seed in seeds)])
-    for (name, method), entry in summary.entries.items():
-        tasks = "" if entry.setting.tasks is None else entry.setting.tasks
+    columns = ["setting", "data", "tasks", "method", "metric", "mean", "std", "seeds", "paper"]
+    columns += ["difference", *(f"seed {seed}" for seed in seeds)]
+    out = csv.DictWriter(file, columns, lineterminator="\n")
+    out.writeheader()
+    for (setting, method), entry in summary.entries.items():
         for metric, found in entry.metrics.items():
-            paper = entry.paper if metric == "accuracy" else None
-            compared = ("", "") if paper is None else (paper, _exact(found.mean - paper))
-            out.writerow(
-                [
-                    *(name, entry.setting.data, tasks, method, metric),
-                    *(_exact(found.mean), _exact(found.spread), len(found.values)),
-                    *compared,
-                    *(_exact(found.values.get(seed, math.nan)) for seed in seeds),
-                ]
-            )
+            line = {"setting": setting, "data": entry.setting.data, "tasks": entry.setting.tasks}
+            line |= {"method": method, "metric": metric, "seeds": len(found.values)}
+            numbers = {"mean": found.mean, "std": found.spread}
+            numbers |= {f"seed {seed}": value for seed, value in found.values.items()}
+            if metric == "accuracy" and entry.paper is not None:
+                numbers |= {"paper": entry.paper, "difference": found.mean - entry.paper}
+            exact = {key: repr(value) for key, value in numbers.items() if not math.isnan(value)}
+            out.writerow(line | exact)
     return file.getvalue()
 
 
@@ -216,7 +205,3 @@ def _for_latex(cell: Shown) -> str:
 
 def _escaped(text: str) -> str:
     return "".join(rf"\{c}" if c in "&%$#_{}" else c for c in text)
-
-
-def _exact(value: float) -> str:
-    return "" if math.isnan(value) else repr(value)

@@ -82,8 +82,7 @@ def make_report(
 
 
 def _summary(folder: Path) -> Summary:
-    from cl_merge.benchmarks.reports.single_run import summary_of_run
-    from cl_merge.benchmarks.reports.summary import summarize
+    from cl_merge.benchmarks.reports.summary import summarize, summary_of_run
     from cl_merge.benchmarks.suites.suite_folder import read_folder
 
     if (folder / "results.json").exists():

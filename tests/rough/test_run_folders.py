@@ -9,7 +9,7 @@ from damage import SEEDS, complaint, damaged_bytes, edited
 from PIL import Image
 
 from cl_merge import cli, load
-from cl_merge.benchmarks.reports.single_run import summary_of_run
+from cl_merge.benchmarks.reports.summary import summary_of_run
 from cl_merge.benchmarks.runs.results import read_results
 from cl_merge.benchmarks.runs.run_folder import RunFolder
 from cl_merge.benchmarks.runs.settings import read_settings

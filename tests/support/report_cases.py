@@ -10,7 +10,7 @@ from pathlib import Path
 from results_files import write_results_file
 
 from cl_merge.benchmarks.methods.method import find_method
-from cl_merge.benchmarks.reports.figures.figure import Drawing
+from cl_merge.benchmarks.reports.figures.style import Drawing
 from cl_merge.benchmarks.suites.definition import Setting, Suite
 from cl_merge.benchmarks.suites.plan import FAILURE, jobs_of, make_plan
 

@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cl_merge.benchmarks.methods.method import GROUPS, grouped_methods
-from cl_merge.benchmarks.reports.figures.figure import Drawing, Kind, Measured
-from cl_merge.benchmarks.reports.figures.style import (
-    INK,
-    WIDTH,
-    Line,
-    draw_line,
-    heat_map,
-    label_ends,
-    look_of,
-    new_canvas,
-    number,
-    over_seeds,
-    scale_on_top,
-    seeds_note,
-)
+from cl_merge.benchmarks.methods.method import grouped_methods
+from cl_merge.benchmarks.reports.figures import style
+from cl_merge.benchmarks.reports.figures.style import Drawing, Line
+from cl_merge.benchmarks.reports.figures.suite_runs import Measured
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
 _PANELS = {
@@ -35,7 +22,6 @@ _PANELS = {
     "sequential, other mergers": "merged, sequential training",
     "independent training": "merged, independent training",
 }
-_FIRST = next(iter(GROUPS))  # what is not merged
 _LEAD = "magmax"
 
 _Results = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -50,6 +36,10 @@ class _Curve:
     look: Mapping[str, Any]
     label: str
 
+    def end(self, tasks: int) -> tuple[str, float, float, str]:
+        """What `label_ends` takes."""
+        return self.label, tasks, float(self.line.mean[-1]), self.look["color"]
+
 
 def draw_curve(measured: Measured) -> Drawing | None:
     """Draw the accuracy on everything seen after each task; None if no method has several."""
@@ -57,11 +47,8 @@ def draw_curve(measured: Measured) -> Drawing | None:
     return draw_accuracies(setting.methods(), setting.tasks, setting.title)
 
 
-CURVE = Kind("curve", draw_curve)
-
-
 def draw_accuracies(
-    methods: _Results, tasks: int, title: str, *, columns: int = 1, fewest: int = 2
+    methods: _Results, tasks: int, what: str, *, columns: int = 1, fewest: int = 2
 ) -> Drawing | None:
     """Draw the accuracy on everything seen after each task, in panels of one training each.
 
@@ -69,93 +56,76 @@ def draw_accuracies(
     merges it, so that one sees what merging gives. Only methods that were evaluated at least
     `fewest` times have a line; None if there is none but zero-shot.
     """
+    from matplotlib.ticker import MaxNLocator
+
     curves = _curves(methods, tasks, fewest)
     if set(curves) <= {"zero-shot"} and fewest > 1:
         return None
-    panels = _panels(methods, curves)
-    rows = math.ceil(len(panels) / columns)
-    canvas = new_canvas(0.6 + 2.1 * rows, WIDTH * columns)
-    grid = list(canvas.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
-    for axes in grid[len(panels) :]:
-        axes.set_visible(False)
-    for axes, (name, own) in zip(grid, panels.items(), strict=False):
-        axes.set_title(name)
-        _draw_panel(axes, own, tasks)
-    for axes, own in zip(grid, panels.values(), strict=False):  # once the axes have their limits
-        ends = [(c.label, tasks, float(c.line.mean[-1]), c.look["color"]) for c in own.values()]
-        label_ends(axes, [end for end in ends if math.isfinite(end[2])], bold=_LEAD)
+    titles = _titles(methods, curves)
+    canvas, panels = style.new_panels(
+        titles, 2.1, edge=0.6, columns=columns, width=style.WIDTH * columns
+    )
+    for title, axes in panels.items():
+        for name in titles[title]:
+            own = curves[name]
+            style.draw_line(axes, range(1, tasks + 1), own.line, own.label, **own.look)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.margins(x=0.02)
+    for title, axes in panels.items():  # once the axes have their limits
+        ends = [curves[name].end(tasks) for name in titles[title]]
+        style.label_ends(axes, [end for end in ends if math.isfinite(end[2])], bold=_LEAD)
     canvas.supxlabel("tasks learned")
     canvas.supylabel("accuracy on everything seen, %")
     seeds = max(curve.line.seeds for curve in curves.values())
+    after = sorted({max(1, round(tasks * part / 4)) for part in range(5)})
     return Drawing(
         canvas,
-        f"Accuracy while learning {title}",
+        f"Accuracy while learning {what}",
         "Accuracy after each task on the test images of all tasks so far, among all classes of the "
-        f"data set. Dotted: zero-shot, on the same images. {seeds_note(seeds)}",
-        *_curve_table(curves, tasks),
+        f"data set. Dotted: zero-shot, on the same images. {style.seeds_note(seeds)}",
+        ("method", *(f"after {task}" for task in after), "spread at the end"),
+        tuple(
+            (
+                name,
+                *(style.number(c.line.mean[task - 1]) for task in after),
+                style.number(c.line.spread[-1]),
+            )
+            for name, c in curves.items()
+        ),
     )
-
-
-def _draw_panel(axes: Axes, curves: Mapping[str, _Curve], tasks: int) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    steps = range(1, tasks + 1)
-    for name, curve in curves.items():
-        stands_out = {"linewidth": 2.8, "zorder": 3}
-        accent = stands_out if name == _LEAD else {"linewidth": 1.1, "alpha": 0.6}
-        draw_line(axes, steps, curve.line, curve.label, **{**accent, **curve.look})
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    axes.margins(x=0.02)
 
 
 def _curves(methods: _Results, tasks: int, fewest: int) -> dict[str, _Curve]:
     curves = {}
     for name, results in methods.items():
         training, merger = results[0]["training"], results[0]["merger"]
-        line = over_seeds([_seen(result, tasks) for result in results])
-        if np.isfinite(line.mean).sum() >= fewest or training == "joint":
+        joint = training == "joint"
+        # Joint training may have been counted by another number of tasks; all of them is the same.
+        seen = [[None] * (tasks - 1) + [r["accuracy"]] if joint else r["seen"] for r in results]
+        line = style.over_seeds(seen)
+        if np.isfinite(line.mean).sum() >= fewest or joint:
             # In a panel of one training its name need not be said again.
             label = name.removesuffix("-sequential") if merger else name
-            look = look_of(merger, training, results[0].get("statistics"))
-            look |= {"markersize": 9, "linestyle": ""} if training == "joint" else {}
+            look = {"linewidth": 1.1, "alpha": 0.6}
+            if name == _LEAD:
+                look = {"linewidth": 2.8, "zorder": 3}
+            look |= style.look_of(merger, training, results[0].get("statistics"))
+            look |= {"markersize": 9, "linestyle": ""} if joint else {}
             curves[name] = _Curve(line, look, label)
     return curves
 
 
-def _seen(result: Mapping[str, Any], tasks: int) -> list[float | None]:
-    # Joint training may have been counted by another number of tasks; all of them is the same.
-    if result["training"] == "joint":
-        return [None] * (tasks - 1) + [result["accuracy"]]
-    seen: list[float | None] = result["seen"]
-    return seen
-
-
-def _panels(methods: _Results, curves: Mapping[str, _Curve]) -> dict[str, dict[str, _Curve]]:
-    """By title the lines of a panel."""
-    trainings = {name: methods[name][0]["training"] for name in curves}
-    names: dict[str, list[str]] = {}
-    for group, own in grouped_methods(trainings).items():
-        names.setdefault(_PANELS.get(group, group), []).extend(own)
-    for title, own in names.items():
-        own += [_LEAD, "zero-shot"]
-        if title == _PANELS["sequential training"]:
-            own.append("sequential")
-    return {
-        title: {name: curves[name] for name in own if name in curves}
-        for title, own in names.items()
-    }
-
-
-def _curve_table(curves: Mapping[str, _Curve], tasks: int) -> tuple[Any, Any]:
-    after = sorted({max(1, round(tasks * part / 4)) for part in range(5)})
-    rows = tuple(
-        (name, *(number(c.line.mean[task - 1]) for task in after), number(c.line.spread[-1]))
-        for name, c in curves.items()
-    )
-    return ("method", *(f"after {task}" for task in after), "spread at the end"), rows
-
-
-_COLUMNS = 3
+def _titles(methods: _Results, curves: Collection[str]) -> dict[str, list[str]]:
+    """By title of a panel its lines."""
+    groups = grouped_methods({name: methods[name][0]["training"] for name in curves})
+    titles: dict[str, list[str]] = {}
+    for group, own in groups.items():
+        titles.setdefault(_PANELS.get(group, group), []).extend(own)
+    for title, own in titles.items():
+        plain = ["sequential"] if title == _PANELS["sequential training"] else []
+        every = dict.fromkeys([*own, _LEAD, "zero-shot", *plain])
+        titles[title] = [name for name in every if name in curves]
+    return titles
 
 
 def draw_matrix(measured: Measured) -> Drawing | None:
@@ -165,33 +135,27 @@ def draw_matrix(measured: Measured) -> Drawing | None:
     matrices = _matrices(methods, setting.tasks)
     if not matrices:
         return None
-    rows = math.ceil(len(matrices) / _COLUMNS)
-    canvas = new_canvas(1.2 + 1.6 * rows)
-    grid = list(canvas.subplots(rows, _COLUMNS, sharex=True, sharey=True, squeeze=False).flat)
+    canvas, panels = style.new_panels(matrices, 1.6, edge=1.2, columns=3)
     ticks = sorted({1, setting.tasks, (setting.tasks + 1) // 2})
-    for axes in grid[len(matrices) :]:
-        axes.set_visible(False)
-    for axes, (name, values) in zip(grid, matrices.items(), strict=False):
-        image = heat_map(axes, values)
+    for name, axes in panels.items():
+        image = style.heat_map(axes, matrices[name])
         axes.set_title(name.replace("-sequential", "\nsequential"), fontsize=9.5)
         axes.tick_params(length=2)
-        axes.axhline(0.5, color=INK, linewidth=1.2)  # below the row before any training
+        axes.axhline(0.5, color=style.INK, linewidth=1.2)  # below the row before any training
         axes.set_yticks([0, *ticks], ["0", *map(str, ticks)])
         axes.set_xticks([tick - 1 for tick in ticks], list(map(str, ticks)))
     canvas.supxlabel("accuracy on task")
     canvas.supylabel("after so many tasks; 0: zero-shot")
-    scale_on_top(canvas, image, "accuracy, %")
+    style.scale_on_top(canvas, image, "accuracy, %")
     return Drawing(
         canvas,
         f"Accuracy matrices on {setting.title}",
         "Accuracy on each task (column) after each task (row), among all classes of the data set; "
         "the first row is zero-shot. Right of the diagonal are tasks that are still to come. "
-        + seeds_note(max(map(len, methods.values())), band=False),
-        *_matrix_table(matrices),
+        + style.seeds_note(max(map(len, methods.values())), band=False),
+        ("method", "the task just learned", "earlier tasks at the end", "the next task"),
+        tuple(_read_off(name, values[1:]) for name, values in matrices.items()),
     )
-
-
-MATRIX = Kind("matrix", draw_matrix)
 
 
 def _matrices(
@@ -209,17 +173,7 @@ def _matrices(
     return {name: np.concatenate([zero_shot, matrix]) for name, matrix in means.items()}
 
 
-def _matrix_table(matrices: Mapping[str, NDArray[np.float64]]) -> tuple[Any, Any]:
+def _read_off(name: str, after: NDArray[np.float64]) -> tuple[str | float | None, ...]:
     """What can be read off a matrix in three numbers."""
-    rows = []
-    for name, values in matrices.items():
-        after = values[1:]
-        new, old = np.diagonal(after), after[-1, :-1]
-        coming = np.diagonal(after, offset=1)
-        rows.append((name, *(number(_mean(part)) for part in (new, old, coming))))
-    columns = ("method", "the task just learned", "earlier tasks at the end", "the next task")
-    return columns, tuple(rows)
-
-
-def _mean(values: NDArray[np.float64]) -> float:
-    return float(np.mean(values)) if np.size(values) else float("nan")
+    parts = np.diagonal(after), after[-1, :-1], np.diagonal(after, offset=1)
+    return name, *(style.number(part.mean()) if part.size else None for part in parts)

@@ -5,22 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cl_merge.benchmarks.reports.figures.accuracy import CURVE, MATRIX
-from cl_merge.benchmarks.reports.figures.evaluated import PRUNING, SCALE
-from cl_merge.benchmarks.reports.figures.figure import Drawing, Kind, Measure, Measured
-from cl_merge.benchmarks.reports.figures.style import figure_style, save_drawing
-from cl_merge.benchmarks.reports.figures.suite_runs import SettingRuns, SuiteRun, find_settings
-from cl_merge.benchmarks.reports.figures.task_vectors import (
-    CONSISTENCY,
-    ORIGINS,
-    SIGN_CONFLICTS,
-    SIGN_CONFLICTS_BY_TASKS,
+from cl_merge.benchmarks.reports.figures import accuracy, evaluated, task_vectors
+from cl_merge.benchmarks.reports.figures.style import Drawing, figure_style, save_drawing
+from cl_merge.benchmarks.reports.figures.suite_runs import (
+    PLAIN,
+    Measured,
+    Measures,
+    SettingRuns,
+    SuiteRun,
+    find_settings,
 )
 from cl_merge.benchmarks.runs.results import as_json, read_json
 from cl_merge.errors import InputError
@@ -31,27 +30,73 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of figure: how runs are measured for it, and how it is drawn."""
+
+    name: str  # as in file names
+    # Takes what was measured of a setting; None if there is nothing to show.
+    draw: Callable[..., Drawing | None]
+    # Measures a run, with what loads its model and images; None if its results are enough.
+    measure: Callable[[SuiteRun, Callable[[], RunEvaluator]], Measures] | None = None
+    evaluates: bool = False  # whether that needs the model and its images
+    merging: bool = False  # whether it measures all runs that merge, not just the plain trainings
+    options: Mapping[str, Any] = field(default_factory=dict)  # others make the measures stale
+    compares: str = ""  # the kind whose measures it draws, of every setting of a data set
+
+    def wants(self, run: SuiteRun) -> bool:
+        """Whether a run is to be measured."""
+        if self.measure is None:
+            return False
+        return bool(run.merging) if self.merging else run.training in PLAIN
+
+
 KINDS: tuple[Kind, ...] = (
-    CURVE,
-    MATRIX,
-    PRUNING,
-    SCALE,
-    SIGN_CONFLICTS,
-    CONSISTENCY,
-    ORIGINS,
-    SIGN_CONFLICTS_BY_TASKS,
+    Kind("curve", accuracy.draw_curve),
+    Kind("matrix", accuracy.draw_matrix),
+    Kind(
+        "pruning",
+        evaluated.draw_pruning,
+        evaluated.measure_pruning,
+        evaluates=True,
+        options={"shares": evaluated.SHARES},
+    ),
+    Kind(
+        "scale",
+        evaluated.draw_scale,
+        evaluated.measure_scale,
+        evaluates=True,
+        merging=True,
+        options={"scales": evaluated.SCALES},
+    ),
+    Kind(
+        "sign-conflicts",
+        task_vectors.draw_conflicts_over_time,
+        task_vectors.measure_sign_conflicts,
+        options={"density": task_vectors.DENSITY},
+    ),
+    Kind(
+        "consistency",
+        task_vectors.draw_consistency,
+        task_vectors.measure_consistency,
+        options={"bins": task_vectors.BINS},
+    ),
+    Kind("origins", task_vectors.draw_origins, task_vectors.measure_origins),
+    Kind(
+        "sign-conflicts-by-tasks",
+        task_vectors.draw_conflicts_over_settings,
+        compares="sign-conflicts",
+    ),
 )
 """All figures, in the order of a report."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being measured, how many measurements are done and how many there are."""
 
 
 def figures_of(
     folder: str | Path,
     *,
     evaluate: bool = True,
-    progress: Progress = lambda *_: None,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> list[Drawing]:
     """Make the figures of a suite from the runs that have finished.
 
@@ -61,20 +106,20 @@ def figures_of(
     setting.
 
     Without `evaluate`, what needs the model and its images, and takes minutes, is drawn only if it
-    was measured before. A run that cannot be read is left out with a warning.
+    was measured before. A run that cannot be read is left out with a warning. `progress` is called
+    with what is being measured, how many measurements are done and how many there are.
     """
     folder = Path(folder)
-    found = find_settings(folder)
-    measured = {(k.name, s.name): Measured(s) for k in KINDS for s in found}
-    _measure_all(folder, found, measured, evaluate, progress)
+    settings = find_settings(folder)
+    measured = _measure_all(folder, settings, evaluate, progress)
     figures = []
-    for data, same in groupby(found, key=lambda setting: setting.data):
+    for data, same in groupby(settings, key=lambda setting: setting.data):
         of_data = list(same)
         groups = [(setting.name, [setting], False) for setting in of_data]
         for name, shown, compares in [*groups, (data, of_data, True)]:
             for kind in KINDS:
-                if kind.compares == compares:
-                    own = [measured[kind.source or kind.name, setting.name] for setting in shown]
+                if bool(kind.compares) == compares:
+                    own = [measured[kind.compares or kind.name, setting.name] for setting in shown]
                     figures += _draw(kind, folder, name, own)
     return figures
 
@@ -91,18 +136,12 @@ def _draw(kind: Kind, folder: Path, name: str, measured: Sequence[Measured]) -> 
 
 @dataclass(frozen=True)
 class _Measurement:
-    """A kind that a run has to be measured for, and the folder that keeps what was measured."""
+    """A kind that a run has to be measured for, and the file that keeps what was measured."""
 
     kind: Kind
-    measure: Measure
     setting: str
     run: SuiteRun
-    folder: Path
-
-    @property
-    def file(self) -> Path:
-        """Where it is kept, with the other trainings of the seed."""
-        return self.folder / f"{self.kind.name}-seed{self.run.seed}.json"
+    file: Path  # has the other trainings of the seed, too
 
     def __str__(self) -> str:
         return f"{self.kind.name} of {self.setting}, seed {self.run.seed}, {self.run.training}"
@@ -112,7 +151,7 @@ class _Measurement:
         kept = self._kept().get(self.run.training, {})
         return kept.get("found") if kept.get("results") == self.run.fingerprint else None
 
-    def store(self, found: Any) -> None:
+    def store(self, found: Measures) -> None:
         """Keep what was measured, beside that of other trainings."""
         of_run = {"results": self.run.fingerprint, "found": as_json(found)}
         trainings = {**self._kept(), self.run.training: of_run}
@@ -131,46 +170,49 @@ class _Measurement:
 def _measure_all(
     folder: Path,
     settings: Sequence[SettingRuns],
-    measured: dict[tuple[str, str], Measured],
     evaluate: bool,
-    progress: Progress,
-) -> None:
-    """Fill in by kind and setting what each training and seed showed."""
+    progress: Callable[[str, int, int], None],
+) -> dict[tuple[str, str], Measured]:
+    """What the runs showed, by kind and setting."""
+    kept = folder / "analysis"
     every = [
-        _Measurement(kind, kind.measure, setting.name, run, folder / "analysis" / setting.name)
+        _Measurement(kind, setting.name, run, kept / setting.name / f"{kind.name}-seed{seed}.json")
         for setting in settings
         for seed in dict.fromkeys(run.seed for run in setting.runs)
         for kind in KINDS
         for run in setting.runs
-        if kind.measure is not None and run.seed == seed and kind.wants(run)
+        if run.seed == seed and kind.wants(run)
     ]
     if not evaluate:
         every = [one for one in every if not one.kind.evaluates or one.stored()]
+    measured = {(k.name, s.name): Measured(s) for k in KINDS for s in settings}
     # One model and one set of images at a time, for all that a setting and seed need of it.
     loaded: dict[tuple[str, int], RunEvaluator] = {}
     for done, one in enumerate(every):
         progress(str(one), done, len(every))
         found = _measure(one, loaded)
         if found is not None:
-            of_setting = measured[one.kind.name, one.setting].found
-            of_setting.setdefault(one.run.training, {})[one.run.seed] = found
+            own = measured[one.kind.name, one.setting].found
+            own.setdefault(one.run.training, []).append(found)
     progress("figures", len(every), len(every))
+    return measured
 
 
 def _measure(one: _Measurement, loaded: dict[tuple[str, int], RunEvaluator]) -> Any:
     """What a run shows, measured now if it was not before; None if it cannot be."""
-    if (found := one.stored()) is not None:
-        return found
-    try:
-        one.run.check_vectors()
-        began = time.monotonic()
-        one.store(one.measure(one.run, lambda: _evaluator(one, loaded)))
-    except InputError as error:
-        log.warning("no %s: %s", one, error)
-        return None
-    level = logging.INFO if one.kind.evaluates else logging.DEBUG
-    log.log(level, "measured %s in %.1f s", one, time.monotonic() - began)
-    return one.stored()
+    found = one.stored()
+    if found is None and one.kind.measure is not None:
+        try:
+            one.run.check_vectors()
+            began = time.monotonic()
+            one.store(one.kind.measure(one.run, lambda: _evaluator(one, loaded)))
+        except InputError as error:
+            log.warning("no %s: %s", one, error)
+            return None
+        level = logging.INFO if one.kind.evaluates else logging.DEBUG
+        log.log(level, "measured %s in %.1f s", one, time.monotonic() - began)
+        found = one.stored()
+    return found
 
 
 def _evaluator(one: _Measurement, loaded: dict[tuple[str, int], RunEvaluator]) -> RunEvaluator:

@@ -11,10 +11,9 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from io import BytesIO
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +42,15 @@ PALETTE = (
 )
 _MARKERS = "os^DvPXph*"
 # In pictures of what is merged, in those of what is not, and in those of class statistics.
-_MERGERS = ("magmax", "average", "task-arithmetic", "random-mix", "ties")
+# On independent fine-tunings the rule of MagMax has a name of its own.
+_MERGERS = {
+    "magmax": 0,
+    "max-abs": 0,
+    "average": 1,
+    "task-arithmetic": 2,
+    "random-mix": 3,
+    "ties": 4,
+}
 _TRAININGS = {"independent": 5, "lwf": 6, "sequential": 7, "ewc": 8, "joint": 9}
 _STATISTICS = {"base": 5, "both": 6, "aligned": 7}
 
@@ -57,37 +64,27 @@ _DASHES: dict[str | None, Any] = {
 }
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """A figure with what it says in words and numbers; it equals another that says the same."""
+
+    canvas: matplotlib.figure.Figure = field(compare=False, repr=False)
+    title: str
+    caption: str  # what is drawn and how it was measured
+    # Its numbers as a table, which says the same to those who cannot see it.
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | float | None, ...], ...]
+    kind: str = ""
+    setting: str = ""  # its name; that of the data set where the figure compares its settings
+    svg: str = field(default="", repr=False)  # an element for the inside of a page
+
+
 @contextmanager
 def figure_style() -> Iterator[None]:
     """Make figures in the same style, whatever the user's settings of matplotlib."""
-    import matplotlib.style as mpl_style
+    from matplotlib import style as mpl_style
 
-    settings: Any = {
-        "font.size": 10,
-        "axes.titlesize": 10.5,
-        "axes.titlelocation": "left",
-        "figure.labelsize": 10,
-        "xtick.labelsize": 9.5,
-        "ytick.labelsize": 9.5,
-        "legend.fontsize": 9.5,
-        "legend.frameon": False,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": GREY,
-        "grid.alpha": 0.25,
-        "grid.linewidth": 0.6,
-        "lines.linewidth": 1.6,
-        "lines.markersize": 4,
-        "lines.markeredgewidth": 0,
-        "axes.facecolor": "none",
-        "figure.facecolor": "none",
-        "svg.fonttype": "none",
-        **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), INK),
-        **dict.fromkeys(("xtick.color", "ytick.color"), INK),
-    }
-    with mpl_style.context(settings, after_reset=True):
+    with mpl_style.context(Path(__file__).with_name("report.mplstyle"), after_reset=True):
         yield
 
 
@@ -143,21 +140,16 @@ def look_of(
     dashes = {"linestyle": _DASHES.get(training, "-")}
     if statistics is not None:
         index = _STATISTICS.get(statistics, len(PALETTE) - 1)
+    elif merger in _MERGERS:
+        index = _MERGERS[merger]
     elif merger is not None:
-        # On independent fine-tunings the rule of MagMax has a name of its own.
-        index = _position("magmax" if merger == "max-abs" else merger)
+        known = len({*_MERGERS.values()})
+        index = known + zlib.crc32(merger.encode()) % (len(PALETTE) - known)
     elif training is not None:
         index = _TRAININGS[training]
     else:
         return {"color": GREY, **dashes}
     return {"color": PALETTE[index], "marker": _MARKERS[index], **dashes}
-
-
-def _position(merger: str) -> int:
-    if merger in _MERGERS:
-        return _MERGERS.index(merger)
-    others = len(PALETTE) - len(_MERGERS)
-    return len(_MERGERS) + zlib.crc32(merger.encode()) % others
 
 
 @dataclass(frozen=True)
@@ -186,6 +178,17 @@ def number(value: float, digits: int = 1) -> float | None:
     return round(float(value), digits) if math.isfinite(value) else None
 
 
+def rows_of_lines(
+    names: Sequence[str | float], lines: Iterable[Line], digits: int = 1
+) -> tuple[tuple[str | float | None, ...], ...]:
+    """A table with a row for each point of some lines, and a column for each line."""
+    points = zip(*(line.mean for line in lines), strict=True)
+    return tuple(
+        (name, *(number(value, digits) for value in values))
+        for name, values in zip(names, points, strict=True)
+    )
+
+
 def seeds_note(seeds: int, band: bool = True) -> str:
     """Say in a caption what is shown of several seeds."""
     if seeds < 2:
@@ -202,14 +205,24 @@ def draw_line(axes: Axes, x: Sequence[float], line: Line, label: str, **look: An
         axes.fill_between(x, low, high, color=look["color"], alpha=0.18, linewidth=0)
 
 
-def stacked_panels(titles: Iterable[str], height: float) -> tuple[Any, dict[str, Axes]]:
-    """Make a picture of panels above each other with the same axes; the panels by their titles."""
+def new_panels(
+    titles: Iterable[str], height: float, *, edge: float, columns: int = 1, width: float = WIDTH
+) -> tuple[matplotlib.figure.Figure, dict[str, Axes]]:
+    """Make a picture of panels with the same axes; the panels by their titles.
+
+    A row is `height` inches high; all around them takes `edge` inches more.
+    """
     names = list(titles)
-    canvas = new_canvas(0.5 + height * len(names))
-    panels = canvas.subplots(len(names), sharex=True, sharey=True, squeeze=False)[:, 0]
-    for axes, title in zip(panels, names, strict=True):
+    rows = math.ceil(len(names) / columns)
+    canvas = new_canvas(edge + height * rows, width)
+    grid = list(canvas.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+    for axes in grid[len(names) :]:
+        axes.set_visible(False)
+    for axes, title in zip(grid, names, strict=False):
         axes.set_title(title)
-    return canvas, dict(zip(names, panels, strict=True))
+    for axes in grid[max(len(names) - columns, 0) : len(names)]:
+        axes.tick_params(labelbottom=True)  # with nothing below it
+    return canvas, dict(zip(names, grid, strict=False))
 
 
 def legend_beside(axes: Axes) -> None:
@@ -247,11 +260,17 @@ def label_ends(
 
     Each end is a label, x, y and a colour; the limits of the axes must be settled.
     """
+    from scipy.optimize import isotonic_regression
+
     canvas: Any = axes.get_figure()
     canvas.draw_without_rendering()  # settles how high the axes are
     low, high = axes.get_ylim()
     gap = 1.25 * size / 72 * canvas.dpi / axes.bbox.height * (high - low)
-    heights = spread_apart([y for _, _, y, _ in ends], gap, high)
+    ends = sorted(ends, key=lambda end: end[2])
+    # As near to the ends as labels a gap apart can be; the topmost does not leave the axes.
+    below = gap * np.arange(len(ends))
+    nearest = isotonic_regression([y for _, _, y, _ in ends] - below).x
+    heights = np.minimum(nearest, high - below[-1:]) + below
     for (label, x, y, colour), at in zip(ends, heights, strict=True):
         axes.annotate(
             label,
@@ -264,23 +283,6 @@ def label_ends(
             va="center",
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "relpos": (0, 0.5)},
         )
-
-
-def spread_apart(values: Sequence[float], gap: float, top: float) -> list[float]:
-    """Move values so that neighbours are at least `gap` apart, in the same order, none over `top`.
-
-    Example:
-        >>> spread_apart([5.0, 1.0, 5.0], 1.0, 9.0)
-        [4.5, 1.0, 5.5]
-    """
-    order = sorted(range(len(values)), key=values.__getitem__)
-    upward = [values[index] for index in order]
-    raised = list(accumulate(upward, lambda below, value: max(value, below + gap)))
-    lowered = list(accumulate(upward[::-1], lambda above, value: min(value, above - gap)))[::-1]
-    middle = [(high + low) / 2 for high, low in zip(raised, lowered, strict=True)]
-    capped = accumulate([top + gap, *middle[::-1]], lambda above, value: min(value, above - gap))
-    places = dict(zip(order[::-1], list(capped)[1:], strict=True))
-    return [places[index] for index in range(len(values))]
 
 
 def shortened(text: str, limit: int = 16) -> str:

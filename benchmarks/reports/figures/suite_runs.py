@@ -1,20 +1,28 @@
-"""The finished runs of a suite, as its folders tell."""
+"""The finished runs of a suite, as its folders tell, and what is measured of them."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cl_merge.benchmarks.formatting import counted
 from cl_merge.benchmarks.methods.method import METHODS, TRAININGS
 from cl_merge.benchmarks.runs.results import finished_results
 from cl_merge.errors import InputError
 from cl_merge.task_vectors.task_vector import TaskVector
+
+T = TypeVar("T")
+
+PLAIN = ("sequential", "independent")
+"""The trainings that the paper compares, in the order of legends."""
+
+Measures = Mapping[str, Any]
+"""What one run showed, as plain values that JSON can hold."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +47,6 @@ class SuiteRun:
     def tasks(self) -> int:
         """Number of tasks."""
         return len(self.results["tasks"])
-
-    @property
-    def is_joint(self) -> bool:
-        """Whether it trained on all tasks as one."""
-        return TRAININGS[self.training].joint
 
     @property
     def merging(self) -> dict[str, dict[str, Any]]:
@@ -105,9 +108,25 @@ class SettingRuns:
             for name, result in run.results["methods"].items():
                 if not (name == "zero-shot" and run in self.joint):
                     found.setdefault(name, {}).setdefault(run.seed, result)
+        return {name: list(found[name].values()) for name in in_table_order(found)}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of the runs of a setting: by training, in the order of the seeds."""
+
+    setting: SettingRuns
+    found: dict[str, list[Measures]] = field(default_factory=dict)
+
+    @property
+    def seeds(self) -> int:
+        """Of how many seeds something was measured."""
+        return max(map(len, self.found.values()), default=0)
+
+    def by_training(self, read: Callable[[list[Measures]], T]) -> dict[str, T]:
+        """Read something off the measures of each of the plain trainings that has some."""
         return {
-            name: [found[name][seed] for seed in sorted(found[name])]
-            for name in in_table_order(found)
+            training: read(self.found[training]) for training in PLAIN if training in self.found
         }
 
 
@@ -116,26 +135,23 @@ def find_settings(folder: str | Path) -> list[SettingRuns]:
 
     A folder with nothing but joint training is no setting of its own.
     """
-    found: dict[str, list[SuiteRun]] = {}
+    runs = []
     for file in Path(folder).glob("*/seed*/*/results.json"):
-        setting, seed, training = file.parts[-4:-1]
-        if training in TRAININGS and seed.removeprefix("seed").isdecimal():
-            run = SuiteRun(file.parent, int(seed.removeprefix("seed")), training)
-            found.setdefault(setting, []).append(run)
-    settings = []
-    for name, runs in found.items():
-        own = _in_order(run for run in runs if not run.is_joint)
-        # Joint training is the same whatever the number of tasks: its folder is the data set's.
-        data = name if len(own) < len(runs) else re.sub(r"-\d+$", "", name)
-        joint = _in_order(run for run in found.get(data, ()) if run.is_joint)
-        if own:
-            settings.append(SettingRuns(name, data, own, joint))
-    return sorted(settings, key=lambda setting: (setting.data, setting.tasks, setting.name))
-
-
-def _in_order(runs: Iterable[SuiteRun]) -> tuple[SuiteRun, ...]:
+        seed, training = file.parts[-3].removeprefix("seed"), file.parts[-2]
+        if training in TRAININGS and seed.isdecimal():
+            runs.append(SuiteRun(file.parent, int(seed), training))
     order = list(TRAININGS)
-    return tuple(sorted(runs, key=lambda run: (run.seed, order.index(run.training))))
+    found: dict[str, list[SuiteRun]] = {}
+    joint: dict[str, list[SuiteRun]] = {}
+    for run in sorted(runs, key=lambda run: (run.seed, order.index(run.training))):
+        kind = joint if TRAININGS[run.training].joint else found
+        kind.setdefault(run.folder.parts[-3], []).append(run)
+    settings = []
+    for name, own in found.items():
+        # Joint training is the same whatever the number of tasks: its folder is the data set's.
+        data = name if name in joint else re.sub(r"-\d+$", "", name)
+        settings.append(SettingRuns(name, data, tuple(own), tuple(joint.get(data, ()))))
+    return sorted(settings, key=lambda setting: (setting.data, setting.tasks, setting.name))
 
 
 def in_table_order(names: Iterable[str]) -> list[str]:

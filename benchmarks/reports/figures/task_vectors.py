@@ -4,30 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from itertools import takewhile
+from dataclasses import asdict
+from itertools import takewhile, zip_longest
 from math import comb
 from typing import Any
 
 import numpy as np
 
 from cl_merge.analysis import direction_consistency, origin_counts, sign_conflict_curve
-from cl_merge.benchmarks.reports.figures.figure import PLAIN, Drawing, Kind, Measured, Measures
-from cl_merge.benchmarks.reports.figures.style import (
-    DOTTED,
-    GREY,
-    Line,
-    draw_line,
-    legend_below,
-    look_of,
-    new_canvas,
-    number,
-    over_seeds,
-    scale_on_top,
-    seeds_note,
-)
-from cl_merge.benchmarks.reports.figures.suite_runs import SuiteRun
+from cl_merge.benchmarks.reports.figures import style
+from cl_merge.benchmarks.reports.figures.style import Drawing, Line
+from cl_merge.benchmarks.reports.figures.suite_runs import PLAIN, Measured, Measures, SuiteRun
 
-_DENSITY = 0.2
+DENSITY = 0.2
+"""To which task vectors are trimmed before their signs are compared."""
+
 _CONFLICTS = (
     "Each task vector is trimmed to its 20 % of largest magnitude, over all parameters. Of the "
     "positions that at least one of them keeps, the share where one keeps a positive and another a "
@@ -37,14 +28,14 @@ _CONFLICTS = (
 
 def measure_sign_conflicts(run: SuiteRun, _: Callable[[], Any]) -> Measures:
     """Measure how often the first task vectors disagree, for every number of them, 0 to 1."""
-    return {"conflicts": sign_conflict_curve(run.vectors(), _DENSITY)}
+    return {"conflicts": sign_conflict_curve(run.vectors(), DENSITY)}
 
 
 def draw_conflicts_over_time(measured: Measured) -> Drawing | None:
     """Draw the sign conflicts against the number of tasks so far; None for a single task."""
     setting = measured.setting
     lines = measured.by_training(
-        lambda found: over_seeds([[100 * x for x in one["conflicts"][1:]] for one in found])
+        lambda found: style.over_seeds([[100 * x for x in one["conflicts"][1:]] for one in found])
     )
     if not lines or setting.tasks < 2:
         return None
@@ -53,7 +44,8 @@ def draw_conflicts_over_time(measured: Measured) -> Drawing | None:
         lines,
         "task vectors compared",
         f"Sign conflicts on {setting.title}",
-        f"{_CONFLICTS} Among the task vectors of the first so many tasks.",
+        f"{_CONFLICTS} Among the task vectors of the first so many tasks. "
+        f"{style.seeds_note(measured.seeds)}",
     )
 
 
@@ -65,33 +57,19 @@ def draw_conflicts_over_settings(*measured: Measured) -> Drawing | None:
         return None
     lines = {}
     for training in PLAIN:
-        ends = [[100 * one["conflicts"][-1] for one in m.over_seeds(training)] for m in cut]
-        seeds = max(map(len, ends))
+        ends = [[100 * one["conflicts"][-1] for one in m.found.get(training, [])] for m in cut]
         # Seeds by settings, with nothing where a setting has fewer of them.
-        padded = [[end[seed] if seed < len(end) else None for end in ends] for seed in range(seeds)]
+        padded = list(zip_longest(*ends))
         if padded:
-            lines[training] = over_seeds(padded)
+            lines[training] = style.over_seeds(padded)
     return _draw_conflicts(
         tasks,
         lines,
         "tasks that the data set is cut into",
         f"Sign conflicts on {cut[0].setting.data} by number of tasks",
-        f"{_CONFLICTS} Among the task vectors of all tasks.",
+        f"{_CONFLICTS} Among the task vectors of all tasks. "
+        f"{style.seeds_note(max(m.seeds for m in cut))}",
     )
-
-
-SIGN_CONFLICTS = Kind(
-    "sign-conflicts",
-    draw_conflicts_over_time,
-    measure_sign_conflicts,
-    options={"density": _DENSITY},
-)
-SIGN_CONFLICTS_BY_TASKS = Kind(
-    "sign-conflicts-by-tasks",
-    draw_conflicts_over_settings,
-    compares=True,
-    source=SIGN_CONFLICTS.name,
-)
 
 
 def _draw_conflicts(
@@ -106,31 +84,24 @@ def _draw_conflicts(
     axes.set_xticks(x)
     if len(x) > 8:
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    legend_below(canvas)
-    return Drawing(
-        canvas,
-        title,
-        f"{caption} {seeds_note(max(line.seeds for line in lines.values()))}",
-        (label, *lines),
-        tuple(
-            (float(at), *(number(line.mean[i]) for line in lines.values()))
-            for i, at in enumerate(x)
-        ),
-    )
+    style.legend_below(canvas)
+    rows = style.rows_of_lines(list(map(float, x)), lines.values())
+    return Drawing(canvas, title, caption, (label, *lines), rows)
 
 
 def _draw_trainings(x: Sequence[float], lines: dict[str, Line], height: float) -> tuple[Any, Any]:
     """Draw a line for each training; the canvas and its axes."""
-    canvas = new_canvas(height)
+    canvas = style.new_canvas(height)
     axes = canvas.add_subplot()
     for training, line in lines.items():
         # Nothing is merged here: a training looks as what it is merged with.
-        look = look_of("magmax" if training == "sequential" else "average", training)
-        draw_line(axes, x, line, training, **look)
+        look = style.look_of("magmax" if training == "sequential" else "average", training)
+        style.draw_line(axes, x, line, training, **look)
     return canvas, axes
 
 
-_BINS = 10
+BINS = 10
+"""Parts of the merged parameters by magnitude, each with as many."""
 
 
 def measure_consistency(run: SuiteRun, _: Callable[[], Any]) -> Measures:
@@ -138,46 +109,37 @@ def measure_consistency(run: SuiteRun, _: Callable[[], Any]) -> Measures:
 
     The keys are as in `cl_merge.analysis.DirectionConsistency`.
     """
-    found = direction_consistency(run.vectors(), _BINS, sequential=run.training != "independent")
-    return {
-        "upper": list(found.upper),
-        "counts": list(found.counts),
-        "consistency": list(found.consistency),
-    }
+    found = direction_consistency(run.vectors(), BINS, sequential=run.training != "independent")
+    return asdict(found)
 
 
 def draw_consistency(measured: Measured) -> Drawing | None:
     """Draw how consistently tasks moved parameters against how large these have become."""
     setting = measured.setting
-    lines = measured.by_training(lambda found: over_seeds([one["consistency"] for one in found]))
+    lines = measured.by_training(
+        lambda found: style.over_seeds([one["consistency"] for one in found])
+    )
     if not lines or setting.tasks < 2:
         return None
-    middles = [100 * (i + 0.5) / _BINS for i in range(_BINS)]
+    middles = [100 * (i + 0.5) / BINS for i in range(BINS)]
     canvas, axes = _draw_trainings(middles, lines, 3.2)
     chance = random_consistency(setting.tasks)
-    axes.axhline(chance, color=GREY, linestyle=DOTTED, label="random signs")
+    axes.axhline(chance, color=style.GREY, linestyle=style.DOTTED, label="random signs")
     axes.set(ylim=(0, 1), xlim=(0, 100))
     axes.set_xlabel("magnitude of the merged parameter, percentile")
     axes.set_ylabel("consistency of direction")
-    legend_below(canvas, 3)
-    seeds = max(line.seeds for line in lines.values())
-    bins = [f"{100 * i // _BINS}-{100 * (i + 1) // _BINS} %" for i in range(_BINS)]
+    style.legend_below(canvas, 3)
+    bins = [f"{100 * i // BINS}-{100 * (i + 1) // BINS} %" for i in range(BINS)]
     return Drawing(
         canvas,
         f"Magnitude and consistency on {setting.title}",
         "The parameters of the max-magnitude merge in ten equal parts by magnitude. Consistency is "
         "the absolute sum of the signs of a parameter's updates by the tasks, divided by their "
         "number: 1 if every task moved it the same way. An update is the change by one task alone. "
-        f"Dotted: what {setting.tasks} random signs give. {seeds_note(seeds)}",
+        f"Dotted: what {setting.tasks} random signs give. {style.seeds_note(measured.seeds)}",
         ("magnitude", *lines),
-        tuple(
-            (name, *(number(line.mean[i], 3) for line in lines.values()))
-            for i, name in enumerate(bins)
-        ),
+        style.rows_of_lines(bins, lines.values(), digits=3),
     )
-
-
-CONSISTENCY = Kind("consistency", draw_consistency, measure_consistency, options={"bins": _BINS})
 
 
 def random_consistency(tasks: int) -> float:
@@ -210,25 +172,23 @@ def draw_origins(measured: Measured) -> Drawing | None:
     if not shares:
         return None
     parts = next(iter(shares.values()))[0]
-    canvas = new_canvas(1.4 + len(shares) * (0.4 + 0.2 * len(parts)))
-    panels = canvas.subplots(len(shares), sharex=True, squeeze=False)[:, 0]
+    titles = [f"{training} training" for training in shares]
+    canvas, panels = style.new_panels(titles, 0.4 + 0.2 * len(parts), edge=1.4)
     shades = colormaps["viridis"](np.linspace(0.05, 0.95, tasks))
-    for axes, (training, (own, values)) in zip(panels, shares.items(), strict=True):
+    for axes, (own, values) in zip(panels.values(), shares.values(), strict=True):
         starts = np.cumsum(values, axis=1) - values
         for task in range(tasks):
             axes.barh(own, values[:, task], left=starts[:, task], color=shades[task], height=0.82)
-        axes.invert_yaxis()
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
         axes.tick_params(length=2, axis="x")
         axes.tick_params(length=0, axis="y")
-        axes.set_xlim(0, 100)
-        axes.set_title(f"{training} training")
-    panels[-1].set_xlabel("share of the merged parameters, %")
+    axes.set_xlim(0, 100)
+    axes.invert_yaxis()
+    axes.set_xlabel("share of the merged parameters, %")
     by_task = cm.ScalarMappable(colors.Normalize(0.5, tasks + 0.5), colors.ListedColormap(shades))
     ticks = sorted({1, tasks, (tasks + 1) // 2})
-    scale_on_top(canvas, by_task, "task that the parameter comes from", ticks=ticks)
-    seeds = max(len(measured.over_seeds(training)) for training in shares)
+    style.scale_on_top(canvas, by_task, "task that the parameter comes from", ticks=ticks)
     thirds = np.array_split(np.arange(tasks), min(3, tasks))
     heads = [f"tasks {t[0] + 1}-{t[-1] + 1}" if len(t) > 1 else f"task {t[0] + 1}" for t in thirds]
     return Drawing(
@@ -236,17 +196,14 @@ def draw_origins(measured: Measured) -> Drawing | None:
         f"Origins of the merged parameters on {setting.title}",
         "The task whose value the max-magnitude merge keeps, as a share of the parameters of each "
         "part of the network, from the input at the top to the output. Parameters that no task "
-        f"changed are left out. {seeds_note(seeds, band=False)}",
+        f"changed are left out. {style.seeds_note(measured.seeds, band=False)}",
         ("training", "part", *heads),
         tuple(
-            (training, part, *(number(values[i, third].sum()) for third in thirds))
+            (training, part, *(style.number(values[i, third].sum()) for third in thirds))
             for training, (own, values) in shares.items()
             for i, part in enumerate(own)
         ),
     )
-
-
-ORIGINS = Kind("origins", draw_origins, measure_origins)
 
 
 def parts_of(names: Iterable[str]) -> list[str]:

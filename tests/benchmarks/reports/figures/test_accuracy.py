@@ -7,9 +7,8 @@ import pytest
 from case_suite import make_run, make_suite
 
 from cl_merge.benchmarks.reports.figures.accuracy import draw_curve, draw_matrix
-from cl_merge.benchmarks.reports.figures.figure import Measured
 from cl_merge.benchmarks.reports.figures.style import figure_style
-from cl_merge.benchmarks.reports.figures.suite_runs import find_settings
+from cl_merge.benchmarks.reports.figures.suite_runs import Measured, find_settings
 
 
 def draw(suite, function):

@@ -12,9 +12,8 @@ from cl_merge.benchmarks.reports.figures.evaluated import (
     measure_pruning,
     measure_scale,
 )
-from cl_merge.benchmarks.reports.figures.figure import Measured
 from cl_merge.benchmarks.reports.figures.style import figure_style
-from cl_merge.benchmarks.reports.figures.suite_runs import find_settings
+from cl_merge.benchmarks.reports.figures.suite_runs import Measured, find_settings
 
 
 class StandIn:
@@ -65,16 +64,16 @@ def test_pruning_matches_a_sort_of_each_task_vector(run, stand_in):
 def test_pruning_is_drawn_as_the_mean_over_tasks_and_seeds(tmp_path, stand_in):
     make_suite(tmp_path, seeds=2, trainings=("independent",))
     (setting,) = find_settings(tmp_path)
-    found = {run.seed: measure_pruning(run, lambda: stand_in) for run in setting.runs}
+    found = [measure_pruning(run, lambda: stand_in) for run in setting.runs]
     with figure_style():
         drawn = draw_pruning(Measured(setting, {"independent": found}))
     expected = [
-        sum(sum(f["kept"]["highest"][task][place] for task in range(3)) for f in found.values()) / 6
+        sum(sum(f["kept"]["highest"][task][place] for task in range(3)) for f in found) / 6
         for place in range(len(SHARES))
     ]
     (row,) = [row for row in drawn.rows if row[1] == "highest"]
     assert row[2:-1] == pytest.approx(expected, abs=0.051)
-    zero_shot = sum(sum(f["zero_shot"]) for f in found.values()) / 6
+    zero_shot = sum(sum(f["zero_shot"]) for f in found) / 6
     (row,) = [row for row in drawn.rows if row[1] == "none (zero-shot)"]
     assert row[2:] == pytest.approx([zero_shot] * (len(SHARES) + 1), abs=0.051)
 
@@ -102,12 +101,11 @@ def test_scales_are_drawn_as_means_over_seeds(tmp_path, stand_in):
     (setting,) = find_settings(tmp_path)
     found = {}
     for run in setting.runs:
-        of_training = found.setdefault(run.training, {})
-        of_training[run.seed] = measure_scale(run, lambda: stand_in)
+        found.setdefault(run.training, []).append(measure_scale(run, lambda: stand_in))
     with figure_style():
         drawn = draw_scale(Measured(setting, found))
     assert [row[0] for row in drawn.rows] == ["magmax", "lwf-magmax", "average-sequential"]
-    seeds = [f["methods"]["magmax"] for f in found["sequential"].values()]
+    seeds = [f["methods"]["magmax"] for f in found["sequential"]]
     expected = [
         sum(seed["accuracy"][seed["scales"].index(scale)] for seed in seeds) / 2 for scale in SCALES
     ]

@@ -10,9 +10,8 @@ import pytest
 import torch
 from case_suite import make_run, make_suite, make_vectors
 
-from cl_merge.benchmarks.reports.figures.figure import Measured
 from cl_merge.benchmarks.reports.figures.style import figure_style
-from cl_merge.benchmarks.reports.figures.suite_runs import SuiteRun, find_settings
+from cl_merge.benchmarks.reports.figures.suite_runs import Measured, SuiteRun, find_settings
 from cl_merge.benchmarks.reports.figures.task_vectors import (
     draw_conflicts_over_settings,
     draw_conflicts_over_time,
@@ -41,20 +40,13 @@ def no_evaluator():
 
 def measure_all(suite, measure):
     """As the gallery does it: by setting, training and seed."""
-    return [
-        Measured(
-            setting,
-            {
-                training: {
-                    run.seed: measure(run, no_evaluator)
-                    for run in setting.runs
-                    if run.training == training
-                }
-                for training in ("sequential", "independent")
-            },
-        )
-        for setting in find_settings(suite)
-    ]
+    every = []
+    for setting in find_settings(suite):
+        measured = Measured(setting)
+        for run in setting.runs:
+            measured.found.setdefault(run.training, []).append(measure(run, no_evaluator))
+        every.append(measured)
+    return every
 
 
 def rows(vectors):

@@ -14,8 +14,7 @@ from report_cases import drawing, fill, suite_of
 from cl_merge.benchmarks.methods.method import METHODS, Method
 from cl_merge.benchmarks.reports.html import write_report
 from cl_merge.benchmarks.reports.run_pictures import pictures_of_run
-from cl_merge.benchmarks.reports.single_run import summary_of_run
-from cl_merge.benchmarks.reports.summary import Summary, summarize
+from cl_merge.benchmarks.reports.summary import Summary, summarize, summary_of_run
 from cl_merge.benchmarks.suites.definition import Setting
 from cl_merge.benchmarks.suites.plan import FAILED
 from cl_merge.errors import InputError
