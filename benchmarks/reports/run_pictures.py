@@ -63,8 +63,7 @@ def _draw_matrix(results: Mapping[str, Any]) -> Drawing:
     names = [shortened(task["name"]) for task in results["tasks"]]
     axes.set_xticks(range(tasks), names, rotation=40, ha="right")
     axes.set_yticks(range(len(rows)), ["zero-shot", *after])
-    axes.set_xlabel("accuracy on task")
-    axes.set_ylabel("after")
+    axes.set(xlabel="accuracy on task", ylabel="after")
     axes.set_title(f"{method} on {_data(results)}: task-agnostic accuracy, %")
     for i, row in enumerate(rows if tasks <= 20 else []):
         for j, value in enumerate(row):

@@ -140,7 +140,6 @@ def draw_matrix(measured: Measured) -> Drawing | None:
     for name, axes in panels.items():
         image = style.heat_map(axes, matrices[name])
         axes.set_title(name.replace("-sequential", "\nsequential"), fontsize=9.5)
-        axes.tick_params(length=2)
         axes.axhline(0.5, color=style.INK, linewidth=1.2)  # below the row before any training
         axes.set_yticks([0, *ticks], ["0", *map(str, ticks)])
         axes.set_xticks([tick - 1 for tick in ticks], list(map(str, ticks)))

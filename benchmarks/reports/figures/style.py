@@ -244,10 +244,16 @@ def scale_on_top(canvas: matplotlib.figure.Figure, shown: Any, label: str, **mor
     bar.ax.tick_params(length=2)
 
 
-def heat_map(axes: Axes, values: Any) -> AxesImage:
-    """Draw accuracies in per cent as a matrix of colours."""
+def without_frame(axes: Axes) -> None:
+    """Leave out the lines around axes and across them."""
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
+    axes.tick_params(length=2)
+
+
+def heat_map(axes: Axes, values: Any) -> AxesImage:
+    """Draw accuracies in per cent as a matrix of colours."""
+    without_frame(axes)
     return axes.imshow(
         values, vmin=0, vmax=100, cmap="viridis", aspect="auto", interpolation="none"
     )

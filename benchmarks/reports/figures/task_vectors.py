@@ -79,9 +79,7 @@ def _draw_conflicts(
 
     canvas, axes = _draw_trainings(x, lines, 3.0)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel(label)
-    axes.set_ylabel("positions in conflict, %")
-    axes.set_xticks(x)
+    axes.set(xlabel=label, ylabel="positions in conflict, %", xticks=x)
     if len(x) > 8:
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     style.legend_below(canvas)
@@ -109,8 +107,8 @@ def measure_consistency(run: SuiteRun, _: Callable[[], Any]) -> Measures:
 
     The keys are as in `cl_merge.analysis.DirectionConsistency`.
     """
-    found = direction_consistency(run.vectors(), BINS, sequential=run.training != "independent")
-    return asdict(found)
+    sequential = run.training != "independent"
+    return asdict(direction_consistency(run.vectors(), BINS, sequential=sequential))
 
 
 def draw_consistency(measured: Measured) -> Drawing | None:
@@ -125,9 +123,8 @@ def draw_consistency(measured: Measured) -> Drawing | None:
     canvas, axes = _draw_trainings(middles, lines, 3.2)
     chance = random_consistency(setting.tasks)
     axes.axhline(chance, color=style.GREY, linestyle=style.DOTTED, label="random signs")
-    axes.set(ylim=(0, 1), xlim=(0, 100))
-    axes.set_xlabel("magnitude of the merged parameter, percentile")
-    axes.set_ylabel("consistency of direction")
+    axes.set(xlabel="magnitude of the merged parameter, percentile", xlim=(0, 100))
+    axes.set(ylabel="consistency of direction", ylim=(0, 1))
     style.legend_below(canvas, 3)
     bins = [f"{100 * i // BINS}-{100 * (i + 1) // BINS} %" for i in range(BINS)]
     return Drawing(
@@ -179,13 +176,10 @@ def draw_origins(measured: Measured) -> Drawing | None:
         starts = np.cumsum(values, axis=1) - values
         for task in range(tasks):
             axes.barh(own, values[:, task], left=starts[:, task], color=shades[task], height=0.82)
-        axes.grid(visible=False)
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=2, axis="x")
+        style.without_frame(axes)
         axes.tick_params(length=0, axis="y")
-    axes.set_xlim(0, 100)
     axes.invert_yaxis()
-    axes.set_xlabel("share of the merged parameters, %")
+    axes.set(xlabel="share of the merged parameters, %", xlim=(0, 100))
     by_task = cm.ScalarMappable(colors.Normalize(0.5, tasks + 0.5), colors.ListedColormap(shades))
     ticks = sorted({1, tasks, (tasks + 1) // 2})
     style.scale_on_top(canvas, by_task, "task that the parameter comes from", ticks=ticks)

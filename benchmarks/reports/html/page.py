@@ -26,9 +26,7 @@ _FILES = ("results.json", "config.yaml", LOG)
 _STATES = {DONE: "done", FAILED: "failed", BEGUN: "unfinished", NEW: "not run"}
 _STRENGTHS = (1.0, 3.0)  # points from which a difference to the paper counts as larger
 _MINUS, _DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
-
-_Run = dict[str, Any]
-"""A run of a suite as the template shows it; `_read_run` says what there is."""
+_Run = dict[str, Any]  # as `_read_runs` makes it
 
 
 def write_report(summary: Summary, drawings: Sequence[Drawing], path: str | Path) -> None:
@@ -40,7 +38,7 @@ def write_report(summary: Summary, drawings: Sequence[Drawing], path: str | Path
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"counted": counted, "number": _number}
+    environment.filters |= {"counted": counted, "duration": duration, "number": _number}
     compact = {"ensure_ascii": False, "separators": (",", ":"), "allow_nan": False}
     environment.policies["json.dumps_kwargs"] = compact
     content = _content(summary, Path(path)) | {"figures": drawings}
@@ -52,6 +50,8 @@ def write_report(summary: Summary, drawings: Sequence[Drawing], path: str | Path
 def _content(summary: Summary, page: Path) -> dict[str, Any]:
     """All that the template shows; what the script needs is in ``data``."""
     runs = _read_runs(summary, page)
+    finished = [run["results"] for run in runs.values() if run["results"]]
+    counts = Counter(cell.state for cell in summary.cells)
     first = list(dict.fromkeys(setting.data_name for setting in summary.suite.settings))
     # Settings of the same data set beside each other, otherwise as they come.
     settings = sorted(summary.suite.settings, key=lambda setting: first.index(setting.data_name))
@@ -64,7 +64,11 @@ def _content(summary: Summary, page: Path) -> dict[str, Any]:
     details = ("path", "config", "links", "state")
     return {
         "suite": summary.suite,
-        "facts": _facts_of(summary, [run["results"] for run in runs.values() if run["results"]]),
+        "states": [f"{counts[s]} {word}" for s, word in _STATES.items() if counts[s] and s != DONE],
+        "done": f"{counts[DONE]} of {counts.total()} done",
+        "finished": finished,
+        "machines": dict.fromkeys(map(_machine, finished)),
+        "versions": _versions(finished),
         "runs": list(runs.values()),
         "data_sets": Counter(setting.data_name for setting in settings),
         "columns": [_column(setting, summary, runs) for setting in settings],
@@ -213,30 +217,16 @@ def _link(path: Path, page: Path) -> str:
     return "./" + quote(Path(relative).as_posix())
 
 
-def _facts_of(summary: Summary, finished: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Say what was run, on what, and how far it is: terms and what they are, empty if unknown."""
-    suite, counts = summary.suite, Counter(cell.state for cell in summary.cells)
-    methods = len({method for _, method in summary.entries})
-    states = [f"{counts[s]} {word}" for s, word in _STATES.items() if counts[s] and s != DONE]
-    seconds = sum(results["total"]["seconds"] for results in finished)
-    dates = sorted(filter(None, (results.get("finished") for results in finished)))
-    versions: dict[str, dict[str, None]] = {}
+def _versions(finished: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The packages of runs with their versions, each once."""
+    found: dict[str, dict[str, None]] = {}
     for results in finished:
         for name, version in results.get("versions", {}).items():
-            versions.setdefault(name, {})[version] = None
-    machines = [_machine(results.get("machine", {})) for results in finished]
-    return {
-        "model": ", ".join(dict.fromkeys(results["model"] for results in finished)),
-        "seeds": ", ".join(map(str, suite.seeds)),
-        "table": f"{counted(methods, 'method')} by {counted(len(suite.settings), 'setting')}",
-        "results": ", ".join([f"{counts[DONE]} of {counts.total()} done", *states]),
-        "time": f"{duration(seconds)} in {counted(len(finished), 'run')}" if seconds else "",
-        "finished": " to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "",
-        "machine": "; ".join(dict.fromkeys(machines)),
-        "versions": ", ".join(f"{name} {' and '.join(own)}" for name, own in versions.items()),
-    }
+            found.setdefault(name, {})[version] = None
+    return [f"{name} {' and '.join(own)}" for name, own in found.items()]
 
 
-def _machine(machine: Mapping[str, Any]) -> str:
+def _machine(results: Mapping[str, Any]) -> str:
+    machine = results.get("machine", {})
     threads = counted(int(machine.get("threads", 1)), "thread")
     return ", ".join(str(x) for x in (machine.get("device"), threads, machine.get("platform")) if x)
