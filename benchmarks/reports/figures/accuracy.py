@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,17 +27,8 @@ _Results = Mapping[str, Sequence[Mapping[str, Any]]]
 """Of each method its part of ``results.json``, one for each seed."""
 
 
-@dataclass(frozen=True)
-class _Curve:
-    """A method's accuracy on everything seen, and how its line looks."""
-
-    line: Line
-    look: Mapping[str, Any]
-    label: str
-
-    def end(self, tasks: int) -> tuple[str, float, float, str]:
-        """What `label_ends` takes."""
-        return self.label, tasks, float(self.line.mean[-1]), self.look["color"]
+_Curve = tuple[Line, dict[str, Any]]
+"""A method's accuracy on everything seen, and how its line looks, with its label."""
 
 
 def draw_curve(measured: Measured) -> Drawing | None:
@@ -67,17 +57,19 @@ def draw_accuracies(
     )
     for title, axes in panels.items():
         for name in titles[title]:
-            own = curves[name]
-            style.draw_line(axes, range(1, tasks + 1), own.line, own.label, **own.look)
+            line, look = curves[name]
+            style.draw_line(axes, range(1, tasks + 1), line, **look)
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.margins(x=0.02)
     for title, axes in panels.items():  # once the axes have their limits
-        ends = [curves[name].end(tasks) for name in titles[title]]
+        own = [curves[name] for name in titles[title]]
+        ends = [(look["label"], tasks, float(line.mean[-1]), look["color"]) for line, look in own]
         style.label_ends(axes, [end for end in ends if math.isfinite(end[2])], bold=_LEAD)
     canvas.supxlabel("tasks learned")
     canvas.supylabel("accuracy on everything seen, %")
-    seeds = max(curve.line.seeds for curve in curves.values())
+    seeds = max(map(len, methods.values()))
     after = sorted({max(1, round(tasks * part / 4)) for part in range(5)})
+    points = [task - 1 for task in after]
     return Drawing(
         canvas,
         f"Accuracy while learning {what}",
@@ -85,12 +77,8 @@ def draw_accuracies(
         f"data set. Dotted: zero-shot, on the same images. {style.seeds_note(seeds)}",
         ("method", *(f"after {task}" for task in after), "spread at the end"),
         tuple(
-            (
-                name,
-                *(style.number(c.line.mean[task - 1]) for task in after),
-                style.number(c.line.spread[-1]),
-            )
-            for name, c in curves.items()
+            (name, *map(style.number, (*line.mean[points], line.spread[-1])))
+            for name, (line, _) in curves.items()
         ),
     )
 
@@ -106,12 +94,12 @@ def _curves(methods: _Results, tasks: int, fewest: int) -> dict[str, _Curve]:
         if np.isfinite(line.mean).sum() >= fewest or joint:
             # In a panel of one training its name need not be said again.
             label = name.removesuffix("-sequential") if merger else name
-            look = {"linewidth": 1.1, "alpha": 0.6}
+            look: dict[str, Any] = {"label": label, "linewidth": 1.1, "alpha": 0.6}
             if name == _LEAD:
-                look = {"linewidth": 2.8, "zorder": 3}
+                look = {"label": label, "linewidth": 2.8, "zorder": 3}
             look |= style.look_of(merger, training, results[0].get("statistics"))
             look |= {"markersize": 9, "linestyle": ""} if joint else {}
-            curves[name] = _Curve(line, look, label)
+            curves[name] = line, look
     return curves
 
 

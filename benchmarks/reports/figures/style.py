@@ -158,7 +158,6 @@ class Line:
 
     mean: NDArray[np.float64]
     spread: NDArray[np.float64]
-    seeds: int
 
 
 def over_seeds(values: Sequence[Sequence[float | None]]) -> Line:
@@ -170,7 +169,7 @@ def over_seeds(values: Sequence[Sequence[float | None]]) -> Line:
     """
     points = np.ma.masked_invalid(np.array(values, dtype=float))
     spread = np.ma.std(points, axis=0, ddof=1)
-    return Line(points.mean(axis=0).filled(np.nan), spread.filled(np.nan), len(values))
+    return Line(points.mean(axis=0).filled(np.nan), spread.filled(np.nan))
 
 
 def number(value: float, digits: int = 1) -> float | None:

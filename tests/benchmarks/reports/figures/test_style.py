@@ -120,7 +120,6 @@ def test_each_point_has_its_mean_and_sample_standard_deviation():
     line = over_seeds([[1.0, 5.0], [2.0, 5.0], [6.0, 8.0]])
     assert line.mean.tolist() == [3.0, 6.0]
     assert line.spread == pytest.approx((statistics.stdev([1, 2, 6]), statistics.stdev([5, 5, 8])))
-    assert line.seeds == 3
 
 
 def test_one_seed_has_no_spread_and_missing_values_do_not_count():
