@@ -9,8 +9,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from cl_merge.benchmarks.formatting import data_label
 from cl_merge.benchmarks.methods.method import TRAININGS, Method, find_method, grouped_methods
 from cl_merge.benchmarks.runs.results import finished_results, read_json, read_results
@@ -20,6 +18,8 @@ from cl_merge.benchmarks.suites.execution import LOG
 from cl_merge.benchmarks.suites.plan import DONE, Cell, Job
 from cl_merge.config.reading import read_yaml
 from cl_merge.mergers.registry import is_location
+
+_FOLDER = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,12 @@ class Metric:
     better: int = 0  # 1 or -1 where more or less of it makes a method better
 
 
-def _table(name: str) -> dict[str, Any]:
-    found: Any = OmegaConf.to_container(read_yaml(Path(__file__).parent / name))
-    return dict(found)
-
-
-METRICS: dict[str, Metric] = {name: Metric(**own) for name, own in _table("metrics.yaml").items()}
+METRICS: dict[str, Metric] = {
+    name: Metric(**own) for name, own in read_yaml(_FOLDER / "metrics.yaml").items()
+}
 """What a cell can tell, by name; shares are in per cent."""
 
-_PAPER = _table("paper/results.yaml")
+_PAPER = read_yaml(_FOLDER / "paper" / "results.yaml")
 
 # Of joint training, which is one run for any number of tasks, only what does not depend on it.
 _WITHOUT_TASKS = ("accuracy", "seconds", "peak_memory", "stored_bytes")
@@ -226,7 +223,7 @@ class _JobHere(Job):
 
 def _words(folder: Path, results: Mapping[str, Any]) -> list[str]:
     """What names each method of a run, in the order of its results."""
-    config: Any = OmegaConf.to_container(read_yaml(folder / "config.yaml"))
+    config = read_yaml(folder / "config.yaml")
     compare = config.get("compare")
     given = [config.get("method"), *(compare if isinstance(compare, list) else [compare])]
     # A merger of the user's has a path in a file, and a name of its own in the results.
