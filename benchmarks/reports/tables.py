@@ -20,6 +20,12 @@ from cl_merge.benchmarks.reports.summary import METRICS, Entry, Summary
 from cl_merge.benchmarks.suites.plan import BEGUN, DONE, FAILED, NEW
 from cl_merge.errors import unknown_name
 
+_MARKS = {
+    "spread": "± standard deviation over seeds",
+    "rank": "best merging method bold, second underlined",
+    "difference": "in brackets: difference to the paper",
+    "seeds": "k of n: only so many seeds have run",
+}
 _STATES = {DONE: "-", FAILED: "failed", BEGUN: "begun", NEW: ""}
 
 
@@ -105,16 +111,8 @@ def title_of(summary: Summary, metric: str) -> str:
 def legend_of(summary: Summary, metric: str) -> str:
     """Explain the metric and the marks that a table has."""
     every = [cell for _, _, cells in rows_of(summary, metric) for cell in cells]
-    parts = [METRICS[metric].about]
-    if any(cell.spread for cell in every):
-        parts.append("± standard deviation over seeds")
-    if any(cell.rank for cell in every):
-        parts.append("best merging method bold, second underlined")
-    if any(cell.difference for cell in every):
-        parts.append("in brackets: difference to the paper")
-    if any(cell.seeds for cell in every):
-        parts.append("k of n: only so many seeds have run")
-    return "; ".join(parts)
+    seen = [said for mark, said in _MARKS.items() if any(getattr(cell, mark) for cell in every)]
+    return "; ".join([METRICS[metric].about, *seen])
 
 
 def markdown(summary: Summary, metric: str = "accuracy") -> str:

@@ -185,9 +185,7 @@ def _converted(content: Any, kind: type[T], where: str) -> T:
         raise InputError(f"{where}: {error}") from error
 
 
-def _check_keys(content: Any, kind: type[Suite | Setting], where: str) -> None:
-    if not isinstance(content, Mapping):
-        raise InputError(f"{where}: expected keys and values")
+def _check_keys(content: Mapping[str, Any], kind: type[Suite | Setting], where: str) -> None:
     known = [own.name for own in fields(kind)]
     for key in content:
         if key not in known:

@@ -156,15 +156,13 @@ def _paper(entry: Entry) -> dict[str, Any] | None:
     """The paper's accuracy, ours less that, and from -3 to 3 how far and which way it is."""
     if entry.paper is None:
         return None
-    value = rounded(entry.paper)
-    if "accuracy" not in entry.metrics:
-        return {"value": value, "difference": "", "strength": 0}
-    difference = round(entry.metrics["accuracy"].mean - entry.paper, 1)
-    strength = 1 + sum(abs(difference) >= least for least in _STRENGTHS)
+    difference = shown(entry, "accuracy").difference  # empty until something has run
+    points = float(difference or 0.0)
+    strength = 1 + sum(abs(points) >= least for least in _STRENGTHS)
     return {
-        "value": value,
-        "difference": rounded(difference, sign="+" if difference else "").replace("-", _MINUS),
-        "strength": int(math.copysign(strength, difference)) if difference else 0,
+        "value": rounded(entry.paper),
+        "difference": difference.replace("-", _MINUS),
+        "strength": int(math.copysign(strength, points)) if points else 0,
     }
 
 
