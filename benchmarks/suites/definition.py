@@ -145,7 +145,7 @@ def narrowed(
 
 def joined(one: Suite, other: Suite) -> Suite:
     """Put together all settings, methods and seeds of two parts of a suite."""
-    every = {
+    every: dict[str, Any] = {
         key: tuple(dict.fromkeys((*getattr(one, key), *getattr(other, key))))
         for key in ("settings", "methods", "shown", "seeds")
     }

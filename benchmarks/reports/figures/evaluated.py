@@ -181,7 +181,7 @@ def draw_scale(measured: Measured) -> Drawing | None:
         own = {seed["own"] for seed in seeds}
         scale = own.pop() if len(own) == 1 else None  # None, too, if a run had several
         accuracy = None if scale is None else means.get(scale)
-        if accuracy is not None:
+        if scale is not None and accuracy is not None:
             large = {**look, "markersize": 8, "linestyle": "", "markeredgewidth": 0.8}
             panels[title].plot(scale, accuracy, **large, markeredgecolor=style.INK, zorder=5)
         zero_shot.setdefault(title, means[0.0])

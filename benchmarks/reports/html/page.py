@@ -188,7 +188,7 @@ def _read_runs(summary: Summary, page: Path) -> dict[str, _Run]:
     by_path: dict[str, list[CellResult]] = {}
     for cell in summary.cells:
         by_path.setdefault(cell.path, []).append(cell)
-    runs = {}
+    runs: dict[str, _Run] = {}
     for path, cells in by_path.items():
         folder = summary.folder / path
         results, config = read_results(folder) or {}, folder / "config.yaml"
