@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -73,15 +72,17 @@ def export(folder: str | Path, form: str, output: str | Path, *, method: str | N
     """
     if form not in FORMATS:
         raise unknown_name("format", form, FORMATS)
-    run = read_run(folder, method)
+    run, path = read_run(folder, method), Path(output).expanduser()
     _check_possible(run, form)
-    _check_installed(form)
-    with _new_folder(Path(output).expanduser(), run.path) as temporary:
+    if path.suffix == ".safetensors":
+        raise InputError(f"the output '{path}' is named like a file; an export is a folder")
+    check_output(path, [run.path])
+    with atomic_folder(path) as temporary:
         restored = restore(run)
         FORMATS[form].write(restored, temporary)
         classes = write_side_files(restored, temporary)
         write_card(restored, form, classes, temporary)
-    return Path(output).expanduser()
+    return path
 
 
 def _check_possible(run: FinishedRun, form: str) -> None:
@@ -91,6 +92,12 @@ def _check_possible(run: FinishedRun, form: str) -> None:
         raise InputError(
             f"format {form} cannot hold method '{run.method}' with model '{run.config.model}': "
             f"{why}; formats that can: {', '.join(others)}"
+        )
+    missing = [name for name in FORMATS[form].needs if find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"format {form} needs the package '{missing[0]}', which is not installed: "
+            'pip install "cl-merge[export]"'
         )
 
 
@@ -102,22 +109,3 @@ def _reason(run: FinishedRun, form: str) -> str | None:
             "method that ends in -aligned are in the image tower)"
         )
     return FORMATS[form].reason(run)
-
-
-def _check_installed(form: str) -> None:
-    missing = [name for name in FORMATS[form].needs if find_spec(name) is None]
-    if missing:
-        raise InputError(
-            f"format {form} needs the package '{missing[0]}', which is not installed: "
-            'pip install "cl-merge[export]"'
-        )
-
-
-@contextmanager
-def _new_folder(path: Path, run: Path) -> Iterator[Path]:
-    """Yield a folder to write to, which gets its name when everything is in it."""
-    if path.suffix == ".safetensors":
-        raise InputError(f"the output '{path}' is named like a file; an export is a folder")
-    check_output(path, [run])
-    with atomic_folder(path) as temporary:
-        yield temporary

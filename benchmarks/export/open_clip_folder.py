@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from cl_merge.benchmarks.export.comparing import check_features
 from cl_merge.benchmarks.export.side_files import preprocessing
@@ -52,34 +52,23 @@ def write(restored: Restored, folder: Path) -> None:
     config = model_config(restored.run.config)
     config["vision_cfg"]["image_size"] = restored.clip.image_size
     content = {"model_cfg": config, "preprocess_cfg": preprocessing(restored)}
+    file = folder / "open_clip_config.json"
     save_tensors(folder / "open_clip_model.safetensors", model.state_dict(), {"format": "pt"})
     if restored.run.config.model == "lite":
-        _write_lite_text(restored, folder)
-        # What stands there later is on the hub, which need not be reached now.
+        from transformers import AutoTokenizer
+
+        _, source = lite.packaged_weights()
+        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+        model.text.config.save_pretrained(folder)
+        # What is named in the end is on the hub, which need not be reached now.
         config["text_cfg"]["hf_model_name"] = str(folder)
-        _write_config(content, folder)
-        _check(restored, folder)
+    elif hasattr(restored.clip.tokenizer, "save_pretrained"):
+        restored.clip.tokenizer.save_pretrained(folder)
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _check(restored, folder)
+    if restored.run.config.model == "lite":
         config["text_cfg"]["hf_model_name"] = config["text_cfg"]["hf_tokenizer_name"]
-        _write_config(content, folder)
-    else:
-        save_tokenizer = getattr(restored.clip.tokenizer, "save_pretrained", None)
-        if save_tokenizer is not None:
-            save_tokenizer(folder)
-        _write_config(content, folder)
-        _check(restored, folder)
-
-
-def _write_lite_text(restored: Restored, folder: Path) -> None:
-    from transformers import AutoTokenizer
-
-    _, source = lite.packaged_weights()
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-    cast(Any, restored.clip.model).text.config.save_pretrained(folder)
-
-
-def _write_config(content: dict[str, Any], folder: Path) -> None:
-    text = json.dumps(content, indent=2) + "\n"
-    (folder / "open_clip_config.json").write_text(text, encoding="utf-8")
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _check(restored: Restored, folder: Path) -> None:

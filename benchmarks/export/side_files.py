@@ -32,28 +32,18 @@ def write_side_files(restored: Restored, folder: Path) -> list[dict[str, Any]]:
         tasks = enumerate(restored.run.results["tasks"])
         found = {"name": name, "tasks": [n for n, task in tasks if label in task["classes"]]}
         classes.append(found | ({"prompts": prompts[label]} if prompts is not None else {}))
-    _write(folder / "classes.json", classes)
-    _write(folder / "preprocessing.json", preprocessing(restored))
+    for name, content in (("classes", classes), ("preprocessing", preprocessing(restored))):
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (folder / f"{name}.json").write_text(text, encoding="utf-8")
     return classes
 
 
 def preprocessing(restored: Restored) -> dict[str, Any]:
     """Say how an image becomes what the model takes, in the words of open_clip."""
-    found = cast(Any, restored.model.visual).preprocess_cfg
+    found: dict[str, Any] = cast(Any, restored.model.visual).preprocess_cfg
     size = found["size"]
-    return {
-        "size": [size, size] if isinstance(size, int) else list(size),
-        "mode": found["mode"],
-        "mean": list(found["mean"]),
-        "std": list(found["std"]),
-        "interpolation": found["interpolation"],
-        "resize_mode": found["resize_mode"],
-        "fill_color": found["fill_color"],
-    }
-
-
-def _write(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    pair = [size, size] if isinstance(size, int) else list(size)
+    return found | {"size": pair, "mean": list(found["mean"]), "std": list(found["std"])}
 
 
 def _known_prompts(restored: Restored) -> list[list[str]] | None:
