@@ -62,9 +62,8 @@ def find_data(name: str) -> DataEntry:
         return _entry(name)
     path = Path(name).expanduser()
     if not ("/" in name or path.suffix == ".parquet" or path.exists()):
-        raise unknown_name(
-            "data set", name, [*known, "a folder", "a YAML file", "OWNER/NAME on the hub"]
-        )
+        others = ["a folder", "a YAML file", "OWNER/NAME on the hub"]
+        raise unknown_name("data set", name, [*known, *others])
     return DataEntry(name, name, "", {})
 
 
@@ -96,9 +95,8 @@ def open_data(source: str, **options: Any) -> Mapping[str, datasets.Dataset]:
     name = source.removeprefix(_BUILTIN)
     if name not in _MADE_HERE:
         raise unknown_name("data set of the package", name, _MADE_HERE)
-    made: Mapping[str, datasets.Dataset] = getattr(
-        import_module(f"cl_merge.benchmarks.datasets.{name}"), name
-    )()
+    make = getattr(import_module(f"cl_merge.benchmarks.datasets.{name}"), name)
+    made: Mapping[str, datasets.Dataset] = make()
     return made
 
 
@@ -109,14 +107,12 @@ def is_on_hub(source: str) -> bool:
 
 def _entry(name: str) -> DataEntry:
     settings, file = _with_parents(name, ())
-    about = settings.pop("about", "")
+    about, source = settings.pop("about", ""), settings.pop("source", None)
     facts = settings.pop("facts", None) or {}
     sources = tuple(settings.pop("sources", None) or ())
-    source = settings.pop("source", None)
     _check(facts, sources, source, file or name)
     if sources:
-        # Each of them has prompts of its own.
-        settings.setdefault("prompts", None)
+        settings.setdefault("prompts", None)  # each of them has its own
     stem = Path(name).stem if file else name
     return DataEntry(stem, source, about, settings, facts, sources, file)
 
@@ -128,7 +124,10 @@ def _with_parents(name: str, children: tuple[str, ...]) -> tuple[dict[str, Any],
     file = Path(name).expanduser().resolve() if is_data_file(name) else None
     with as_file(files("cl_merge.benchmarks.datasets").joinpath(f"{name}.yaml")) as own:
         given = read_yaml(file or own)
-    _check_keys(given, str(file or f"{name}.yaml"))
+    known = [*described_keys(), *_OWN_KEYS]
+    for key in map(str, given):
+        if key not in known:
+            raise InputError(f"{file or f'{name}.yaml'}: unknown key '{key}'{nearest(key, known)}")
     if file is not None:
         _resolve_paths(given, file.parent)
     parent = given.pop("extends", None)
@@ -155,13 +154,6 @@ def _resolved(name: str, folder: Path) -> str:
     path = folder / Path(name).expanduser()
     is_path = is_data_file(name) or path.exists() or name.startswith((".", "~"))
     return str(path) if is_path else name
-
-
-def _check_keys(layer: Mapping[str, Any], origin: str) -> None:
-    known = [*described_keys(), *_OWN_KEYS]
-    for key in map(str, layer):
-        if key not in known:
-            raise InputError(f"{origin}: unknown key '{key}'{nearest(key, known)}")
 
 
 def _check(facts: Any, sources: tuple[Any, ...], source: Any, origin: object) -> None:

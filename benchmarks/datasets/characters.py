@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import distance_transform_edt
 from torch import Generator, Tensor
@@ -33,8 +34,8 @@ LOOKS = ("slanted", "textured", "negative", "noisy", "handwritten")
 SIDE = 32
 """Height and width of a picture in pixels."""
 
-_TRAIN, _TEST = 40, 15  # pictures of each class, in equal parts of each look
-_SEEDS = {"train": 20240, "test": 20241}
+# Pictures of each class, in equal parts of each look, and the seed.
+_SPLITS = (("train", 40, 20240), ("test", 15, 20241))
 _FONTS = 3
 _FIELD = 64  # side of a shape in pixels
 
@@ -62,14 +63,11 @@ def characters() -> datasets.DatasetDict:
             "look": datasets.ClassLabel(names=list(LOOKS)),
         }
     )
-    return datasets.DatasetDict(
-        {
-            split: datasets.Dataset.from_dict(
-                _rows(outlines, strokes, count, _SEEDS[split]), features
-            )
-            for split, count in (("train", _TRAIN), ("test", _TEST))
-        }
-    )
+    splits = datasets.DatasetDict()
+    for split, count, seed in _SPLITS:
+        rows = _rows(outlines, strokes, count, seed)
+        splits[split] = datasets.Dataset.from_dict(rows, features)
+    return splits
 
 
 def unicode_name(character: str) -> str:
@@ -77,20 +75,22 @@ def unicode_name(character: str) -> str:
     return unicodedata.name(character).lower().removeprefix("latin ")
 
 
-def _distances() -> tuple[Tensor, Tensor]:
-    """Distances in pixels to the outline (negative inside) and to the thinned stroke.
+def outline_distance(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Distances in pixels to the outline of a shape, negative inside."""
+    outside, inside = distance_transform_edt(~mask), distance_transform_edt(mask)
+    return np.asarray(outside - inside)
 
-    Each float32 [fonts, 62, 64, 64].
-    """
+
+def _distances() -> tuple[Tensor, Tensor]:
+    """Distances in pixels to outlines and to thinned strokes, float32 [fonts, 62, 64, 64] each."""
     with files("cl_merge.benchmarks.datasets").joinpath("characters.png").open("rb") as file:
         sheet = np.asarray(Image.open(file))
     tiles = sheet.reshape(2, _FONTS, _FIELD, len(CHARACTERS), _FIELD).transpose(0, 1, 3, 2, 4)
     filled, thinned = tiles.reshape(2, -1, _FIELD, _FIELD)
-    outlines = [distance_transform_edt(~m) - distance_transform_edt(m) for m in filled]
+    outlines = [outline_distance(mask) for mask in filled]
     strokes = [distance_transform_edt(~stroke) for stroke in thinned]
-    shape = tiles.shape[1:]
-    found = (torch.from_numpy(np.stack(f)).float().view(shape) for f in (outlines, strokes))
-    return next(found), next(found)
+    fields = torch.from_numpy(np.stack([*outlines, *strokes])).float().view(tiles.shape)
+    return fields[0], fields[1]
 
 
 def _rows(outlines: Tensor, strokes: Tensor, count: int, seed: int) -> dict[str, list[object]]:
@@ -114,12 +114,12 @@ def _draw(fields: Tensor, labels: Tensor, look: str, random: Generator) -> Tenso
     count = len(labels)
     distance = fields[torch.randint(len(fields), (count,), generator=random), labels]
     thickness = (1.2, 2.6) if look == "handwritten" else (-0.5, 1.0)
-    radius = _uniform(count, *thickness, random)
+    radius = uniform(count, *thickness, random)
     grid = _grid(count, look, random)
     warped = F.grid_sample(
         distance[:, None], grid, padding_mode="border", align_corners=False, mode="bilinear"
     )
-    fine = torch.sigmoid((_column(radius) - warped) / 0.7)
+    fine = torch.sigmoid((column(radius) - warped) / 0.7)
     ink = F.avg_pool2d(fine, _FIELD // SIDE)
     pen, paper = _colours(count, look, random)
     if look == "textured":
@@ -128,14 +128,14 @@ def _draw(fields: Tensor, labels: Tensor, look: str, random: Generator) -> Tenso
     picture = paper + (pen - paper) * ink
     most = 0.45 if look == "noisy" else 0.06
     noise = 2 * torch.rand(picture.shape, generator=random) - 1
-    return (picture + noise * _column(_uniform(count, 0.5 * most, most, random))).clamp(0, 1)
+    return (picture + noise * column(uniform(count, 0.5 * most, most, random))).clamp(0, 1)
 
 
 def _grid(count: int, look: str, random: Generator) -> Tensor:
     """Where each pixel looks: rotation, shear, size, position, and bending for a hand."""
     turn, lean = (0.6, 0.9) if look == "slanted" else (0.15, 0.2)
-    angle, shear = _uniform(count, -turn, turn, random), _uniform(count, -lean, lean, random)
-    size, shift = _uniform(count, 0.85, 1.15, random), _uniform(2 * count, -0.08, 0.08, random)
+    angle, shear = uniform(count, -turn, turn, random), uniform(count, -lean, lean, random)
+    size, shift = uniform(count, 0.85, 1.15, random), uniform(2 * count, -0.08, 0.08, random)
     cos, sin = angle.cos() / size, angle.sin() / size
     rows = [cos, shear * cos - sin, shift[:count], sin, shear * sin + cos, shift[count:]]
     affine = torch.stack(rows, dim=1).view(count, 2, 3)
@@ -156,9 +156,9 @@ def _colours(count: int, look: str, random: Generator) -> tuple[Tensor, Tensor]:
 def _texture(count: int, random: Generator) -> Tensor:
     """Make stripes across blotches, -1 to 1; [B, 3, 32, 32]."""
     axis = torch.linspace(-1, 1, SIDE)
-    angle, waves = _uniform(count, 0, 3.1416, random), _uniform(count, 2, 14, random)
-    along = _column(angle.cos()) * axis + _column(angle.sin()) * axis[:, None]
-    stripes = (_column(waves) * along + _column(_uniform(count, 0, 6.2832, random))).sin()
+    angle, waves = uniform(count, 0, 3.1416, random), uniform(count, 2, 14, random)
+    along = column(angle.cos()) * axis + column(angle.sin()) * axis[:, None]
+    stripes = (column(waves) * along + column(uniform(count, 0, 6.2832, random))).sin()
     blotches = F.avg_pool2d(_smooth(count, 3, 6, random), _FIELD // SIDE)
     return (0.5 * stripes + blotches).clamp(-1, 1)
 
@@ -169,10 +169,11 @@ def _smooth(count: int, channels: int, cells: int, random: Generator) -> Tensor:
     return F.interpolate(coarse, size=(_FIELD, _FIELD), mode="bicubic", align_corners=True)
 
 
-def _uniform(count: int, low: float, high: float, random: Generator) -> Tensor:
+def uniform(count: int, low: float, high: float, random: Generator) -> Tensor:
+    """Draw one number per picture."""
     return low + (high - low) * torch.rand(count, generator=random)
 
 
-def _column(values: Tensor) -> Tensor:
+def column(values: Tensor) -> Tensor:
     """One value per picture, shaped to multiply pictures."""
     return values[:, None, None, None]

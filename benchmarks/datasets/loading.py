@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -57,13 +58,12 @@ class LoadedData:
 
 
 def load_parts(config: RunConfig) -> tuple[TaskStream, CLIPClassifier]:
-    """Load the images and the model that a configuration names.
+    """Load the images and the model that a configuration names, with the global generators seeded.
 
-    Seeds the global generators, which may be drawn from when a model is built. Which commit of a
-    hub data set was read is written into the configuration.
+    Which commit of a hub data set was read is written into the configuration.
     """
     loaded = load_data(config)
-    # Written down with the run: what the hub hands out tomorrow may be something else.
+    # What the hub hands out tomorrow may be something else.
     config.stream.revision = loaded.revision
     L.seed_everything(config.seed, workers=True, verbose=False)
     clip = load_clip(config.model, image_size=config.image_size)
@@ -118,11 +118,8 @@ def check_facts(config: RunConfig, stream: TaskStream) -> None:
         if key in found and found[key] != known
     ]
     if differing:
-        log.warning(
-            "data set '%s' has %s: this is not the data set of the recipe, or not all of it",
-            entry.name,
-            ", ".join(differing),
-        )
+        message = "data set '%s' has %s: this is not the data set of the recipe, or not all of it"
+        log.warning(message, entry.name, ", ".join(differing))
 
 
 def task_epochs(config: RunConfig, tasks: int) -> list[Any]:
@@ -154,7 +151,13 @@ def read_prompts(value: Any) -> list[str]:
         'a bad photo of the {}.'
     """
     if isinstance(value, str) and value.startswith(_PACKAGE):
-        return [template("{}") for template in _open_clip_templates(value)]
+        from open_clip import zero_shot_metadata
+
+        lists = {f"{_PACKAGE}{name}": found for name, found in vars(zero_shot_metadata).items()}
+        known = [name for name in lists if name.endswith("_TEMPLATES")]
+        if value not in known:
+            raise InputError(f"prompts={value}: open_clip has no such list{nearest(value, known)}")
+        return [template("{}") for template in lists[value]]
     if isinstance(value, str):
         return [value]
     if isinstance(value, Sequence) and value:
@@ -168,8 +171,8 @@ def read_prompts(value: Any) -> list[str]:
 def read_class_names(value: Any, names: Sequence[str]) -> list[str]:
     """Read the setting ``class_names``, over the data set's own names.
 
-    It is None; a list with one name for each class; or regular expressions, each with what replaces
-    its matches, which are applied to the data set's names one after another.
+    It is None; a list with one name for each class; or regular expressions with what replaces their
+    matches, applied one after another.
 
     Example:
         >>> read_class_names({"^[0-9]+[.]": "", "_": " "}, ["001.Crested_Auklet"])
@@ -237,8 +240,8 @@ def _load_joined(config: RunConfig, entry: DataEntry) -> LoadedData:
     with settings_named("stream"):
         joined, names = concat(data)
     columns = {key: getattr(StreamConfig, key) for key in (*_READ, "domain_pattern")}
-    prompts = joined_prompts(config, recipes, names)
-    return LoadedData(joined, columns | {"domain": "source"}, prompts, commits or None)
+    columns["domain"] = "source"
+    return LoadedData(joined, columns, joined_prompts(config, recipes, names), commits or None)
 
 
 # What says how a data set is read; of joined ones each has its own.
@@ -249,14 +252,13 @@ def joined_prompts(
     config: RunConfig, recipes: list[RunConfig], names: list[list[str]]
 ) -> list[ClassPrompts]:
     """The prompts of each of the joined data sets: those given for all, or its own."""
-    given = config.class_names
-    if given is not None:
-        given = read_class_names(given, [name for own_names in names for name in own_names])
-    found = []
+    found, every = [], [name for own_names in names for name in own_names]
+    given = iter(read_class_names(config.class_names, every))
     for recipe, own_names in zip(recipes, names, strict=True):
         prompts = recipe.prompts if config.prompts is None else config.prompts
-        chosen = recipe.class_names if given is None else given[: len(own_names)]
-        given = None if given is None else given[len(own_names) :]
+        chosen = recipe.class_names
+        if config.class_names is not None:
+            chosen = list(islice(given, len(own_names)))
         found.append(ClassPrompts(prompts, chosen, own_names))
     return found
 
@@ -272,7 +274,13 @@ def _read(
     """Read one data set, and find out which commit that is."""
     if not is_on_hub(source):
         return open_data(source), revision
-    options = {"local_copy": _advice(entry, joined)} if source != entry.name else {}
+    options: dict[str, Any] = {}
+    if source != entry.name:
+        alone = "" if joined else f"give source=/path/to/{entry.name} or "
+        options["local_copy"] = (
+            f"{alone}set CL_MERGE_DATA to the folder that holds {entry.name}/, for data set "
+            f"'{entry.name}'"
+        )
     commit = revision or hub_commit(source)
     splits = open_data(source, revision=commit, **options)
     commit = commit or cached_commit(splits)
@@ -283,23 +291,3 @@ def _read(
             source,
         )
     return splits, commit
-
-
-def _advice(entry: DataEntry, joined: bool) -> str:
-    alone = "" if joined else f"give source=/path/to/{entry.name} or "
-    return (
-        f"{alone}set CL_MERGE_DATA to the folder that holds {entry.name}/, for data set "
-        f"'{entry.name}'"
-    )
-
-
-def _open_clip_templates(value: str) -> Sequence[Any]:
-    from open_clip import zero_shot_metadata
-
-    name = value.removeprefix(_PACKAGE)
-    known = [known for known in vars(zero_shot_metadata) if known.endswith("_TEMPLATES")]
-    if name not in known:
-        near = nearest(value, [_PACKAGE + k for k in known])
-        raise InputError(f"prompts={value}: open_clip has no such list{near}")
-    found: Sequence[Any] = getattr(zero_shot_metadata, name)
-    return found

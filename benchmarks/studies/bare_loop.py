@@ -7,26 +7,24 @@ the same images in the same order, and the same optimizer.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 
-from cl_merge.config.schema import OptimizerConfig
+from cl_merge.config.schema import OptimizerConfig, RunConfig
 from cl_merge.data.images import Transform, as_rgb
 
 if TYPE_CHECKING:
     import datasets
     from PIL import Image
-
-Order = Sequence[tuple[int, int]]
-"""The images of an epoch, each with what to seed its augmentation with."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,8 @@ class BareTask:
     rows: Sequence[int]  # of the training split
     labels: Sequence[int]  # of each row, as a position among the task's classes
     classes: Sequence[int]
-    epochs: Sequence[Order]  # for each epoch the order of the rows
+    # For each epoch the images in their order, each with what to seed its augmentation with.
+    epochs: Sequence[Sequence[tuple[int, int]]]
 
 
 @dataclass
@@ -48,9 +47,7 @@ class BareStream:
     images: datasets.Dataset  # the training split
     column: str  # its column of images
     transform: Transform  # augments an image
-    batch_size: int
-    optimizer: OptimizerConfig  # of AdamW and its schedule
-    clip: float | None  # the largest norm of a gradient; None does not clip
+    config: RunConfig
     merged: dict[str, Tensor] = field(default_factory=dict)  # by MagMax, of the tasks so far
 
     def train(self, tasks: Sequence[BareTask]) -> Iterator[int]:
@@ -72,64 +69,72 @@ class BareStream:
     def _train_task(self, task: BareTask) -> int:
         decoded = [as_rgb(self.images[row][self.column]) for row in task.rows]
         photos = _Photos(decoded, task.labels, self.transform)
+        size, clip = self.config.stream.batch_size, self.config.trainer.get("gradient_clip_val")
+        steps = len(task.epochs) * -(-len(photos) // size)
+        samplers: Any = task.epochs
+        batches = (batch for order in samplers for batch in DataLoader(photos, size, sampler=order))
         head = self.head[list(task.classes)]
-        steps = len(task.epochs) * -(-len(photos) // self.batch_size)
-        optimizer, schedule = self._optimizer(steps)
-        for order in task.epochs:
-            sampler: Any = order
-            for images, labels in DataLoader(photos, self.batch_size, sampler=sampler):
-                features = F.normalize(self.tower(images), dim=-1)
-                loss = F.cross_entropy(
-                    F.linear(features, head), labels, label_smoothing=self.optimizer.label_smoothing
-                )
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                if self.clip is not None:
-                    nn.utils.clip_grad_norm_(self.tower.parameters(), self.clip)
-                optimizer.step()
-                schedule.step()
+        for _ in bare_steps(self.tower, head, batches, steps, self.config.optimizer, clip):
+            pass
         return steps
 
-    def _optimizer(self, steps: int) -> tuple[Optimizer, LambdaLR]:
-        given = self.optimizer
-        optimizer = AdamW(self.tower.parameters(), lr=given.lr, weight_decay=given.weight_decay)
 
-        def factor(step: int) -> float:
-            warmup = given.warmup_steps
-            if step < warmup:
-                return (step + 1) / warmup
-            if given.schedule == "constant":
-                return 1.0
-            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+def bare_steps(
+    tower: nn.Module,
+    head: Tensor,
+    batches: Iterable[Sequence[Tensor]],
+    steps: int,
+    options: OptimizerConfig,
+    clip: float | None = None,
+    precision: str = "32-true",
+) -> Iterator[Tensor]:
+    """Train an image tower on so many batches; yields the loss when each step is done.
 
-        return optimizer, LambdaLR(optimizer, factor)
+    `clip` is the largest norm of a gradient; None does not clip.
+    """
+    optimizer = AdamW(tower.parameters(), lr=options.lr, weight_decay=options.weight_decay)
+    schedule = LambdaLR(optimizer, partial(_factor, options, steps))
+    for images, labels in batches:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision != "32-true"):
+            features = tower(images)
+        logits = F.linear(F.normalize(features.float(), dim=-1), head)
+        loss = F.cross_entropy(logits, labels, label_smoothing=options.label_smoothing)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        if clip is not None:
+            nn.utils.clip_grad_norm_(tower.parameters(), clip)
+        optimizer.step()
+        schedule.step()
+        yield loss
+
+
+def _factor(options: OptimizerConfig, steps: int, step: int) -> float:
+    warmup = options.warmup_steps
+    if step < warmup:
+        return (step + 1) / warmup
+    if options.schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
 @torch.inference_mode()
 def bare_test(
-    tower: nn.Module,
-    head: Tensor,
-    images: Tensor,
-    labels: Tensor,
-    tasks: Tensor,
-    outside: Tensor,
-    batch_size: int,
+    tower: nn.Module, head: Tensor, samples: Sequence[Tensor], outside: Tensor, batch_size: int
 ) -> Tensor:
     """Count what a model gets right, in one pass over transformed images in memory.
 
-    `outside` tells which classes are none of a task's, bool [T, C]; `head` has the rows of all.
-    Returns, by task, correct among all classes, among the task's, and all images: int64 [3, T].
+    Samples are images with their labels and tasks; `outside` tells which classes are none of a
+    task's, bool [T, C]; `head` has the rows of all. Returns, by task, correct among all classes,
+    among the task's, and all images: int64 [3, T].
     """
     tower.eval()
     counts = torch.zeros(3, len(outside), dtype=torch.int64)
-    for start in range(0, len(images), batch_size):
-        part = slice(start, start + batch_size)
-        logits = F.linear(F.normalize(tower(images[part]), dim=-1), head)
-        aware = logits.masked_fill(outside[tasks[part]], -torch.inf)
+    for images, labels, tasks in zip(*(part.split(batch_size) for part in samples), strict=True):
+        logits = F.linear(F.normalize(tower(images), dim=-1), head)
+        aware = logits.masked_fill(outside[tasks], -torch.inf)
         for row, scores in enumerate((logits, aware)):
-            hits = scores.argmax(dim=1) == labels[part]
-            counts[row].index_add_(0, tasks[part], hits.long())
-        counts[2].index_add_(0, tasks[part], torch.ones_like(labels[part]))
+            counts[row].index_add_(0, tasks, (scores.argmax(dim=1) == labels).long())
+        counts[2].index_add_(0, tasks, torch.ones_like(labels))
     return counts
 
 

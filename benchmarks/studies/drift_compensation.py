@@ -58,11 +58,11 @@ class Streamed:
 def main() -> None:
     """Measure every run, and print a table of means and spreads by setting."""
     settings = harness.runs_by_setting(__doc__, lambda run: measure(read_run(run)))
-    table = harness.new_table(None, "classified by", *settings)
+    rows = []
     for name in next(iter(settings.values()))[0]:
         cells = [harness.mean_and_spread([run[name] for run in runs]) for runs in settings.values()]
-        table.add_row(name, *cells)
-    harness.show(table)
+        rows.append([name, *cells])
+    harness.show(None, ["classified by", *settings], rows)
 
 
 def read_run(folder: Path) -> Streamed:
@@ -170,11 +170,8 @@ def _gaussians(run: Streamed, features: Features) -> ClassGaussians:
 
 
 def _chained(run: Streamed, find: Callable[[Tensor, Tensor], LinearMap]) -> ClassGaussians:
-    """Move the features of earlier tasks, task by task, by a map found on the task's images.
-
-    Moving features has the same effect as moving their means and scatter, for which no old image
-    would be needed.
-    """
+    """Move the features of earlier tasks, task by task, by a map found on the task's images."""
+    # The same as to move their means and scatter, for which no old image would be needed.
     moved: Features = []
     for before, after in zip(run.before, run.merged, strict=True):
         moved = [*_moved(moved, find(before, after)), after.double()]

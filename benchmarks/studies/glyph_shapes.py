@@ -21,13 +21,14 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.ft2font import FT2Font
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
-from cl_merge.benchmarks.datasets.characters import CHARACTERS, unicode_name
+from cl_merge.benchmarks.datasets.characters import CHARACTERS, outline_distance, unicode_name
 
 FIELD = 64
 """Side of a distance field in pixels."""
@@ -85,20 +86,18 @@ def shapes(fonts: Sequence[str] | None = None) -> list[Shape]:
     """List every shape that fonts have for the characters; by default not those held out."""
     if fonts is None:
         fonts = [font for font in FONTS if font not in HELD_OUT]
-    return [shape for font in fonts for shape in _shapes_of(font)]
-
-
-def _shapes_of(font: str) -> list[Shape]:
     found = []
-    for code in sorted(FT2Font(str(_file(font))).get_charmap()):
-        plain = unicodedata.normalize("NFKC", chr(code))
-        if len(plain) != 1 or plain not in CHARACTERS:
-            continue
-        name = unicodedata.name(chr(code))
-        if code < 128:
-            found.append(Shape(plain, code, font, FONTS[font]))
-        elif font.startswith("STIX") and (match := _ALPHABET.fullmatch(name)):
-            found.append(Shape(plain, code, font, match[1].lower()))
+    for font in fonts:
+        for code in sorted(FT2Font(str(_file(font))).get_charmap()):
+            plain = unicodedata.normalize("NFKC", chr(code))
+            if len(plain) != 1 or plain not in CHARACTERS:
+                continue
+            if code < 128:
+                found.append(Shape(plain, code, font, FONTS[font]))
+            elif font.startswith("STIX") and (
+                match := _ALPHABET.fullmatch(unicodedata.name(chr(code)))
+            ):
+                found.append(Shape(plain, code, font, match[1].lower()))
     return found
 
 
@@ -119,9 +118,10 @@ class Atlas:
     @cached_property
     def outlines(self) -> Tensor:
         """Signed distance to the outline in pixels, positive outside; float32 [shapes, 64, 64]."""
-        fields = [_signed_distance(_mask(shape, 2 * FIELD)) for shape in self.shapes]
+        masks = [_mask(shape, 2 * FIELD) for shape in self.shapes]
         # Drawn at twice the size, so a distance there is half a pixel here.
-        return torch.nn.functional.avg_pool2d(torch.from_numpy(np.stack(fields)), 2) / 2
+        fields = torch.from_numpy(np.stack([outline_distance(mask) for mask in masks])).float()
+        return F.avg_pool2d(fields, 2) / 2
 
     @cached_property
     def strokes(self) -> Tensor:
@@ -138,17 +138,11 @@ def _mask(shape: Shape, side: int) -> NDArray[np.bool_]:
     ink = Image.new("L", (int(right - left), int(bottom - top)))
     ImageDraw.Draw(ink).text((-left, -top), chr(shape.code), fill=255, font=font)
     scale = side * INK / FIELD / max(ink.size)
-    ink = ink.resize(
-        (max(1, round(ink.width * scale)), max(1, round(ink.height * scale))), Image.Resampling.BOX
-    )
+    width, height = (max(1, round(length * scale)) for length in ink.size)
+    ink = ink.resize((width, height), Image.Resampling.BOX)
     canvas = Image.new("L", (side, side))
-    canvas.paste(ink, ((side - ink.width) // 2, (side - ink.height) // 2))
+    canvas.paste(ink, ((side - width) // 2, (side - height) // 2))
     return np.asarray(canvas) > 127
-
-
-def _signed_distance(mask: NDArray[np.bool_]) -> NDArray[np.float32]:
-    outside, inside = distance_transform_edt(~mask), distance_transform_edt(mask)
-    return np.asarray(outside - inside, dtype=np.float32)
 
 
 def thinned(masks: Tensor) -> Tensor:
@@ -167,7 +161,7 @@ def thinned(masks: Tensor) -> Tensor:
     before = -1
     while before != (before := int(masks.sum())):
         for erasable in _ERASABLE:
-            ring = torch.nn.functional.conv2d(masks[:, None].float(), _BITS, padding=1)
+            ring = F.conv2d(masks[:, None].float(), _BITS, padding=1)
             masks &= ~erasable[ring[:, 0].long()]
     return masks
 
@@ -176,26 +170,22 @@ def thinned(masks: Tensor) -> Tensor:
 _BITS = torch.tensor([[[[128.0, 1.0, 2.0], [64.0, 0.0, 4.0], [32.0, 16.0, 8.0]]]])
 
 
-def _erasable(first_half: bool) -> Tensor:
-    """Tabulate, for each of the 256 rings, whether a half step takes the pixel in it away."""
+def _erasable() -> tuple[Tensor, Tensor]:
+    """Tabulate, for each of the 256 rings, whether either half step takes the pixel in it away."""
     ring = torch.arange(256)[:, None] >> torch.arange(8) & 1
     count = ring.sum(dim=1)
     crossings = ((1 - ring) & ring.roll(-1, dims=1)).sum(dim=1)
     north, east, south, west = ring[:, ::2].unbind(dim=1)
-    if first_half:
-        kept = (north & east & south) | (east & south & west)
-    else:
-        kept = (north & east & west) | (north & south & west)
-    return (count >= 2) & (count <= 6) & (crossings == 1) & (kept == 0)
+    border = (count >= 2) & (count <= 6) & (crossings == 1)
+    first, second = east & south & (north | west), north & west & (east | south)
+    return border & (first == 0), border & (second == 0)
 
 
-_ERASABLE = (_erasable(first_half=True), _erasable(first_half=False))
+_ERASABLE = _erasable()
 
 
 def spoken(character: str) -> list[str]:
-    """Name a character in several ways, its Unicode name first.
-
-    A letter's name always says its case, since the tokenizer drops it.
+    """Name a character in several ways, with a letter's case, since the tokenizer drops it.
 
     Example:
         >>> spoken("7")

@@ -1,28 +1,25 @@
-"""What the studies share: taking turns, processes of their own, tables, random work, old runs."""
+"""What the studies share: clocks, taking turns, processes of their own, tables, finished runs."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from cl_merge.benchmarks.formatting import rounded
 from cl_merge.errors import InputError
 from cl_merge.task_vectors.task_vector import TaskVector
-
-if TYPE_CHECKING:
-    from cl_merge.models.classifier import CLIPClassifier
 
 T = TypeVar("T")
 
@@ -34,27 +31,20 @@ QUIET: dict[str, Any] = {
 }
 """Arguments of a Lightning trainer that does nothing but train."""
 
-_CLASSES = 100
-
 
 class Stopwatch:
     """Adds up the seconds of stretches of work, with the device's queue drained at both ends."""
 
-    def __init__(self) -> None:
-        self.wall = 0.0  # on the clock
-        self.cpu = 0.0  # of processors, over all threads of this process
+    wall = 0.0  # on the clock
+    cpu = 0.0  # of processors, over all threads of this process
 
     def start(self) -> None:
         """Begin a stretch."""
-        _drain()
-        self.wall -= time.perf_counter()
-        self.cpu -= time.process_time()
+        self._add(-1)
 
     def stop(self) -> None:
         """End the stretch."""
-        _drain()
-        self.wall += time.perf_counter()
-        self.cpu += time.process_time()
+        self._add(1)
 
     def __enter__(self) -> None:
         self.start()
@@ -62,24 +52,37 @@ class Stopwatch:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    def _add(self, sign: int) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.wall += sign * time.perf_counter()
+        self.cpu += sign * time.process_time()
 
-@dataclass(frozen=True)
-class Spread:
-    """Median and range of repeated measurements."""
 
-    median: float
-    least: float
-    most: float
+def timed(owner: object, method: str) -> Stopwatch:
+    """Time all calls of an object's method from now on."""
+    watch, untimed = Stopwatch(), getattr(owner, method)
 
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Summarise one or more measurements."""
-        return cls(statistics.median(values), min(values), max(values))
+    def call(*arguments: Any, **options: Any) -> Any:
+        with watch:
+            return untimed(*arguments, **options)
 
-    def __format__(self, spec: str) -> str:
-        if self.least == self.most:
-            return f"{self.median:{spec}}"
-        return f"{self.median:{spec}} ({self.least:{spec}}-{self.most:{spec}})"
+    setattr(owner, method, call)
+    return watch
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Write the median and the range of repeated measurements: 1.5 (1.0-3.0)."""
+    median = f"{statistics.median(values):.{digits}f}"
+    if min(values) == max(values):
+        return median
+    return f"{median} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+def mean_and_spread(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
+    """Write the mean and, of several values, their sample standard deviation: 1.50 ± 0.71."""
+    deviation = f" ± {rounded(statistics.stdev(values), digits)}" if len(values) > 1 else ""
+    return rounded(statistics.mean(values), digits, sign) + deviation
 
 
 def alternated(alternatives: Mapping[str, Callable[[], T]], repeat: int) -> dict[str, list[T]]:
@@ -95,23 +98,10 @@ def alternated(alternatives: Mapping[str, Callable[[], T]], repeat: int) -> dict
     return found
 
 
-def alone(module: str, alternative: str, *more: str) -> dict[str, float]:
-    """Measure one alternative in a process of its own, which inherits no memory and no caches.
-
-    The module's command is started again with the arguments of this one, `more`, and
-    ``--only ALTERNATIVE``; it prints a line of JSON last.
-    """
-    command = [sys.executable, "-m", module, *sys.argv[1:], *more, "--only", alternative]
-    done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603 - our own module
-    if done.returncode:
-        raise RuntimeError(f"measuring '{alternative}' failed:\n{done.stderr.strip()}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-def tell(found: Mapping[str, float]) -> None:
-    """Print what was measured, for the process that called `alone`."""
-    sys.stdout.write(json.dumps(found) + "\n")
+def alone(work: Callable[..., T], *arguments: Any) -> T:
+    """Call a function in a process of its own, which inherits no memory and no caches."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(work, *arguments).result()
 
 
 def new_parser(about: str | None) -> argparse.ArgumentParser:
@@ -119,46 +109,19 @@ def new_parser(about: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=(about or "").split("\n")[0])
 
 
-def runs_by_setting(about: str | None, measure: Callable[[Path], T]) -> dict[str, list[T]]:
-    """Measure the runs that the command line names, and group what was found by their setting."""
-    logging.getLogger("lightning").setLevel(logging.ERROR)
-    parser = new_parser(about)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
-    return by_setting(parser.parse_args().runs, measure)
-
-
-def new_table(title: str | None, *columns: str) -> Any:
-    """Make an empty rich table; its first column holds names, the others figures."""
-    from rich import box
-    from rich.table import Table
-
+def show(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table, its first column of names and the others of figures, with no line cut."""
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
-    return table
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    tell(table)
 
 
-def show(*parts: Any) -> None:
-    """Print tables and lines, with no line of a table cut where the output is a file."""
-    from rich.console import Console
-
-    console = Console(highlight=False, width=200)
-    for part in parts:
-        console.print(part)
-
-
-def random_work(model: str, count: int) -> tuple[CLIPClassifier, Tensor, Tensor]:
-    """Make a classifier of 100 random classes, and random images with labels; needs no files."""
-    from cl_merge.models.classifier import CLIPClassifier
-    from cl_merge.models.zero_shot import ZeroShotHead
-
-    visual, size = _encoder(model)
-    images, labels = torch.randn(count, 3, size, size), torch.randint(0, _CLASSES, (count,))
-    with torch.no_grad():
-        width = visual.eval()(images[:1]).shape[1]
-    rows = 100 * nn.functional.normalize(torch.randn(_CLASSES, width), dim=1)
-    head = ZeroShotHead(rows, [f"class {i}" for i in range(_CLASSES)])
-    return CLIPClassifier(visual, head, warmup_steps=0), images, labels
+def tell(message: Any) -> None:
+    """Print a message."""
+    Console(highlight=False, width=200).print(message)
 
 
 def task_vectors(run: Path, training: str = "sequential") -> Iterator[TaskVector]:
@@ -170,35 +133,15 @@ def task_vectors(run: Path, training: str = "sequential") -> Iterator[TaskVector
     return (TaskVector.load(file) for file in files)
 
 
-def by_setting(runs: Iterable[Path], measure: Callable[[Path], T]) -> dict[str, list[T]]:
-    """Measure runs of a suite, and group what was found by their setting: SETTING/seedN/RUN."""
+def runs_by_setting(about: str | None, measure: Callable[[Path], T]) -> dict[str, list[T]]:
+    """Measure the runs that the command line names, and group what was found by their setting.
+
+    A run of a suite lies in SETTING/seedN/RUN.
+    """
+    logging.getLogger("lightning").setLevel(logging.ERROR)
+    parser = new_parser(about)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
     found: dict[str, list[T]] = {}
-    for run in runs:
+    for run in parser.parse_args().runs:
         found.setdefault(run.resolve().parts[-3], []).append(measure(run))
     return found
-
-
-def mean_and_spread(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
-    """Write the mean and, of several values, their sample standard deviation: 1.50 ± 0.71."""
-    spread = f" ± {rounded(statistics.stdev(values), digits)}" if len(values) > 1 else ""
-    return rounded(statistics.mean(values), digits, sign) + spread
-
-
-def _encoder(name: str) -> tuple[nn.Module, int]:
-    import open_clip
-
-    from cl_merge.models.pretrained import load_clip
-
-    model: Any
-    if name in open_clip.list_models():
-        model = open_clip.create_model(name, load_weights=False)
-    else:
-        model = load_clip(name).model
-    size = model.visual.image_size
-    return model.visual, size if isinstance(size, int) else size[0]
-
-
-def _drain() -> None:
-    """Wait until the device has done all that it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -22,20 +22,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import open_clip
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from cl_merge.benchmarks.studies import harness
 from cl_merge.kernels.parallel import in_threads
 from cl_merge.merge_files import merge_checkpoints
-from cl_merge.mergers import MERGERS, get_merger
+from cl_merge.mergers import MERGERS, get_merger, reference
 
 METHODS = ("magmax", "average", "task-arithmetic", "random-mix", "ties")
 NAIVE = ("naive magmax", "naive average", "naive ties")
-_MODULE = "cl_merge.benchmarks.studies.merge_speed"
 _PIECE = 1 << 20  # bytes that the floor reads at a time
 
 
@@ -47,76 +47,56 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=8, help="size of the llm")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--tasks", type=int, default=8)
-    parser.add_argument("--methods", nargs="+", default=[*METHODS, *NAIVE])
+    parser.add_argument("--only", nargs="+", metavar="METHOD", default=[*METHODS, *NAIVE])
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--only", help="measure one in this process, and print JSON")
     arguments = parser.parse_args()
-    if arguments.only == "memory":
-        harness.tell(fold_in_memory(arguments))
-    elif arguments.only and arguments.folder:
-        harness.tell(measure(arguments.only, arguments.folder, arguments.tasks))
-    elif arguments.folder:
-        arguments.folder.mkdir(parents=True, exist_ok=True)
-        _compare(arguments.folder, arguments)
-    else:
-        with tempfile.TemporaryDirectory(prefix="merge-speed-") as folder:
-            _compare(Path(folder), arguments)
+    with tempfile.TemporaryDirectory(prefix="merge-speed-") as temporary:
+        folder = arguments.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        _compare(make_inputs(folder, arguments), arguments)
+    if arguments.model == "vit":
+        _show_memory()
 
 
-def _compare(folder: Path, arguments: argparse.Namespace) -> None:
-    make_inputs(folder, arguments)
-    files = _files(folder, arguments.tasks)
-    size = sum(file.stat().st_size for file in files)
-    table = harness.new_table(
+def _compare(files: list[Path], arguments: argparse.Namespace) -> None:
+    size, rows = sum(file.stat().st_size for file in files), []
+    for method in arguments.only:
+        works = {name: partial(harness.alone, measure, name, files) for name in ("floor", method)}
+        turns = harness.alternated(works, arguments.repeat)
+        took, memory = zip(*turns[method], strict=True)
+        least = median(seconds for seconds, _ in turns["floor"])
+        speed = (size + files[0].stat().st_size) / median(took) / 1e9
+        figures = [f"{speed:.1f}", f"{least:.2f}", f"{median(took) / least:.2f}"]
+        rows.append([method, harness.spread(took, 2), *figures, f"{max(memory):.0f}"])
+    harness.show(
         f"{arguments.tasks} tasks of {size / len(files) / 1e9:.2f} GB, {arguments.dtype}, "
         f"{torch.get_num_threads()} threads, warm cache",
-        "method", "seconds (range)", "GB/s", "floor, s", "x floor", "memory, MiB",
-    )  # fmt: skip
-    for method in [arguments.only] if arguments.only else arguments.methods:
-        turns = harness.alternated(
-            {
-                name: partial(harness.alone, _MODULE, name, "--folder", str(folder))
-                for name in ("floor", method)
-            },
-            arguments.repeat,
-        )
-        own = turns[method]
-        took, least = (
-            harness.Spread.of([r["seconds"] for r in rows]) for rows in (own, turns["floor"])
-        )
-        table.add_row(
-            method,
-            f"{took:.2f}",
-            f"{(size + files[0].stat().st_size) / took.median / 1e9:.1f}",
-            f"{least.median:.2f}",
-            f"{took.median / least.median:.2f}",
-            f"{max(run['memory'] for run in own):.0f}",
-        )
-    harness.show(table)
-    if arguments.model == "vit":
-        harness.show(_memory_table())
+        ["method", "seconds (range)", "GB/s", "floor, s", "x floor", "memory, MiB"],
+        rows,
+    )
 
 
-def _memory_table() -> Any:
-    found = harness.alone(_MODULE, "memory")
-    values, copy = found["values"], found["copy"]
-    table = harness.new_table(
-        f"one task vector into memory; copying moves {8 * values / copy / 1e9:.1f} GB/s",
-        "method", "ms", "GB/s", "of copy",
-    )  # fmt: skip
-    for method in METHODS:
+def _show_memory() -> None:
+    values, copy, folds = harness.alone(fold_in_memory)
+    copied, rows = 8 * values / copy, []
+    for method, seconds in folds.items():
         kept = sum(dtype.itemsize for dtype in MERGERS[method].accumulators.values())
-        speed = (4 + 2 * kept) * values / found[method]
-        share = speed / (8 * values / copy)
-        table.add_row(method, f"{1000 * found[method]:.0f}", f"{speed / 1e9:.1f}", f"{share:.0%}")
-    return table
+        speed = (4 + 2 * kept) * values / seconds
+        figures = [f"{1000 * seconds:.0f}", f"{speed / 1e9:.1f}", f"{speed / copied:.0%}"]
+        rows.append([method, *figures])
+    title = f"one task vector into memory; copying moves {copied / 1e9:.1f} GB/s"
+    harness.show(title, ["method", "ms", "GB/s", "of copy"], rows)
 
 
-def make_inputs(folder: Path, arguments: argparse.Namespace) -> None:
+def make_inputs(folder: Path, arguments: argparse.Namespace) -> list[Path]:
     """Write a base and tasks that moved a little from it, unless they are there."""
     dtype = getattr(torch, arguments.dtype)
-    shapes = shapes_of(arguments.model, arguments.gigabytes, dtype)
-    for index, file in enumerate(_files(folder, arguments.tasks)):
+    shapes = vit_shapes()
+    if arguments.model == "llm":
+        shapes = llm_shapes(arguments.gigabytes * 1e9 / dtype.itemsize)
+    names = ["base", *(f"task{index}" for index in range(arguments.tasks))]
+    files = [folder / f"{name}.safetensors" for name in names]
+    for index, file in enumerate(files):
         if file.exists():
             continue
         generator = torch.Generator().manual_seed(0)
@@ -128,119 +108,96 @@ def make_inputs(folder: Path, arguments: argparse.Namespace) -> None:
                 tensor.add_(torch.randn(shape, generator=moves), alpha=1e-3)
             tensors[name] = tensor.to(dtype)
         save_file(tensors, file)
+    return files
 
 
-def shapes_of(model: str, gigabytes: float, dtype: torch.dtype) -> dict[str, torch.Size]:
-    """Name the tensors of ``"vit"``, the image tower of ViT-B/16, or ``"llm"``, a decoder."""
-    if model == "vit":
-        import open_clip
+def vit_shapes() -> dict[str, torch.Size]:
+    """Name the tensors of the image tower of ViT-B/16, with their shapes."""
+    visual: Any = open_clip.create_model("ViT-B-16", load_weights=False).visual
+    return {f"visual.{name}": tensor.shape for name, tensor in visual.state_dict().items()}
 
-        visual: Any = open_clip.create_model("ViT-B-16", load_weights=False).visual
-        return {f"visual.{name}": tensor.shape for name, tensor in visual.state_dict().items()}
-    width, inner, words = 4096, 11008, 32000
+
+def llm_shapes(values: float) -> dict[str, torch.Size]:
+    """Name the tensors of a decoder of at least so many values, with their shapes."""
+    width, inner = 4096, 11008
     layer = {f"attention.{name}": (width, width) for name in "qkvo"}
     layer |= {"mlp.gate": (inner, width), "mlp.up": (inner, width), "mlp.down": (width, inner)}
-    found = {"embedding": torch.Size((words, width))}
-    size = 0.0
-    while size < gigabytes * 1e9:
-        number = len(found) // 8
+    layer["norm"] = (width,)
+    found, number = {"embedding": torch.Size((32000, width))}, 0
+    while number == 0 or sum(shape.numel() for shape in found.values()) < values:
         found |= {f"layers.{number}.{name}": torch.Size(shape) for name, shape in layer.items()}
-        found[f"layers.{number}.norm"] = torch.Size((width,))
-        size = sum(shape.numel() for shape in found.values()) * dtype.itemsize
+        number += 1
     return found
 
 
-def measure(name: str, folder: Path, tasks: int) -> dict[str, float]:
+def measure(name: str, files: list[Path]) -> tuple[float, float]:
     """Do one piece of work in this process; seconds, and peak memory beside maps in MiB."""
-    output = folder / "merged.safetensors"
-    for old in (output, folder / "floor.bin"):
+    output, (base, *tuned) = files[0].with_name("merged.safetensors"), files
+    floor_output = output.with_name("floor.bin")
+    for old in (output, floor_output):
         old.unlink(missing_ok=True)
-    base, *tuned = _files(folder, tasks)
     work: Callable[[], object] = partial(merge_checkpoints, base, tuned, output, method=name)
     if name == "floor":
-        work = partial(floor, folder, tasks)
+        work = partial(floor, files, floor_output)
     elif name.startswith("naive "):
-        work = partial(naive, name.removeprefix("naive "), folder, tasks, output)
+        work = partial(naive, name.removeprefix("naive "), files, output)
     with _peak_memory() as peak:
         begin = time.perf_counter()
         work()
         seconds = time.perf_counter() - begin
-    return {"seconds": seconds, "memory": peak()}
+    return seconds, peak()
 
 
-def floor(folder: Path, tasks: int) -> None:
+def floor(files: list[Path], output: Path) -> None:
     """Read all files once, add them up, and write one file of the size of one of them."""
-    files = _files(folder, tasks)
     size = files[0].stat().st_size
-    output = os.open(folder / "floor.bin", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    maps = [
-        torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8) for file in files
-    ]
-    os.posix_fallocate(output, 0, size)
+    maps = [torch.from_file(str(file), size=size, dtype=torch.uint8) for file in files]
+    with output.open("wb") as sink:
+        os.posix_fallocate(sink.fileno(), 0, size)
 
-    def add(start: int) -> None:
-        stop = min(start + _PIECE, size)
-        length = (stop - start) // 4 * 4
-        total = maps[0][start : start + length].view(torch.float32).clone()
-        for one in maps[1:]:
-            total.add_(one[start : start + length].view(torch.float32))
-        os.pwrite(output, total.view(torch.uint8).numpy().data, start)
+        def add(start: int) -> None:
+            stop = start + (min(_PIECE, size - start)) // 4 * 4
+            first, *others = (one[start:stop].view(torch.float32) for one in maps)
+            total = first.clone()
+            for other in others:
+                total.add_(other)
+            os.pwrite(sink.fileno(), total.view(torch.uint8).numpy().data, start)
 
-    in_threads(add, range(0, size, _PIECE))
-    os.fsync(output)
-    os.close(output)
+        in_threads(add, range(0, size, _PIECE))
+        os.fsync(sink.fileno())
 
 
-def naive(method: str, folder: Path, tasks: int, output: Path) -> None:
+def naive(method: str, files: list[Path], output: Path) -> None:
     """Merge with whole state dicts in memory, as one writes it first."""
-    base, *tuned = (load_file(file) for file in _files(folder, tasks))
-    names = sorted(base)
-    vectors = [{name: state[name] - base[name] for name in names} for state in tuned]
-    if method == "magmax":
-        merged = {name: vectors[0][name].clone() for name in names}
-        for vector in vectors[1:]:
-            for name in names:
-                larger = vector[name].abs() >= merged[name].abs()
-                merged[name] = torch.where(larger, vector[name], merged[name])
-    elif method == "average":
-        merged = {name: torch.stack([v[name] for v in vectors]).mean(dim=0) for name in names}
+    base, *tuned = (load_file(file) for file in files)
+    rule = getattr(reference, method)
+    vectors = [{name: state[name] - value for name, value in base.items()} for state in tuned]
+    if method == "ties":
+        # Which looks at whole task vectors.
+        rows = torch.stack([torch.cat([v.flatten() for v in one.values()]) for one in vectors])
+        parts = rule(rows).split([value.numel() for value in base.values()])
+        merged = {n: part.view_as(base[n]) for n, part in zip(base, parts, strict=True)}
     else:
-        merged = _naive_ties(vectors, names)
-    save_file({name: base[name] + 0.5 * merged[name] for name in names}, output)
+        merged = {name: rule(torch.stack([one[name] for one in vectors])) for name in base}
+    save_file({name: value + 0.5 * merged[name] for name, value in base.items()}, output)
 
 
-def _naive_ties(vectors: list[dict[str, Tensor]], names: list[str]) -> dict[str, Tensor]:
-    rows = torch.stack([torch.cat([v[name].flatten() for name in names]) for v in vectors])
-    for row in rows:
-        rank = len(row) - int(0.2 * len(row))
-        row[row.abs() < row.abs().kthvalue(rank).values] = 0
-    signs = rows.sum(dim=0).sign()
-    signs[signs == 0] = signs.sum().sign()
-    rows *= rows.sign() == signs
-    flat = rows.sum(dim=0) / (rows != 0).sum(dim=0).clamp(min=1)
-    parts = torch.split(flat, [vectors[0][name].numel() for name in names])
-    return {n: part.view_as(vectors[0][n]) for n, part in zip(names, parts, strict=True)}
+def fold_in_memory() -> tuple[int, float, dict[str, float]]:
+    """Fold one task vector of ViT-B/16 into each merger in memory.
 
-
-def fold_in_memory(arguments: argparse.Namespace) -> dict[str, float]:
-    """Fold one task vector into each merger in memory; times are in seconds, the least of nine."""
-    shapes = shapes_of(arguments.model, arguments.gigabytes, torch.float32)
-    vectors = [
+    Returns its number of values, the seconds of a copy, and of a fold by method: the least of nine.
+    """
+    shapes = vit_shapes()
+    first, second = (
         {name: torch.randn(shape).mul_(1e-3) for name, shape in shapes.items()} for _ in range(2)
-    ]
+    )
     flat = torch.randn(sum(shape.numel() for shape in shapes.values()))
-    copy = torch.empty_like(flat)
-    found = {"copy": _least(lambda: copy.copy_(flat)), "values": float(len(flat))}
+    copy, found = torch.empty_like(flat), {}
     for method in METHODS:
         merger = get_merger(method)
-        merger.update(vectors[0])
-        found[method] = _least(partial(merger.update, vectors[1]))
-    return found
-
-
-def _files(folder: Path, tasks: int) -> list[Path]:
-    names = ["base", *(f"task{index}" for index in range(tasks))]
-    return [folder / f"{name}.safetensors" for name in names]
+        merger.update(first)
+        found[method] = _least(partial(merger.update, second))
+    return len(flat), _least(partial(copy.copy_, flat)), found
 
 
 def _least(work: Callable[[], object]) -> float:

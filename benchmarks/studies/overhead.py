@@ -1,23 +1,20 @@
 """What the framework costs over a bare loop in plain torch that does the same work.
 
     python -m cl_merge.benchmarks.studies.overhead stream data=digits
-    python -m cl_merge.benchmarks.studies.overhead stream data=caltech101 source=/photos/caltech101
     python -m cl_merge.benchmarks.studies.overhead test data=caltech101 source=/photos/caltech101
-    python -m cl_merge.benchmarks.studies.overhead step --model ViT-B-16-quickgelu --batch-size 128
 
 ``stream``: the training of a whole run, with its logs, task vectors and checkpoints, against
-`bare_loop`, on the CPU. The two take turns task by task, and must end with the
-same weights, bit for bit. ``test``: an evaluation of all tasks against one forward pass over the
-same images. Both take the settings of ``cl-merge run``. ``step``: images per second and peak memory
-of training on random images, on a GPU where there is one.
+`bare_loop`, on the CPU. The two take turns task by task, and must end with the same weights, bit
+for bit. ``test``: an evaluation of all tasks against one forward pass over the same images. Both
+take the settings of ``cl-merge run``. For steps on a GPU: ``regularizer_cost``.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
+import io
 import logging
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -36,7 +34,7 @@ from cl_merge.benchmarks.runs.evaluation import evaluation_trainer
 from cl_merge.benchmarks.runs.progress import RunProgress
 from cl_merge.benchmarks.runs.run import Run, start_run
 from cl_merge.benchmarks.runs.training import training_trainer
-from cl_merge.benchmarks.studies import harness, regularizer_cost
+from cl_merge.benchmarks.studies import harness
 from cl_merge.benchmarks.studies.bare_loop import BareStream, BareTask, bare_test
 from cl_merge.callbacks import MergeCallback
 from cl_merge.config.reading import parse_arguments, read_config
@@ -44,6 +42,7 @@ from cl_merge.config.schema import RunConfig, default_of
 from cl_merge.data.sampling import StreamSampler
 from cl_merge.data.tasks import Task
 from cl_merge.errors import InputError
+from cl_merge.models.classifier import CLIPClassifier
 from cl_merge.models.pretrained import load_clip
 from cl_merge.task_vectors.module_weights import copies, install, trained_parameters
 from cl_merge.training.fit import TaskEnd, fit_stream
@@ -59,11 +58,6 @@ class Pair:
     framework: harness.Stopwatch
     bare: harness.Stopwatch
 
-    def milliseconds(self, clock: str) -> tuple[float, float]:
-        """Milliseconds of a step or pass by a clock, ``wall`` or ``cpu``."""
-        both = getattr(self.framework, clock), getattr(self.bare, clock)
-        return 1000 * both[0] / self.units, 1000 * both[1] / self.units
-
 
 @dataclass
 class Found:
@@ -74,46 +68,33 @@ class Found:
     passes: int | None = None  # in a test, those that the framework made each time
 
     def column(self, clock: str) -> dict[str, str]:
-        """Write what a clock says, by name of the table's row."""
-        times = [pair.milliseconds(clock) for pair in self.pairs]
-        ours_in_all = sum(getattr(pair.framework, clock) for pair in self.pairs)
-        bare_in_all = sum(getattr(pair.bare, clock) for pair in self.pairs)
+        """Write what a clock, ``wall`` or ``cpu``, says, by name of the table's row."""
+        ours = np.array([1000 * getattr(pair.framework, clock) for pair in self.pairs])
+        bare = np.array([1000 * getattr(pair.bare, clock) for pair in self.pairs])
+        units = np.array([pair.units for pair in self.pairs])
         return {
-            "framework, ms": f"{harness.Spread.of([ours for ours, _ in times]):.2f}",
-            "bare loop, ms": f"{harness.Spread.of([bare for _, bare in times]):.2f}",
-            "difference, ms": f"{harness.Spread.of([ours - bare for ours, bare in times]):.2f}",
-            "ratio": f"{harness.Spread.of([ours / bare for ours, bare in times]):.3f}",
-            "ratio of the sums": f"{ours_in_all / bare_in_all:.3f}",
+            "framework, ms": harness.spread(ours / units, 2),
+            "bare loop, ms": harness.spread(bare / units, 2),
+            "difference, ms": harness.spread((ours - bare) / units, 2),
+            "ratio": harness.spread(ours / bare, 3),
+            "ratio of the sums": f"{ours.sum() / bare.sum():.3f}",
         }
 
 
 def main() -> None:
     """Measure, and print a table."""
     parser = harness.new_parser(__doc__)
-    parts = parser.add_subparsers(dest="part", required=True)
-    for name, repeat in (("stream", 3), ("test", 10)):
-        part = parts.add_parser(name)
-        part.add_argument("settings", nargs="*", metavar="key=value", help="as in cl-merge run")
-        part.add_argument("--repeat", type=int, default=repeat)
-    step = parts.add_parser("step")
-    regularizer_cost.add_arguments(step)
-    step.set_defaults(
-        kinds=[regularizer_cost.BARE, "magmax"],
-        precision=regularizer_cost.PRECISIONS,
-        batch_size=128,
-        steps=40,
-        warmup=8,
-        repeat=3,
-    )
-    arguments = parser.parse_args()
+    parser.add_argument("part", choices=("stream", "test"))
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="as in cl-merge run")
+    parser.add_argument("--repeat", type=int, help="by default 3 streams or 10 tests")
+    arguments = parser.parse_intermixed_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    if arguments.part == "step":
-        regularizer_cost.run(arguments, "cl_merge.benchmarks.studies.overhead")
-        return
     with tempfile.TemporaryDirectory(prefix="overhead-") as folder:
         run = start_run(read_settings(arguments.settings, Path(folder)))
-        measure = measure_stream if arguments.part == "stream" else measure_test
-        found = measure(run, arguments.repeat)
+        if arguments.part == "stream":
+            found = measure_stream(run, arguments.repeat or 3)
+        else:
+            found = measure_test(run, arguments.repeat or 10)
         run.folder.release()
     _show(found, f"{run.config.model}, {run.config.data}")
 
@@ -133,31 +114,21 @@ def read_settings(settings: Sequence[str], folder: Path) -> RunConfig:
 
 
 def measure_stream(run: Run, repeat: int) -> Found:
-    """Train a stream with the framework and with the bare loop, a task here, a task there.
+    """Train a started run with the framework and with the bare loop, a task here, a task there.
 
-    The run has been started, of a method that merges as MagMax does. There is a pair for each task
-    but the first of all, which pays for what is loaded and allocated once.
+    There is a pair for each task but the very first, which pays for what is loaded once.
     """
     before = copy.deepcopy(run.model.visual)
     clip = load_clip(run.config.model, image_size=run.config.image_size)
     loaded = load_data(run.config)
-    columns = {"image": run.config.stream.image, "label": run.config.stream.label}
-    columns |= {name: loaded.columns[name] for name in columns if name in loaded.columns}
-    images = loaded.splits[run.config.stream.train_split]
-    labels = images[columns["label"]]
+    settings, images = run.config.stream, loaded.splits[run.config.stream.train_split]
+    column = loaded.columns.get("image", settings.image)
+    labels = images[loaded.columns.get("label", settings.label)]
     tasks = [_plain(run, task, labels) for task in run.stream.tasks]
     found = Found([], 0.0)
     for turn in range(repeat):
-        bare = BareStream(
-            tower=copy.deepcopy(before),
-            head=run.model.head.weight.clone(),
-            images=images,
-            column=columns["image"],
-            transform=clip.train_transform,
-            batch_size=run.config.stream.batch_size,
-            optimizer=run.config.optimizer,
-            clip=run.config.trainer.get("gradient_clip_val"),
-        )
+        tower, head = copy.deepcopy(before), run.model.head.weight.clone()
+        bare = BareStream(tower, head, images, column, clip.train_transform, run.config)
         install(trained_parameters(run.model), run.base)
         found.pairs += _in_turns(run, bare, tasks, run.folder.path / f"turn{turn}")
         ours = copies(run.model.visual.state_dict())
@@ -170,14 +141,11 @@ def measure_test(run: Run, repeat: int) -> Found:
     """Evaluate merged weights on all tasks, and make one forward pass over the same images."""
     callback = MergeCallback("magmax")
     run.config.trainer |= {"max_epochs": 1, "limit_train_batches": 1}
-    _fit(run, callback, run.folder.path / "test", lambda end: None)
-    samples: Any = run.stream.test_dataloader().dataset
-    images, labels, tasks = samples[:]
+    _fit(run, callback, run.folder.path / "test")
+    tested: Any = run.stream.test_dataloader().dataset
+    samples = tested[:]
     tower = copy.deepcopy(run.model.visual)
-    with torch.no_grad():
-        for name, weight in tower.named_parameters():
-            base, change = callback.base[f"visual.{name}"], callback.merged()[f"visual.{name}"]
-            weight.copy_(torch.add(base, change, alpha=callback.scales.of(f"visual.{name}")))
+    callback.install(CLIPClassifier(tower, run.model.head))
     outside = torch.ones(len(run.stream.tasks), len(run.stream.class_names), dtype=torch.bool)
     for task in run.stream.tasks:
         outside[task.index, list(task.classes)] = False
@@ -190,26 +158,23 @@ def measure_test(run: Run, repeat: int) -> Found:
         return run.model.accuracy.rows[row]  # type: ignore[union-attr]
 
     def plain() -> Tensor:
-        return bare_test(tower, run.model.head.weight, images, labels, tasks, outside, size)
+        return bare_test(tower, run.model.head.weight, samples, outside, size)
 
     passes: list[None] = []
     hook = run.model.visual.register_forward_hook(lambda *_: passes.append(None))
     difference = (framework() - plain()).abs().max().item()
     hook.remove()
-    turns = harness.alternated(
-        {"framework": partial(_timed, framework), "bare": partial(_timed, plain)}, repeat
-    )
-    units = -(-len(images) // size)
-    pairs = [Pair(units, a, b) for a, b in zip(turns["framework"], turns["bare"], strict=True)]
+    works = {"framework": partial(_timed, framework), "bare loop": partial(_timed, plain)}
+    turns = harness.alternated(works, repeat)
+    units = -(-len(samples[0]) // size)
+    pairs = [Pair(units, a, b) for a, b in zip(*turns.values(), strict=True)]
     return Found(pairs, difference, len(passes))
 
 
 def _in_turns(run: Run, bare: BareStream, tasks: list[BareTask], folder: Path) -> list[Pair]:
-    """Train all tasks in the order F0 B0 B1 F1 F2 B2 B3 ..., F the framework and B the bare loop.
-
-    All that the framework does counts, from the call to its return; but that Python collects
-    garbage counts for neither, or one would pay for the other.
-    """
+    """Train all tasks, framework F and bare loop B, in the order F0 B0 B1 F1 F2 B2 B3 and so on."""
+    # All that the framework does counts, from the call to its return; but that Python collects
+    # garbage counts for neither, or one would pay for the other.
     pairs = [Pair(0, harness.Stopwatch(), harness.Stopwatch()) for _ in tasks]
     progress = bare.train(tasks)
 
@@ -234,13 +199,14 @@ def _in_turns(run: Run, bare: BareStream, tasks: list[BareTask], folder: Path) -
 
 
 def _fit(
-    run: Run, callback: MergeCallback, folder: Path, after_task: Callable[[TaskEnd], None]
+    run: Run,
+    callback: MergeCallback,
+    folder: Path,
+    after_task: Callable[[TaskEnd], None] | None = None,
 ) -> None:
     """Train the stream as a run does, with a progress bar that nobody sees."""
-    with (
-        Path(os.devnull).open("w") as nowhere,
-        RunProgress(Console(file=nowhere, force_terminal=True), total=1000) as progress,
-    ):
+    unseen = Console(file=io.StringIO(), force_terminal=True)
+    with RunProgress(unseen, total=1000) as progress:
         fit_stream(
             run.model,
             run.stream,
@@ -280,18 +246,16 @@ def _largest(ours: dict[str, Tensor], bare: dict[str, Tensor]) -> float:
 
 def _show(found: Found, title: str) -> None:
     unit = "step" if found.passes is None else "forward pass"
-    table = harness.new_table(
-        f"{title}: {len(found.pairs)} pairs, threads: {torch.get_num_threads()}; median (range)",
-        f"of a {unit}", "wall time", "CPU time",
-    )  # fmt: skip
     wall, cpu = found.column("wall"), found.column("cpu")
-    for name in wall:
-        table.add_row(name, wall[name], cpu[name])
-    if found.passes is None:
-        note = "largest difference of a weight at the end"
-    else:
+    harness.show(
+        f"{title}: {len(found.pairs)} pairs, threads: {torch.get_num_threads()}; median (range)",
+        [f"of a {unit}", "wall time", "CPU time"],
+        ([name, wall[name], cpu[name]] for name in wall),
+    )
+    note = "largest difference of a weight at the end"
+    if found.passes is not None:
         note = f"forward passes of the image tower: {found.passes}; largest difference of a count"
-    harness.show(table, f"{note}: {found.difference:g}")
+    harness.tell(f"{note}: {found.difference:g}")
 
 
 if __name__ == "__main__":

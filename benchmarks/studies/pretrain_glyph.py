@@ -20,13 +20,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from open_clip.model import CLIP
+from open_clip.tokenizer import SimpleTokenizer
 from torch import Generator, Tensor, nn
 
 import cl_merge.models.towers  # noqa: F401 - registers the image tower
-from cl_merge.benchmarks.datasets.characters import CHARACTERS
+from cl_merge.benchmarks.datasets.catalog import find_data
+from cl_merge.benchmarks.datasets.characters import CHARACTERS, column, uniform
+from cl_merge.benchmarks.datasets.digits import NAMES, digits
 from cl_merge.benchmarks.studies import harness
 from cl_merge.benchmarks.studies.glyph_shapes import HELD_OUT, Atlas, captions, shapes
 from cl_merge.errors import InputError
+from cl_merge.models.pretrained import load_clip
+from cl_merge.models.zero_shot import zero_shot_head
 from cl_merge.storage.files import save_tensors
 
 log = logging.getLogger("pretrain_glyph")
@@ -54,15 +60,16 @@ class Recipe:
     captioned: int = 32  # images per step that also meet a caption of their own style
     seed: int = 0
 
+    def factor(self, step: int) -> float:
+        """The share of the peak learning rate at a step."""
+        cosine = 0.5 * (1 + math.cos(math.pi * min(step / self.steps, 1)))
+        return min((step + 1) / self.warmup, cosine)
 
-@dataclass
-class Batch:
-    """Images with texts to tell apart."""
 
-    images: Tensor  # normalised, float32 [B, 3, 32, 32]
-    classes: Tensor  # index into `CHARACTERS`, int64 [B]
-    class_texts: Tensor  # one caption of each character, in a style of its own, int64 [62, 16]
-    own_texts: Tensor  # a caption of each of the first images, int64 [captioned, 16]
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Images, normalised, float32 [B, 3, 32, 32]; their classes, indices into `CHARACTERS`, int64 [B];
+one caption of each character, in a style of its own, int64 [62, 16]; a caption of each of the first
+images, int64 [captioned, 16]."""
 
 
 def main(arguments: Sequence[str] | None = None, fonts: Sequence[str] | None = None) -> None:
@@ -83,21 +90,24 @@ def main(arguments: Sequence[str] | None = None, fonts: Sequence[str] | None = N
 
 def pretrain(recipe: Recipe, fonts: Sequence[str] | None = None, *, every: int = 500) -> nn.Module:
     """Train the model, log the loss each so many steps, and return it in evaluation mode."""
-    from open_clip.model import CLIP
-    from open_clip.tokenizer import SimpleTokenizer
-
     if recipe.captioned > recipe.batch:
         raise InputError(f"batch={recipe.batch}; expected at least {recipe.captioned}")
     torch.manual_seed(recipe.seed)
     model: nn.Module = CLIP(**json.loads(_CONFIG.read_text())["model_cfg"])
     batches = drawn_batches(Atlas(shapes(fonts)), SimpleTokenizer(context_length=16), recipe)
-    optimizer, schedule = _optimizer(model, recipe)
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.factor)
     begin, average = time.perf_counter(), 0.0
     for step in range(1, recipe.steps + 1):
-        loss = contrastive_loss(model, next(batches))
+        loss = contrastive_loss(model, *next(batches))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         average += 0.02 * (loss.item() - average)
@@ -128,16 +138,13 @@ def drawn_batches(atlas: Atlas, tokenizer: Any, recipe: Recipe) -> Iterator[Batc
         found: Tensor = one_of(tokens[character, style])
         return found
 
-    def drawn_classes() -> Tensor:
-        digits = round(size * recipe.digits)
-        drawn = [
-            torch.randint(0, _DIGITS, (digits,), generator=random),
-            torch.randint(0, len(CHARACTERS), (size - digits,), generator=random),
-        ]
-        return torch.cat(drawn)[torch.randperm(size, generator=random)]
-
+    of_digits = round(size * recipe.digits)
     while True:
-        classes = drawn_classes()
+        drawn = [
+            torch.randint(0, most, (count,), generator=random)
+            for most, count in ((_DIGITS, of_digits), (len(CHARACTERS), size - of_digits))
+        ]
+        classes = torch.cat(drawn)[torch.randperm(size, generator=random)]
         rows = torch.stack([one_of(shapes_of[label]) for label in classes.tolist()])
         by_hand = torch.rand(size, generator=random) < recipe.handwritten
         fields = torch.where(by_hand[:, None, None], atlas.strokes[rows], atlas.outlines[rows])
@@ -145,13 +152,12 @@ def drawn_batches(atlas: Atlas, tokenizer: Any, recipe: Recipe) -> Iterator[Batc
         bold = -0.5 + 2.0 * torch.rand(size, generator=random)
         images = draw(fields, torch.where(by_hand, pen, bold), random)
         class_texts = [caption(c, str(one_of(styles_of[c]))) for c in CHARACTERS]
+        shown = [atlas.shapes[row] for row in rows[: recipe.captioned]]
         own_texts = [
-            caption(
-                CHARACTERS[classes[i]], HANDWRITTEN if by_hand[i] else atlas.shapes[rows[i]].style
-            )
-            for i in range(recipe.captioned)
+            caption(shape.character, HANDWRITTEN if handwritten else shape.style)
+            for shape, handwritten in zip(shown, by_hand, strict=False)
         ]
-        yield Batch(normalised(images), classes, torch.stack(class_texts), torch.stack(own_texts))
+        yield normalised(images), classes, torch.stack(class_texts), torch.stack(own_texts)
 
 
 def normalised(images: Tensor) -> Tensor:
@@ -159,7 +165,9 @@ def normalised(images: Tensor) -> Tensor:
     return (images - 0.5) / 0.5
 
 
-def contrastive_loss(model: Any, batch: Batch) -> Tensor:
+def contrastive_loss(
+    model: Any, images: Tensor, classes: Tensor, class_texts: Tensor, own_texts: Tensor
+) -> Tensor:
     """Tell apart all characters by a caption of each, and the styles by the images' own captions.
 
     The first term is what a zero-shot classifier does. In the second, captions of the same
@@ -167,13 +175,15 @@ def contrastive_loss(model: Any, batch: Batch) -> Tensor:
     """
     # Half precision where it is safe makes a step a third faster on processors that have it.
     with torch.autocast("cpu", torch.bfloat16):
-        images = model.encode_image(batch.images)
-        texts = model.encode_text(torch.cat([batch.class_texts, batch.own_texts]))
-    images, texts = F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1)
-    logits = model.logit_scale.exp().clamp(max=50) * images @ texts.T
-    characters = F.cross_entropy(logits[:, : len(CHARACTERS)], batch.classes, label_smoothing=0.05)
-    captioned = len(batch.own_texts)
-    pairs, labels = logits[:captioned, len(CHARACTERS) :], batch.classes[:captioned]
+        encoded = (
+            model.encode_image(images),
+            model.encode_text(torch.cat([class_texts, own_texts])),
+        )
+    features, texts = (F.normalize(rows.float(), dim=-1) for rows in encoded)
+    logits = model.logit_scale.exp().clamp(max=50) * features @ texts.T
+    characters = F.cross_entropy(logits[:, : len(CHARACTERS)], classes, label_smoothing=0.05)
+    captioned = len(own_texts)
+    pairs, labels = logits[:captioned, len(CHARACTERS) :], classes[:captioned]
     right = (labels[:, None] == labels).float() + 2 * torch.eye(captioned)
     right = right / right.sum(dim=1, keepdim=True)
     styles = F.cross_entropy(pairs, right) + F.cross_entropy(pairs.T, right)
@@ -191,8 +201,6 @@ def save(model: nn.Module, folder: Path) -> None:
 @torch.no_grad()
 def unseen_fonts_accuracy(model: Any, seed: int = 0) -> float:
     """Zero-shot accuracy in per cent on all 62 characters in fonts that training never drew."""
-    from open_clip.tokenizer import SimpleTokenizer
-
     tokenizer = SimpleTokenizer(context_length=16)
     atlas = Atlas(shapes(HELD_OUT))
     random = Generator().manual_seed(seed)
@@ -207,24 +215,15 @@ def unseen_fonts_accuracy(model: Any, seed: int = 0) -> float:
 
 @torch.no_grad()
 def digits_accuracy(folder: Path) -> float:
-    """Zero-shot accuracy of a saved model in per cent on all of scikit-learn's digits.
-
-    Training never sees them; the prompts are those of the digits' recipe.
-    """
-    from cl_merge.benchmarks.datasets.catalog import find_data
-    from cl_merge.benchmarks.datasets.digits import NAMES, digits
-    from cl_merge.models.pretrained import load_clip
-    from cl_merge.models.zero_shot import zero_shot_head
-
+    """Zero-shot accuracy of a saved model in per cent on all of scikit-learn's digits, unseen."""
     clip = load_clip(f"local-dir:{folder}")
     head = zero_shot_head(clip, NAMES, find_data("digits").recipe["prompts"])
-    hits = total = 0
+    hits = []
     for split in digits().values():
         images = torch.stack([clip.test_transform(image) for image in split["image"]])
         found = head(clip.model.visual(images)).argmax(dim=1)  # type: ignore[operator]
-        hits += int((found == torch.tensor(split["label"])).sum())
-        total += len(split)
-    return 100.0 * hits / total
+        hits.append(found == torch.tensor(split["label"]))
+    return 100.0 * float(torch.cat(hits).double().mean())
 
 
 def draw(fields: Tensor, thickness: Tensor, random: Generator) -> Tensor:
@@ -234,37 +233,29 @@ def draw(fields: Tensor, thickness: Tensor, random: Generator) -> Tensor:
     resolution; in random colours, dark on light or light on dark, with noise. The fields are
     float32 [B, 64, 64]; up to the thickness, float32 [B], there is ink; both in pixels of a field.
     """
-    ink = _inked(fields, thickness, random)
-    ink = _with_gaps(ink, random)
-    ink = _at_low_resolution(ink, random)
-    return _coloured(ink, random)
-
-
-def _inked(fields: Tensor, thickness: Tensor, random: Generator) -> Tensor:
-    """Bend the characters and follow them with a pen of uneven width; [B, 1, fine, fine]."""
     count = len(fields)
     distance = F.grid_sample(
         fields[:, None], _bent_grid(count, random), padding_mode="border", align_corners=False
     )
-    uneven = _smooth_noise(count, 1, 4, random)
-    radius = _column(thickness) * (1 + 0.25 * uneven)
-    softness = _column(_uniform(count, 0.6, 1.6, random))
-    return torch.sigmoid((radius - distance) / softness)
+    radius = column(thickness) * (1 + 0.25 * _smooth_noise(count, 1, 4, random))
+    softness = column(uniform(count, 0.6, 1.6, random))
+    ink = torch.sigmoid((radius - distance) / softness)
+    return _coloured(_at_low_resolution(_with_gaps(ink, random), random), random)
 
 
 def _bent_grid(count: int, random: Generator) -> Tensor:
     """Where each pixel looks: rotation, shear, scale, shift, and two scales of smooth bending."""
-    angle, shear = _uniform(count, -0.26, 0.26, random), _uniform(count, -0.45, 0.45, random)
+    angle, shear = uniform(count, -0.26, 0.26, random), uniform(count, -0.45, 0.45, random)
     # The grid of a smaller character reaches further.
-    wide, high = (1 / _uniform(count, low, 1.15, random) for low in (0.6, 0.8))
+    wide, high = (1 / uniform(count, low, 1.15, random) for low in (0.6, 0.8))
     cos, sin = angle.cos(), angle.sin()
     first = torch.stack([cos * wide, (shear * cos - sin) * wide], dim=1)
     second = torch.stack([sin * high, (shear * sin + cos) * high], dim=1)
-    shift = torch.stack([_uniform(count, -m, m, random) for m in (0.1, 0.08)], dim=1)
+    shift = torch.stack([uniform(count, -m, m, random) for m in (0.1, 0.08)], dim=1)
     affine = torch.cat([torch.stack([first, second], dim=1), shift[:, :, None]], dim=2)
     grid = F.affine_grid(affine, [count, 1, _FINE, _FINE], align_corners=False)
     for cells, most in ((3, 0.16), (5, 0.10)):
-        amount = _column(_uniform(count, 0, most, random))
+        amount = column(uniform(count, 0, most, random))
         grid = grid + (amount * _smooth_noise(count, 2, cells, random)).permute(0, 2, 3, 1)
     return grid
 
@@ -272,20 +263,18 @@ def _bent_grid(count: int, random: Generator) -> Tensor:
 def _with_gaps(ink: Tensor, random: Generator) -> Tensor:
     """Rub a spot out of every third character: hands leave loops open that printers close."""
     count = len(ink)
-    x, y = (_column(_uniform(count, -0.6, 0.6, random)) for _ in range(2))
-    radius = _uniform(count, 0.05, 0.22, random) * (torch.rand(count, generator=random) < 0.3)
+    x, y = (column(uniform(count, -0.6, 0.6, random)) for _ in range(2))
+    radius = uniform(count, 0.05, 0.22, random) * (torch.rand(count, generator=random) < 0.3)
     axis = torch.linspace(-1, 1, _FINE)
     distance = ((axis - x) ** 2 + (axis[:, None] - y) ** 2).sqrt()
-    kept = torch.sigmoid((distance - _column(radius)) * 20)
-    return ink * torch.where(_column(radius) > 0, kept, 1.0)
+    kept = torch.sigmoid((distance - column(radius)) * 20)
+    return ink * torch.where(column(radius) > 0, kept, 1.0)
 
 
 def _at_low_resolution(ink: Tensor, random: Generator) -> Tensor:
-    """Average over coarse pixels and blow them up again; [B, 1, 32, 32].
-
-    Scans of single characters are often that small. The resolution differs by eighths of the
-    batch, since one call resizes to one size.
-    """
+    """Average over coarse pixels and blow them up again; [B, 1, 32, 32]."""
+    # Scans of single characters are often that small. The resolution differs by eighths of the
+    # batch, since one call resizes to one size.
     parts = []
     for part in ink.chunk(8):
         low, smooth = torch.rand(2, generator=random).tolist()
@@ -299,50 +288,23 @@ def _at_low_resolution(ink: Tensor, random: Generator) -> Tensor:
 def _coloured(ink: Tensor, random: Generator) -> Tensor:
     """Choose ink and paper, dark and light either way round and half of them grey; add noise."""
     count = len(ink)
-    grey = _column(torch.rand(count, generator=random) < 0.5)
+    grey = column(torch.rand(count, generator=random) < 0.5)
     colours = torch.rand(2, count, 3, 1, 1, generator=random)
     colours = torch.where(grey, colours.mean(dim=2, keepdim=True), colours)
-    darker = 0.35 * colours[0] * _column(torch.rand(count, generator=random))
-    lighter = 1 - 0.35 * colours[1] * _column(torch.rand(count, generator=random))
-    dark_ink = _column(torch.rand(count, generator=random) < 0.5)
-    pen, paper = (
-        torch.where(dark_ink, darker, lighter),
-        torch.where(dark_ink, lighter, darker),
-    )
-    strength = _column(_uniform(count, 0.6, 1.0, random))
+    darker = 0.35 * colours[0] * column(torch.rand(count, generator=random))
+    lighter = 1 - 0.35 * colours[1] * column(torch.rand(count, generator=random))
+    dark_ink = column(torch.rand(count, generator=random) < 0.5)
+    pen, paper = torch.where(dark_ink, darker, lighter), torch.where(dark_ink, lighter, darker)
+    strength = column(uniform(count, 0.6, 1.0, random))
     image = paper + (pen - paper) * ink * strength
     noise = torch.randn(image.shape, generator=random)
-    return (image + noise * _column(_uniform(count, 0, 0.08, random))).clamp(0, 1)
+    return (image + noise * column(uniform(count, 0, 0.08, random))).clamp(0, 1)
 
 
 def _smooth_noise(count: int, channels: int, cells: int, random: Generator) -> Tensor:
     """Normal noise on a coarse grid, interpolated; [B, channels, fine, fine]."""
     coarse = torch.randn(count, channels, cells, cells, generator=random)
     return F.interpolate(coarse, size=(_FINE, _FINE), mode="bicubic", align_corners=True)
-
-
-def _uniform(count: int, low: float, high: float, random: Generator) -> Tensor:
-    return low + (high - low) * torch.rand(count, generator=random)
-
-
-def _column(values: Tensor) -> Tensor:
-    """One value per image, shaped to multiply images."""
-    return values[:, None, None, None]
-
-
-def _optimizer(model: nn.Module, recipe: Recipe) -> tuple[torch.optim.Optimizer, Any]:
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), fused=True)
-
-    def rate(step: int) -> float:
-        cosine = 0.5 * (1 + math.cos(math.pi * min(step / recipe.steps, 1)))
-        return min((step + 1) / recipe.warmup, cosine)
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
 
 
 if __name__ == "__main__":

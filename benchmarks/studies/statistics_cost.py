@@ -10,27 +10,11 @@ from __future__ import annotations
 
 import logging
 
-import lightning as L
-from typing_extensions import override
-
 from cl_merge.benchmarks.datasets.loading import load_parts
 from cl_merge.benchmarks.runs.settings import read_settings
 from cl_merge.benchmarks.studies import harness
 from cl_merge.callbacks import ClassStatistics, MergeCallback
 from cl_merge.training.fit import fit_stream
-
-
-class _Timed(ClassStatistics):
-    """Class statistics that time themselves."""
-
-    def __init__(self) -> None:
-        super().__init__("both")
-        self.watch = harness.Stopwatch()
-
-    @override
-    def end_task(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        with self.watch:
-            super().end_task(trainer, pl_module)
 
 
 def main() -> None:
@@ -40,8 +24,9 @@ def main() -> None:
     config = read_settings(parser.parse_args().settings)
     logging.getLogger("lightning").setLevel(logging.ERROR)
     stream, model = load_parts(config)
-    statistics, watch = _Timed(), harness.Stopwatch()
-    with watch:
+    statistics, everything = ClassStatistics("both"), harness.Stopwatch()
+    own = harness.timed(statistics, "end_task")
+    with everything:
         fit_stream(
             model,
             stream,
@@ -50,11 +35,9 @@ def main() -> None:
             evaluate=False,
             seed=config.seed,
         )
-    own = statistics.watch.cpu
-    without = watch.cpu - own
-    harness.show(
-        f"{without:.1f} s without, {own:.1f} s for statistics: {watch.cpu / without:.2f} times"
-    )
+    rest = everything.cpu - own.cpu
+    ratio = everything.cpu / rest
+    harness.tell(f"{rest:.1f} s without, {own.cpu:.1f} s for statistics: {ratio:.2f} times")
 
 
 if __name__ == "__main__":

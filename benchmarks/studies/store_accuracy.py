@@ -8,6 +8,7 @@ and evaluates what comes back. The training is not repeated: it does not depend 
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 from cl_merge.benchmarks.runs.evaluator import RunEvaluator
@@ -15,24 +16,19 @@ from cl_merge.benchmarks.studies import harness
 from cl_merge.mergers import get_merger
 from cl_merge.storage.quantize import STORES, stored
 
-TRAININGS = ("sequential", "independent")
-METHODS = ("magmax", "average", "ties")
-
 
 def main() -> None:
     """Measure every run, and print a table of means and spreads."""
     parser = harness.new_parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
-    runs = parser.parse_args().runs
-    table = harness.new_table(None, "trained", "merged", *STORES)
-    for training in TRAININGS:
-        for method in METHODS:
-            found = [measure(run, training, method) for run in runs]
-            cells = [
-                harness.mean_and_spread([by_store[store] for by_store in found]) for store in STORES
-            ]
-            table.add_row(training, method, *cells)
-    harness.show(table)
+    runs, rows = parser.parse_args().runs, []
+    for training, method in product(("sequential", "independent"), ("magmax", "average", "ties")):
+        found = [measure(run, training, method) for run in runs]
+        cells = [
+            harness.mean_and_spread([accuracy[store] for accuracy in found]) for store in STORES
+        ]
+        rows.append([training, method, *cells])
+    harness.show(None, ["trained", "merged", *STORES], rows)
 
 
 def measure(run: Path, training: str, method: str) -> dict[str, float]:

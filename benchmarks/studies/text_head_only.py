@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,46 +47,45 @@ Change = dict[str, Tensor]
 def main() -> None:
     """Measure every run, and print each way with its difference to the plain one, by setting."""
     settings = harness.runs_by_setting(__doc__, measure)
-    table = harness.new_table(None, "way", *settings)
+    rows = []
     for name in (*MERGING, *TRAINING):
         cells = []
         for runs in settings.values():
-            cell = harness.mean_and_spread([run[name] for run in runs], 1)
+            cells.append(harness.mean_and_spread([run[name] for run in runs], 1))
             if name != PLAIN:
-                cell += "  " + harness.mean_and_spread(
-                    [run[name] - run[PLAIN] for run in runs], 1, "+"
-                )
-            cells.append(cell)
-        table.add_row(name, *cells)
-    harness.show(table)
+                gains = [run[name] - run[PLAIN] for run in runs]
+                cells[-1] += "  " + harness.mean_and_spread(gains, 1, "+")
+        rows.append([name, *cells])
+    harness.show(None, ["way", *settings], rows)
 
 
 def measure(folder: Path, ways: Iterable[str] | None = None) -> dict[str, float]:
     """Measure a finished sequential run in some ways, or in all; accuracies in per cent."""
     evaluator, found = RunEvaluator.of(folder), {}
     vectors: Vectors = list(harness.task_vectors(folder))
+    expected = finished_results(folder)["methods"][PLAIN]["accuracy"]
     for name in (*MERGING, *TRAINING) if ways is None else ways:
         if name in MERGING:
             found[name] = evaluator.accuracy(MERGING[name](vectors).items(), 1.0)
         else:
             merger = train(evaluator, **TRAINING[name]).merger
             found[name] = evaluator.accuracy(merger.items(), merger.published_scale)
-        if name == PLAIN:
-            _check_plain(folder, found[name])
+        if name == PLAIN and abs(found[name] - expected) > 1e-6:
+            raise InputError(
+                f"'{folder}': MagMax of its task vectors has {found[name]:.4f} % here, but "
+                f"results.json says {expected:.4f}; expected the images and the number of threads "
+                "of the run"
+            )
     return found
 
 
 # Ways to merge.
 
 
-def merged_by(method: str) -> Callable[[Vectors], Change]:
-    """Make the way of a method at its published scale."""
-
-    def way(vectors: Vectors) -> Change:
-        scale = get_merger(method).published_scale
-        return {name: scale * value for name, value in merge(vectors, method).items()}
-
-    return way
+def merged_by(method: str, vectors: Vectors) -> Change:
+    """Merge by a method at its published scale."""
+    scale = get_merger(method).published_scale
+    return {name: scale * value for name, value in merge(vectors, method).items()}
 
 
 def mean_over_time(vectors: Vectors) -> Change:
@@ -105,7 +105,7 @@ def sign_consistency(vectors: Vectors) -> Change:
     The share is ``abs(sum) / sum(abs)``: 1 where all tasks agree, 0 where they cancel out.
     """
     found = {}
-    for name, value in merged_by(PLAIN)(vectors).items():
+    for name, value in merged_by(PLAIN, vectors).items():
         stacked = torch.stack([vector[name] for vector in vectors])
         share = stacked.sum(dim=0).abs() / stacked.abs().sum(dim=0).clamp(min=1e-30)
         found[name] = value * share
@@ -115,41 +115,33 @@ def sign_consistency(vectors: Vectors) -> Change:
 def layer_scales(vectors: Vectors) -> Change:
     """MagMax with a scale that falls by `DECAY` from each layer to the one before it."""
     depths = layer_depths(vectors[0])
-    last = max(depths.values())
-    found = merged_by(PLAIN)(vectors)
+    last, found = max(depths.values()), merged_by(PLAIN, vectors)
     return {name: value * DECAY ** (last - depths[name]) for name, value in found.items()}
 
 
 MERGING: dict[str, Callable[[Vectors], Change]] = {
-    PLAIN: merged_by(PLAIN),
+    PLAIN: partial(merged_by, PLAIN),
     "mean of merged models over time": mean_over_time,
-    "ema": merged_by("ema"),
-    "opcm": merged_by("opcm"),
+    "ema": partial(merged_by, "ema"),
+    "opcm": partial(merged_by, "opcm"),
     "sign consistency": sign_consistency,
     "scale falls towards early layers": layer_scales,
 }
-TRAINING: dict[str, dict[str, Any]] = {
-    "start=merged": {"start": "merged"},
-    "cross entropy over classes seen": {"seen": True},
-    "layer_decay": {"layer_decay": DECAY},
-}
-"""By name of the way, what `train` is given."""
 
 
 def train(
     evaluator: RunEvaluator,
     *,
     start: str = "sequential",
-    seen: bool = False,
+    kind: type[CLIPClassifier] = CLIPClassifier,
     layer_decay: float = 1.0,
 ) -> MergeCallback:
     """Train a run's stream anew, with the run's settings but for what is given.
 
-    The model of the evaluator is trained, from the pre-trained weights; with `seen` the loss is
-    over all classes seen so far instead of the task's. Returns what merged the task vectors.
+    The model of the evaluator is trained, from the pre-trained weights, with the loss of a kind of
+    classifier. Returns what merged the task vectors.
     """
     config, stream = evaluator.config, evaluator.stream
-    kind = SeenClasses if seen else CLIPClassifier
     options = asdict(config.optimizer) | {"layer_decay": layer_decay}
     model = kind(evaluator.model.visual, evaluator.model.head, **options)
     model.load_state_dict(evaluator.base, strict=False)
@@ -183,13 +175,12 @@ def seen_classes(stream: TaskStream) -> list[int]:
     return list(dict.fromkeys(label for task in tasks for label in task.classes))
 
 
-def _check_plain(folder: Path, found: float) -> None:
-    expected = finished_results(folder)["methods"][PLAIN]["accuracy"]
-    if abs(found - expected) > 1e-6:
-        raise InputError(
-            f"'{folder}': MagMax of its task vectors has {found:.4f} % here, but results.json says "
-            f"{expected:.4f}; expected the images and the number of threads of the run"
-        )
+TRAINING: dict[str, dict[str, Any]] = {
+    "start=merged": {"start": "merged"},
+    "cross entropy over classes seen": {"kind": SeenClasses},
+    "layer_decay": {"layer_decay": DECAY},
+}
+"""By name of the way, what `train` is given."""
 
 
 if __name__ == "__main__":

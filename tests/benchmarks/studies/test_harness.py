@@ -1,18 +1,21 @@
 """Clocks, and the order in which alternatives take turns."""
 
+import os
+import sys
 import time
 
 import pytest
 import torch
 
 from cl_merge.benchmarks.studies.harness import (
-    Spread,
     Stopwatch,
     alone,
     alternated,
-    by_setting,
     mean_and_spread,
+    runs_by_setting,
+    spread,
     task_vectors,
+    timed,
 )
 from cl_merge.errors import InputError
 from cl_merge.task_vectors.task_vector import TaskVector
@@ -35,6 +38,19 @@ def test_a_stopwatch_stops_when_the_work_fails():
     assert 0 <= watch.wall < 1
 
 
+def test_calls_of_a_method_are_timed_from_then_on():
+    class Sleeper:
+        def sleep(self, seconds):
+            time.sleep(seconds)
+            return seconds
+
+    sleeper = Sleeper()
+    sleeper.sleep(0.2)
+    watch = timed(sleeper, "sleep")
+    assert [sleeper.sleep(0.02), sleeper.sleep(0.01)] == [0.02, 0.01]
+    assert 0.03 <= watch.wall < 0.2
+
+
 def test_alternatives_take_turns_and_their_results_stay_in_order():
     order = []
 
@@ -48,20 +64,22 @@ def test_alternatives_take_turns_and_their_results_stay_in_order():
 
 
 def test_a_spread_is_median_and_range():
-    assert Spread.of([4.0, 1.0, 2.0, 3.0]) == Spread(2.5, 1.0, 4.0)
-    assert f"{Spread.of([3.0, 1.0, 1.5]):.1f}" == "1.5 (1.0-3.0)"
+    assert spread([3.0, 1.0, 1.5, 2.5], 2) == "2.00 (1.00-3.00)"
+    assert spread([3.0], 1) == "3.0"
     assert mean_and_spread([1.0, 2.0]) == "1.50 ± 0.71"
     assert mean_and_spread([2.0], 1, "+") == "+2.0"
 
 
-def test_what_fails_in_a_process_of_its_own_says_why():
-    with pytest.raises(RuntimeError, match=r"(?s)'this' failed.*No module named"):
-        alone("cl_merge.benchmarks.no_such_thing", "this")
+def test_work_in_a_process_of_its_own_returns_what_it_found_or_says_why_it_failed(tmp_path):
+    assert alone(os.getppid) == os.getpid()
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        alone(os.stat, tmp_path / "nowhere")
 
 
-def test_runs_of_a_suite_are_grouped_by_their_setting(tmp_path):
+def test_runs_of_a_suite_are_grouped_by_their_setting(tmp_path, monkeypatch):
     runs = [tmp_path / name for name in ("a-2/seed0/run", "b-2/seed0/run", "a-2/seed1/run")]
-    found = by_setting(runs, lambda run: run.parts[-2])
+    monkeypatch.setattr(sys, "argv", ["study", *map(str, runs)])
+    found = runs_by_setting("About.", lambda run: run.parts[-2])
     assert found == {"a-2": ["seed0", "seed1"], "b-2": ["seed0"]}
 
 

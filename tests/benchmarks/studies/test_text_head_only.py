@@ -11,7 +11,14 @@ from cl_merge import TaskVector, cli, merge
 from cl_merge.benchmarks.runs.evaluator import RunEvaluator
 from cl_merge.benchmarks.studies import harness
 from cl_merge.benchmarks.studies import text_head_only as text_head
-from cl_merge.benchmarks.studies.text_head_only import MERGING, PLAIN, TRAINING, measure, train
+from cl_merge.benchmarks.studies.text_head_only import (
+    MERGING,
+    PLAIN,
+    TRAINING,
+    SeenClasses,
+    measure,
+    train,
+)
 from cl_merge.errors import InputError
 
 pytestmark = pytest.mark.slow
@@ -91,7 +98,7 @@ def test_the_loss_over_seen_classes_changes_only_what_follows_the_first_task(run
         seen = text_head.seen_classes(evaluator.stream)
         assert len(seen) == count
         assert seen[-5:] == list(evaluator.stream.task.classes)
-    plain, seen = train(RunEvaluator.of(run)), train(RunEvaluator.of(run), seen=True)
+    plain, seen = train(RunEvaluator.of(run)), train(RunEvaluator.of(run), kind=SeenClasses)
     assert any(not torch.equal(plain.merged()[n], v) for n, v in seen.merged().items())
 
 
