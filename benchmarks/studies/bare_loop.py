@@ -129,7 +129,9 @@ def bare_test(
     """
     tower.eval()
     counts = torch.zeros(3, len(outside), dtype=torch.int64)
-    for images, labels, tasks in zip(*(part.split(batch_size) for part in samples), strict=True):
+    for images, labels, tasks in zip(
+        *(torch.split(part, batch_size) for part in samples), strict=True
+    ):
         logits = F.linear(F.normalize(tower(images), dim=-1), head)
         aware = logits.masked_fill(outside[tasks], -torch.inf)
         for row, scores in enumerate((logits, aware)):

@@ -120,7 +120,7 @@ def vit_shapes() -> dict[str, torch.Size]:
 def llm_shapes(values: float) -> dict[str, torch.Size]:
     """Name the tensors of a decoder of at least so many values, with their shapes."""
     width, inner = 4096, 11008
-    layer = {f"attention.{name}": (width, width) for name in "qkvo"}
+    layer: dict[str, tuple[int, ...]] = {f"attention.{n}": (width, width) for n in "qkvo"}
     layer |= {"mlp.gate": (inner, width), "mlp.up": (inner, width), "mlp.down": (width, inner)}
     layer["norm"] = (width,)
     found, number = {"embedding": torch.Size((32000, width))}, 0
@@ -170,14 +170,15 @@ def floor(files: list[Path], output: Path) -> None:
 def naive(method: str, files: list[Path], output: Path) -> None:
     """Merge with whole state dicts in memory, as one writes it first."""
     base, *tuned = (load_file(file) for file in files)
-    rule = getattr(reference, method)
     vectors = [{name: state[name] - value for name, value in base.items()} for state in tuned]
     if method == "ties":
-        # Which looks at whole task vectors.
-        rows = torch.stack([torch.cat([v.flatten() for v in one.values()]) for one in vectors])
-        parts = rule(rows).split([value.numel() for value in base.values()])
+        flat = (torch.cat([value.flatten() for value in one.values()]) for one in vectors)
+        rows = torch.cat([reference.trim(row[None], density=0.2) for row in flat])
+        elected = reference.merge_elected(rows, reference.elect_sign(rows))
+        parts = torch.split(elected, [value.numel() for value in base.values()])
         merged = {n: part.view_as(base[n]) for n, part in zip(base, parts, strict=True)}
     else:
+        rule = {"magmax": reference.magmax, "average": reference.average}[method]
         merged = {name: rule(torch.stack([one[name] for one in vectors])) for name in base}
     save_file({name: value + 0.5 * merged[name] for name, value in base.items()}, output)
 
