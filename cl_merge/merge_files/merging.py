@@ -24,8 +24,8 @@ from cl_merge.merge_files.hashing import BLOCK
 from cl_merge.merge_files.inputs import Inputs, Progress
 from cl_merge.merge_files.plan import Plan, make_plan
 from cl_merge.mergers import Merger
-from cl_merge.mergers.base import Folding
-from cl_merge.mergers.chunks import Unit, chunk_size, cut
+from cl_merge.mergers.base import fold_chunk, zeros
+from cl_merge.mergers.chunks import Accumulators, Piece, ResultInfo, Unit, chunk_size, cut
 from cl_merge.mergers.registry import fresh_merger
 from cl_merge.storage import Weights, Writer, check_output, open_weights, write_weights
 from cl_merge.task_vectors.scales import Scales
@@ -79,10 +79,9 @@ def merge_checkpoints(
     """Merge fine-tuned checkpoints, or task vectors, into a base, from files to a file.
 
     Inputs are safetensors files, sharded folders, Hugging Face and open_clip folders, checkpoints
-    of PyTorch and Lightning, and task vectors; see `cl_merge.storage`. They are read through
-    memory maps, a stretch of a parameter at a time over all tasks, so that memory depends neither
-    on their size nor, for most methods, on their number. The output appears when it is whole: a
-    merge that fails leaves nothing, and one that is killed no output; see `write_weights`.
+    of PyTorch and Lightning, and task vectors. They are read through memory maps, a stretch of a
+    parameter at a time over all tasks, so that memory depends neither on their size nor, for most
+    methods, on their number. The output appears when it is whole; see `write_weights`.
 
     The result is that of a `MergeCallback` with the same task vectors, bit for bit: computed in
     float32 (float64 where the weights are) and rounded once to the base's dtype. Tensors that are
@@ -173,7 +172,7 @@ def merge_checkpoints(
 
 
 def _described(plan: Plan, hashes: Sequence[str]) -> str:
-    """What the metadata say of the inputs; the same inputs give the same words."""
+    """What the metadata say of the inputs."""
     roles = ["base", *["task"] * len(plan.tasks), *["importance"] * len(plan.importances)]
     inputs = (plan.base, *plan.tasks, *plan.importances)
     entries = [
@@ -219,7 +218,7 @@ class _Work:
         self.inputs = Inputs(plan, progress, passes=2 if prepares else 1, block=block_size)
         self._prepared: list[Any] = []  # by task
         self._counts: list[int] = []
-        self._waiting: list[tuple[str, slice, Folding | None]] = []
+        self._waiting: list[tuple[Piece, Accumulators | None]] = []
         self._lock = threading.Lock()
         self._held = 0
 
@@ -234,55 +233,59 @@ class _Work:
         total = sum(self._counts)
         # The stretches whose result depends on all others, now that it is known.
         in_threads(lambda waiting: self._finish(writer, *waiting, total), self._waiting)
-        in_threads(lambda block: self._copy(writer, *block), self._blocks(copied, "element"))
 
-    def _blocks(self, names: list[str], unit: Unit) -> list[tuple[str, slice]]:
+        def copy(block: Piece) -> None:
+            writer.write(block[0], block[1].start, self.inputs.copied(*block))
+
+        in_threads(copy, self._blocks(copied, "element"))
+
+    def _blocks(self, names: list[str], unit: Unit) -> list[Piece]:
         shapes = {name: self._plan.base.shape(name) for name in names}
         return list(cut(shapes, unit, self._block_size))
 
     def _merge_block(self, writer: Writer, name: str, block: slice) -> None:
         shapes = {name: self._plan.base.shape(name)}
         size = self._merger.chunk_size or chunk_size(_CPU)
-        for _, part in cut(shapes, self._merger.unit, size, block):
-            base = self.inputs.read(0, name, part, hashed=True)
-            folding = self._fold(name, part, base, hashed=True)
-            number, depends = folding.global_count(self._merger)
+        for piece in cut(shapes, self._merger.unit, size, block):
+            base = self.inputs.read(0, *piece, hashed=True)
+            state = self._fold(piece, base, hashed=True)
+            number, depends = self._merger.global_count(state)
             self._counts.append(number)
             if depends:
-                self._waiting.append((name, part, folding if self._has_room(folding) else None))
+                self._waiting.append((piece, state if self._has_room(state) else None))
             else:
-                self._write(writer, name, part, base, folding, 0)
+                self._write(writer, piece, base, state, 0)
 
-    def _fold(self, name: str, part: slice, base: Tensor, *, hashed: bool) -> Folding:
-        folding = Folding({name: self._plan.base.shape(name)}, _CPU, part)
+    def _fold(self, piece: Piece, base: Tensor, *, hashed: bool) -> Accumulators:
+        state: Accumulators = {}
         for task, prepared in enumerate(self._prepared):
+            state |= zeros(self._merger.new_accumulators(task), base.shape, _CPU)
             vector = self.inputs.reader(task, base, hashed=hashed)
-            folding.fold(self._merger, vector, prepared)
-        return folding
+            fold_chunk(self._merger, state, vector, piece, task, prepared)
+        return state
 
-    def _has_room(self, folding: Folding) -> bool:
+    def _has_room(self, state: Accumulators) -> bool:
         """Whether it may be held in memory until all is counted; else it is made once more."""
+        size = sum(tensor.nbytes for tensor in state.values())
         with self._lock:
-            fits = self._held + folding.nbytes() <= _HELD_BYTES * self._block_size
-            self._held += folding.nbytes() if fits else 0
+            fits = self._held + size <= _HELD_BYTES * self._block_size
+            self._held += size if fits else 0
         return fits
 
-    def _finish(
-        self, writer: Writer, name: str, part: slice, folding: Folding | None, total: int
-    ) -> None:
+    def _finish(self, writer: Writer, piece: Piece, state: Accumulators | None, total: int) -> None:
+        name, part = piece
         base = self._plan.base.read(name, part.start, part.stop)
-        folding = folding or self._fold(name, part, base, hashed=False)
-        self._write(writer, name, part, base, folding, total)
+        self._write(writer, piece, base, state or self._fold(piece, base, hashed=False), total)
 
     def _write(
-        self, writer: Writer, name: str, part: slice, base: Tensor, folding: Folding, total: int
+        self, writer: Writer, piece: Piece, base: Tensor, state: Accumulators, total: int
     ) -> None:
-        ((_, merged),) = folding.results(self._merger, total)
+        name, part = piece
+        merged = torch.zeros(base.shape)
+        shape, tasks = self._plan.base.shape(name), len(self._plan.tasks)
+        self._merger.compute(state, merged, ResultInfo(name, shape, part.start, tasks, total))
         result = moved(base, merged, self._scales.of(name))
         # Types of one byte have no sum.
         if not is_finite(result if result.itemsize > 1 else result.float()):
             raise self.inputs.broken_result(name)
         writer.write(name, part.start, result)
-
-    def _copy(self, writer: Writer, name: str, block: slice) -> None:
-        writer.write(name, block.start, self.inputs.copied(name, block))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Iterator, Mapping
+from itertools import accumulate, groupby
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from cl_merge.kernels.finite import is_finite, not_finite
 from cl_merge.mergers.chunks import (
     Accumulators,
     ChunkInfo,
+    Piece,
     Reader,
     ResultInfo,
     Unit,
@@ -25,12 +27,9 @@ from cl_merge.mergers.chunks import (
 )
 from cl_merge.task_vectors.task_vector import TaskVector, check_floating, check_same_layout
 
-__all__ = ["Accumulators", "ChunkInfo", "Merger", "Reader", "ResultInfo", "takes_differences"]
+__all__ = ["Accumulators", "ChunkInfo", "Merger", "Reader", "ResultInfo"]
 
-_CPU = torch.device("cpu")
 _GROUP = 1 << 22  # elements
-
-Fold = TypeVar("Fold", bound=Callable[..., None])
 
 
 class Merger(ABC):
@@ -38,18 +37,22 @@ class Merger(ABC):
 
     A subclass is a rule: the accumulators that it keeps for every element, `fold`, which takes up a
     chunk of a task vector, and `compute`, which reads the merged values off the accumulators. These
-    work on flat chunks and touch nothing else, on several threads at once, so that whoever holds
-    the data may drive them: this class does it one task at a time over all parameters,
-    `merge_checkpoints` one chunk at a time over all tasks. `prepare` and `global_count` are for
-    rules that must look at a whole task vector, or at all accumulators, first.
+    work on flat chunks and touch nothing else, on several threads at once: this class drives them
+    one task at a time over all parameters, `merge_checkpoints` one chunk at a time over all tasks.
+    `prepare` and `global_count` are for rules that must look at a whole task vector, or at all
+    accumulators, first.
 
     Attributes:
+        tasks: Number of task vectors folded so far.
         name: Name of the method.
         published_scale: Scale at which its paper applies the merged task vector.
         accumulators: Dtypes of what is kept for every element, by name; all start at zero.
         unit: What a chunk never cuts through: ``"element"``, chunks are any stretches of flattened
             parameters; ``"row"``, whole rows of matrices; ``"parameter"``, whole parameters.
         weighted: Whether a task vector comes with the importance of each of its elements.
+        takes_differences: Whether this class's own `fold` only hands its chunk to the folds of
+            `cl_merge.kernels`, which subtract the base from weights on the way. A subclass with
+            another `fold` is given tensors again.
         chunk_size: Elements of a chunk; None for what suits the device. No result depends on it.
 
     Example:
@@ -60,9 +63,6 @@ class Merger(ABC):
         ...
         ...     def fold(self, state, chunk, info):
         ...         torch.maximum(state["merged"], chunk, out=state["merged"])
-        ...
-        ...     def compute(self, state, out, info):
-        ...         out.copy_(state["merged"])
         >>> merger = Largest()
         >>> merger.update({"weight": torch.tensor([1.0, 2.0])})
         >>> merger.update({"weight": torch.tensor([3.0, -1.0])})
@@ -75,15 +75,14 @@ class Merger(ABC):
     accumulators: ClassVar[Mapping[str, torch.dtype]] = {}
     unit: ClassVar[Unit] = "element"
     weighted: ClassVar[bool] = False
+    takes_differences: ClassVar[bool] = False
     chunk_size: int | None = None
 
     def __init__(self) -> None:
-        self._folding = Folding({})
-
-    @property
-    def tasks(self) -> int:
-        """Number of task vectors folded so far."""
-        return self._folding.tasks
+        self.tasks = 0
+        self._shapes: dict[str, torch.Size] = {}
+        self._device = torch.device("cpu")
+        self._state: dict[str, Accumulators] = {}  # by parameter, in its shape
 
     @property
     def options(self) -> dict[str, Any]:
@@ -135,12 +134,10 @@ class Merger(ABC):
         return 0, False
 
     def compute(self, state: Accumulators, out: Tensor, info: ResultInfo) -> None:
-        """Read the merged values off the accumulators, which stay as they are.
-
-        Without a `compute` of its own, what a rule merges is its first accumulator.
+        """Read the merged values off the accumulators: here, those of the first one.
 
         Args:
-            state: A stretch of the accumulators, each [n].
+            state: A stretch of the accumulators, each [n], which must stay as they are.
             out: Where the merged values go, float32 [n].
             info: Which stretch this is, after how many tasks.
         """
@@ -162,12 +159,20 @@ class Merger(ABC):
                 or the importance is missing or not needed. Nothing has been folded then.
         """
         self._check(vector, importance)
-        device = self._folding.device if self.tasks else None
+        device = self._device if self.tasks else None
         reader = Reader.of(vector, device, chunk_size=self.chunk_size, importance=importance)
         prepared = self.prepare(reader)
         if self.tasks == 0:
-            self._folding = Folding(reader.shapes, reader.device)
-        self._folding.fold(self, reader, prepared)
+            self._shapes, self._device = dict(reader.shapes), reader.device
+            self._state = {name: {} for name in reader.shapes}
+        for name, state in self._state.items():
+            state |= zeros(self.new_accumulators(self.tasks), self._shapes[name], self._device)
+
+        def fold(piece: Piece) -> None:
+            fold_chunk(self, self._stretch(*piece), reader, piece, self.tasks, prepared)
+
+        over(fold, self._pieces(self._shapes), self._device)
+        self.tasks += 1
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """Make the merged values, a parameter at a time.
@@ -181,8 +186,13 @@ class Merger(ABC):
         """
         if self.tasks == 0:
             raise InputError(f"nothing to merge: '{self.name}' was given no task vector")
-        global_count, _ = self._folding.global_count(self)
-        yield from self._folding.results(self, global_count)
+        pieces = self._pieces(self._shapes)
+        counted = over(lambda piece: self.global_count(self._stretch(*piece)), pieces, self._device)
+        total = sum(number for number, _ in counted)
+        # As many parameters at a time as keep all threads busy: few beside the accumulators.
+        ends = accumulate(shape.numel() for shape in self._shapes.values())
+        for _, group in groupby(zip(self._shapes, ends, strict=True), lambda x: x[1] // _GROUP):
+            yield from self._results({name: self._shapes[name] for name, _ in group}, total).items()
 
     def merged(self) -> TaskVector:
         """Merge what was folded so far; more can be folded afterwards.
@@ -204,12 +214,8 @@ class Merger(ABC):
         Returns:
             Plain values and tensors; the tensors are the live accumulators, not copies.
         """
-        return {
-            "method": self.name,
-            "options": self.options,
-            "tasks": self.tasks,
-            "accumulators": self._folding.accumulators,
-        }
+        state = {"method": self.name, "options": self.options, "tasks": self.tasks}
+        return {**state, "accumulators": self._state}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None = None) -> None:
         """Go on from a state.
@@ -228,25 +234,42 @@ class Merger(ABC):
                 f"merger is '{ours[0]}' with options {ours[1]}; make it with the saved ones"
             )
         with torch.inference_mode(False):
-            accumulators = {
+            self._state = {
                 name: {
                     key: tensor.detach().to(device or tensor.device, copy=True)
                     for key, tensor in saved.items()
                 }
                 for name, saved in state["accumulators"].items()
             }
+        self.tasks, self._shapes = state["tasks"], {}
         # All accumulators of a parameter have its shape, and all are on one device.
-        firsts = {name: next(iter(made.values())) for name, made in accumulators.items()}
-        on = next((first.device for first in firsts.values()), torch.device("cpu"))
-        self._folding = Folding({name: first.shape for name, first in firsts.items()}, on)
-        self._folding.accumulators, self._folding.tasks = accumulators, state["tasks"]
+        for name, kept in self._state.items():
+            first = next(iter(kept.values()))
+            self._shapes[name], self._device = first.shape, first.device
+
+    def _pieces(self, shapes: Mapping[str, torch.Size]) -> list[Piece]:
+        return list(cut(shapes, self.unit, self.chunk_size or chunk_size(self._device)))
+
+    def _stretch(self, name: str, part: slice) -> Accumulators:
+        return {key: tensor.view(-1)[part] for key, tensor in self._state[name].items()}
+
+    def _results(self, shapes: Mapping[str, torch.Size], total: int) -> dict[str, Tensor]:
+        with torch.inference_mode(False):
+            merged = {n: torch.zeros(shape, device=self._device) for n, shape in shapes.items()}
+
+        def compute(piece: Piece) -> None:
+            name, part = piece
+            info = ResultInfo(name, shapes[name], part.start, self.tasks, total)
+            self.compute(self._stretch(name, part), merged[name].view(-1)[part], info)
+
+        over(compute, self._pieces(shapes), self._device)
+        return merged
 
     def _check(self, vector: Mapping[str, Tensor], importance: Mapping[str, Tensor] | None) -> None:
         what = task_name(self.tasks)
         check_floating(vector, what)
         if self.tasks:
-            shapes = self._folding.shapes.items()
-            before = {name: torch.empty(shape, device="meta") for name, shape in shapes}
+            before = {n: torch.empty(shape, device="meta") for n, shape in self._shapes.items()}
             check_same_layout(vector, before, what, "the tasks before")
         _check_finite(vector, what, self.chunk_size)
         if self.weighted != (importance is not None):
@@ -264,119 +287,31 @@ class Merger(ABC):
                 raise InputError(f"{what} is negative in {listing(negative)}; expected 0 or more")
 
 
-def takes_differences(fold: Fold) -> Fold:
-    """Mark a `Merger.fold` that only hands its chunk to folds of `cl_merge.kernels`.
+def zeros(
+    dtypes: Mapping[str, torch.dtype], shape: torch.Size, device: torch.device
+) -> Accumulators:
+    """Make accumulators, which can be changed both within and outside of inference mode."""
+    with torch.inference_mode(False):
+        return {
+            key: torch.zeros(shape, dtype=dtype, device=device) for key, dtype in dtypes.items()
+        }
 
-    Those take up fine-tuned weights and their base in one pass, without a task vector in between.
-    The mark is the function's own: who overrides `fold` is given tensors again.
-    """
-    fold.takes_differences = True  # type: ignore[attr-defined]
-    return fold
 
-
-class Folding:
-    """The accumulators of a rule over parameters, or over the stretch `within` of a flattened one.
-
-    A merger has one over all parameters, into which it folds a task at a time. A merge of files has
-    one for each chunk, into which it folds all tasks. Both give the same bits.
-    """
-
-    def __init__(
-        self,
-        shapes: Mapping[str, torch.Size],
-        device: torch.device = _CPU,
-        within: slice | None = None,
-    ) -> None:
-        self.shapes = dict(shapes)
-        self.device = device
-        self.tasks = 0
-        # By parameter; of its shape, or [n] for a stretch of it.
-        self.accumulators: dict[str, Accumulators] = {name: {} for name in shapes}
-        self._within = within
-
-    def fold(self, rule: Merger, vector: Reader, prepared: Any) -> None:
-        """Take up one task vector, of which `rule.prepare` returned `prepared`."""
-        for name, made in self.accumulators.items():
-            for key, dtype in rule.new_accumulators(self.tasks).items():
-                made[key] = self._zeros(name, dtype)
-        compiled = hasattr(type(rule).fold, "takes_differences")
-        read = vector.chunk if compiled else vector.read
-
-        def fold(piece: tuple[str, slice]) -> None:
-            name, part = piece
-            chunk = read(name, part)
-            weight = vector.importance(name, part) if vector.importance is not None else None
-            shape = self.shapes[name]
-            info = ChunkInfo(name, shape, part.start, self.tasks, prepared, weight)
-            rule.fold(self._state(name, part), chunk, info)  # type: ignore[arg-type]
-
-        over(fold, self._pieces(rule, self.shapes), self.device)
-        self.tasks += 1
-
-    def global_count(self, rule: Merger) -> tuple[int, bool]:
-        """Count over all accumulators, and tell whether the result depends on the global count."""
-        pieces = self._pieces(rule, self.shapes)
-        counted = over(lambda p: rule.global_count(self._state(*p)), pieces, self.device)
-        return sum(number for number, _ in counted), any(depends for _, depends in counted)
-
-    def results(self, rule: Merger, global_count: int) -> Iterator[tuple[str, Tensor]]:
-        """Compute the merged values, float32 of the accumulators' shape, a parameter at a time."""
-        for shapes in self._groups():
-            merged = {name: self._zeros(name, torch.float32) for name in shapes}
-
-            def compute(piece: tuple[str, slice], merged: dict[str, Tensor] = merged) -> None:
-                name, part = piece
-                info = ResultInfo(name, self.shapes[name], part.start, self.tasks, global_count)
-                out = merged[name].view(-1)[self._local(part)]
-                rule.compute(self._state(name, part), out, info)
-
-            over(compute, self._pieces(rule, shapes), self.device)
-            yield from merged.items()
-
-    def nbytes(self) -> int:
-        """Bytes of all accumulators."""
-        return sum(t.nbytes for made in self.accumulators.values() for t in made.values())
-
-    def _groups(self) -> Iterator[dict[str, torch.Size]]:
-        """Parameters to compute together: enough for all threads, few beside the accumulators."""
-        group: dict[str, torch.Size] = {}
-        size = 0
-        for name, shape in self.shapes.items():
-            group[name] = shape
-            size += shape.numel()
-            if size >= _GROUP:
-                yield group
-                group, size = {}, 0
-        if group:
-            yield group
-
-    def _pieces(self, rule: Merger, shapes: Mapping[str, torch.Size]) -> list[tuple[str, slice]]:
-        size = rule.chunk_size or chunk_size(self.device)
-        return list(cut(shapes, rule.unit, size, self._within))
-
-    def _state(self, name: str, part: slice) -> Accumulators:
-        local = self._local(part)
-        return {key: tensor.view(-1)[local] for key, tensor in self.accumulators[name].items()}
-
-    def _local(self, part: slice) -> slice:
-        first = self._within.start if self._within is not None else 0
-        return slice(part.start - first, part.stop - first)
-
-    def _zeros(self, name: str, dtype: torch.dtype) -> Tensor:
-        within, shape = self._within, self.shapes[name]
-        shape = shape if within is None else torch.Size([within.stop - within.start])
-        # Tensors made in inference mode cannot be changed outside it, but a merger is used in both.
-        with torch.inference_mode(False):
-            return torch.zeros(shape, dtype=dtype, device=self.device)
+def fold_chunk(
+    rule: Merger, state: Accumulators, vector: Reader, piece: Piece, task: int, prepared: Any
+) -> None:
+    """Fold a stretch of a task vector, for which `rule.prepare` returned `prepared`."""
+    name, part = piece
+    owner = next(kind for kind in type(rule).__mro__ if "fold" in vars(kind))
+    chunk = (vector.chunk if vars(owner).get("takes_differences") else vector.read)(name, part)
+    weight = vector.importance(name, part) if vector.importance is not None else None
+    info = ChunkInfo(name, vector.shapes[name], part.start, task, prepared, weight)
+    rule.fold(state, chunk, info)  # type: ignore[arg-type]
 
 
 def _check_finite(vector: Mapping[str, Tensor], what: str, size: int | None) -> None:
     """Refuse what is not finite in float32; in chunks, as everything is read."""
-    broken = set()
-    for device in {tensor.device for tensor in vector.values()}:
-        here = {name: tensor for name, tensor in vector.items() if tensor.device == device}
-        reader = Reader.of(here, device, chunk_size=size)
-        finite = zip(reader.pieces(), reader.map(is_finite), strict=True)
-        broken |= {name for (name, _), fine in finite if not fine}
+    readers = {n: Reader.of({n: tensor}, chunk_size=size) for n, tensor in vector.items()}
+    broken = [name for name, reader in readers.items() if not all(reader.map(is_finite))]
     if broken:
-        raise not_finite(what, [name for name in vector if name in broken])
+        raise not_finite(what, broken)

@@ -16,10 +16,8 @@ class Breadcrumbs(TaskArithmetic):
     """Of each parameter leave out the smallest and the largest changes, and sum up the rest.
 
     Of n values, the floor(beta * n) smallest in magnitude and the floor(gamma * n) largest are left
-    out, for every parameter of every task vector by itself. Values whose magnitude equals that of
-    the last one that stays, stay too, so that their order does not matter.
-
-    The authors count gamma from the other end: their 99.3 % is 0.007 here.
+    out, for every parameter of every task vector by itself; of equal magnitudes all stay. The
+    authors count gamma from the other end: their 99.3 % is 0.007 here.
 
     Args:
         beta: Share of the smallest changes to leave out, 0 or more.
@@ -51,6 +49,7 @@ class Breadcrumbs(TaskArithmetic):
 
     @override
     def prepare(self, vector: Reader) -> dict[str, tuple[float, float]]:
+        """By parameter the magnitudes between which values stay."""
         return {name: self._limits(vector.only(name)) for name in vector.shapes}
 
     @override
@@ -60,7 +59,6 @@ class Breadcrumbs(TaskArithmetic):
         state["sum"].add_(chunk.masked_fill((magnitude < least) | (magnitude > most), 0))
 
     def _limits(self, parameter: Reader) -> tuple[float, float]:
-        """The magnitudes between which values stay."""
         size = parameter.size
         below, above = int(self.beta * size), int(self.gamma * size)
         least = magnitude_of_rank(parameter, below + 1) if below else 0.0

@@ -19,6 +19,9 @@ Unit = Literal["element", "row", "parameter"]
 Accumulators = dict[str, Tensor]
 """What a rule keeps for a stretch of elements: tensors [n] of equal length, by name."""
 
+Piece = tuple[str, slice]
+"""A parameter, by name, and a stretch of it, flattened."""
+
 Result = TypeVar("Result")
 
 
@@ -95,11 +98,8 @@ class Reader:
         Args:
             vector: Floating-point tensors of any shape and dtype, by parameter name.
             device: Where the chunks shall be; None takes the device of the first tensor.
-            chunk_size: Elements of a chunk; None for what suits the device.
+            chunk_size: As of the reader.
             importance: How much each element matters, of the same names and shapes.
-
-        Returns:
-            A reader.
         """
         device = device or next((tensor.device for tensor in vector.values()), torch.device("cpu"))
         shapes = {name: tensor.shape for name, tensor in vector.items()}
@@ -127,7 +127,7 @@ class Reader:
         """
         return values_of(self.chunk(name, part))
 
-    def pieces(self, unit: Unit = "element") -> list[tuple[str, slice]]:
+    def pieces(self, unit: Unit = "element") -> list[Piece]:
         """The chunks that `map` reads: name and stretch of the flattened parameter."""
         return list(cut(self.shapes, unit, self.chunk_size or chunk_size(self.device)))
 
@@ -135,8 +135,7 @@ class Reader:
         """Apply a function to every chunk.
 
         Args:
-            function: Maps a chunk, float32 [n], which it must not change or keep, to what is
-                wanted.
+            function: Maps a chunk, float32 [n], which it must not change or keep, to a result.
             unit: What no cut may go through.
 
         Returns:
@@ -145,20 +144,12 @@ class Reader:
         return over(lambda piece: function(self.read(*piece)), self.pieces(unit), self.device)
 
     def sample(self, count: int, run: int = 256) -> Tensor:
-        """Read a part of the values, evenly spread.
-
-        Args:
-            count: About how many.
-            run: Up to how many neighbours to read at a time.
-
-        Returns:
-            Values, float32 [n].
-        """
+        """Read about `count` values, evenly spread, in runs of up to `run`: float32 [n]."""
         share = min(1.0, count / max(self.size, 1))
         parts = []
         for name, shape in self.shapes.items():
             size = shape.numel()
-            wanted = min(size, math.ceil(size * share))
+            wanted = math.ceil(size * share)
             runs = max(1, math.ceil(wanted / run))
             length = wanted // runs
             for i in range(runs):
@@ -176,11 +167,10 @@ def chunk_size(device: torch.device) -> int:
 
 def cut(
     shapes: Mapping[str, torch.Size], unit: Unit, size: int, within: slice | None = None
-) -> Iterator[tuple[str, slice]]:
-    """Cut parameters into chunks of `size` elements, or more where a unit has more.
+) -> Iterator[Piece]:
+    """Cut parameters, or the stretch `within` of them, which begins and ends where units do.
 
-    Yields name and stretch of the flattened parameter; none for empty parameters. With `within`,
-    only that stretch is cut, which begins and ends where units do.
+    Into chunks of `size` elements, or more where a unit has more; none of empty parameters.
     """
     for name, shape in shapes.items():
         numel, step = shape.numel(), size
@@ -195,9 +185,7 @@ def cut(
 
 
 def over(
-    function: Callable[[tuple[str, slice]], Result],
-    pieces: list[tuple[str, slice]],
-    device: torch.device,
+    function: Callable[[Piece], Result], pieces: list[Piece], device: torch.device
 ) -> list[Result]:
     """Apply a function to every chunk: in threads on a CPU, one after another elsewhere."""
     if device.type == "cpu":

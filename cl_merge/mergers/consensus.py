@@ -16,10 +16,7 @@ class Consensus(StackMerger):
     """Keep of the sum over tasks the elements that at least some number of tasks use.
 
     A task uses an element if its TALL mask has it: ``|τ_t| > λ |τ - τ_t|``, where τ is the sum over
-    tasks. Elements that one task alone uses, and those that none does, are set to zero. With fewer
-    tasks than `least`, an element must be used by all of them.
-
-    The masks compare a task with the sum of all, so that every task vector is needed to the end.
+    tasks. The others are set to zero. With fewer tasks than `least`, all must use an element.
 
     Args:
         threshold: λ, which the authors choose for each task on held-out data, from 0.2 to 0.6.

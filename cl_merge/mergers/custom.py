@@ -15,12 +15,13 @@ from typing_extensions import override
 from cl_merge.errors import InputError, unknown_name
 from cl_merge.mergers.base import Merger
 from cl_merge.mergers.chunks import Accumulators, ChunkInfo, ResultInfo, Unit
-from cl_merge.mergers.registry import register
+from cl_merge.mergers.registry import BUILT_IN, MERGERS
 from cl_merge.mergers.stack import StackMerger
 from cl_merge.task_vectors.task_vector import check_scale
 
 Function = Callable[..., Tensor]
 UNITS = ("element", "parameter")
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 # What options cannot be called beside the attributes of a merger: `merge`, `MergeCallback` and
 # `merge_checkpoints` take options and these side by side.
@@ -41,14 +42,12 @@ def merge_method(
     The command line and a config find it by where it is, ``path/to/file.py:median`` or
     ``package.module:median``, and run the code in that file.
 
-    With ``unit="element"`` the function is given any stretch of a parameter, on several threads at
-    once, so that the value of an element may depend on the tasks' values of that element alone.
-
     Args:
         name: Name of the method; None takes that of the function, with ``-`` for ``_``.
         scale: Scale at which the merged task vector is applied unless the user says otherwise.
-        unit: What the function sees at a time: ``"element"``, any stretch of values, or
-            ``"parameter"``, a whole parameter in its shape.
+        unit: What the function sees at a time: ``"parameter"``, a whole parameter in its shape, or
+            ``"element"``, any stretch of values, on several threads at once, so that the value of
+            an element may depend on the tasks' values of that element alone.
 
     Returns:
         A decorator for functions of one positional argument, the values of T tasks, float32
@@ -100,8 +99,8 @@ def fold_method(
 class _Custom(Merger):
     """A merger around a function; the decorators make subclasses of it."""
 
-    arguments: ClassVar[tuple[str, ...]]  # of the function, before its options
     function: ClassVar[Function]
+    arguments: ClassVar[tuple[str, ...]]  # of the function, before its options
     defaults: ClassVar[dict[str, Any]]
 
     def __init__(self, **options: Any) -> None:
@@ -128,17 +127,16 @@ class _Custom(Merger):
             error.add_note(where)
             raise
         if not isinstance(result, Tensor):
-            raise InputError(f"{where}: the function returned {_kind(result)}, not a tensor")
-        if result.shape != like.shape:
-            raise InputError(
-                f"{where}: the function returned shape {tuple(result.shape)} instead of "
-                f"{tuple(like.shape)}"
-            )
-        if not result.is_floating_point():
-            raise InputError(f"{where}: the function returned {result.dtype}, not floating point")
-        if not bool(result.isfinite().all()):
-            raise InputError(f"{where}: the function returned NaN or infinity")
-        return result
+            wrong = f"{_kind(result)}, not a tensor"
+        elif result.shape != like.shape:
+            wrong = f"shape {tuple(result.shape)} instead of {tuple(like.shape)}"
+        elif not result.is_floating_point():
+            wrong = f"{result.dtype}, not floating point"
+        elif not bool(result.isfinite().all()):
+            wrong = "NaN or infinity"
+        else:
+            return result
+        raise InputError(f"{where}: the function returned {wrong}")
 
 
 class _Stacked(_Custom, StackMerger):
@@ -162,10 +160,6 @@ class _Folded(_Custom):
         result = self.call(merged, info.name, merged, vector, info.task)
         state["merged"].copy_(result.reshape(-1))
 
-    @override
-    def compute(self, state: Accumulators, out: Tensor, info: ResultInfo) -> None:
-        out.copy_(state["merged"])
-
 
 def _decorator(
     kind: type[_Custom], name: Any, *, scale: float, unit: Unit
@@ -176,7 +170,14 @@ def _decorator(
 
     def decorate(function: Function) -> type[_Custom]:
         title = getattr(function, "__name__", "")
-        known_as = _checked_name(title.replace("_", "-") if name is None else name)
+        known_as = title.replace("_", "-") if name is None else name
+        if not isinstance(known_as, str) or not re.fullmatch(_NAME, known_as):
+            raise InputError(
+                f"a method's name is made of letters, digits, '-', '_' and '.', which {known_as!r} "
+                "is not"
+            )
+        if known_as in BUILT_IN:
+            raise InputError(f"'{known_as}' is a built-in method; give yours another name")
         if unit not in UNITS:
             raise unknown_name(f"unit of method '{known_as}'", unit, UNITS)
         options = _options(function, known_as, kind)
@@ -195,18 +196,10 @@ def _decorator(
                 "defaults": {option.name: option.default for option in options},
             },
         )
-        register(known_as, made)
+        MERGERS[known_as] = made
         return made
 
     return decorate
-
-
-def _checked_name(name: Any) -> str:
-    if isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        return name
-    raise InputError(
-        f"a method's name is made of letters, digits, '-', '_' and '.', which {name!r} is not"
-    )
 
 
 def _options(function: Function, method: str, kind: type[_Custom]) -> list[inspect.Parameter]:

@@ -1,51 +1,47 @@
-"""DARE: drop most of each task vector at random, and rescale the rest."""
+"""DARE and DELLA: drop most of each task vector at random, and rescale the rest."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-
+import torch
 from torch import Tensor
 from typing_extensions import override
 
+from cl_merge.errors import InputError
 from cl_merge.kernels.random_bits import random_bits
 from cl_merge.mergers.base import Accumulators, ChunkInfo, Merger
-from cl_merge.mergers.options import checked_count, checked_share
+from cl_merge.mergers.options import checked_count, checked_number, checked_share
 from cl_merge.mergers.task_arithmetic import TaskArithmetic
 from cl_merge.mergers.ties import SignElection, Ties
 from cl_merge.seeds import derive_seed
 
 
 class _Dropping(Merger):
-    """Hands each task vector on with values dropped at random and the others rescaled."""
-
     def __init__(self, *, density: float = 0.1, seed: int = 0) -> None:
         super().__init__()
         self.density = checked_share("density", density)
         self.seed = checked_count("seed", seed)
 
-    @override
-    def fold(self, state: Accumulators, chunk: Tensor, info: ChunkInfo) -> None:
+    def draws(self, chunk: Tensor, info: ChunkInfo) -> Tensor:
+        """Draw a number from 0 to 2^63 - 1 for each value."""
         key = derive_seed(self.seed, info.name, info.task)
-        draws = random_bits(key, info.start, chunk.numel(), chunk.device)
-        dropped = draws > int(self.density * 2.0**63) - 1  # they are 0 to 2^63 - 1
-        self.take(state, (chunk / self.density).masked_fill_(dropped, 0), info)
+        return random_bits(key, info.start, chunk.numel(), chunk.device)
 
-    @abstractmethod
-    def take(self, state: Accumulators, values: Tensor, info: ChunkInfo) -> None:
-        """Take up what is left of a chunk, float32 [n]."""
+    def sparse(self, chunk: Tensor, info: ChunkInfo) -> Tensor:
+        """Drop values with equal probability, and rescale the others."""
+        dropped = self.draws(chunk, info) > int(self.density * 2.0**63) - 1
+        return (chunk / self.density).masked_fill_(dropped, 0)
 
 
 class Dare(_Dropping, TaskArithmetic):
     """Drop values of each task vector at random, rescale the others, and take the sum over tasks.
 
     Each value stays with probability `density` and is divided by it then, so that the mean over
-    all draws is the task vector. The random numbers are a function of seed, parameter name, task
-    and element alone.
+    all draws is the task vector.
 
     Args:
         density: Share of each task vector that stays, on average, above 0 and up to 1. The paper
             drops 90 % and more.
-        seed: Chooses the random numbers.
+        seed: Chooses the random numbers, as in `RandomMix`.
 
     Example:
         >>> merger = Dare(density=0.5, seed=2)
@@ -61,16 +57,16 @@ class Dare(_Dropping, TaskArithmetic):
     name = "dare"
 
     @override
-    def take(self, state: Accumulators, values: Tensor, info: ChunkInfo) -> None:
-        state["sum"].add_(values)
+    def fold(self, state: Accumulators, chunk: Tensor, info: ChunkInfo) -> None:
+        state["sum"].add_(self.sparse(chunk, info))
 
 
 class DareTies(_Dropping, SignElection):
     """Drop and rescale as in `Dare`, then elect a sign per element and average, as in `Ties`.
 
     Args:
-        density: Share of each task vector that stays, on average, above 0 and up to 1.
-        seed: Chooses the random numbers.
+        density: As of `Dare`.
+        seed: As of `Dare`.
 
     Example:
         >>> merger = DareTies(density=1)
@@ -80,13 +76,67 @@ class DareTies(_Dropping, SignElection):
         tensor([ 3., -3.])
 
     Reference:
-        Yu et al., Language Models are Super Mario, ICML 2024, section 3, with the election of
-        Yadav et al., TIES-Merging, NeurIPS 2023; scale as of `Ties`.
+        As of `Dare` and `SignElection`; scale as of `Ties`.
     """
 
     name = "dare-ties"
     published_scale = Ties.published_scale
 
     @override
-    def take(self, state: Accumulators, values: Tensor, info: ChunkInfo) -> None:
+    def fold(self, state: Accumulators, chunk: Tensor, info: ChunkInfo) -> None:
+        self.stand(state, self.sparse(chunk, info), info.task)
+
+
+class Della(_Dropping, SignElection):
+    """Drop values at random by their rank, rescale the others, then elect and average as in `Ties`.
+
+    *Drop* (MAGPRUNE): in each row of a matrix, which holds the weights of one output, values are
+    ranked by magnitude, r = 0 for the largest to n - 1 for the smallest. A value is dropped with
+    probability p = p_min + epsilon * r / n, p_min = 1 - density - epsilon / 2, and divided by 1 - p
+    if it stays. Of equal magnitudes the first counts as larger. A parameter of one dimension is one
+    row; one of more than two has a row for each index of its first dimension.
+
+    Args:
+        density: As of `Dare`.
+        epsilon: By how much the probability of the smallest value exceeds that of the largest;
+            0 makes it `DareTies`.
+        seed: As of `Dare`.
+
+    Example:
+        >>> merger = Della(density=0.5, epsilon=0.8, seed=1)
+        >>> merger.update({"weight": torch.tensor([8.0, 4.0, 2.0, 1.0])})
+        >>> merger.merged()["weight"]
+        tensor([8.8889, 0.0000, 4.0000, 0.0000])
+
+    Reference:
+        Deep, Bhardwaj & Poria, DELLA-Merging: Reducing Interference in Model Merging through
+        Magnitude-Based Sampling, 2024, section 3; scale as of `Ties`.
+    """
+
+    name = "della"
+    published_scale = Ties.published_scale
+    unit = "row"
+
+    def __init__(self, *, density: float = 0.4, epsilon: float = 0.2, seed: int = 0) -> None:
+        super().__init__(density=density, seed=seed)
+        self.epsilon = checked_number("epsilon", epsilon, 0, 1)
+        low, high = 1 - self.density - self.epsilon / 2, 1 - self.density + self.epsilon / 2
+        if (low < 0 or high >= 1) and self.epsilon > 0:
+            raise InputError(
+                f"density={self.density:g} and epsilon={self.epsilon:g} make probabilities from "
+                f"{low:g} to {high:g} to drop a value; expected 0 or more, and below 1"
+            )
+
+    @override
+    def fold(self, state: Accumulators, chunk: Tensor, info: ChunkInfo) -> None:
+        row = chunk.numel() if len(info.shape) < 2 else info.shape.numel() // info.shape[0]
+        order = chunk.abs().view(-1, row).argsort(dim=1, descending=True, stable=True)
+        rank = torch.arange(row, device=chunk.device, dtype=torch.float64)
+        # In float64, and from the largest on: with epsilon 0, this is 1 - density for all.
+        drop = (1 - self.density - self.epsilon / 2) + self.epsilon * rank / row
+        probability = torch.empty(order.shape, dtype=torch.float64, device=chunk.device)
+        probability.scatter_(1, order, drop.expand_as(order).contiguous())
+        probability = probability.view(-1)
+        dropped = self.draws(chunk, info).to(torch.float64) < probability * 2.0**63
+        values = (chunk / (1 - probability)).to(torch.float32).masked_fill_(dropped, 0)
         self.stand(state, values, info.task)

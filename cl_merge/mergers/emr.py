@@ -14,9 +14,8 @@ from cl_merge.mergers.base import Accumulators, ChunkInfo, Merger, ResultInfo
 class Emr(Merger):
     """Elect a sign per element, that of the sum over tasks, and take the largest value that has it.
 
-    This is the *elect* of the paper, its unified task vector. The masks and rescalers that the
-    paper adds for each task are left out: they need to know the task, and here one model shall be
-    good at all of them. Elements whose sum is zero are zero.
+    This is the *elect* of the paper, its unified task vector, without the masks and rescalers of
+    each task: they need to know the task. Elements whose sum is zero are zero.
 
     Example:
         >>> merger = Emr()
@@ -27,7 +26,7 @@ class Emr(Merger):
 
     Reference:
         Huang et al., EMR-Merging: Tuning-Free High-Performance Model Merging, NeurIPS 2024,
-        section 3. Without its rescalers there is no published scale: the vector is added as it is.
+        section 3. Without its rescalers there is no published scale.
     """
 
     name = "emr"

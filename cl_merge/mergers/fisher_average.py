@@ -14,9 +14,8 @@ from cl_merge.mergers.base import Accumulators, ChunkInfo, Merger, ResultInfo
 class FisherAverage(Merger):
     """Take the mean over tasks, each element weighted with its importance to the task.
 
-    The importance is the diagonal of the Fisher information at the end of the task: sum of F_t τ_t
-    divided by the sum of F_t. Where no task finds an element important it is the plain mean, as in
-    the limit of equal, small importances.
+    The importance F_t is the diagonal of the Fisher information at the end of the task: the sum of
+    F_t τ_t is divided by the sum of F_t. Where that is zero it is the plain mean.
 
     Example:
         >>> merger = FisherAverage()
@@ -27,7 +26,6 @@ class FisherAverage(Merger):
 
     Reference:
         Matena & Raffel, Merging Models with Fisher-Weighted Averaging, NeurIPS 2022, equation 4.
-        The average is applied as it is, at scale 1.
     """
 
     name = "fisher"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 from typing_extensions import override
 
-from cl_merge.mergers.average import Average
 from cl_merge.mergers.base import Accumulators, ResultInfo
 from cl_merge.mergers.matrices import as_matrix, on_one_thread, singular_triplets
 from cl_merge.mergers.options import checked_flag
+from cl_merge.mergers.task_arithmetic import Average
 
 
 class Isotropic(Average):
@@ -18,13 +18,12 @@ class Isotropic(Average):
     U diag(s) Vᵀ of matrices [m, n], the result is mean(s) U Vᵀ, the mean taken over all min(m, n)
     singular values. Parameters that are no matrices are averaged, as in the authors' code.
 
-    Directions that no task changed, those of singular values that are zero, stay as they are: with
-    which vectors the authors' code would fill them is up to rounding errors. Their code also
-    averages text projections, by name; here every two-dimensional parameter is a matrix.
+    Directions that no task changed, those of singular values that are zero, stay as they are, where
+    rounding errors decide with which vectors the authors' code fills them. It also averages text
+    projections, by name; here every two-dimensional parameter is a matrix.
 
     Args:
-        flatten: Whether parameters of more than two dimensions, such as the kernels of
-            convolutions, are matrices of one row for each output channel. The authors average them.
+        flatten: As of `SingularVectors`.
 
     Example:
         >>> merger = Isotropic()

@@ -12,8 +12,7 @@ from torch import Tensor
 def as_matrix(values: Tensor, flatten: bool) -> Tensor | None:
     """View a parameter as a matrix [rows, columns]; None if it is none or holds nothing.
 
-    With `flatten`, what has more than two dimensions, such as the kernel of a convolution, is a
-    matrix too, of one row for each output channel.
+    With `flatten`, what has more than two dimensions is one too, of a row for each output channel.
     """
     if values.numel() == 0 or values.dim() < 2 or (values.dim() > 2 and not flatten):
         return None
@@ -23,10 +22,9 @@ def as_matrix(values: Tensor, flatten: bool) -> Tensor | None:
 def singular_triplets(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Decompose a matrix, and leave out what belongs to singular values of zero.
 
-    The vectors of a singular value of zero are any that fit: which ones come back is up to rounding
-    errors, so that no rule may depend on them. Of a matrix [m, n] of rank r, as far as its dtype
-    tells, returns left vectors [m, r], descending singular values [r] and right vectors [r, n], in
-    float64.
+    Which vectors belong to a singular value of zero is up to rounding errors, so that no rule may
+    depend on them. Of a matrix [m, n] of rank r, as far as its dtype tells, returns left vectors
+    [m, r], descending singular values [r] and right vectors [r, n], in float64.
     """
     with on_one_thread():
         double = matrix.double()
@@ -44,11 +42,8 @@ def singular_triplets(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def nearest_orthogonal(matrix: Tensor) -> Tensor:
     """Find the matrix of orthonormal columns (or rows, of a wide matrix) nearest to a float64 one.
 
-    P Qᵀ of the decomposition P S Qᵀ. Where the matrix has not its full rank it is orthonormal on
-    what it spans.
-
-    Reference:
-        Schönemann, A Generalized Solution of the Orthogonal Procrustes Problem, Psychometrika 1966.
+    P Qᵀ of the decomposition P S Qᵀ (Schönemann, A Generalized Solution of the Orthogonal
+    Procrustes Problem, Psychometrika 1966), on what the matrix spans.
     """
     left, _, right = singular_triplets(matrix)
     with on_one_thread():

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from cl_merge.kernels import fold_largest
-from cl_merge.mergers.base import Accumulators, ChunkInfo, Merger, takes_differences
+from cl_merge.mergers.base import Accumulators, ChunkInfo, Merger
 
 
 class MaxMagnitude(Merger):
@@ -32,9 +32,9 @@ class MaxMagnitude(Merger):
 
     name = "magmax"
     published_scale = 0.5
+    takes_differences = True
     accumulators: ClassVar = {"merged": torch.float32}
 
     @override
-    @takes_differences
     def fold(self, state: Accumulators, chunk: Tensor, info: ChunkInfo) -> None:
         fold_largest(state["merged"], chunk)

@@ -16,8 +16,7 @@ class MovingAverage(Merger):
     """Average the models over time, with weights that fall exponentially into the past.
 
     After the first task the average is that task's model; after each later one it is `decay` times
-    the former average plus 1 - decay times the new model. It is meant for models trained one after
-    another.
+    the former average plus 1 - decay times the new model.
 
     Args:
         decay: Share of the former average, 0 (the last model) to 1 (the first).
@@ -32,8 +31,7 @@ class MovingAverage(Merger):
     Reference:
         Stojanovski, Roth & Akata, Momentum-based Weight Interpolation of Strong Zero-Shot Models
         for Continual Learning, 2022, where the average is taken during training and starts at the
-        pre-trained weights; here it is one of tasks. The average is applied as it is; its decay is
-        for the user to choose: one half is no published figure.
+        pre-trained weights. The default of `decay` is no published figure.
     """
 
     name = "ema"

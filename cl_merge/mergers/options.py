@@ -24,8 +24,7 @@ def checked_share(name: str, value: Any) -> float:
 
 def checked_count(name: str, value: Any, least: int | None = None) -> int:
     """Make sure that an option is a whole number."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if whole and (least is None or value >= least):
+    if isinstance(value, int) and _is_number(value) and (least is None or value >= least):
         return int(value)
     more = "" if least is None else f" of {least} or more"
     raise InputError(f"{name} must be a whole number{more}, not {value!r}")

@@ -23,20 +23,18 @@ class OrthogonalProjection(Merger):
     A task matrix is written in the singular vectors u_i, v_i of the sum of the tasks before it, as
     entries uᵢᵀ M vⱼ. Left out are those with i = j, which only stretch what is there, and those
     with both i and j among the main directions, the first ones whose singular values make up at
-    most the share `alpha` of the sum of all. What remains is added. Parameters that are no matrices
-    are added as they are. In the end all is scaled so that the merged vector is as long as the task
-    vectors are on average, over all parameters together.
+    most the share `alpha` of the sum of all. The rest is added, as are parameters that are no
+    matrices. In the end the merged vector is scaled to the mean length of the task vectors.
 
-    The published recursion divides by λ(t) after every task, and multiplies by it again before the
-    next: singular vectors and shares do not depend on scale, so dividing once in the end is the
-    same. The projection is that of the authors' code, in FusionBench, but: there the matrices are
-    the weights of linear layers, here every two-dimensional parameter (an embedding too);
-    directions that no task has changed yet, those of singular values that are zero to the precision
-    of float32, exclude nothing, whereas in the code which entries they exclude is up to rounding
-    errors; and with alpha = 1 all directions are main ones, where the code takes none to be.
+    The published recursion divides by λ(t) after every task and multiplies by it before the next:
+    as singular vectors and shares do not depend on scale, dividing once in the end is the same. The
+    projection is that of the authors' code, in FusionBench, but: its matrices are the weights of
+    linear layers, here every two-dimensional parameter is one (an embedding too); directions that
+    no task has changed yet, of singular values that are zero in float32, exclude nothing, whereas
+    there rounding errors decide what they exclude; and with alpha = 1 all directions are main ones,
+    where the code takes none to be.
 
-    The order of the tasks matters. Equal singular values have no singular vectors of their own:
-    with them the result depends on rounding errors.
+    The order of the tasks matters. Where singular values are equal, rounding errors decide.
 
     Args:
         alpha: Share of the singular values within which new tasks may change nothing, 0 to 1.
@@ -88,7 +86,9 @@ class OrthogonalProjection(Merger):
         main = int((shares <= self.alpha).count_nonzero()) if self.alpha < 1 else len(values)
         with on_one_thread():
             entries = left.T @ task @ right.T
-            remaining = task - left @ (entries * _excluded(entries, main)) @ right
+            excluded = torch.eye(len(entries), dtype=torch.bool, device=entries.device)
+            excluded[:main, :main] = True
+            remaining = task - left @ (entries * excluded) @ right
         state["sum"].add_(remaining.view(-1))
 
     @override
@@ -104,13 +104,6 @@ class OrthogonalProjection(Merger):
         length = math.sqrt(info.global_count / _UNIT)
         mean = float(state["length"][0]) / info.tasks
         torch.mul(state["sum"], mean / length if length > 0 else 0.0, out=out)
-
-
-def _excluded(entries: Tensor, main: int) -> Tensor:
-    """Mark the entries [r, r] on the diagonal and those within the main directions."""
-    excluded = torch.eye(len(entries), dtype=torch.bool, device=entries.device)
-    excluded[:main, :main] = True
-    return excluded
 
 
 def _sum_of_squares(values: Tensor) -> float:

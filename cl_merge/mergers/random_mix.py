@@ -9,20 +9,17 @@ from torch import Tensor
 from typing_extensions import override
 
 from cl_merge.kernels import fold_drawn
-from cl_merge.mergers.base import Accumulators, ChunkInfo, Merger, takes_differences
+from cl_merge.mergers.base import Accumulators, ChunkInfo, Merger
 from cl_merge.mergers.options import checked_count
 from cl_merge.seeds import derive_seed
-
-_LARGEST = 2**63 - 1
 
 
 class RandomMix(Merger):
     """Take every element from one task vector, drawn uniformly.
 
-    Reservoir sampling: the task of number t, counted from 1, replaces each element with probability
-    1/t, so that after any number of tasks every one of them is equally likely. The random numbers
-    are a function of seed, parameter name, task and element alone: neither the order of the
-    parameters nor chunks, device or process change them.
+    Reservoir sampling: task t, counted from 1, replaces each element with probability 1/t, so that
+    after any number of tasks all are equally likely. The random numbers are a function of seed,
+    parameter name, task and element alone.
 
     Args:
         seed: Chooses the random numbers.
@@ -41,6 +38,7 @@ class RandomMix(Merger):
 
     name = "random-mix"
     published_scale = 1.0
+    takes_differences = True
     accumulators: ClassVar = {"merged": torch.float32}
 
     def __init__(self, *, seed: int = 0) -> None:
@@ -48,7 +46,6 @@ class RandomMix(Merger):
         self.seed = checked_count("seed", seed)
 
     @override
-    @takes_differences
     def fold(self, state: Accumulators, chunk: Tensor, info: ChunkInfo) -> None:
         key = derive_seed(self.seed, info.name, info.task)
-        fold_drawn(state["merged"], chunk, key, info.start, limit=_LARGEST // (info.task + 1))
+        fold_drawn(state["merged"], chunk, key, info.start, limit=(2**63 - 1) // (info.task + 1))

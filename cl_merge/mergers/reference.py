@@ -18,8 +18,7 @@ from torch import Tensor
 def magmax(stack: Tensor) -> Tensor:
     """The value of largest magnitude, the later task's on equality.
 
-    Reference:
-        Marczak et al., MagMax, ECCV 2024, section 4: τ_merged = τ_k, k = argmax_t abs(τ_t).
+    Marczak et al., MagMax, ECCV 2024, section 4: τ_merged = τ_k, k = argmax_t abs(τ_t).
     """
     last = len(stack) - 1 - stack.flip(0).abs().argmax(dim=0)
     return stack.gather(0, last[None])[0]
@@ -38,12 +37,8 @@ def task_arithmetic(stack: Tensor) -> Tensor:
 def random_mix(stack: Tensor, draws: Tensor) -> Tensor:
     """Each element from a task drawn uniformly, by reservoir sampling.
 
-    Args:
-        stack: [tasks, n].
-        draws: Uniform numbers from 0 to 1, [tasks, n].
-
-    Reference:
-        Marczak et al., MagMax, ECCV 2024, "RandMix"; Vitter, ACM TOMS 1985, algorithm R.
+    `draws` are uniform numbers from 0 to 1, [tasks, n]. Marczak et al., MagMax, ECCV 2024,
+    "RandMix"; Vitter, ACM TOMS 1985, algorithm R.
     """
     merged = stack[0]
     for task in range(1, len(stack)):
@@ -54,8 +49,7 @@ def random_mix(stack: Tensor, draws: Tensor) -> Tensor:
 def trim(stack: Tensor, density: float) -> Tensor:
     """Set to zero what lies below the k-th magnitude of each task, k = n - floor(density n).
 
-    Reference:
-        Yadav et al., TIES-Merging, NeurIPS 2023, algorithm 1, step 1.
+    Yadav et al., TIES-Merging, NeurIPS 2023, algorithm 1, step 1.
     """
     rank = stack.shape[1] - int(density * stack.shape[1])
     if rank == 0:
@@ -65,21 +59,13 @@ def trim(stack: Tensor, density: float) -> Tensor:
 
 
 def elect_sign(stack: Tensor) -> Tensor:
-    """The sign of the sum over tasks, [n]; that of the majority of all signs where the sum is zero.
-
-    Reference:
-        Yadav et al., TIES-Merging, NeurIPS 2023, algorithm 1, step 2.
-    """
+    """The sign of the sum over tasks, [n]; that of the majority where it is zero (TIES, step 2)."""
     signs = stack.sum(dim=0).sign()
     return torch.where(signs == 0, signs.sum().sign(), signs)
 
 
 def merge_elected(stack: Tensor, signs: Tensor) -> Tensor:
-    """The mean of the values that have the elected sign; zero where there is none.
-
-    Reference:
-        Yadav et al., TIES-Merging, NeurIPS 2023, algorithm 1, step 3.
-    """
+    """The mean of the values of the elected sign; zero where there is none (TIES, step 3)."""
     agree = (stack.sign() == signs) & (stack != 0)
     return (stack * agree).sum(dim=0) / agree.sum(dim=0).clamp(min=1)
 
@@ -91,24 +77,15 @@ def ties(stack: Tensor, density: float = 0.2) -> Tensor:
 
 
 def keep_and_rescale(stack: Tensor, stays: Tensor, probability: Tensor | float) -> Tensor:
-    """Divide the values that stay by the probability of staying, and drop the others.
-
-    Reference:
-        Yu et al., Language Models are Super Mario (DARE), ICML 2024, section 3.
-    """
+    """Divide the values that stay by the probability of staying, and drop the others."""
     return torch.where(stays, stack / probability, 0)
 
 
 def dare(stack: Tensor, density: float, draws: Tensor) -> Tensor:
     """Keep each value with the probability `density`, rescale it, and sum up over tasks.
 
-    Args:
-        stack: [tasks, n].
-        density: The probability.
-        draws: Uniform numbers from 0 to 1, [tasks, n].
-
-    Reference:
-        Yu et al., Language Models are Super Mario, ICML 2024, section 3.
+    `draws` are uniform numbers from 0 to 1, [tasks, n]. Yu et al., Language Models are Super Mario,
+    ICML 2024, section 3.
     """
     return keep_and_rescale(stack, draws < density, density).sum(dim=0)
 
@@ -122,15 +99,9 @@ def dare_ties(stack: Tensor, density: float, draws: Tensor) -> Tensor:
 def della(stack: Tensor, density: float, epsilon: float, draws: Tensor, row: int) -> Tensor:
     """Drop smaller values of each row with higher probability, then elect and merge.
 
-    Args:
-        stack: [tasks, n].
-        density: Mean probability of a value to stay.
-        epsilon: By how much the probability to drop the smallest exceeds that of the largest.
-        draws: Uniform numbers from 0 to 1, [tasks, n].
-        row: Length of a row of the weight matrix; n is a multiple of it.
-
-    Reference:
-        Deep, Bhardwaj & Poria, DELLA-Merging, 2024, section 3.
+    `density` is the mean probability to stay, `draws` are as in `dare`, and n is a multiple of
+    `row`, the length of a row of the weight matrix. Deep, Bhardwaj & Poria, DELLA-Merging, 2024,
+    section 3.
     """
     dropped = drop_probability(stack, density, epsilon, row)
     kept = keep_and_rescale(stack, draws >= dropped, 1 - dropped)
@@ -147,8 +118,7 @@ def drop_probability(stack: Tensor, density: float, epsilon: float, row: int) ->
 def breadcrumbs(stack: Tensor, beta: float = 0.85, gamma: float = 0.007) -> Tensor:
     """Sum up the task vectors of one parameter without their smallest and largest changes.
 
-    Reference:
-        Davari & Belilovsky, Model Breadcrumbs, ECCV 2024, section 3.
+    Davari & Belilovsky, Model Breadcrumbs, ECCV 2024, section 3.
     """
     size = stack.shape[1]
     ordered = stack.abs().sort(dim=1).values
@@ -160,9 +130,8 @@ def breadcrumbs(stack: Tensor, beta: float = 0.85, gamma: float = 0.007) -> Tens
 def consensus(stack: Tensor, threshold: float = 0.4, least: int = 2) -> Tensor:
     """Keep of the sum what at least some number of tasks use.
 
-    Reference:
-        Wang et al., Localizing Task Information, ICML 2024, sections 4 and 5: by its TALL mask, a
-        task uses an element if abs(τ_t) > λ abs(τ - τ_t).
+    Wang et al., Localizing Task Information, ICML 2024, sections 4 and 5: by its TALL mask, a task
+    uses an element if abs(τ_t) > λ abs(τ - τ_t).
     """
     total = stack.sum(dim=0)
     used = stack.abs() > threshold * (total - stack).abs()
@@ -170,11 +139,7 @@ def consensus(stack: Tensor, threshold: float = 0.4, least: int = 2) -> Tensor:
 
 
 def emr(stack: Tensor) -> Tensor:
-    """The largest value that has the sign of the sum.
-
-    Reference:
-        Huang et al., EMR-Merging, NeurIPS 2024, section 3, "elect".
-    """
+    """The largest value that has the sign of the sum (Huang et al., EMR-Merging, NeurIPS 2024)."""
     signs = stack.sum(dim=0).sign()
     return signs * (stack * signs).amax(dim=0).clamp(min=0)
 
@@ -182,8 +147,7 @@ def emr(stack: Tensor) -> Tensor:
 def ema(stack: Tensor, decay: float = 0.5) -> Tensor:
     """The exponential moving average over tasks, which begins with the first.
 
-    Reference:
-        Stojanovski, Roth & Akata, Momentum-based Weight Interpolation, 2022.
+    Stojanovski, Roth & Akata, Momentum-based Weight Interpolation, 2022.
     """
     merged = stack[0]
     for vector in stack[1:]:
@@ -194,8 +158,7 @@ def ema(stack: Tensor, decay: float = 0.5) -> Tensor:
 def fisher(stack: Tensor, importances: Tensor) -> Tensor:
     """The mean weighted with importances, [tasks, n]; the plain mean where all of them are zero.
 
-    Reference:
-        Matena & Raffel, Fisher-Weighted Averaging, NeurIPS 2022, equation 4.
+    Matena & Raffel, Fisher-Weighted Averaging, NeurIPS 2022, equation 4.
     """
     weights = torch.where(importances.sum(dim=0) == 0, 1, importances)
     return (weights * stack).sum(dim=0) / weights.sum(dim=0)
@@ -204,8 +167,7 @@ def fisher(stack: Tensor, importances: Tensor) -> Tensor:
 def slerp(stack: Tensor, t: float = 0.5) -> Tensor:
     """Interpolate between the two task vectors of one parameter along an arc.
 
-    Reference:
-        Shoemake, Animating Rotation with Quaternion Curves, SIGGRAPH 1985, section 3.3.
+    Shoemake, Animating Rotation with Quaternion Curves, SIGGRAPH 1985, section 3.3.
     """
     first, second = stack
     cosine = float(first @ second / (first.norm() * second.norm()))
@@ -221,8 +183,7 @@ def slerp(stack: Tensor, t: float = 0.5) -> Tensor:
 def isotropic(stack: Tensor) -> Tensor:
     """The sum of matrices [tasks, m, n] with all singular values replaced by their mean.
 
-    Reference:
-        Marczak et al., No Task Left Behind, ICML 2025, "Iso-C".
+    Marczak et al., No Task Left Behind, ICML 2025, "Iso-C".
     """
     left, values, right = _svd(stack.sum(dim=0))
     return values.mean() * (left @ right)
@@ -231,8 +192,7 @@ def isotropic(stack: Tensor) -> Tensor:
 def singular_vectors(stack: Tensor) -> Tensor:
     """The main singular vectors of matrices [tasks, m, n], made orthogonal to those of other tasks.
 
-    Reference:
-        Gargiulo et al., Task Singular Vectors, CVPR 2025, "TSV-Merge".
+    Gargiulo et al., Task Singular Vectors, CVPR 2025, "TSV-Merge".
     """
     left, values, right = _svd(stack)
     rank = max(values.shape[1] // len(stack), 1)
@@ -244,9 +204,7 @@ def opcm(stack: Tensor, alpha: float = 0.5) -> Tensor:
     """Add of each matrix [tasks, m, n] what is orthogonal to the sum before, in one length.
 
     For a model of one matrix; with more of them, the lengths are those of whole task vectors.
-
-    Reference:
-        Tang et al., Merging Models on the Fly Without Retraining, NeurIPS 2025.
+    Tang et al., Merging Models on the Fly Without Retraining, NeurIPS 2025.
     """
     total = stack[0]
     for task in stack[1:]:

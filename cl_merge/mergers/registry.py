@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 import pkgutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from cl_merge.errors import InputError, listing, nearest, unknown_name
-from cl_merge.mergers.average import Average
 from cl_merge.mergers.base import Merger
 from cl_merge.mergers.breadcrumbs import Breadcrumbs
 from cl_merge.mergers.consensus import Consensus
-from cl_merge.mergers.dare import Dare, DareTies
-from cl_merge.mergers.della import Della
+from cl_merge.mergers.dare import Dare, DareTies, Della
 from cl_merge.mergers.emr import Emr
 from cl_merge.mergers.fisher_average import FisherAverage
 from cl_merge.mergers.isotropic import Isotropic
@@ -29,7 +27,7 @@ from cl_merge.mergers.orthogonal import OrthogonalProjection
 from cl_merge.mergers.random_mix import RandomMix
 from cl_merge.mergers.singular_vectors import SingularVectors
 from cl_merge.mergers.slerp import Slerp
-from cl_merge.mergers.task_arithmetic import TaskArithmetic
+from cl_merge.mergers.task_arithmetic import Average, TaskArithmetic
 from cl_merge.mergers.ties import Ties
 from cl_merge.seeds import derive_seed
 from cl_merge.task_vectors.task_vector import TaskVector
@@ -61,13 +59,6 @@ BUILT_IN = frozenset(MERGERS)
 
 # Files that were run already, by path and by when they were last changed.
 _FILES: dict[tuple[Path, int], ModuleType] = {}
-
-
-def register(method: str, merger: type[Merger]) -> None:
-    """Make a user's method known by its name, in place of one that had the name before."""
-    if method in BUILT_IN:
-        raise InputError(f"'{method}' is a built-in method; give yours another name")
-    MERGERS[method] = merger
 
 
 def find_merger(method: str) -> type[Merger]:
@@ -184,12 +175,7 @@ def is_location(method: str) -> bool:
 
 
 def _located(location: str) -> type[Merger]:
-    """Import a method from a file or module, which runs the code in it.
-
-    After the colon of the location stands the name of a decorated function or of a subclass of
-    `Merger`, or the name under which it registered itself. Modules beside the file, or in the
-    working directory, are found too.
-    """
+    """Import a method: after the colon stands its name, or that of its function or class."""
     where, _, name = location.rpartition(":")
     if not where or not name:
         raise InputError(
@@ -197,7 +183,16 @@ def _located(location: str) -> type[Merger]:
             "'package.module:name'"
         )
     module = _run_file(where) if where.endswith(".py") else _import_module(where)
-    found = _methods(module)
+    found = {
+        key: value
+        for key, value in vars(module).items()
+        if isinstance(value, type)
+        and issubclass(value, Merger)
+        and hasattr(value, "name")
+        # Not what it imports from here, such as the class that it derives its own from.
+        and (value.__module__ == module.__name__ or not value.__module__.startswith("cl_merge."))
+    }
+    found |= {merger.name: merger for merger in found.values()}
     if name in found:
         return found[name]
     if callable(getattr(module, name, None)):
@@ -208,47 +203,27 @@ def _located(location: str) -> type[Merger]:
     raise unknown_name(f"method in '{where}'", name, found)
 
 
-def _methods(module: ModuleType) -> dict[str, type[Merger]]:
-    """Mergers that a module has, by the names they have in it and by their own."""
-    found = {
-        name: value
-        for name, value in vars(module).items()
-        if isinstance(value, type)
-        and issubclass(value, Merger)
-        and hasattr(value, "name")
-        # Not what it imports from here, such as the class that it derives its own from.
-        and (value.__module__ == module.__name__ or not value.__module__.startswith("cl_merge."))
-    }
-    return found | {merger.name: merger for merger in found.values()}
-
-
 def _run_file(where: str) -> ModuleType:
     path = Path(where).expanduser()
     if not path.is_file():
-        beside = [file.name for file in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        beside = [file.name for file in path.parent.glob("*.py")]
         hint = nearest(path.name, beside).rstrip(".")
         raise InputError(f"there is no file '{where}' to take a method from{hint}")
     path = path.resolve()
     key = (path, path.stat().st_mtime_ns)
-    if key not in _FILES:
-        with _on_path(path.parent), _explained(where):
-            _FILES[key] = _run(path)
-    return _FILES[key]
-
-
-def _run(path: Path) -> ModuleType:
+    if key in _FILES:
+        return _FILES[key]
     # A name that no module has and files of equal names do not share.
-    name = f"methods_in_{path.stem}_{derive_seed(str(path)):x}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses and pickle look for it
+    module = ModuleType(f"methods_in_{path.stem}_{derive_seed(str(path)):x}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # where dataclasses and pickle look for it
     try:
-        spec.loader.exec_module(module)
+        with _importing(where, path.parent):
+            SourceFileLoader(module.__name__, str(path)).exec_module(module)
     except BaseException:
-        del sys.modules[name]
+        del sys.modules[module.__name__]
         raise
+    _FILES[key] = module
     return module
 
 
@@ -259,7 +234,7 @@ def _import_module(where: str) -> ModuleType:
             "in 'package.module:name'"
         )
     try:
-        with _on_path(Path.cwd()), _explained(where, where):
+        with _importing(where, Path.cwd(), where):
             return importlib.import_module(where)
     except ModuleNotFoundError as error:
         missing = error.name or where
@@ -276,19 +251,13 @@ def _siblings(parent: str) -> list[str]:
 
 
 @contextmanager
-def _on_path(folder: Path) -> Iterator[None]:
-    """Find modules in a folder, as Python does for a script, but after all others."""
+def _importing(where: str, folder: Path, module: str = "") -> Iterator[None]:
+    """Find modules in a folder, too, after all others; name the place whose code raises an error.
+
+    That the module is itself not there is told by the `ModuleNotFoundError` as it is.
+    """
     before = list(sys.path)
     sys.path.append(str(folder))
-    try:
-        yield
-    finally:
-        sys.path[:] = before
-
-
-@contextmanager
-def _explained(where: str, module: str = "") -> Iterator[None]:
-    """Name the file or module whose code raises an error, unless the module is itself not there."""
     try:
         yield
     except InputError:
@@ -298,3 +267,5 @@ def _explained(where: str, module: str = "") -> Iterator[None]:
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{missing}."):
             raise
         raise InputError(f"'{where}' raises {type(error).__name__}: {error}") from error
+    finally:
+        sys.path[:] = before

@@ -25,9 +25,9 @@ class SingularVectors(StackMerger):
     matrices nearest to U and to V replace them, which takes the interference between tasks away,
     and the result is U diag(s) Vᵀ. Parameters that are no matrices are averaged.
 
-    Directions that a task did not change, those of singular values that are zero, play no part:
-    with which vectors the authors' code would fill them is up to rounding errors. Where there are
-    more tasks than min(m, n), k is 1; the authors' code would return zeros. It also averages text
+    Directions that a task did not change, those of singular values that are zero, play no part;
+    rounding errors decide with which vectors the authors' code fills them. Where there are more
+    tasks than min(m, n), k is 1; the authors' code would return zeros. It also averages text
     projections, by name; here every two-dimensional parameter is a matrix.
 
     Args:

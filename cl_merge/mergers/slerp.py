@@ -27,8 +27,7 @@ class Slerp(StackMerger):
 
     The rule is mergekit's, but mergekit applies it to the weights themselves, this one to task
     vectors: weights of fine-tuned models are nearly parallel, their changes are not. One task
-    vector alone is what it is; for more than two there is no one way around the sphere: merge those
-    with another method.
+    vector alone stays as it is; more than two have no one way around the sphere and are refused.
 
     Args:
         t: Where on the arc: 0 gives the first task vector, 1 the second.
@@ -42,8 +41,7 @@ class Slerp(StackMerger):
 
     Reference:
         Shoemake, Animating Rotation with Quaternion Curves, SIGGRAPH 1985, section 3.3; for
-        weights: mergekit, merge method "slerp", which has no default for t. The result is applied
-        as it is, at scale 1.
+        weights: mergekit, merge method "slerp", which has no default for t and no scale.
     """
 
     name = "slerp"
@@ -65,20 +63,14 @@ class Slerp(StackMerger):
             )
         first, second = values.double()
         with on_one_thread():
-            one, other = self._weights(first, second)
+            lengths = _length(first) * _length(second)
+            cosine = float((first * second).sum()) / lengths if lengths > 0 else 1.0
+        one, other = 1 - self.t, self.t
+        if abs(cosine) <= _PARALLEL:
+            angle = math.acos(cosine)
+            one, other = (math.sin(part * angle) / math.sin(angle) for part in (one, other))
         merged: Tensor = one * first + other * second
         return merged
-
-    def _weights(self, first: Tensor, second: Tensor) -> tuple[float, float]:
-        lengths = _length(first) * _length(second)
-        cosine = float((first * second).sum()) / lengths if lengths > 0 else 1.0
-        if abs(cosine) > _PARALLEL:
-            return 1 - self.t, self.t
-        angle = math.acos(cosine)
-        return (
-            math.sin((1 - self.t) * angle) / math.sin(angle),
-            math.sin(self.t * angle) / math.sin(angle),
-        )
 
 
 def _length(vector: Tensor) -> float:

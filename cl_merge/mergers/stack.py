@@ -15,8 +15,8 @@ from cl_merge.mergers.base import Accumulators, ChunkInfo, Merger, ResultInfo
 class StackMerger(Merger):
     """A rule of all tasks at once, for what no sum or maximum over tasks can express.
 
-    A subclass implements `combine`. Merging files takes memory for one chunk of each task; in a
-    `MergeCallback`, whose tasks come one after another, every task vector stays in memory.
+    A subclass implements `combine`. Merging files takes memory for one chunk of each task; a
+    `MergeCallback` keeps every task vector in memory.
 
     Example:
         >>> class Median(StackMerger):

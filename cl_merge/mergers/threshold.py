@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from bisect import bisect_left
 from functools import partial
 
 import torch
@@ -37,7 +38,7 @@ def magnitude_of_rank(vector: Reader, rank: int, room: int = _ROOM) -> float:
 
     A sample tells between which two magnitudes it must lie, with near certainty; one pass counts
     what lies below them and collects what lies between, in which it is then found. Should it lie
-    elsewhere, or more than `room` values between, more passes find it by counting alone.
+    elsewhere, or more than `room` values between, 31 more passes find it by counting alone.
 
     Reference:
         The bracket from a sample: Floyd & Rivest, Expected Time Bounds for Selection, CACM 1975.
@@ -50,14 +51,14 @@ def magnitude_of_rank(vector: Reader, rank: int, room: int = _ROOM) -> float:
         found = _in_bracket(rank, low, high, parts)
         if found is not None:
             return found
-    return _by_counting(vector, rank)
+    # Bit by bit: those of a float32, sign aside, order like its magnitude.
+    bits = bisect_left(range(0x7FFFFFFF), rank, key=partial(_count, vector))
+    (magnitude,) = struct.unpack("f", struct.pack("I", bits))
+    return float(magnitude)
 
 
 def _sampled_bracket(sample: Tensor, share: float) -> tuple[float, float, float]:
-    """Two magnitudes between which that share of all values ends, most likely.
-
-    Returns both, and the share of the sample strictly between them.
-    """
+    """Two magnitudes between which that share of all values ends, and the sample's share there."""
     ordered = sample.abs().sort().values
     size = len(ordered)
     # Six standard deviations of the number of values below, and some for small samples.
@@ -78,31 +79,18 @@ def _in_bracket(
         return None
     below, at_low, at_high = (sum(counts[i] for counts, _ in parts) for i in range(3))
     between = torch.cat(collected)
-    if rank <= below:
-        return None
-    if rank <= below + at_low:
+    if below < rank <= below + at_low:
         return low
     wanted = rank - below - at_low
-    if wanted <= len(between):
+    if 0 < wanted <= len(between):
         return float(between.kthvalue(wanted).values)
-    return high if wanted <= len(between) + at_high else None
+    return high if 0 < wanted - len(between) <= at_high else None
 
 
-def _by_counting(vector: Reader, rank: int) -> float:
-    """Find the rank-th smallest magnitude, whatever the values: bit by bit, in 31 passes.
+def _count(vector: Reader, largest: int) -> int:
+    """Count the values whose magnitude, as the bits of a float32, is at most the largest."""
 
-    The bits of a float32, sign aside, order like its magnitude.
-    """
-    low, high = 0, 0x7FFFFFFF
-    while low < high:
-        middle = (low + high) // 2
-        if sum(vector.map(partial(_count, largest=middle))) >= rank:
-            high = middle
-        else:
-            low = middle + 1
-    (magnitude,) = struct.unpack("f", struct.pack("I", low))
-    return float(magnitude)
+    def of_chunk(chunk: Tensor) -> int:
+        return int(((chunk.view(torch.int32) & 0x7FFFFFFF) <= largest).count_nonzero())
 
-
-def _count(chunk: Tensor, largest: int) -> int:
-    return int(((chunk.view(torch.int32) & 0x7FFFFFFF) <= largest).count_nonzero())
+    return sum(vector.map(of_chunk))

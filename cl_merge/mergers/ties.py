@@ -10,14 +10,7 @@ from typing_extensions import override
 
 from cl_merge.errors import InputError
 from cl_merge.kernels import Chunk, count_signs, elect, fold_signed
-from cl_merge.mergers.base import (
-    Accumulators,
-    ChunkInfo,
-    Merger,
-    Reader,
-    ResultInfo,
-    takes_differences,
-)
+from cl_merge.mergers.base import Accumulators, ChunkInfo, Merger, Reader, ResultInfo
 from cl_merge.mergers.options import checked_share
 from cl_merge.mergers.threshold import trim_threshold
 
@@ -66,10 +59,8 @@ class Ties(SignElection):
     """Trim each task vector, elect a sign per element, and average the values that agree with it.
 
     *Trim*: of each task vector only the values of largest magnitude stay, all those that reach its
-    own k-th smallest magnitude over all parameters, k = d - floor(density * d).
-    *Elect*: the sign of an element is that of the sum over tasks; elements whose sum is zero take
-    the sign of the majority, that of the sum of all signs. *Merge*: the mean of the values of the
-    elected sign; 0 where there is none.
+    own k-th smallest magnitude over all parameters, k = d - floor(density * d). *Elect* and
+    *merge* are those of `SignElection`; 0 where no value has the elected sign.
 
     The density is that of what is given: the published runs trimmed whole CLIP models, in which the
     frozen text tower counts as zeros, so that their 20 % is 34.7 % of the image encoder.
@@ -91,6 +82,7 @@ class Ties(SignElection):
 
     name = "ties"
     published_scale = 0.55
+    takes_differences = True
 
     def __init__(self, *, density: float = 0.2) -> None:
         super().__init__()
@@ -101,13 +93,11 @@ class Ties(SignElection):
         return trim_threshold(vector, self.density)
 
     @override
-    @takes_differences
     def fold(self, state: Accumulators, chunk: Tensor, info: ChunkInfo) -> None:
         self.stand(state, chunk, info.task, info.prepared)
 
 
 def _by_sign(state: Accumulators) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The sums and the counts, of the positive and of the negative values."""
     return (
         (state["positive_sum"], state["negative_sum"]),
         (state["positive_count"], state["negative_count"]),

@@ -11,8 +11,8 @@ from merger_cases import ANY_NUMBER, CHANGING_ONE, DROPPING_NOTHING
 
 from cl_merge.kernels.random_bits import random_bits
 from cl_merge.mergers import RandomMix, get_merger, merge
-from cl_merge.mergers.base import Folding
-from cl_merge.mergers.chunks import Reader
+from cl_merge.mergers.base import fold_chunk, zeros
+from cl_merge.mergers.chunks import Reader, ResultInfo
 from cl_merge.seeds import derive_seed
 
 ORDER_FREE = ["average", "task-arithmetic", "ties"]
@@ -128,14 +128,18 @@ def test_a_rule_may_be_driven_one_chunk_at_a_time_over_all_tasks(method, vectors
         step = 2 if merger.unit == "element" else max(tensor.numel(), 1)
         for start in range(0, tensor.numel(), step):
             part = slice(start, min(start + step, tensor.numel()))
-            parts[name, start] = Folding({name: tensor.shape}, within=part)
-            for vector, of_task in zip(vectors, prepared, strict=True):
-                parts[name, start].fold(merger, Reader.of(vector), of_task)
-    total = sum(part.global_count(merger)[0] for part in parts.values())
+            state = parts[name, start] = {}
+            for task, (vector, of_task) in enumerate(zip(vectors, prepared, strict=True)):
+                size = torch.Size([part.stop - start])
+                state |= zeros(merger.new_accumulators(task), size, tensor.device)
+                fold_chunk(merger, state, Reader.of(vector), (name, part), task, of_task)
+    total = sum(merger.global_count(state)[0] for state in parts.values())
     expected = merge(vectors, method)
-    for (name, start), part in parts.items():
-        for count in (total,) if part.global_count(merger)[1] else (total, 0):
-            ((_, found),) = part.results(merger, count)
+    for (name, start), state in parts.items():
+        for count in (total,) if merger.global_count(state)[1] else (total, 0):
+            found = torch.zeros_like(next(iter(state.values())))
+            info = ResultInfo(name, vectors[0][name].shape, start, len(vectors), count)
+            merger.compute(state, found, info)
             want = expected[name].reshape(-1)[start : start + len(found)]
             assert torch.equal(found, want)
 
