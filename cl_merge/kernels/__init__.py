@@ -18,22 +18,6 @@ from cl_merge.kernels.compiled import library
 from cl_merge.kernels.finite import is_finite
 from cl_merge.kernels.random_bits import random_bits
 
-__all__ = [
-    "Chunk",
-    "Difference",
-    "bracket",
-    "count_signs",
-    "elect",
-    "fold_drawn",
-    "fold_largest",
-    "fold_signed",
-    "fold_sum",
-    "library",
-    "subtract",
-    "values_of",
-    "wide",
-]
-
 _ENDINGS = {torch.float32: "_float32", torch.bfloat16: "_bfloat16"}
 _BLOCK = 64  # more than the loop of `bracket` writes beyond what counts
 _LOCAL = threading.local()
@@ -64,10 +48,10 @@ class Difference:
     def values(self) -> Tensor:
         """Subtract: float32 [n], valid until this thread's next call."""
         # Memory that the thread uses again and again stays in its cache.
-        buffer: Tensor | None = getattr(_LOCAL, "buffer", None)
-        if buffer is None or buffer.numel() < self.tuned.numel():
-            buffer = _LOCAL.buffer = torch.empty(self.tuned.numel(), dtype=torch.float32)
-        out = buffer[: self.tuned.numel()]
+        size, buffer = self.tuned.numel(), getattr(_LOCAL, "buffer", torch.empty(0))
+        if buffer.numel() < size:
+            buffer = _LOCAL.buffer = torch.empty(size, dtype=torch.float32)
+        out = buffer[:size]
         self.note(subtract(self.tuned, self.base, out))
         return out
 
@@ -216,13 +200,10 @@ def _folded(name: str, state: tuple[Tensor, ...], numbers: tuple[Any, ...], chun
     dtypes = {tensor.dtype for tensor in given}
     if compiled is None or state[0].dtype != torch.float32 or len(dtypes) > 1:
         return False
-    if isinstance(chunk, Tensor):
-        ending = "" if chunk.dtype == torch.float32 else None
-    else:
-        ending = _ENDINGS.get(chunk.tuned.dtype)
-    if ending is None:
+    endings = {torch.float32: ""} if isinstance(chunk, Tensor) else _ENDINGS
+    if given[0].dtype not in endings:
         return False
-    loop = getattr(compiled, name + ending)
+    loop = getattr(compiled, name + endings[given[0].dtype])
     finite = loop(*_pointers(*state), *numbers, *_pointers(*given), given[0].numel())
     if isinstance(chunk, Difference):
         chunk.note(bool(finite))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import torch
@@ -26,9 +26,8 @@ def usable_cores() -> int:
 def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """Apply a function to items, on as many threads as torch uses; results in the items' order.
 
-    Each thread works on one piece at a time, with torch's own threads switched off within it: a
-    piece that fits a core's cache stays there, where torch would spread every operation over all
-    cores. After the first error, which is raised, no further item is begun.
+    Within a thread torch's own threads are switched off: a piece that fits a core's cache stays
+    there. After the first error, which is raised, no further item is begun.
 
     Example:
         >>> in_threads(abs, [-1, 2, -3])
@@ -49,11 +48,10 @@ def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> lis
         for index in indices:
             results[index] = function(waiting[index])
 
-    running: list[Future[None]] = []
     try:
         with ThreadPoolExecutor(threads) as pool:
             try:
-                running += [pool.submit(work) for _ in range(threads)]
+                running = [pool.submit(work) for _ in range(threads)]
                 for ended in wait(running, return_when=FIRST_EXCEPTION).done:
                     ended.result()
             finally:  # after an error or Ctrl-C, what is under way ends and nothing new begins

@@ -33,9 +33,9 @@ _MAP = sys.platform != "win32"
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Write a file so that it is there whole or not at all.
 
-    The block writes to a temporary neighbour, an empty file, which takes the place of `path` in one
-    step: a crash or a power cut at any moment leaves either the former file or the new one. Missing
-    parent folders are made.
+    The block writes to a temporary neighbour, an empty file, which replaces `path` in one step: a
+    crash or a power cut leaves either the former file or the new one. Missing parent folders are
+    made.
 
     Example::
 
@@ -46,9 +46,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     with storage_errors(path), appearing(path) as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
-        mode = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(mode)  # some writers put a file there that only its owner may read
 
 
 @contextmanager
@@ -63,8 +61,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def appearing(path: Path, overwrite: bool = True) -> Iterator[Path]:
     """Name a hidden neighbour, of which the block makes the file or the folder at `path`.
 
-    It gets its name in one step when everything in it has reached the disk, and must not be open
-    then. It is removed if the block raises.
+    It must not be open when the block ends: it gets its name when everything in it has reached the
+    disk. It is removed if the block raises.
     """
     hidden = _hidden(path)
     try:
@@ -78,25 +76,22 @@ def appearing(path: Path, overwrite: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def storage_errors(path: str | Path) -> Iterator[None]:
-    """Turn what writing `path` raises for a full disk or a read-only folder into `StorageError`.
-
-    That is any error of the system, and those of the writers of torch and of safetensors.
-    """
+    """Turn errors of the system, and of the writers of torch and safetensors, to `StorageError`."""
     try:
         yield
     except StorageError:
         raise
-    except OSError as error:
-        raise StorageError(_cannot_write(path, error.strerror or error)) from error
-    except SafetensorError as error:
-        if "I/O error" not in str(error):
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason: object = error
+        if isinstance(error, OSError):
+            reason = error.strerror or error
+        elif re.search("PytorchStreamWriter|inline_container", str(error)):
+            reason = "the disk took no more"  # which `torch.save` tells by such text only
+        elif not (isinstance(error, SafetensorError) and "I/O error" in str(error)):
             raise
-        raise StorageError(_cannot_write(path, error)) from error
-    except RuntimeError as error:
-        # The writer behind `torch.save` tells a full disk by text only.
-        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
-            raise
-        raise StorageError(_cannot_write(path, "the disk took no more")) from error
+        raise StorageError(
+            f"'{path}' cannot be written ({reason}); nothing that was there before is lost"
+        ) from error
 
 
 def remove_leftovers(folder: str | Path) -> None:
@@ -162,10 +157,7 @@ def check_state(path: str | Path) -> None:
 def save_tensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write tensors to a safetensors file, atomically; the same content gives the same bytes.
-
-    They may be of any shape and device; those that share memory are written once for each name.
-    """
+    """Write tensors to a safetensors file, atomically; the same content gives the same bytes."""
     header = Header({name: (t.dtype, t.shape) for name, t in tensors.items()}, metadata)
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         file.write(header.encode(metadata))
@@ -236,7 +228,6 @@ def _remove(path: Path) -> None:
 
 
 def _hidden(path: Path) -> Path:
-    """Name what is not whole yet, beside where it will be; another name every time."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
@@ -258,7 +249,3 @@ def _reason(error: BaseException | None) -> str:
     # "GLOBAL" is what pickle calls a class or a function.
     line = next((line for line in lines if "GLOBAL" in line), lines[0])
     return line.partition(" Please use ")[0].strip(" .")
-
-
-def _cannot_write(path: str | Path, reason: object) -> str:
-    return f"'{path}' cannot be written ({reason}); nothing that was there before is lost"

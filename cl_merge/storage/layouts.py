@@ -16,15 +16,8 @@ from cl_merge.storage.safetensors_format import once_each
 INDEX = ".safetensors.index.json"
 
 # What libraries look for, in the order of preference; two of one group are two checkpoints.
-_USUAL = (
-    (
-        "model.safetensors",
-        "model" + INDEX,
-        "open_clip_model.safetensors",
-        "open_clip_model" + INDEX,
-    ),
-    ("pytorch_model.bin", "open_clip_pytorch_model.bin"),
-)
+_MODELS = [stem + end for stem in ("model", "open_clip_model") for end in (".safetensors", INDEX)]
+_PICKLES = ["pytorch_model.bin", "open_clip_pytorch_model.bin"]
 # Of torch.save, but no weights.
 _TRAINING = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")
 
@@ -36,13 +29,12 @@ _SIDE_NAMES = ("LICENSE", "LICENCE", "NOTICE")
 def find_weights(folder: Path) -> Path:
     """Find the one file of weights in a folder: safetensors, their index, or of `torch.save`."""
     names = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
-    tensors = [name for name in names if name.endswith(".safetensors")]
     pickles = [name for name in names if name.lower().endswith(SUFFIXES)]
     for group in (
-        [name for name in _USUAL[0] if name in names],
+        [name for name in _MODELS if name in names],
         [name for name in names if name.endswith(INDEX)],
-        tensors,
-        [name for name in _USUAL[1] if name in names],
+        [name for name in names if name.endswith(".safetensors")],
+        [name for name in _PICKLES if name in names],
         [name for name in pickles if not name.startswith(_TRAINING)],
     ):
         if len(group) > 1:
@@ -78,10 +70,9 @@ def read_index(path: Path) -> dict[Path, list[str]]:
 
 
 def check_inside(file: Path, folder: Path) -> None:
-    """Make sure that a file of a folder is not a link to one elsewhere.
+    """Make sure that a file of a downloaded folder is not a link to one elsewhere.
 
-    Folders are downloaded from strangers; a link would make a merge read, or copy, what is not
-    theirs. The cache of the Hugging Face hub is an exception: there every file of a model's
+    The cache of the Hugging Face hub is an exception: there every file of a model's
     ``snapshots/REVISION`` is a link to the ``blobs`` of the same model.
     """
     # Not `Path.resolve`, which raises on links that go in circles.
@@ -98,10 +89,9 @@ def side_files(folder: Path) -> list[Path]:
 
 
 def output_files(like: str, sizes: Mapping[str, int], shard_bytes: float) -> dict[str, list[str]]:
-    """Distribute tensors over files, in order, which are named as another file of weights or index.
+    """Distribute tensors over at least one file, in order, named as another file of weights is.
 
-    Only a tensor that is larger itself makes a file larger than `shard_bytes`. There is at least
-    one file, empty if there are no tensors.
+    Only a tensor that is larger itself makes a file larger than `shard_bytes`.
     """
     stem = _stem(like)
     if stem.startswith("open_clip"):
@@ -116,11 +106,8 @@ def output_files(like: str, sizes: Mapping[str, int], shard_bytes: float) -> dic
         total += size
     if len(shards) == 1:
         return {f"{stem}.safetensors": shards[0]}
-    # As the hub names them.
-    return {
-        f"{stem}-{number:05}-of-{len(shards):05}.safetensors": names
-        for number, names in enumerate(shards, 1)
-    }
+    end = f"-of-{len(shards):05}.safetensors"  # as the hub names them
+    return {f"{stem}-{number:05}{end}": names for number, names in enumerate(shards, 1)}
 
 
 def write_index(folder: Path, files: Mapping[str, Iterable[str]], total: int) -> None:
@@ -164,9 +151,8 @@ def _blobs(home: Path) -> Path | None:
 
 def _goes_along(file: Path, folder: Path) -> bool:
     name = file.name
-    if name.startswith(".") or not file.is_file() or name.endswith(".index.json"):
-        return False
-    if not (name.lower().endswith(_SIDE_SUFFIXES) or name.startswith(_SIDE_NAMES)):
+    wanted = name.lower().endswith(_SIDE_SUFFIXES) or name.startswith(_SIDE_NAMES)
+    if not wanted or name.startswith(".") or name.endswith(".index.json") or not file.is_file():
         return False
     try:
         check_inside(file, folder)

@@ -29,21 +29,15 @@ def torch_weights(path: Path) -> Weights:
     """
     content = _load(path)
     lightning = isinstance(content, Mapping) and _LIGHTNING in content
-    tensors = _without_wrapper(_tensors(path, _state(path, content)))
-    # Addresses in a map are in the order of the file.
-    names = sorted(tensors, key=lambda name: tensors[name].data_ptr())
-    return Weights(
-        path,
-        "Lightning checkpoint" if lightning else "torch checkpoint",
-        {
-            n: StoredTensor(tensors[n].dtype, tensors[n].shape, partial(_read, tensors, n))
-            for n in names
-        },
-    )
-
-
-def _stored(tensors: dict[str, Tensor], name: str) -> StoredTensor:
-    return StoredTensor(tensors[name].dtype, tensors[name].shape, partial(_read, tensors, name))
+    tensors = _tensors(path, _state(path, content))
+    if all(name.startswith(_WRAPPER) for name in tensors):
+        tensors = {name.removeprefix(_WRAPPER): tensor for name, tensor in tensors.items()}
+    stored = {
+        name: StoredTensor(tensor.dtype, tensor.shape, partial(_read, tensors, name))
+        # Addresses in a map are in the order of the file.
+        for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr())
+    }
+    return Weights(path, "Lightning checkpoint" if lightning else "torch checkpoint", stored)
 
 
 def _read(tensors: dict[str, Tensor], name: str, start: int, stop: int) -> Tensor:
@@ -58,7 +52,6 @@ def _read(tensors: dict[str, Tensor], name: str, start: int, stop: int) -> Tenso
 
 
 def _load(path: Path) -> Any:
-    """Read a file of `torch.save`, its tensors mapped."""
     with path.open("rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
     try:
@@ -105,7 +98,6 @@ def _unreadable(path: Path, error: Exception) -> InputError:
 
 
 def _state(path: Path, content: Any) -> Mapping[Any, Any]:
-    """Find the state dict in what a file holds."""
     if not isinstance(content, Mapping):
         raise InputError(
             f"'{path}' holds a {type(content).__name__}; expected a state dict, as saved by "
@@ -133,10 +125,4 @@ def _tensors(path: Path, state: Mapping[Any, Any]) -> dict[str, Tensor]:
                 "values: convert it with to_dense() or dequantize()"
             )
         tensors[name] = value.detach()
-    return tensors
-
-
-def _without_wrapper(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    if tensors and all(name.startswith(_WRAPPER) for name in tensors):
-        return {name.removeprefix(_WRAPPER): tensor for name, tensor in tensors.items()}
     return tensors

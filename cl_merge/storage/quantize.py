@@ -42,9 +42,8 @@ class Scheme:
 
 
 # A part of the file format, but for the shares. Measured on task vectors: with 8 bits clipping does
-# not pay; with fewer, twice as many shares lower the error by about 1 %. Of 2 bits, four levels
-# without a zero, -1.5 to 1.5, make less error in the vectors but more in what MagMax merges,
-# and lose the zeros; the levels -1, 0 and 1 are far behind in all.
+# not pay; with fewer, twice as many shares lower the error by about 1 %. Of 2 bits, levels without
+# a zero, -1.5 to 1.5, make more error in what MagMax merges; -1, 0 and 1 are far behind.
 SCHEMES = {
     "int8": Scheme(8, 128, -127, 127, (1.0,)),
     "int4": Scheme(4, 64, -7, 8, (1.0, 0.9, 0.8, 0.7, 0.6)),
@@ -89,12 +88,11 @@ def quantize(tensor: Tensor, store: str, *, piece: int | None = None) -> Quantiz
     int2      -1, 0, 1, 2          32                     2.5
     ========= ==================== ====================== ==============
 
-    Every group of neighbours in the flattened parameter has a bfloat16 scale: of the range of
-    float32, and short enough that its multiples are exact. Its sign, with int4 and int2, is that of
-    the value of largest magnitude, for which the one multiple more is then there: what mergers
-    live from is written best, zeros stay zeros, and no code is wasted. The magnitude of the scale
-    is, of a few, the one of least squared error. The result depends neither on the device nor on
-    the number of threads, and writing what was read gives the same result again.
+    Every group of neighbours in the flattened parameter has a bfloat16 scale, whose multiples are
+    exact in float32. Its sign, with int4 and int2, is that of the value of largest magnitude, for
+    which the one multiple more is then there: what mergers live from is written best. Its magnitude
+    is, of a few, the one of least squared error. Zeros stay zeros. The result depends neither on
+    the device nor on the number of threads, and writing what was read gives the same result again.
 
     Parameters of less than 4096 values or less than two dimensions, such as biases and norms, are
     bfloat16 in all stores of fewer bits: they hardly count in size, and much in the model.
@@ -130,14 +128,16 @@ def quantize(tensor: Tensor, store: str, *, piece: int | None = None) -> Quantiz
     if store == "float32":
         return Quantized(store, tensor.shape, flat.to(torch.float32, copy=True), None)
     if store == "bf16" or is_small(tensor.shape):
-        return Quantized(store, tensor.shape, _to_bfloat16(flat), None)
+        values = flat.to(torch.float32)
+        if not is_finite(values):
+            raise _not_finite()
+        limit = torch.finfo(torch.bfloat16).max  # the largest of float32 would round to infinity
+        values = values.clamp(-limit, limit).to(torch.bfloat16)
+        return Quantized(store, tensor.shape, values, None)
     scheme = SCHEMES[store]
-    step = _piece(tensor.device, piece) // scheme.group * scheme.group
-
-    def encode_part(first: int) -> tuple[Tensor, Tensor]:
-        return _encode(flat[first : first + step].to(torch.float32), scheme)
-
-    parts = in_threads(encode_part, range(0, flat.numel(), step))
+    step = (piece or _piece(tensor.device)) // scheme.group * scheme.group
+    starts = range(0, flat.numel(), step)
+    parts = in_threads(lambda first: _encode(flat[first : first + step], scheme), starts)
     codes, scales = (torch.cat(column) for column in zip(*parts, strict=True))
     return Quantized(store, tensor.shape, codes, scales)
 
@@ -204,50 +204,36 @@ def is_small(shape: torch.Size) -> bool:
 
 
 def decode_groups(codes: Tensor, scales: Tensor, scheme: Scheme) -> Tensor:
-    """Read whole groups, as `decode` does, a piece at a time on several threads."""
-    values = torch.empty(len(scales) * scheme.group, dtype=torch.float32, device=codes.device)
+    """Read what `_encode` wrote, float32 [n], a piece at a time on several threads."""
+    values = torch.empty(len(scales), scheme.group, dtype=torch.float32, device=codes.device)
+    codes = codes.view(len(scales), scheme.group_bytes)
+    step = _piece(codes.device) // scheme.group
 
     def decode_part(first: int) -> None:
-        last = min(first + step, len(scales))
-        part = codes[first * scheme.group_bytes : last * scheme.group_bytes]
-        decode(part, scales[first:last], scheme, values[first * scheme.group : last * scheme.group])
+        part = slice(first, first + step)
+        multiples = _multiples(codes[part].view(-1), scheme).view(-1, scheme.group)
+        torch.mul(multiples, scales[part].to(torch.float32)[:, None], out=values[part])
 
-    step = _piece(codes.device) // scheme.group
     in_threads(decode_part, range(0, len(scales), step))
-    return values
+    return values.view(-1)
 
 
-def _to_bfloat16(flat: Tensor) -> Tensor:
-    values = flat.to(torch.float32)
-    if not is_finite(values):
-        raise _not_finite()
-    limit = torch.finfo(torch.bfloat16).max  # the largest of float32 would round to infinity
-    return values.clamp(-limit, limit).to(torch.bfloat16)
-
-
-def _piece(device: torch.device, piece: int | None = None) -> int:
-    return piece or (_CPU_PIECE if device.type == "cpu" else _DEVICE_PIECE)
+def _piece(device: torch.device) -> int:
+    return _CPU_PIECE if device.type == "cpu" else _DEVICE_PIECE
 
 
 def _encode(values: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Write float32 values [n] as packed codes and the scales of their groups.
+    """Write values [n] as packed codes and the scales of their groups.
 
     All operations are element by element, or a maximum: their results are the same on every device
     and for every cut.
     """
-    missing = -len(values) % scheme.group
-    values = torch.nn.functional.pad(values, (0, missing)) if missing else values
+    values = torch.nn.functional.pad(values.to(torch.float32), (0, -len(values) % scheme.group))
     values = values.view(-1, scheme.group)
     scales = _scales(values, scheme)
     multiples = values / _without_zeros(scales)[:, None]
     codes = multiples.round_().clamp_(scheme.low, scheme.high).to(torch.int8).view(torch.uint8)
     return _pack(codes.view(-1), scheme.bits), scales.to(torch.bfloat16)
-
-
-def decode(codes: Tensor, scales: Tensor, scheme: Scheme, out: Tensor) -> None:
-    """Read what `_encode` wrote into `out`, contiguous float32 [groups * values of a group]."""
-    multiples = _multiples(codes, scheme).view(-1, scheme.group)
-    torch.mul(multiples, scales.to(torch.float32)[:, None], out=out.view(-1, scheme.group))
 
 
 def _scales(values: Tensor, scheme: Scheme) -> Tensor:
@@ -264,8 +250,8 @@ def _scales(values: Tensor, scheme: Scheme) -> Tensor:
     scales = _in_bfloat16(clips[:, None] * unit, scheme)  # [clips, groups]
     if len(clips) == 1:
         return scales[0]
-    # Errors are measured in units: squares of very small values would be zero. The groups are
-    # columns, which is faster, and the large temporaries are made once.
+    # In units, as squares of very small values would be zero. The groups are columns, which is
+    # faster, and the large temporaries are made once.
     unit = _without_zeros(unit)
     ratios = scales / unit
     in_units = (values / unit[:, None]).t().contiguous()
@@ -286,15 +272,14 @@ def _scales(values: Tensor, scheme: Scheme) -> Tensor:
 
 def _in_bfloat16(scale: Tensor, scheme: Scheme) -> Tensor:
     """Round scales to bfloat16, so that no multiple overflows and none is less than normal."""
-    limit = _largest_scale(scheme.high)
+    limits = torch.finfo(torch.float32)
+    largest = torch.tensor(limits.max / scheme.high).view(torch.int32) & -(1 << 16)  # in bfloat16
+    limit = largest.view(torch.float32).item()
     scale = scale.to(torch.bfloat16).to(torch.float32).clamp_(-limit, limit)
-    tiny = torch.finfo(torch.float32).tiny
-    return torch.where(scale.abs() < tiny, 0.0, scale)
+    return torch.where(scale.abs() < limits.tiny, 0.0, scale)
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
-    if bits == 8:
-        return codes
     each = codes.bitwise_and_((1 << bits) - 1).view(-1, 8 // bits)
     packed = each[:, 0].clone()
     for place in range(1, 8 // bits):
@@ -319,13 +304,6 @@ def _table(scheme: Scheme, device: torch.device) -> Tensor:
         multiples = torch.where(code > scheme.high, code - (1 << scheme.bits), code).float()
         entry = torch.int64 if scheme.bits == 4 else torch.complex128  # never looked at as numbers
         return multiples.view(entry).view(-1).to(device)
-
-
-@functools.cache
-def _largest_scale(high: int) -> float:
-    """The largest bfloat16 of which this multiple is finite."""
-    largest = torch.tensor(torch.finfo(torch.float32).max / high)
-    return (largest.view(torch.int32) & -(1 << 16)).view(torch.float32).item()
 
 
 def _sum(rows: Tensor) -> Tensor:

@@ -43,16 +43,11 @@ def save_quantized(
     tensors = {}
     for name in shapes:
         quantized = quantize_named(name, vector[name], store)
-        if quantized.scales is None:
-            tensors[_VALUES + name] = quantized.codes.cpu()
-        else:
-            tensors[_CODES + name] = quantized.codes.cpu()
+        tensors[(_VALUES if quantized.scales is None else _CODES) + name] = quantized.codes.cpu()
+        if quantized.scales is not None:
             tensors[_SCALES + name] = quantized.scales.cpu()
-    ours = {
-        TASK_VECTOR: QUANTIZED_VERSION,
-        STORE: store,
-        _SHAPES: json.dumps(shapes, separators=(",", ":")),
-    }
+    text = json.dumps(shapes, separators=(",", ":"))
+    ours = {TASK_VECTOR: QUANTIZED_VERSION, STORE: store, _SHAPES: text}
     save_tensors(path, tensors, {**metadata, **ours})
 
 
@@ -67,13 +62,20 @@ def load_quantized(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def quantized_weights(raw: Weights) -> Weights:
     """Show the values of a quantised task vector, float32, decoded stretch by stretch.
 
-    Its names are sorted; its metadata are what the vector was saved with, and the store. A damaged
-    file is an error that names the tensor; the scales are read for this, the codes are not.
+    Its metadata are what the vector was saved with, and the store. A damaged file is an error that
+    names the tensor; the scales are read for this, the codes are not.
     """
-    metadata = dict(raw.metadata)
-    metadata.pop(TASK_VECTOR, None)
-    scheme = SCHEMES.get(_read_store(raw.path, metadata.get(STORE)))
-    shapes = _read_shapes(raw.path, metadata.pop(_SHAPES, None))
+    metadata = {key: text for key, text in raw.metadata.items() if key != TASK_VECTOR}
+    store = metadata.get(STORE)
+    if store is None:
+        raise _damaged(raw.path, f"its metadata lack '{STORE}'")
+    if store not in STORES[1:]:
+        raise InputError(
+            f"'{raw.path}' stores its values as '{store}', which this cl_merge does not know; "
+            "update cl_merge"
+        )
+    scheme = SCHEMES.get(store)
+    shapes = _read_shapes(raw.path, metadata.pop(_SHAPES, ""))
     left = set(raw.names)
     tensors = {name: _parameter(raw, left, name, shape, scheme) for name, shape in shapes.items()}
     if left:
@@ -87,7 +89,8 @@ def _parameter(
     """Take the sound tensors of a parameter from those that are left in the file."""
     if scheme is None or is_small(shape):
         _take(raw, left, _VALUES + name, torch.bfloat16, shape.numel())
-        return StoredTensor(torch.float32, shape, partial(_read_values, raw, name))
+        values = partial(raw.read, _VALUES + name)
+        return StoredTensor(torch.float32, shape, lambda *part: values(*part).to(torch.float32))
     groups = -(-shape.numel() // scheme.group)
     _take(raw, left, _CODES + name, torch.uint8, groups * scheme.group_bytes)
     _take(raw, left, _SCALES + name, torch.bfloat16, groups)
@@ -95,10 +98,6 @@ def _parameter(
     if not bool((scales * scheme.high).isfinite().all()):
         raise _damaged(raw.path, f"'{_SCALES + name}' holds NaN or values that are too large")
     return StoredTensor(torch.float32, shape, partial(_read_groups, raw, name, scheme))
-
-
-def _read_values(raw: Weights, name: str, start: int, stop: int) -> Tensor:
-    return raw.read(_VALUES + name, start, stop).to(torch.float32)
 
 
 def _read_groups(raw: Weights, name: str, scheme: Scheme, start: int, stop: int) -> Tensor:
@@ -112,25 +111,14 @@ def _take(raw: Weights, left: set[str], key: str, dtype: torch.dtype, size: int)
     if key not in left:
         raise _damaged(raw.path, f"'{key}' is missing")
     left.remove(key)
-    found = f"{raw.dtype(key)} {tuple(raw.shape(key))}"
-    if found != f"{dtype} {(size,)}":
-        raise _damaged(raw.path, f"'{key}' is {found} instead of {dtype} {(size,)}")
+    found, wanted = f"{raw.dtype(key)} {tuple(raw.shape(key))}", f"{dtype} {(size,)}"
+    if found != wanted:
+        raise _damaged(raw.path, f"'{key}' is {found} instead of {wanted}")
 
 
-def _read_store(path: str | Path, store: str | None) -> str:
-    if store is None:
-        raise _damaged(path, f"its metadata lack '{STORE}'")
-    if store not in STORES[1:]:
-        raise InputError(
-            f"'{path}' stores its values as '{store}', which this cl_merge does not know; update "
-            "cl_merge"
-        )
-    return store
-
-
-def _read_shapes(path: str | Path, text: str | None) -> dict[str, torch.Size]:
+def _read_shapes(path: str | Path, text: str) -> dict[str, torch.Size]:
     try:
-        shapes = json.loads(text or "")
+        shapes = json.loads(text)
         sound = isinstance(shapes, dict) and all(map(_is_shape, shapes.values()))
     except (ValueError, RecursionError):
         sound = False

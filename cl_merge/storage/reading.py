@@ -46,16 +46,13 @@ def open_weights(path: str | Path) -> Weights:
     """
     path = Path(path)
     try:
-        return _open_folder(path) if path.is_dir() else _open_file(path)
+        if not path.is_dir():
+            return _open_file(path)
+        weights = _open_file(find_weights(path))
+        weights.path = weights.folder = path
+        return weights
     except OSError as error:
         raise InputError(f"'{path}' cannot be read ({error.strerror or error})") from error
-
-
-def _open_folder(folder: Path) -> Weights:
-    file = find_weights(folder)
-    weights = _open_file(file)
-    weights.path = weights.folder = folder
-    return weights
 
 
 def _open_file(path: Path) -> Weights:

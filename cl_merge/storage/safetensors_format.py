@@ -61,26 +61,19 @@ _NO_RESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000 if _USUAL else 0)
 
 
 class Header:
-    """The header of a file that is written piece by piece; the same content gives the same bytes.
-
-    Room is kept for metadata of as many bytes.
-    """
+    """The header of a file that is written piece by piece, with room for as long metadata."""
 
     def __init__(self, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
         _check_entries(entries, metadata)
         # The widest dtypes first, so that all data is aligned.
-        self.entries = dict(
-            sorted(entries.items(), key=lambda item: (-item[1][0].itemsize, item[0]))
-        )
+        names = sorted(entries, key=lambda name: (-entries[name][0].itemsize, name))
+        self.entries = {name: entries[name] for name in names}
         self._table: dict[str, dict[str, Any]] = {}
         end = 0
         for name, (dtype, shape) in self.entries.items():
             begin, end = end, end + size_of((dtype, shape))
-            self._table[name] = {
-                "dtype": CODES[dtype],
-                "shape": list(shape),
-                "data_offsets": [begin, end],
-            }
+            entry = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+            self._table[name] = entry
         length = len(self._text(metadata))
         self._data = 8 + length + -length % 8
         if self._data > _LONGEST_HEADER:
@@ -88,9 +81,7 @@ class Header:
                 f"the names of {len(entries)} tensors are too long for a safetensors file; write "
                 "to a folder, with a smaller shard_bytes"
             )
-        self.offsets = {
-            n: self._data + entry["data_offsets"][0] for n, entry in self._table.items()
-        }
+        self.offsets = {n: self._data + row["data_offsets"][0] for n, row in self._table.items()}
         self.size = self._data + end  # bytes of the file
 
     def encode(self, metadata: Mapping[str, str]) -> bytes:
@@ -159,11 +150,9 @@ def safetensors_weights(path: Path, files: Sequence[SafetensorsFile], kind: str)
     """Join the tensors of files to one checkpoint, with the metadata of the first file."""
     mapped = functools.lru_cache(maxsize=_MAPS)(SafetensorsFile.map)
     tensors = {
-        name: StoredTensor(
-            location.dtype, location.shape, functools.partial(_read, mapped, file, location)
-        )
+        name: StoredTensor(found.dtype, found.shape, functools.partial(_read, mapped, file, found))
         for file in files
-        for name, location in file.locations.items()
+        for name, found in file.locations.items()
     }
     return Weights(path, kind, tensors, files[0].metadata if files else {})
 
@@ -183,11 +172,11 @@ def size_of(entry: Entry) -> int:
 
 def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make an object of JSON, in which readers would silently drop all but one of equal names."""
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"'{twice}' is there twice")
+    table: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in table:
+            raise ValueError(f"'{name}' is there twice")
+        table[name] = value
     return table
 
 
@@ -238,17 +227,12 @@ def _read(
 
 
 def _private_map(handle: int) -> mmap.mmap:
-    """Map a file so that pages may be written to, as torch warns of memory that may not.
-
-    No one writes to them, and it would not reach the file.
-    """
+    """Map a file; writable, as torch warns of memory that is not, but nothing reaches the file."""
     if not hasattr(mmap, "MAP_PRIVATE"):  # on Windows
         return mmap.mmap(handle, 0, access=mmap.ACCESS_COPY)
-    return mmap.mmap(
-        handle, 0, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
-    )
+    flags, protection = mmap.MAP_PRIVATE | _NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+    return mmap.mmap(handle, 0, flags=flags, prot=protection)
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int, int, int]:
-    """Tell one file, and one state of it, from another."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

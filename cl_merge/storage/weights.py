@@ -75,8 +75,7 @@ class Weights:
             stop: Index after the last element; None for all that follow.
 
         Returns:
-            The elements, flat, for reading only: mostly a view of the file, whose values are read
-            when they are used and whose memory belongs to the system's cache.
+            The elements, flat, for reading only: mostly a view of the file, in the system's cache.
 
         Raises:
             InputError: If the file changed since it was opened.

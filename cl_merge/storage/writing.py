@@ -34,7 +34,7 @@ def write_weights(
 ) -> Iterator[Writer]:
     """Write safetensors, a stretch at a time, so that they are there whole or not at all.
 
-    Everything is written beside `path`, to a hidden file or folder that gets its name when the
+    Everything is written to a hidden file or folder beside `path`, which gets its name when the
     block has ended. If the block raises, nothing is left; if the process is killed, at most what is
     hidden, which the next write to `path` removes. The same content gives the same bytes.
 
@@ -43,8 +43,8 @@ def write_weights(
             and several files if the weights are larger than `shard_bytes`. Missing parent folders
             are made.
         entries: Dtype and shape of each tensor, by name; folders keep this order from file to file.
-        metadata: Words to keep beside the tensors; ``format`` is always ``pt``, without which
-            transformers refuses a file.
+        metadata: Words to keep beside the tensors; ``format`` is always ``pt``, as transformers
+            demands.
         like: For a folder: whose names to use, and whose configuration and tokenizer to copy.
         shard_bytes: In a folder, the most bytes of one file. open_clip reads no index: what is like
             an open_clip folder is always one file.
@@ -67,8 +67,15 @@ def write_weights(
     path = Path(path)
     check_output(path, overwrite=overwrite)
     metadata = {**metadata, "format": "pt"}
-    headers = _headers(path, entries, metadata, like, shard_bytes)
     target = path if _is_file(path) else Path(os.path.realpath(path))
+    folder = like.folder if like is not None else None
+    sizes = {name: size_of(entry) for name, entry in entries.items()}
+    files = {path.name: list(entries)}
+    if not _is_file(path):
+        files = output_files(like.file_name if like and folder else "", sizes, shard_bytes)
+    headers = {
+        file: Header({n: entries[n] for n in names}, metadata) for file, names in files.items()
+    }
     with storage_errors(path):
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers_of(target)
@@ -79,12 +86,15 @@ def write_weights(
         with storage_errors(path):
             if not _is_file(path):
                 hidden.mkdir()
-                _write_side_files(hidden, headers, like)
-            files = [
+                if len(files) > 1:
+                    write_index(hidden, files, sum(sizes.values()))
+                for side in side_files(folder) if folder is not None else ():
+                    (hidden / side.name).write_bytes(side.read_bytes())
+            opened_files = [
                 opened.enter_context(_NewFile(hidden if _is_file(path) else hidden / name, header))
                 for name, header in headers.items()
             ]
-        writer = Writer(path, files, metadata)
+        writer = Writer(path, opened_files, metadata)
         yield writer
         writer.check_complete()
         with storage_errors(path):
@@ -125,10 +135,7 @@ def check_output(
 
 
 class Writer:
-    """Takes the values of the tensors that are being written.
-
-    Made by `write_weights`.
-    """
+    """Takes the values of the tensors that are being written; made by `write_weights`."""
 
     def __init__(self, path: Path, files: Sequence[_NewFile], metadata: Mapping[str, str]) -> None:
         self._path = path
@@ -165,7 +172,7 @@ class Writer:
         self._written[name].append((start, stop))
 
     def amend(self, metadata: Mapping[str, str]) -> None:
-        """Change metadata, where it is known only after the data.
+        """Change metadata that is known only after the data.
 
         Args:
             metadata: New values of some keys, no longer than those that were there.
@@ -178,11 +185,7 @@ class Writer:
         self._write_headers()
 
     def check_complete(self) -> None:
-        """Make sure that every element was written exactly once.
-
-        Raises:
-            RuntimeError: If one was not.
-        """
+        """Make sure that every element was written exactly once, else raise `RuntimeError`."""
         for name, file in self._file_of.items():
             reached = 0
             for start, stop in sorted(self._written[name]):
@@ -222,34 +225,6 @@ class _NewFile:
         self._file.close()
 
 
-def _headers(
-    path: Path,
-    entries: Mapping[str, Entry],
-    metadata: Mapping[str, str],
-    like: Weights | None,
-    shard_bytes: int,
-) -> dict[str, Header]:
-    """Plan the files, by name."""
-    if _is_file(path):
-        return {path.name: Header(entries, metadata)}
-    sizes = {name: size_of(entry) for name, entry in entries.items()}
-    name_like = like.file_name if like is not None and like.folder is not None else ""
-    return {
-        file: Header({name: entries[name] for name in names}, metadata)
-        for file, names in output_files(name_like, sizes, shard_bytes).items()
-    }
-
-
-def _write_side_files(folder: Path, headers: Mapping[str, Header], like: Weights | None) -> None:
-    """Write what lies beside the weights in a folder: the index, and copies of the base's files."""
-    if len(headers) > 1:
-        total = sum(size_of(e) for header in headers.values() for e in header.entries.values())
-        write_index(folder, {file: header.entries for file, header in headers.items()}, total)
-    if like is not None and like.folder is not None:
-        for side in side_files(like.folder):
-            (folder / side.name).write_bytes(side.read_bytes())
-
-
 def _is_file(path: Path) -> bool:
-    """Tell whether an output is one file, and not a folder, by its name."""
+    """Whether an output is one file, and not a folder, by its name."""
     return path.suffix.lower() == ".safetensors"
