@@ -1,7 +1,7 @@
 """What task vectors look like: the pruning curve, sign conflicts, direction consistency, origins.
 
-Pure functions over task vectors. Those that take several read them one at a time and once, so that
-a generator that loads files will do and memory does not depend on the number of tasks.
+Functions of several task vectors read them one at a time and once: a generator that loads files
+will do, and memory does not depend on the number of tasks.
 """
 
 from __future__ import annotations
@@ -27,16 +27,14 @@ KEPT = ("highest", "lowest", "random")
 """Which entries `keep` can keep."""
 
 _COUNT = torch.int32
-_CHUNK = 1 << 20  # elements; what is drawn for them takes 8 bytes each
 
 
 def keep(vector: TaskVector, share: float, which: str = "highest", seed: int = 0) -> TaskVector:
     """Prune a task vector: keep a share of its entries and set the others to zero.
 
-    Entries are ranked over the whole vector, not per parameter: d of them, of which
-    n = round(share * d), at least one, are kept. Entries whose magnitude equals that of the n-th
-    are kept, too, so that the order of the parameters does not matter. At random, each entry is
-    kept with probability `share`, and a larger share keeps all that a smaller one keeps.
+    Of d entries, ranked over the whole vector, n = round(share * d) are kept, at least one, and
+    those whose magnitude equals that of the n-th. At random, each entry is kept with probability
+    `share`, and a larger share keeps all that a smaller one keeps.
 
     Args:
         vector: Floating-point tensors of any shape and dtype.
@@ -48,8 +46,7 @@ def keep(vector: TaskVector, share: float, which: str = "highest", seed: int = 0
         A new task vector in float32, of the same names, shapes and metadata.
 
     Raises:
-        InputError: If the share is outside (0, 1], `which` is unknown, or a value is not finite in
-            float32.
+        InputError: If an argument is wrong, or a value is not finite in float32.
 
     Example:
         >>> vector = TaskVector({"weight": torch.tensor([4.0, 0.1, -3.0, 1.0, 2.0])})
@@ -59,8 +56,8 @@ def keep(vector: TaskVector, share: float, which: str = "highest", seed: int = 0
         tensor([0.0000, 0.1000, 0.0000, 1.0000, 0.0000])
 
     Reference:
-        Marczak et al., MagMax: Leveraging Model Merging for Seamless Continual Learning, ECCV 2024,
-        the figure of accuracy against the share of task-vector parameters kept.
+        Marczak et al., MagMax, ECCV 2024, the figure of accuracy against the share of task-vector
+        parameters kept.
     """
     share = checked_share("share", share)
     if which not in KEPT:
@@ -77,11 +74,10 @@ def keep(vector: TaskVector, share: float, which: str = "highest", seed: int = 0
 def sign_conflicts(vectors: Iterable[TaskVector], density: float = 0.2) -> float:
     """Measure how often tasks disagree on the direction of their largest changes.
 
-    Each task vector is trimmed on its own, as in TIES: what stays are the values that reach the
-    threshold of its `density`, ranked over all its parameters. A position counts if at least one
-    task keeps a non-zero value there, and it is in conflict if one task keeps a positive and
-    another a negative value. Hence disjoint choices are no conflict, and the denominator, the union
-    of what the tasks keep, grows with the number of tasks unless they choose the same positions.
+    Each task vector is trimmed on its own, as in TIES, to the share `density`. A position counts if
+    at least one task keeps a non-zero value there, and it is in conflict if one task keeps a
+    positive and another a negative value. Hence disjoint choices are no conflict, and more
+    positions count with more tasks, unless they choose the same ones.
 
     Args:
         vectors: One task vector per task, of equal names and shapes; read once.
@@ -92,8 +88,8 @@ def sign_conflicts(vectors: Iterable[TaskVector], density: float = 0.2) -> float
         single task.
 
     Raises:
-        InputError: If there is no task vector, if they differ in names or shapes, if a value is not
-            finite, or if the density is outside (0, 1].
+        InputError: If there is no task vector, they do not match, a value is not finite, or the
+            density is outside (0, 1].
 
     Example:
         >>> vectors = [
@@ -105,8 +101,7 @@ def sign_conflicts(vectors: Iterable[TaskVector], density: float = 0.2) -> float
 
     Reference:
         Marczak et al., MagMax, ECCV 2024, the figure of sign conflicts among the top 20 % of
-        parameters, independent against sequential fine-tuning; after Yadav et al., TIES-Merging,
-        NeurIPS 2023, section 3.
+        parameters; after Yadav et al., TIES-Merging, NeurIPS 2023, section 3.
     """
     signs = _Signs(density=density)
     _fold(vectors, signs)
@@ -117,24 +112,17 @@ def sign_conflict_curve(vectors: Iterable[TaskVector], density: float = 0.2) -> 
     """Measure after every task how often the tasks so far disagree, in one pass.
 
     Args:
-        vectors: One task vector per task, in the order of the tasks, of equal names and shapes;
-            read once.
-        density: Share of each task vector that stays, above 0 and up to 1.
+        vectors: As for `sign_conflicts`, in the order of the tasks.
+        density: As for `sign_conflicts`.
 
     Returns:
         A number per task: the t-th, counted from 1, is `sign_conflicts` of the first t vectors.
-
-    Raises:
-        InputError: As `sign_conflicts`.
 
     Example:
         >>> up, down = torch.tensor([4.0, 3.0, 0.1]), torch.tensor([4.0, -3.0, 0.2])
         >>> vectors = [TaskVector({"weight": values}) for values in (up, up, down)]
         >>> sign_conflict_curve(vectors, density=0.5)
         [0.0, 0.0, 0.5]
-
-    Reference:
-        As `sign_conflicts`.
     """
     signs = _Signs(density=density)
     curve: list[float] = []
@@ -164,15 +152,14 @@ def direction_consistency(
     """Compare the magnitude of merged entries with how consistently tasks moved them.
 
     The consistency of an entry is abs(sum of sign(u_t)) / (number of non-zero u_t) over its updates
-    u_t by task t: 1 if all tasks that moved it moved it the same way, 0 if as many moved it up as
-    down. Random signs score above 0 as well: about sqrt(2 / (pi * T)) for T updates.
+    u_t by task t: 1 if all moved it the same way, 0 if as many moved it up as down. Random signs
+    score about sqrt(2 / (pi * T)) for T updates.
 
     The entries of the max-magnitude merge are cut into bins at the quantiles of their magnitude,
     over all parameters. Equal magnitudes share a bin, and entries that no task moved are left out.
 
     Args:
-        vectors: One task vector per task, in the order of the tasks, of equal names and shapes;
-            read once.
+        vectors: One per task, in the order of the tasks, of equal names and shapes; read once.
         bins: Number of bins.
         sequential: Whether each task started from the weights of the one before, so that its update
             is u_t = tau_t - tau_(t-1), u_0 = tau_0. If not, all tasks started from the base:
@@ -182,8 +169,8 @@ def direction_consistency(
         Bounds, sizes and mean consistencies of the bins.
 
     Raises:
-        InputError: If there is no task vector, if they differ in names or shapes, if a value is not
-            finite, or if `bins` is no whole number above 0.
+        InputError: If there is no task vector, they do not match, a value is not finite, or `bins`
+            is no whole number above 0.
 
     Example:
         >>> vectors = [
@@ -195,22 +182,24 @@ def direction_consistency(
         ((2, 2), (0.5, 1.0))
 
     Reference:
-        Marczak et al., MagMax, ECCV 2024, the figure of magnitude against consistency of the update
-        direction.
+        Marczak et al., MagMax, ECCV 2024, the figure of magnitude against consistency.
     """
     if not isinstance(bins, int) or isinstance(bins, bool) or bins < 1:
         raise InputError(f"bins must be a whole number above 0, not {bins!r}")
     largest, consistency = MaxMagnitude(), _Consistency(sequential=sequential)
     _fold(vectors, largest, consistency)
     merged = largest.merged()
-    upper = _quantiles(merged, bins)
+    # At the quantiles of the entries that are not zero.
+    moved = sum(int(tensor.count_nonzero()) for tensor in merged.values())
+    zeros = merged.numel() - moved
+    upper = [_magnitude(merged, zeros + round(i * moved / bins)) for i in range(1, bins + 1)]
     counts, sums = torch.zeros(bins, dtype=torch.int64), torch.zeros(bins, dtype=torch.float64)
     for name, values in consistency.items():
-        magnitudes, moved = merged[name].abs(), merged[name] != 0
+        magnitudes, counting = merged[name].abs(), merged[name] != 0
         limits = torch.tensor(upper[:-1], device=magnitudes.device)
-        bins_of = torch.bucketize(magnitudes[moved], limits)
+        bins_of = torch.bucketize(magnitudes[counting], limits)
         counts += torch.bincount(bins_of, minlength=bins).cpu()
-        sums += torch.bincount(bins_of, values[moved].double(), minlength=bins).cpu()
+        sums += torch.bincount(bins_of, values[counting].double(), minlength=bins).cpu()
     means = (sums / counts).tolist()
     return DirectionConsistency(tuple(upper), tuple(counts.tolist()), tuple(means))
 
@@ -227,17 +216,13 @@ def origin(vectors: Iterable[TaskVector]) -> dict[str, list[float]]:
         the entry is the later task's, as in the merge.
 
     Raises:
-        InputError: If there is no task vector, if they differ in names or shapes, or if a value is
-            not finite.
+        InputError: If there is no task vector, they do not match, or a value is not finite.
 
     Example:
         >>> first = TaskVector({"weight": torch.tensor([3.0, -1.0, 2.0, 4.0])})
         >>> second = TaskVector({"weight": torch.tensor([1.0, 0.5, -2.0, 3.0])})
         >>> origin([first, second])
         {'weight': [0.75, 0.25]}
-
-    Reference:
-        Marczak et al., MagMax, ECCV 2024: of which tasks the merge is made.
     """
     return {
         name: [count / max(sum(counts), 1) for count in counts]
@@ -249,14 +234,11 @@ def origin_counts(vectors: Iterable[TaskVector]) -> dict[str, list[int]]:
     """Count how many entries of the max-magnitude merge come from which task, by parameter.
 
     Args:
-        vectors: One task vector per task, of equal names and shapes; read once.
+        vectors: As for `origin`.
 
     Returns:
         For each parameter the number of its non-zero merged entries that each task contributes: one
         number per task. Counts of several parameters may be added up, as for a layer.
-
-    Raises:
-        InputError: As `origin`.
 
     Example:
         >>> first = TaskVector({"weight": torch.tensor([3.0, -1.0, 2.0, 4.0, 0.0])})
@@ -272,8 +254,7 @@ def origin_counts(vectors: Iterable[TaskVector]) -> dict[str, list[int]]:
     }
 
 
-# The mergers' bookkeeping carries these too: it checks, cuts and folds one vector after another.
-# What comes out is a figure for every element instead of a weight.
+# Mergers whose results are a figure for every element instead of a weight.
 
 
 class _Signs(Merger):
@@ -363,34 +344,20 @@ def _fold(
 
 
 def _ranked(vector: TaskVector, share: float, which: str) -> Callable[[str, Tensor], Tensor]:
-    size = vector.numel()
-    number = max(1, round(share * size))
+    number = max(1, round(share * vector.numel()))
     if which == "lowest":
         most = _magnitude(vector, number)
         return lambda _, tensor: tensor.abs() <= most
-    least = _magnitude(vector, size - number + 1)
+    least = _magnitude(vector, vector.numel() - number + 1)
     return lambda _, tensor: tensor.abs() >= least
 
 
 def _drawn(share: float, seed: int) -> Callable[[str, Tensor], Tensor]:
-    limit = int(share * 2.0**63) - 1  # the numbers drawn are 0 to 2^63 - 1
-
     def stays(name: str, tensor: Tensor) -> Tensor:
-        key, size, device = derive_seed(seed, name), tensor.numel(), tensor.device
-        parts = [
-            random_bits(key, start, min(_CHUNK, size - start), device) <= limit
-            for start in range(0, max(size, 1), _CHUNK)
-        ]
-        return torch.cat(parts).view(tensor.shape)
+        draws = random_bits(derive_seed(seed, name), 0, tensor.numel(), tensor.device)
+        return draws.view(tensor.shape) <= int(share * 2.0**63) - 1  # they are 0 to 2^63 - 1
 
     return stays
-
-
-def _quantiles(vector: TaskVector, bins: int) -> list[float]:
-    """Cut the magnitudes of the non-zero entries into equal parts; the upper bound of each."""
-    moved = sum(int(tensor.count_nonzero()) for tensor in vector.values())
-    zeros = vector.numel() - moved
-    return [_magnitude(vector, zeros + round(i * moved / bins)) for i in range(1, bins + 1)]
 
 
 def _magnitude(vector: TaskVector, rank: int) -> float:

@@ -17,13 +17,8 @@ BLOCK = 1 << 22
 class ContentHash:
     """Hashes the tensors of a checkpoint as they are read: in any order, on any thread.
 
-    The hash depends on names, shapes, dtypes and values alone: the same weights as one safetensors
-    file, in shards, or in a PyTorch checkpoint have the same. It is made of XXH3-128, at the speed
-    of memory, and tells whether two files hold the same; it is no signature.
-
-    Args:
-        weights: The checkpoint; what it holds is added with `update`.
-        block: Elements that are hashed together.
+    The hash depends on names, shapes, dtypes and values alone, not on the kind of file. It is made
+    of XXH3-128, at the speed of memory, of `block` elements at a time; it is no signature.
     """
 
     def __init__(self, weights: Weights, block: int = BLOCK) -> None:

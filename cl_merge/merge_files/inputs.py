@@ -43,17 +43,18 @@ class ByteCount:
 
 
 class Inputs:
-    """The base, the tasks and the importances of a merge.
-
-    `passes` tells how often the tasks' merged tensors are going to be read, `block` how many
-    elements are hashed together.
-    """
+    """The base, the tasks, whose merged tensors are read `passes` times, and the importances."""
 
     def __init__(self, plan: Plan, progress: Progress | None, passes: int, block: int) -> None:
         self.all = [plan.base, *plan.tasks, *plan.importances]
         self.hashes = [ContentHash(weights, block) for weights in self.all]
         self.differing: set[str] = set()  # tensors that are not merged but not the base's either
-        self.count = ByteCount(progress, _bytes_to_read(plan, passes))
+        # Everything once; in each pass before, the tasks, and the base beside fine-tuned weights.
+        base = bytes_of(plan.base, plan.merged)
+        to_read = sum(bytes_of(weights, plan.base.names) for weights in self.all)
+        for task in plan.tasks * (passes - 1):
+            to_read += bytes_of(task, plan.merged) + (0 if task.is_task_vector else base)
+        self.count = ByteCount(progress, to_read)
         self._plan = plan
         self._held = [set(weights.names) for weights in self.all]
 
@@ -66,10 +67,7 @@ class Inputs:
         return values
 
     def reader(self, task: int, base: Tensor | None = None, *, hashed: bool = False) -> Reader:
-        """Read a task as a task vector, and refuse what is not finite.
-
-        `base` is the stretch of the base that will be asked for, if it was read already.
-        """
+        """Read a task as a finite task vector; `base` is that stretch of the base, if at hand."""
         is_task_vector = self._plan.tasks[task].is_task_vector
 
         def chunk(name: str, part: slice) -> Chunk:
@@ -148,19 +146,8 @@ class Inputs:
 
     def _not_finite(self, weights: Weights) -> list[str]:
         """Names of the merged tensors in which an input has NaN or infinity."""
-        return [
-            name
-            for name in self._plan.merged
-            if not is_finite(weights.read(name).to(torch.float64))
-        ]
-
-
-def _bytes_to_read(plan: Plan, passes: int) -> int:
-    """Everything once; in each pass before, the tasks, and the base beside fine-tuned weights."""
-    base = bytes_of(plan.base, plan.merged)
-    once = sum(bytes_of(w, plan.base.names) for w in (plan.base, *plan.tasks, *plan.importances))
-    tasks = sum(bytes_of(t, plan.merged) + (0 if t.is_task_vector else base) for t in plan.tasks)
-    return once + (passes - 1) * tasks
+        names = self._plan.merged
+        return [name for name in names if not is_finite(weights.read(name).to(torch.float64))]
 
 
 def bytes_of(weights: Weights, names: Iterable[str]) -> int:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -158,7 +159,8 @@ class _Look:
     def run(self, block_size: int) -> Inspection:
         """Read everything twice: for the thresholds, and for the figures."""
         tasks, base = self._tasks, self._base
-        thresholds = torch.tensor([self._threshold(task) for task in range(len(tasks))])
+        readers = [Reader(self._shapes, partial(self._vector, t), _CPU) for t in range(len(tasks))]
+        thresholds = torch.tensor([trim_threshold(reader, self._density) for reader in readers])
         blocks = list(cut(self._shapes, "element", block_size))
         found = in_threads(lambda block: self._figures(*block, thresholds), blocks)
         total, squares = _Figures(len(tasks)), dict[str, Tensor]()
@@ -192,14 +194,13 @@ class _Look:
 
     def _common(self) -> dict[str, torch.Size]:
         """What all files have alike, in the order of the first."""
-        weights = [*self._tasks, *([self._base] if self._base is not None else [])]
-        names = set.intersection(*(set(each.names) for each in weights))
+        first, weights = self._tasks[0], [*self._tasks, *([self._base] if self._base else [])]
+        names = set.intersection(*(set(floating(each)) for each in weights))
         return {
-            name: self._tasks[0].shape(name)
-            for name in self._tasks[0].names
+            name: first.shape(name)
+            for name in first.names
             if name in names
             and len({each.shape(name) for each in weights}) == 1
-            and all(each.dtype(name).is_floating_point for each in weights)
             and len({e.dtype(name) for e in weights if not e.is_task_vector}) < 2
         }
 
@@ -222,10 +223,6 @@ class _Look:
             if is_finite(base.float()) or not is_finite(raw.float()):
                 self._broken[task].add(name)
         return vector.nan_to_num(0.0, 0.0, 0.0)
-
-    def _threshold(self, task: int) -> float:
-        reader = Reader(self._shapes, lambda name, part: self._vector(task, name, part), _CPU)
-        return trim_threshold(reader, self._density)
 
     def _figures(self, name: str, block: slice, thresholds: Tensor) -> _Figures:
         found = _Figures(len(self._tasks))
@@ -267,7 +264,6 @@ class _Figures:
         self.counts += torch.tensor(of_all + _both_signs(vectors))
 
     def add(self, other: _Figures) -> None:
-        """Add the sums of another stretch."""
         self.gram += other.gram
         self.base_squares += other.base_squares
         self.zeros += other.zeros
@@ -275,13 +271,10 @@ class _Figures:
         self.counts += other.counts
 
 
-def _both_signs(vectors: Tensor) -> tuple[int, int]:
+def _both_signs(vectors: Tensor) -> list[int]:
     """Count the positions that any task moves, and those that tasks move in both directions."""
     positive, negative = vectors.amax(dim=0) > 0, vectors.amin(dim=0) < 0
-    return (
-        int((positive | negative).count_nonzero()),
-        int((positive & negative).count_nonzero()),
-    )
+    return [int(each.count_nonzero()) for each in (positive | negative, positive & negative)]
 
 
 def _share(part: int, whole: int) -> float:
@@ -294,9 +287,9 @@ def _compared(
     """Compare names, shapes and dtypes with the base's, or with the first file's."""
     ours, theirs = set(reference.names), set(task.names)
     changed, of_first = set(floating(task)), set(floating(first))
-    # A task vector holds what trained, which may be a part of the base.
-    lacks = [name for name in reference.names if name not in theirs]
-    missing = [] if task.is_task_vector and base is not None else lacks
+    missing = [name for name in reference.names if name not in theirs]
+    if task.is_task_vector and base is not None:
+        missing = []  # it holds what trained, which may be a part of the base
     extra = [name for name in task.names if name not in ours]
     return FileReport(
         path=task.path,
@@ -306,11 +299,7 @@ def _compared(
         dtypes=sorted({dtype_name(task, name) for name in task.names}),
         missing=missing,
         extra=extra,
-        shapes=[
-            difference
-            for name in task.names
-            if name in ours and (difference := _unlike(task, reference, name))
-        ],
+        shapes=[text for n in task.names if n in ours and (text := _unlike(task, reference, n))],
         uneven=sorted((changed ^ of_first) - set(missing) - set(extra)) if base else [],
     )
 

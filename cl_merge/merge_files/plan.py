@@ -93,13 +93,12 @@ def _check_task(task: Weights, base: Weights) -> None:
 
 
 def _check_importance(importance: Weights, base: Weights, merged: list[str]) -> None:
-    has = _layout(importance)
+    has, layout = _layout(importance), _layout(base)
     missing = [name for name in merged if name not in has]
     if missing:
         raise InputError(
             f"the importance '{importance.path}' lacks tensors that are merged: {listing(missing)}"
         )
-    layout = _layout(base)
     given, wanted = {n: has[n] for n in merged}, {n: layout[n] for n in merged}
     check_same_layout(given, wanted, f"'{importance.path}'", f"the base '{base.path}'")
 
