@@ -311,7 +311,8 @@ def fold_chunk(
 
 def _check_finite(vector: Mapping[str, Tensor], what: str, size: int | None) -> None:
     """Refuse what is not finite in float32; in chunks, as everything is read."""
-    readers = {n: Reader.of({n: tensor}, chunk_size=size) for n, tensor in vector.items()}
-    broken = [name for name, reader in readers.items() if not all(reader.map(is_finite))]
+    reader = Reader.of(vector, chunk_size=size)
+    finite = zip(reader.pieces(), reader.map(is_finite), strict=True)
+    broken = {name for (name, _), fine in finite if not fine}
     if broken:
-        raise not_finite(what, broken)
+        raise not_finite(what, [name for name in vector if name in broken])
