@@ -18,8 +18,8 @@ from cl_merge.task_vectors.module_weights import (
     evaluating,
     floating_buffers,
     install,
+    parameters_of,
     swapped,
-    trained_parameters,
 )
 from cl_merge.task_vectors.scale_search import block_groups, read_groups, search_scale
 from cl_merge.task_vectors.scales import Scales, check_fits, scaled
@@ -91,7 +91,8 @@ class AutoScale:
         Raises:
             InputError: If there is no held-out image, or the logits cannot be found.
         """
-        live, live_buffers = trained_parameters(module), floating_buffers(module)
+        parameters, live_buffers = parameters_of(module), floating_buffers(module)
+        live = {name: parameters[name] for name in base}
         total = 0
 
         def count(scales: Scales) -> int:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from torch import Tensor
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from cl_merge.errors import InputError
+from cl_merge.task_vectors.module_weights import evaluating
 
 Logits = Callable[[Any, Any], tuple[Tensor, Tensor]]
 """Makes logits [B, K] and targets [B] of a module and a batch."""
@@ -22,11 +27,16 @@ LOGITS = (
 
 
 def training_batches(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[Any]:
-    """The batches of one more epoch over the training data, each as a training step gets it."""
+    """The batches of one more epoch over the training data, each as a training step gets it.
+
+    Of a loader without an end as many as the fit has trained on, or is to train on.
+    """
     loaders = CombinedLoader(trainer.train_dataloader, "max_size_cycle")
-    number = trainer.num_training_batches
-    limit = int(number) if number != float("inf") else None
-    for batch, _, _ in itertools.islice(loaders, limit):
+    limit = trainer.num_training_batches
+    if limit == float("inf"):
+        trained = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        limit = trained or trainer.max_steps * trainer.accumulate_grad_batches
+    for batch, _, _ in itertools.islice(loaders, int(limit)):
         yield to_module(trainer, pl_module, batch)
 
 
@@ -34,6 +44,14 @@ def to_module(trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> A
     """Bring a batch to the module's device and to the precision of its inputs."""
     converted = trainer.precision_plugin.convert_input(batch)
     return trainer.strategy.batch_to_device(converted, pl_module.device, dataloader_idx=0)
+
+
+@contextmanager
+def trying(trainer: L.Trainer, module: nn.Module) -> Iterator[None]:
+    """Run a module on a batch to see that it works, so that training goes on as without."""
+    precision = trainer.precision_plugin.forward_context()
+    with torch.no_grad(), precision, evaluating(module), isolate_rng(include_cuda=False):
+        yield
 
 
 def own_samples(trainer: L.Trainer, limit: int | None = None) -> int | None:
@@ -80,6 +98,12 @@ def all_logits(module: Any, batch: Any, *, asking: str, give: str) -> tuple[Tens
     """Logits [B, C] and targets [B] of a batch of inputs and targets, among all classes."""
     inputs, targets = inputs_and_targets(batch, asking=asking, give=give)
     return module(inputs), targets
+
+
+def logits_of(given: Logits | None, asking: str) -> Logits:
+    """The function that was given to a callback, or else what makes logits of most modules."""
+    give = f"{asking}(logits=...), {LOGITS}"
+    return given or partial(task_logits, asking=asking, give=give)
 
 
 def task_logits(module: Any, batch: Any, *, asking: str, give: str) -> tuple[Tensor, Tensor]:

@@ -11,10 +11,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from typing_extensions import override
 
-from cl_merge.callbacks.batches import sum_over_processes
+from cl_merge.callbacks.batches import sum_over_processes, trying
 from cl_merge.callbacks.features import Features, check_own_features, own_features, read_features
 from cl_merge.callbacks.merge import MergeCallback
-from cl_merge.callbacks.task import EvaluationCallback, attached, runs_after
+from cl_merge.callbacks.others import attached, runs_after
+from cl_merge.callbacks.task import EvaluationCallback
 from cl_merge.callbacks.voting import (
     TWO_ENCODERS,
     Classifier,
@@ -26,14 +27,14 @@ from cl_merge.callbacks.voting import (
 from cl_merge.class_statistics import StreamStatistics, fused_projection
 from cl_merge.class_statistics.drift import RIDGE
 from cl_merge.errors import InputError, unknown_name
+from cl_merge.stream_merger.base_weights import BaseWeights
 from cl_merge.task_vectors.module_weights import (
-    check_same_parameters,
     copies,
     evaluating,
     floating_buffers,
     install,
+    parameters_of,
     swapped,
-    trained_parameters,
 )
 
 KINDS = ("both", "base", "merged", "aligned")
@@ -133,6 +134,7 @@ class ClassStatistics(EvaluationCallback):
         self._new_statistics(1, 1)  # checks the ridge
         # Whether the base is a MergeCallback's, which has it in its own state.
         self._shares_base = False
+        self._own_base = BaseWeights(None, keep_frozen=False)  # where there is no MergeCallback
         self._evaluating = False
         self._classifier: Classifier | None = None  # of the evaluation, once it was asked for
 
@@ -164,7 +166,7 @@ class ClassStatistics(EvaluationCallback):
         own = getattr(getattr(trainer, "datamodule", None), "task_dataloader", None)
         images = self._images or own
         merge = _merge_callback(trainer)
-        live = trained_parameters(module) | floating_buffers(module) if merge else {}
+        live = parameters_of(module) | floating_buffers(module) if merge else {}
         # Not the generators of devices, for which each process would have to use all of them.
         with isolate_rng(include_cuda=False), swapped(live, {}), evaluating(module):
             if merge is not None:
@@ -271,22 +273,36 @@ class ClassStatistics(EvaluationCallback):
             )
 
     @override
-    def begin_task(self, trainer: L.Trainer, module: L.LightningModule, *, resumed: bool) -> None:
+    def prepare_task(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._check(module)
-        live = trained_parameters(module)
+
+    @override
+    def begin_task(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
         self._share_base(trainer)
         self._check_base()
-        if not self.base:
-            self.base, self.base_buffers = copies(live), copies(floating_buffers(module))
-        check_same_parameters(self.base, live, "ClassStatistics")
+        if not self._shares_base:
+            self._own_base = BaseWeights(None, keep_frozen=False)
+            self._own_base.parameters, self._own_base.buffers = self.base, self.base_buffers
+            self._own_base.note(module, resumed=self._resumed)
+        with trying(trainer, module):
+            self._features(module, batch)  # what fails shows now, and not when it has trained
+
+    @override
+    def watch(self) -> None:
+        if not self._shares_base:
+            self._own_base.watch()
 
     @override
     def end_task(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        check_same_parameters(self.base, trained_parameters(module), "ClassStatistics")
         self.learn(trainer, module)
 
     @override
     def begin_evaluation(self, trainer: L.Trainer, module: Any) -> None:
+        if self._unfinished:
+            raise InputError(
+                "the checkpoint was written within a task, of whose images ClassStatistics has no "
+                "statistics yet; evaluate after the fit, without ckpt_path"
+            )
         self._share_base(trainer)
         if _lets_others_classify(module):
             if module.classify is not None:
@@ -301,10 +317,12 @@ class ClassStatistics(EvaluationCallback):
         self._evaluating = True
 
     @override
-    def end_evaluation(self, module: L.LightningModule) -> None:
+    def end_evaluation(
+        self, trainer: L.Trainer, module: L.LightningModule, *, failed: bool
+    ) -> None:
         if self._evaluating and _lets_others_classify(module):
             vars(module)["classify"] = None
-        self._evaluating, self._classifier = False, None
+        self._evaluating, self._unfinished, self._classifier = False, False, None
 
     @override
     def task_state(self) -> dict[str, Any]:

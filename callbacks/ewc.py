@@ -8,28 +8,38 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from cl_merge.callbacks.batches import (
-    LOGITS,
     Logits,
+    logits_of,
     sum_over_processes,
-    task_logits,
     training_batches,
 )
-from cl_merge.callbacks.fisher import fisher_precision, published_fisher, task_fisher, zeros_for
+from cl_merge.callbacks.fisher import (
+    fisher_precision,
+    published_fisher,
+    requiring_gradients,
+    task_fisher,
+    try_logits,
+    zeros_for,
+)
+from cl_merge.callbacks.outputs import Loss, check_loss
 from cl_merge.callbacks.regularizer import Regularizer
 from cl_merge.errors import InputError, unknown_name
+from cl_merge.task_vectors.growth import check_grown, grown, leading
 from cl_merge.task_vectors.module_weights import (
-    check_same_parameters,
     copies,
     install,
+    parameters_of,
     trained_parameters,
 )
 
 # The size of a Fisher depends on its kind, so each needs a weight of its own.
 WEIGHTS = {"published": 1e6, "empirical": 1e4, "sampled": 1e4}
+
+_OTHERS = "choose fisher='empirical' or 'sampled'"
 
 
 class EWC(Regularizer):
@@ -60,6 +70,9 @@ class EWC(Regularizer):
         logits: Makes logits [B, K] and targets [B] of the module and a batch. By default the
             module's ``task_logits(batch)`` if it has one, as `CLIPClassifier` does, else
             ``module(batch[0]), batch[1]``.
+        loss: What the logits are trained with, ``"cross_entropy"``, ``"binary_cross_entropy"``, one
+            label for each output, or ``"mse"``, whose noise has variance 1. None is the first, and
+            refuses a single output and targets that are no classes.
         samples: Use at most so many samples of a task for ``"empirical"`` and ``"sampled"``, which
             take each by itself; None uses all.
         seed: Of the labels drawn for ``"sampled"``.
@@ -93,6 +106,7 @@ class EWC(Regularizer):
         from_zero: bool = True,
         first_task: bool = False,
         logits: Logits | None = None,
+        loss: Loss | None = None,
         samples: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -110,18 +124,25 @@ class EWC(Regularizer):
         self.seed = seed
         self.fisher: dict[str, Tensor] = {}
         self.anchor: dict[str, Tensor] = {}
-        give = f"EWC(logits=...), {LOGITS}"
-        self._logits = logits or partial(task_logits, asking="EWC", give=give)
+        check_loss(loss)
+        if fisher == "published" and loss not in (None, "cross_entropy"):
+            raise InputError(f"EWC('published') is of classes, not of loss='{loss}'; {_OTHERS}")
+        self._logits, self._loss = logits_of(logits, "EWC"), loss
         self._micro_batches = 0
         self._scale = 1.0
 
     # Hooks, in the order in which they fire.
 
     @override
-    def begin_task(self, trainer: L.Trainer, module: L.LightningModule, *, resumed: bool) -> None:
-        check_same_parameters(self.anchor, trained_parameters(module), "EWC")
+    def prepare_task(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        live = parameters_of(module)
+        check_grown(live, self.anchor, live.keys() & self.anchor.keys(), "the module")
         self._move_state_to(module.device)
         self._micro_batches = 0
+
+    @override
+    def begin_task(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
+        try_logits(trainer, module, self._logits, batch, self._loss, "EWC")
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -156,31 +177,40 @@ class EWC(Regularizer):
         factor = self.weight * share * self._scale
         penalties = []
         for name, parameter in trained_parameters(pl_module).items():
-            fisher = self.fisher[name]
-            move = parameter.detach().to(fisher.dtype) - self.anchor[name]
+            fisher = self.fisher.get(name)
+            if fisher is None:
+                continue
+            former = leading(parameter.detach(), fisher.shape)
+            move = former.to(fisher.dtype) - self.anchor[name]
             pull = fisher * move
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            parameter.grad.add_(pull, alpha=factor)
+            leading(parameter.grad, fisher.shape).add_(pull, alpha=factor)
             penalties.append(move.mul_(pull).sum())
-        pl_module.log("ewc/penalty", 0.5 * self.weight * torch.stack(penalties).sum())
+        if penalties:
+            pl_module.log("ewc/penalty", 0.5 * self.weight * torch.stack(penalties).sum())
 
     @override
     def remember(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Fold the Fisher of the task at hand into the running average, and move the anchor."""
         # A fit with nothing left to train has taken its module off the device by now.
         self._move_state_to(module.device)
-        live = trained_parameters(module)
-        estimate = self._estimate(trainer, module)
-        if self.fisher:
-            for name, average in self.fisher.items():
-                average.mul_(self.decay).add_(estimate[name], alpha=1.0 - self.decay)
-            install(self.anchor, live)
-            return
-        if self.from_zero:
-            for first in estimate.values():
-                first.mul_(1.0 - self.decay)
-        self.fisher, self.anchor = estimate, copies(live)
+        trained = {
+            name: parameter
+            for name, parameter in parameters_of(module).items()
+            if name in self.fisher or (parameter.requires_grad and parameter.is_floating_point())
+        }
+        with requiring_gradients(trained):  # what a task before has trained, frozen or not
+            estimate = self._estimate(trainer, module, trained)
+        for name, new in estimate.items():
+            average = self.fisher.get(name)
+            if average is not None:
+                born = None if self.from_zero else new
+                average = grown(average, born, new.shape) if average.shape != new.shape else average
+                self.fisher[name] = average.mul_(self.decay).add_(new, alpha=1.0 - self.decay)
+            else:
+                self.fisher[name] = new.mul_(1.0 - self.decay) if self.from_zero else new
+        self.anchor |= copies(trained)
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -208,18 +238,27 @@ class EWC(Regularizer):
         self.fisher = copies(state["fisher"])
         self.anchor = copies(state["anchor"])
 
-    def _estimate(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Tensor]:
-        classify = partial(self._logits, module)
+    def _estimate(
+        self, trainer: L.Trainer, module: L.LightningModule, trained: dict[str, nn.Parameter]
+    ) -> dict[str, Tensor]:
         if self.kind != "published":
             seed = (self.seed, self._tasks) if self.kind == "sampled" else None
-            return task_fisher(trainer, module, classify, samples=self.samples, seed=seed)
+            return task_fisher(
+                trainer,
+                module,
+                trained,
+                self._logits,
+                samples=self.samples,
+                seed=seed,
+                loss=self._loss,
+            )
         buffers = copies(dict(module.named_buffers()))
         with torch.enable_grad(), fisher_precision(trainer, module.device):
             estimate = published_fisher(
-                trained_parameters(module),
+                trained,
                 training_batches(trainer, module),
-                classify,
-                self._last_gradients(trainer, module),
+                partial(self._logits, module),
+                self._last_gradients(trained),
                 total=sum_over_processes(trainer, module),
                 processes=trainer.world_size,
             )
@@ -230,16 +269,15 @@ class EWC(Regularizer):
         install(live, {name: buffers[name] for name in moved})
         return estimate
 
-    def _last_gradients(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Tensor]:
+    def _last_gradients(self, trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """What the last step of the training left in ``.grad``."""
-        if self._resumed and trainer.global_step == self._first_step:
+        if self._resumed and not self._began:
             rank_zero_warn(
                 "EWC: this checkpoint is of the task's last step, whose gradient it does not hold; "
                 "the published estimate starts from zero instead"
             )
-        live = trained_parameters(module)
-        gradients = zeros_for(live)
-        for name, parameter in live.items():
+        gradients = zeros_for(trained)
+        for name, parameter in trained.items():
             if parameter.grad is not None:
                 gradients[name].add_(parameter.grad, alpha=1.0 / self._scale)
         return gradients

@@ -19,6 +19,7 @@ from cl_merge.callbacks.batches import (
 )
 from cl_merge.class_statistics import unit
 from cl_merge.errors import InputError
+from cl_merge.task_vectors.module_weights import with_names_of
 
 Features = Callable[[Any, Any], tuple[Tensor, Tensor]]
 """Makes image features [B, D] and labels [B] of a module and a batch."""
@@ -57,7 +58,8 @@ def features_under(
 
     The weights are parameters and buffers by name, on the module's device.
     """
-    renamed = {f"module.{name}": tensor for name, tensor in weights.items()}
+    here = with_names_of(module, weights)
+    renamed = {f"module.{name}": tensor for name, tensor in here.items()}
     found: Tensor = functional_call(_FeaturesOf(module, features), renamed, (batch,))
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,13 +15,16 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from cl_merge.callbacks.batches import (
+    Logits,
+    logits_of,
     own_samples,
     sum_over_processes,
-    task_logits,
     training_batches,
+    trying,
 )
+from cl_merge.callbacks.outputs import OUTPUTS, Outputs, check_classes, outputs_of
 from cl_merge.seeds import derive_seed
-from cl_merge.task_vectors.module_weights import evaluating, trained_parameters
+from cl_merge.task_vectors.module_weights import evaluating, parameters_of
 
 Classify = Callable[[Any], tuple[Tensor, Tensor]]
 """Makes logits [B, K] and true targets [B] of a batch, with a graph."""
@@ -88,6 +91,7 @@ def sample_fisher(
     generator: torch.Generator | None = None,
     total: Reduce = lambda tensor: tensor,
     limit: int | None = None,
+    outputs: Outputs = OUTPUTS["cross_entropy"],
 ) -> dict[str, Tensor]:
     """The mean over samples of the squared gradient of the log likelihood of a label.
 
@@ -101,6 +105,7 @@ def sample_fisher(
         generator: Draws labels from the prediction, on the CPU; None takes the true ones.
         total: Sums over processes.
         limit: Take at most so many samples of this process.
+        outputs: What logits mean.
 
     Returns:
         The estimate, by name, each in its parameter's shape, float32 or better.
@@ -114,10 +119,9 @@ def sample_fisher(
     for sample in itertools.islice(_singles(batches), limit):
         logits, targets = classify(sample)
         if generator is not None:
-            chances = logits.detach().float().softmax(dim=1).cpu()
-            targets = torch.multinomial(chances, 1, generator=generator)[:, 0].to(logits.device)
-        loss = F.cross_entropy(logits, targets, reduction="sum")
-        for name, gradient in _gradients(loss, parameters):
+            drawn = outputs.draw(logits.detach().float().cpu(), generator)
+            targets = drawn.to(logits.device)
+        for name, gradient in _gradients(outputs.likelihood(logits, targets), parameters):
             fisher[name].addcmul_(gradient, gradient)
         count += 1
     device = next(iter(fisher.values())).device
@@ -128,38 +132,75 @@ def sample_fisher(
 def task_fisher(
     trainer: L.Trainer,
     module: L.LightningModule,
-    classify: Classify,
+    parameters: Mapping[str, nn.Parameter],
+    logits: Logits,
     *,
     samples: int | None,
     seed: tuple[int, int] | None,
+    loss: str | None = None,
 ) -> dict[str, Tensor]:
     """The `sample_fisher` of a task in its fit, of so many samples, with labels from a seed."""
     generator = None
     if seed is not None:
         key = derive_seed("ewc", *seed, trainer.global_rank)
         generator = torch.Generator().manual_seed(key % 2**63)
-    with torch.enable_grad(), fisher_precision(trainer, module.device), evaluating(module):
+    precision = fisher_precision(trainer, module.device)
+    with torch.enable_grad(), precision, evaluating(module), requiring_gradients(parameters):
         return sample_fisher(
-            trained_parameters(module),
+            parameters,
             training_batches(trainer, module),
-            classify,
+            partial(logits, module),
             generator=generator,
             total=sum_over_processes(trainer, module),
             limit=own_samples(trainer, samples),
+            outputs=outputs_of(loss),
         )
 
 
 def task_importance(
-    trainer: L.Trainer, module: L.LightningModule, samples: int | None, task: int
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    names: Iterable[str],
+    *,
+    samples: int | None,
+    task: int,
+    logits: Logits | None = None,
+    loss: str | None = None,
 ) -> dict[str, Tensor]:
-    """How much each element of what a task trained matters: its Fisher, with labels drawn.
+    """How much each element of parameters matters to a task: its Fisher, with labels drawn.
 
     Reference:
         Matena & Raffel, Merging Models with Fisher-Weighted Averaging, NeurIPS 2022, section 3.
     """
-    give = "the module a method task_logits(batch) that returns logits and targets"
-    classify = partial(task_logits, module, asking="MergeCallback", give=give)
-    return task_fisher(trainer, module, classify, samples=samples, seed=(task, 0))
+    live, classify = parameters_of(module), logits_of(logits, "MergeCallback")
+    parameters, seed = {name: live[name] for name in names}, (task, 0)
+    return task_fisher(trainer, module, parameters, classify, samples=samples, seed=seed, loss=loss)
+
+
+def try_logits(
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    logits: Logits,
+    batch: Any,
+    loss: str | None,
+    asking: str,
+) -> None:
+    """Make logits of a task's first batch: what fails shows now, and not when it has trained."""
+    with trying(trainer, module):
+        check_classes(*logits(module, batch), loss, asking)
+
+
+@contextmanager
+def requiring_gradients(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Let parameters require a gradient for a while, those too that a task has frozen."""
+    frozen = [p for p in parameters.values() if not p.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def fisher_precision(trainer: L.Trainer, device: torch.device) -> AbstractContextManager[Any]:

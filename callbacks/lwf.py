@@ -9,57 +9,28 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from typing_extensions import override
 
+from cl_merge.callbacks.outputs import Loss, check_classes, check_loss, outputs_of
 from cl_merge.callbacks.regularizer import Regularizer, extend_training_step
 from cl_merge.callbacks.voting import text_head
 from cl_merge.data.tasks import Task
 from cl_merge.errors import InputError, listing, unknown_name
 from cl_merge.models.zero_shot import ZeroShotHead
+from cl_merge.task_vectors.growth import check_grown
 from cl_merge.task_vectors.module_weights import (
-    check_same_parameters,
     copies,
     evaluating,
     install,
+    parameters_of,
     trained_parameters,
+    with_names_of,
 )
 
 Readout = Callable[[Any, Sequence[int] | None], Tensor]
 """Makes logits [B, K] of a module's output, for the K classes given, or for all it has."""
-
-# Added to the new probabilities, divided by their number, as in the published runs.
-_FLOOR = 1e-5
-
-
-def distillation(student: Tensor, teacher: Tensor, temperature: float = 2.0) -> Tensor:
-    """Cross entropy between softened outputs of an old and a new model.
-
-    With q and p the softmax of the teacher's and of the student's logits over `temperature`, the
-    mean over the batch of ``-sum_k q_k log(p_k + 1e-5 / K)``. There is no factor of the squared
-    temperature: this is the form of the published runs.
-
-    Args:
-        student: Logits of the new model, float [B, K].
-        teacher: Logits of the old model, float [B, K].
-        temperature: By what both are divided.
-
-    Returns:
-        A scalar, in nats.
-
-    Example:
-        >>> even = torch.zeros(1, 2)
-        >>> round(float(distillation(even, even)), 3)
-        0.693
-
-    Reference:
-        Li & Hoiem, Learning without Forgetting, ECCV 2016, equation 2.
-    """
-    new = F.softmax(student / temperature, dim=1)
-    old = F.softmax(teacher / temperature, dim=1)
-    return -(old * torch.log(new + _FLOOR / new.shape[1])).sum(dim=1).mean()
 
 
 class LwF(Regularizer):
@@ -67,10 +38,11 @@ class LwF(Regularizer):
 
     Each ``trainer.fit`` is a task. When one ends, its weights become the teacher. From then on
     ``weight * distillation(student, teacher)`` is added to the loss of every training step, over
-    the classes of all earlier tasks. The teacher sees exactly the inputs that the distilled module
-    was given, augmentation included, in evaluation mode. It is one copy of the parameters that
-    train (and of buffers), run through the module's own code and kept outside of it: not in its
-    ``state_dict``, its optimizer or DDP.
+    the classes of all earlier tasks, of a head that has grown its former outputs; where the target
+    is called several times in a step, the mean over the calls. The teacher sees exactly the inputs
+    that the distilled module was given, augmentation included, in evaluation mode. It is one copy
+    of the parameters that train (and of buffers), run through the module's own code and kept
+    outside of it: not in its ``state_dict``, its optimizer or DDP.
 
     Works with any module and loop under automatic optimisation, any precision, accumulation,
     clipping, and DDP; alone, with `MergeCallback` (LwF + MagMax) or with `EWC`. The added term is
@@ -82,6 +54,9 @@ class LwF(Regularizer):
         target: Name of the submodule whose output is distilled, such as ``"net"`` or
             ``"model.classifier"``. A `CLIPClassifier` needs none: its image encoder is distilled,
             through the head rows of the earlier classes.
+        loss: What the outputs are trained with: ``"cross_entropy"`` for logits of classes,
+            ``"binary_cross_entropy"`` for one label each, ``"mse"`` for numbers, of which the mean
+            squared difference is taken. None is the first, and refuses a single output.
         readout: Makes logits [B, K] of the target's output, given the earlier classes (a list of
             labels, or None if no `TaskStream` tells them). By default the output, or its
             ``logits``, is taken for logits [B, C], and the columns of the earlier classes are kept.
@@ -112,6 +87,7 @@ class LwF(Regularizer):
         temperature: float = 2.0,
         target: str | None = None,
         readout: Readout | None = None,
+        loss: Loss | None = None,
         first_task: bool = False,
     ) -> None:
         super().__init__(weight, first_task=first_task)
@@ -119,9 +95,12 @@ class LwF(Regularizer):
             raise InputError(f"temperature={temperature} of LwF; expected more than 0")
         self.temperature = temperature
         self.target = target
-        self._readout = readout
+        check_loss(loss)
+        self._readout, self._loss = readout, loss
         self._teacher: dict[str, Tensor] = {}
         self._classes: list[int] | None = None
+        self._untried = False  # whether no output of the target has been read in this fit
+        self._frozen: list[tuple[str, nn.Parameter]] = []  # of the target, which may train later
         self._extended = ExitStack()  # of the training step; closed at the end of a fit
 
     @property
@@ -132,7 +111,7 @@ class LwF(Regularizer):
     # Hooks, in the order in which they fire.
 
     @override
-    def begin_task(self, trainer: L.Trainer, module: L.LightningModule, *, resumed: bool) -> None:
+    def prepare_task(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         target = self._find_target(module)
         if getattr(module, "_compiler_ctx", None) is not None:
             name = self.target or "visual"
@@ -140,22 +119,54 @@ class LwF(Regularizer):
                 f"LwF reads what '{name}' returns, which torch.compile of the whole module hides; "
                 f"compile that part instead: module.{name} = torch.compile(module.{name})"
             )
+        self._classes = _distilled_classes(trainer, first=self.tasks == 0)
+        if self._teacher or self.first_task:
+            step = partial(self._distilling, module)
+            self._extended.callback(extend_training_step(module, step))
+        else:
+            # What makes outputs unreadable shows now, and not when a task has been trained.
+            hook = target.register_forward_hook(partial(self._try_output, module))
+            self._extended.callback(hook.remove)
+
+    @override
+    def begin_task(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
+        target, self._untried = self._find_target(module), True
         if not self._teacher and self.first_task:
             self._teacher = copies(_changing(target))
-        if not self._teacher:
-            return
-        check_same_parameters(self._teacher, _changing(target), "LwF")
+        parameters = parameters_of(target)
+        former = [name for name in self._teacher if name in parameters]
+        if self._teacher and not former:
+            raise InputError(
+                f"LwF: '{self.target}' has none of the parameters of the task before; use a new LwF"
+            )
+        check_grown(parameters, self._teacher, former, f"'{self.target}'")
         self._teacher = {name: t.to(module.device) for name, t in self._teacher.items()}
-        self._classes = _distilled_classes(trainer, first=self.tasks == 0)
-        self._extended.callback(extend_training_step(module, partial(self._distilling, module)))
+        self._frozen = [(n, p) for n, p in parameters.items() if n not in self._teacher]
+
+    @override
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if self._untried and not self._teacher and outputs is not None:
+            raise self._not_called(pl_module)
 
     @override
     def remember(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        live = _changing(self._find_target(module))
-        if self._teacher:
+        target = self._find_target(module)
+        every = {**parameters_of(target), **dict(target.named_buffers())}
+        # What trained in a task before may be frozen now.
+        names = [name for name in every if name in self._teacher] + list(_changing(target))
+        live = {name: every[name] for name in names}
+        if _shapes(self._teacher) == _shapes(live):
             install(self._teacher, live)
         else:
             self._teacher = copies(live)
+        self._frozen = []
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -189,7 +200,8 @@ class LwF(Regularizer):
             if not torch.is_grad_enabled():
                 return
             with torch.no_grad(), evaluating(target):
-                pairs.append((output, functional_call(target, self._teacher, inputs, named)))
+                teacher = with_names_of(target, self._teacher)
+                pairs.append((output, functional_call(target, teacher, inputs, named)))
 
         hook = self._find_target(module).register_forward_hook(ask, with_kwargs=True)
         try:
@@ -200,19 +212,43 @@ class LwF(Regularizer):
     def _term(self, module: L.LightningModule, pairs: list[tuple[Any, Any]]) -> Tensor:
         """The weighted distillation loss of what student and teacher put out, a scalar."""
         if not pairs:
-            raise InputError(
-                f"LwF: '{self.target}' was not called in training_step of "
-                f"{type(module).__name__}; name the submodule that makes the outputs"
-            )
+            raise self._not_called(module)
+        self._untried = False
         # Probabilities near zero need float32, whatever the precision of the module.
         with torch.autocast(module.device.type, enabled=False):
-            losses = [
-                distillation(self._logits(module, new), self._logits(module, old), self.temperature)
-                for new, old in pairs
-            ]
-        term = self.weight * torch.stack(losses).sum()
+            losses = [self._distil(module, new, old) for new, old in pairs]
+        term = self.weight * torch.stack(losses).mean()
         module.log("lwf/loss", term.detach())
         return term
+
+    def _distil(self, module: L.LightningModule, new: Any, old: Any) -> Tensor:
+        student, teacher = self._logits(module, new), self._logits(module, old)
+        former = student[:, : teacher.shape[1]]  # the outputs that there were before
+        return outputs_of(self._loss).distil(former, teacher, self.temperature)
+
+    def _try_output(
+        self, module: L.LightningModule, target: nn.Module, inputs: Any, output: Any
+    ) -> None:
+        """Read the first output of a task that is not regularized."""
+        if self._untried and torch.is_grad_enabled():
+            with torch.no_grad():
+                check_classes(self._logits(module, output), None, self._loss, "LwF")
+            self._untried = False
+
+    def _not_called(self, module: L.LightningModule) -> InputError:
+        return InputError(
+            f"LwF: '{self.target}' was not called with gradients in training_step of "
+            f"{type(module).__name__}; name the submodule that makes the outputs, and checkpoint "
+            "activations with use_reentrant=False, if you do"
+        )
+
+    @override
+    def watch(self) -> None:
+        # The model of the task before had what is unfrozen within this one.
+        joined = {n: p for n, p in self._frozen if p.requires_grad and p.is_floating_point()}
+        if joined and self._teacher:
+            self._teacher |= copies(joined)
+            self._frozen = [(name, p) for name, p in self._frozen if name not in joined]
 
     def _logits(self, module: L.LightningModule, output: Any) -> Tensor:
         """What is distilled of an output of the target, in float32 or better."""
@@ -268,6 +304,10 @@ def _distilled_classes(trainer: L.Trainer, *, first: bool) -> list[int] | None:
         return None
     tasks = [task] if first else data.tasks[: task.index]
     return list(dict.fromkeys(label for task in tasks for label in task.classes)) or None
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _shape(output: Any) -> str:

@@ -2,50 +2,45 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import lightning as L
-from lightning.pytorch import callbacks as lightning_callbacks
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn, TrainerState, TrainerStatus
 from typing_extensions import override
 
-from cl_merge.errors import InputError
+from cl_merge.callbacks.others import (
+    AVERAGES,
+    callbacks_of,
+    check_averages,
+    check_strategy,
+    is_kind,
+)
 
 log = logging.getLogger(__name__)
-
-_Kind = TypeVar("_Kind", bound=Callback)
 
 _NOTHING_TRAINED = (
     "nothing was trained in this fit: it does not count as a task. Use a new Trainer for each "
     "task: one that has been through a fit has reached its last epoch"
 )
 
-WEIGHT_AVERAGING: tuple[type[Callback], ...] = (
-    (lightning_callbacks.WeightAveraging,)
-    if hasattr(lightning_callbacks, "WeightAveraging")
-    else ()
-)
-"""Lightning's own, which swaps weights in every validation; none before lightning 2.6."""
-
-# What puts other weights into the module when training ends.
-_AVERAGES: tuple[type[Callback], ...] = (StochasticWeightAveraging, *WEIGHT_AVERAGING)
-
 
 class TaskCallback(Callback, ABC):
     """A callback that lives through a stream, with something to do when a task begins and ends.
 
     Each ``trainer.fit`` is a task, unless it trains nothing. A fit that resumes a checkpoint is the
-    rest of the task that the checkpoint was written in, also if nothing is left to train.
+    rest of the task that the checkpoint was written in, also if nothing is left to train. A task
+    ends after all that other callbacks and the module do when training ends. It counts for all
+    callbacks of this kind in a trainer, or, if one of them raises, for none.
 
     Raises:
-        InputError: If a callback that averages weights runs after this one, or has been through
-            another task.
+        InputError: If a callback that averages weights has been through another task.
         RuntimeError: Under a strategy that shards parameters or spawns processes.
     """
 
@@ -53,25 +48,25 @@ class TaskCallback(Callback, ABC):
         super().__init__()
         self._averages_used: Sequence[Callback] = []
         self._trainer_state = TrainerState()  # of the trainer that was the last to use it
-        self._first_step = 0
         self._in_task = False
+        self._began = False  # whether this fit has trained a batch
         self._restored = False
         self._resumed = False
+        self._unfinished = False  # whether a checkpoint that is evaluated is of within a task
 
     @property
     @abstractmethod
     def tasks(self) -> int:
         """Number of tasks that ended so far."""
 
-    @abstractmethod
-    def begin_task(self, trainer: L.Trainer, module: L.LightningModule, *, resumed: bool) -> None:
-        """Prepare for a task; the module is on its device, nothing has been trained yet.
+    def prepare_task(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Prepare for a task; the module is on its device, but may be given other weights yet."""
 
-        Args:
-            trainer: The task's trainer.
-            module: The module in training.
-            resumed: Whether the fit resumes a checkpoint within the task.
-        """
+    def begin_task(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
+        """Take up where a task starts, from a module with its weights, before its first batch."""
+
+    def watch(self) -> None:
+        """Look for parameters that have been unfrozen within the task, before they move."""
 
     @abstractmethod
     def end_task(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -89,51 +84,43 @@ class TaskCallback(Callback, ABC):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        name = type(self).__name__
-        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
-            raise RuntimeError(
-                f"{name} needs whole parameters on every rank, but "
-                f"{type(trainer.strategy).__name__} shards them; use strategy='ddp' or one device"
-            )
-        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-            raise RuntimeError(
-                f"{name} keeps its state in the process, but spawned processes lose it when a fit "
-                "ends; use strategy='ddp' and start the script from the command line"
-            )
+        check_strategy(trainer, type(self).__name__)
         self._trainer_state = trainer.state
-        if stage == TrainerFn.FITTING:
-            for other in attached(trainer, *_AVERAGES):
-                if runs_after(trainer, other, self):
-                    average = type(other).__name__
-                    raise InputError(
-                        f"{average} runs after {name}, which would miss the averaged weights that "
-                        "it puts in when training ends; put it in front: "
-                        f"callbacks=[{average}(...), {name}(...)]"
-                    )
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._resumed, self._restored = self._restored, False
         if not self._resumed:
-            self._refuse_used_averages(trainer)
-        self.begin_task(trainer, pl_module, resumed=self._resumed)
+            check_averages(trainer, self._averages_used)
+        self._began = False
+        self.prepare_task(trainer, pl_module)
         self._in_task = True
 
     @override
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._first_step = trainer.global_step
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._began:
+            self.begin_task(trainer, pl_module, batch)
+            self._began = True
+        self.watch()
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.watch()  # hooks that ran since may have unfrozen more
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._averages_used = attached(trainer, *_AVERAGES)
-        self._end(trainer, pl_module, trained=trainer.global_step > self._first_step)
+        self._averages_used = [c for c in callbacks_of(trainer) if is_kind(c, *AVERAGES)]
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Where nothing is left to train, training never "ends": after a checkpoint of the last
-        # step, or with a trainer that has reached its last epoch before.
-        if self._in_task:
-            self._end(trainer, pl_module, trained=False)
+        # Only now have all others, and the module, done what they do when training ends.
+        every = [c for c in callbacks_of(trainer) if isinstance(c, TaskCallback)]
+        if self is every[0]:
+            _end_task_of_all([c for c in every if c._in_task], trainer, pl_module)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -143,30 +130,13 @@ class TaskCallback(Callback, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         running = self._trainer_state.status == TrainerStatus.RUNNING
         fitting = running and self._trainer_state.fn == TrainerFn.FITTING
+        self._unfinished = running and not fitting and state_dict["in_task"]
         if running and not fitting and self.tasks:
             # `test(ckpt_path=...)` restores callbacks too, as they were when the checkpoint was
             # written, within a task: that would undo what the end of that task did.
             return
         self.load_task_state(state_dict)
         self._restored = fitting and state_dict["in_task"]
-
-    def _end(self, trainer: L.Trainer, module: L.LightningModule, *, trained: bool) -> None:
-        if trained or self._resumed:
-            self.end_task(trainer, module)
-        else:
-            log.warning(_NOTHING_TRAINED)
-        self._in_task = False
-
-    def _refuse_used_averages(self, trainer: L.Trainer) -> None:
-        for other in attached(trainer, *_AVERAGES):
-            # It remembers the step of its last update, averages nothing up to it, and ends the
-            # task with the weights that it began with.
-            if any(other is used for used in self._averages_used):
-                name = type(other).__name__
-                raise InputError(
-                    f"this {name} has been through the task before, whose steps it still counts: "
-                    f"it would undo this task; make a new {name} for each task"
-                )
 
 
 class EvaluationCallback(TaskCallback):
@@ -176,50 +146,97 @@ class EvaluationCallback(TaskCallback):
     the evaluation ends or raises.
 
     Raises:
+        InputError: If something else changes what it changed.
         RuntimeError: Under a strategy that shards parameters or spawns processes.
     """
+
+    @property
+    def has_result(self) -> bool:
+        """Whether there is something that an evaluation can see."""
+        return self.tasks > 0
 
     @abstractmethod
     def begin_evaluation(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Prepare the module, which is on its device, for an evaluation."""
 
+    def check_evaluation(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Make sure that the module is as it was prepared; called before each batch."""
+
     @abstractmethod
-    def end_evaluation(self, module: L.LightningModule) -> None:
-        """Leave the module as it was before; also called where no evaluation has begun."""
+    def end_evaluation(
+        self, trainer: L.Trainer, module: L.LightningModule, *, failed: bool
+    ) -> None:
+        """Leave the module as it was before; also called where no evaluation has begun.
+
+        Where the evaluation failed, this must not raise.
+        """
 
     # Hooks, in the order in which they fire.
 
     @override
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.tasks and trainer.state.fn != TrainerFn.FITTING:
+        if self.has_result and trainer.state.fn != TrainerFn.FITTING:
             self.begin_evaluation(trainer, pl_module)
 
     @override
+    def on_validation_batch_start(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            self.check_evaluation(trainer, pl_module)
+
+    @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.end_evaluation(pl_module)
+        self.end_evaluation(trainer, pl_module, failed=False)
 
     on_test_start = on_predict_start = on_validation_start
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
     on_test_end = on_predict_end = on_validation_end
 
     @override
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        self.end_evaluation(pl_module)
+        self.end_evaluation(trainer, pl_module, failed=True)
 
 
-def attached(trainer: L.Trainer, *kinds: type[_Kind]) -> list[_Kind]:
-    """The callbacks of a trainer that are of one of the classes, in its order."""
-    return [callback for callback in _callbacks(trainer) if isinstance(callback, kinds)]
+def _end_task_of_all(
+    ending: Sequence[TaskCallback], trainer: L.Trainer, module: L.LightningModule
+) -> None:
+    """End a task for all callbacks, or, if one raises, for none."""
+    states: list[tuple[TaskCallback, dict[str, Any]]] = []
+    try:
+        with _on_its_device(trainer, module):
+            for callback in ending:
+                if not (callback._began or callback._resumed):
+                    log.warning(_NOTHING_TRAINED)
+                    continue
+                if callback is not ending[-1]:
+                    states.append((callback, copy.deepcopy(callback.task_state())))
+                callback.end_task(trainer, module)
+    except BaseException:
+        for callback, state in states:
+            callback.load_task_state(state)
+        raise
+    finally:
+        for callback in ending:
+            callback._in_task = False
 
 
-def runs_after(trainer: L.Trainer, one: Callback, other: Callback) -> bool:
-    """Whether hooks of one callback of a trainer fire after those of the other."""
-    callbacks = _callbacks(trainer)
-    return callbacks.index(one) > callbacks.index(other)
-
-
-def _callbacks(trainer: L.Trainer) -> list[Callback]:
-    # Lightning's connector sets it, which type checkers do not see.
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return callbacks
+@contextmanager
+def _on_its_device(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
+    """Hold a module where it was trained: when a fit ends, Lightning has taken it to the CPU."""
+    device = trainer.strategy.root_device
+    if module.device == device:
+        yield
+        return
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.cpu()

@@ -25,6 +25,7 @@ from cl_merge.mergers.chunks import (
     cut,
     over,
 )
+from cl_merge.task_vectors.growth import grown
 from cl_merge.task_vectors.task_vector import TaskVector, check_floating, check_same_layout
 
 __all__ = ["Accumulators", "ChunkInfo", "Merger", "Reader", "ResultInfo"]
@@ -173,6 +174,41 @@ class Merger(ABC):
 
         over(fold, self._pieces(self._shapes), self._device)
         self.tasks += 1
+
+    def grow(self, shapes: Mapping[str, torch.Size]) -> bool:
+        """Take in parameters that joined, or got new entries, after the last task.
+
+        The tasks before did not change what is new: it counts as 0 in their task vectors.
+
+        Args:
+            shapes: Shapes of all parameters by name; those known before may have grown in any
+                dimension, and the former entries are the leading block.
+
+        Returns:
+            Whether something is new to tasks that were folded.
+
+        Example:
+            >>> from cl_merge import get_merger
+            >>> merger = get_merger("magmax")
+            >>> merger.update({"head": torch.tensor([1.0])})
+            >>> merger.grow({"head": torch.Size([2])})
+            True
+            >>> merger.update({"head": torch.tensor([0.5, -0.5])})
+            >>> merger.merged()["head"]
+            tensor([ 1.0000, -0.5000])
+        """
+        new = {name: shape for name, shape in shapes.items() if self._shapes.get(name) != shape}
+        if not self.tasks or not new:
+            return False
+        kept = next(iter(self._state.values()))
+        dtypes = {key: tensor.dtype for key, tensor in kept.items()}
+        for name, shape in new.items():
+            before = self._state.get(name, {})
+            self._state[name] = zeros(dtypes, shape, self._device)
+            for key, tensor in before.items():
+                self._state[name][key] = grown(tensor, None, shape)
+        self._shapes |= new
+        return True
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """Make the merged values, a parameter at a time.

@@ -8,7 +8,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from cl_merge.errors import InputError, listing
+from cl_merge.task_vectors.growth import leading
+
+# What `torch.compile` puts in front of the names inside the part that it wraps.
+_COMPILED = "_orig_mod."
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters by name, tied ones once; a compiled part has the names of the plain one."""
+    return {_plain(name): parameter for name, parameter in module.named_parameters()}
 
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -18,37 +26,33 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """
     return {
         name: parameter
-        for name, parameter in module.named_parameters()
+        for name, parameter in parameters_of(module).items()
         if parameter.requires_grad and parameter.is_floating_point()
     }
 
 
-def check_same_parameters(
-    before: Mapping[str, Tensor], live: Mapping[str, Tensor], who: str
-) -> None:
-    """Check that the parameters that train today, if any, are those of the first task.
-
-    `before` is empty if this is the first; `who` is what depends on it, for the message.
-    """
-    if not live:
-        raise InputError("the module has no floating-point parameter that requires a gradient")
-    missing, extra = before.keys() - live.keys(), live.keys() - before.keys()
-    if before and (missing or extra):
-        raise InputError(
-            "the parameters that train are not those of the first task; no longer training: "
-            f"{listing(sorted(missing))}; new: {listing(sorted(extra))}. Keep requires_grad as it "
-            f"was, or use a new {who}"
-        )
-
-
 def floating_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Find the floating-point buffers that `state_dict` saves, such as batch-norm statistics."""
-    saved = module.state_dict(keep_vars=True)
-    return {
-        name: buffer
-        for name, buffer in module.named_buffers()
-        if name in saved and buffer.is_floating_point()
+    # Not from `state_dict`, which modules override in ways of their own.
+    transient = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, part in module.named_modules()
+        for name in part._non_persistent_buffers_set
     }
+    return {
+        _plain(name): buffer
+        for name, buffer in module.named_buffers()
+        if name not in transient and buffer.is_floating_point()
+    }
+
+
+def with_names_of(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give tensors the names that a module has for them now, for `torch.func.functional_call`.
+
+    Those of compiled parts differ; what the module does not have is left out.
+    """
+    names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    return {name: tensors[_plain(name)] for name in names if _plain(name) in tensors}
 
 
 def copies(
@@ -65,9 +69,12 @@ def copies(
 def install(
     live: Mapping[str, Tensor], values: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 ) -> None:
-    """Write values into live tensors, in place: storage, dtype and device stay as they are."""
+    """Write values into live tensors, in place: storage, dtype and device stay as they are.
+
+    Of a tensor that has grown since, the rest stays as it is.
+    """
     for name, value in values.items() if isinstance(values, Mapping) else values:
-        live[name].copy_(value)
+        leading(live[name], value.shape).copy_(value)
 
 
 @contextmanager
@@ -94,3 +101,23 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
+
+
+@torch.no_grad()
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Sum up the bits of each tensor: a number that changes with its values, on any device."""
+    sums = [_sum_of_bits(tensor.detach()) for tensor in tensors.values()]
+    if len({total.device for total in sums}) > 1:
+        sums = [total.cpu() for total in sums]
+    return dict(zip(tensors, torch.stack(sums).tolist() if sums else [], strict=True))
+
+
+def _sum_of_bits(tensor: Tensor) -> Tensor:
+    flat = tensor.reshape(-1)
+    data = (flat if flat.storage_offset() == 0 else flat.clone()).view(torch.uint8)
+    words = len(data) // 8 * 8  # sums of 64 bits are the fastest ones
+    return data[:words].view(torch.int64).sum() + data[words:].sum()
+
+
+def _plain(name: str) -> str:
+    return name.replace(_COMPILED, "")

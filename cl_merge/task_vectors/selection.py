@@ -42,17 +42,21 @@ class Selection:
         for key, patterns in (("include", self.include), ("exclude", self.exclude)):
             for pattern in patterns:
                 check_fits(key, pattern, names)
-        chosen = [
-            name
-            for name in names
-            if (not self.include or _fits(name, self.include)) and not _fits(name, self.exclude)
-        ]
+        chosen = self.chosen(names)
         if names and not chosen:
             raise InputError(
                 f"include={listing(self.include)} and exclude={listing(self.exclude)} leave no "
                 "parameter to merge"
             )
         return chosen
+
+    def chosen(self, names: Iterable[str]) -> list[str]:
+        """Choose from names, in their order; patterns may fit nothing."""
+        return [
+            name
+            for name in names
+            if (not self.include or _fits(name, self.include)) and not _fits(name, self.exclude)
+        ]
 
 
 def _fits(name: str, patterns: Sequence[str]) -> bool:

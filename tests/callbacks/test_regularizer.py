@@ -13,7 +13,7 @@ from torch import nn
 
 from cl_merge import TaskVector, merge
 from cl_merge.callbacks import EWC, LwF, MergeCallback
-from cl_merge.callbacks.lwf import distillation
+from cl_merge.callbacks.outputs import distillation
 from cl_merge.errors import InputError
 
 # These short trainings do not diverge.
@@ -279,13 +279,16 @@ def test_a_weight_must_be_finite_and_not_negative(value):
         EWC(weight=value)
 
 
-def test_parameters_that_stop_training_are_named():
-    for callback in (LwF(target="net"), EWC("empirical")):
-        module = Plain()
-        fit(module, callback, 0)
-        module.net[0].weight.requires_grad_(False)
-        with pytest.raises(InputError, match=r"no longer training: (net\.)?0\.weight"):
-            fit(module, callback, 1)
+@pytest.mark.parametrize("make", [lambda: LwF(1.0, target="net"), lambda: EWC(weight=30.0)])
+def test_a_layer_that_is_frozen_for_a_task_is_regularized_again_when_it_trains(make):
+    module, callback = Plain(), make()
+    for task, trains in enumerate((True, False, True)):
+        module.net[0].weight.requires_grad_(trains)
+        fit(module, callback, task)
+    teacher = callback._teacher if isinstance(callback, LwF) else callback.anchor
+    assert torch.equal(
+        teacher[next(n for n in teacher if n.endswith("0.weight"))], module.net[0].weight
+    )
 
 
 def test_a_step_that_returns_a_dictionary_or_skips_a_batch():

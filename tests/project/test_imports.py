@@ -17,6 +17,7 @@ ROOMS = [
     "storage",
     "task_vectors",
     "mergers",
+    "stream_merger",
     "analysis",
     "merge_files",
     "data",

@@ -1,0 +1,109 @@
+"""The base of a stream: the weights before they first move, whenever they begin to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cl_merge.errors import InputError
+from cl_merge.task_vectors.growth import can_hold, grown
+from cl_merge.task_vectors.module_weights import (
+    checksums,
+    copies,
+    floating_buffers,
+    install,
+    parameters_of,
+    trained_parameters,
+)
+
+
+class BaseWeights:
+    """Keeps the value that each parameter and floating-point buffer had before it first moved.
+
+    Parameters that do not train yet are watched, for they may begin to. What joins later, or grows
+    new entries, has the value that it is born with as its base.
+
+    Args:
+        device: Where the copies are kept; None is where the module has them.
+        keep_frozen: Keep, on the CPU, copies of parameters that do not train too: some may move
+            without a gradient, as the teacher of a self-supervised model does.
+
+    Attributes:
+        parameters: The base of every parameter that has trained, by name.
+        buffers: The base of every floating-point buffer, by name.
+        at_start: Checksums of all parameters when the task began, by name.
+    """
+
+    def __init__(self, device: torch.device | None, *, keep_frozen: bool) -> None:
+        self.parameters: dict[str, Tensor] = {}
+        self.buffers: dict[str, Tensor] = {}
+        self.at_start: dict[str, int] = {}
+        self._device, self._keep_frozen = device, keep_frozen
+        self._frozen: list[tuple[str, nn.Parameter]] = []
+        self._frozen_base: dict[str, Tensor] = {}
+
+    def note(self, module: nn.Module, *, resumed: bool) -> None:
+        """Note the base of what is new, as a task begins.
+
+        Args:
+            module: The module, with the weights that the task starts from.
+            resumed: Whether the task began before, and `load_state_dict` has told how.
+
+        Raises:
+            InputError: If nothing trains.
+        """
+        if not trained_parameters(module):
+            raise InputError("the module has no floating-point parameter that requires a gradient")
+        live = parameters_of(module)
+        now = checksums(live)
+        self.at_start = now | self.at_start if resumed else now
+        for name, before in self.parameters.items():
+            after = live.get(name)
+            if after is not None and after.shape != before.shape and can_hold(after, before.shape):
+                self.parameters[name] = grown(before, after, after.shape)
+        self._frozen = [(name, p) for name, p in live.items() if name not in self.parameters]
+        self.watch()
+        if self._keep_frozen:
+            new = {name: p for name, p in self._frozen if name not in self._frozen_base}
+            self._frozen_base |= copies(new, "cpu")
+        for name, buffer in floating_buffers(module).items():
+            if name not in self.buffers or self.buffers[name].shape != buffer.shape:
+                self.buffers |= copies({name: buffer}, self._device)
+
+    def watch(self) -> None:
+        """Note the base of parameters that require a gradient since the last call."""
+        joined = {n: p for n, p in self._frozen if p.requires_grad and p.is_floating_point()}
+        if joined:
+            self.parameters |= copies(joined, self._device)
+            self._frozen = [(name, p) for name, p in self._frozen if name not in joined]
+
+    def restore(self, module: nn.Module) -> None:
+        """Put the base into a module, as far as the module has it."""
+        live = parameters_of(module) | floating_buffers(module)
+        values = self._frozen_base | self.parameters | self.buffers
+        install(live, {name: value for name, value in values.items() if name in live})
+
+    def moved_while_frozen(self) -> list[str]:
+        """Names of the parameters that have moved in this task although nothing trained them."""
+        now = checksums(dict(self._frozen))
+        return [name for name, total in now.items() if total != self.at_start.get(name, total)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that is needed to go on, as plain values and live tensors."""
+        moved = self.moved_while_frozen() if self._keep_frozen else []
+        return {
+            "base": self.parameters,
+            "base_buffers": self.buffers,
+            "frozen_base": {name: self._frozen_base[name] for name in moved},
+            "at_start": self.at_start,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None) -> None:
+        """Go on from what `state_dict` returned, or what was written before there were all keys."""
+        self.parameters = copies(state["base"], device)
+        self.buffers = copies(state["base_buffers"], device)
+        self._frozen_base = copies(state.get("frozen_base", {}))
+        self.at_start = dict(state.get("at_start", {}))

@@ -1,0 +1,343 @@
+"""MergeCallback among others that change weights, and in checkpoints."""
+
+import copy
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from plain import SAFE, Plain, fit, loader, same, trainer, weights
+from torch import nn
+
+from cl_merge import TaskVector, merge
+from cl_merge.callbacks import EWC, LwF, MergeCallback
+from cl_merge.errors import InputError
+
+
+class Ema(Callback):
+    """A moving average as people write it, which an evaluation sees."""
+
+    def __init__(self):
+        self.average, self.kept = None, None
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        now = weights(pl_module)
+        self.average = self.average or now
+        self.average = {n: 0.9 * v + 0.1 * now[n] for n, v in self.average.items()}
+
+    def swap(self, module, values):
+        for name, value in values.items():
+            module.get_parameter(name).data.copy_(value)
+
+    def on_test_start(self, trainer, pl_module):
+        self.kept = weights(pl_module)
+        self.swap(pl_module, self.average)
+
+    def on_test_end(self, trainer, pl_module):
+        self.swap(pl_module, self.kept)
+
+
+def test_a_foreign_average_in_front_is_overruled_and_leaves_the_trained_weights():
+    module, callback, ema = Plain(), MergeCallback("magmax"), Ema()
+    base = weights(module)
+    trained = fit(module, [ema, callback], 0)
+    trainer(ema, callback).test(module, loader(0), verbose=False)
+    assert same(module.seen["test"], TaskVector.between(base, trained).apply_to(base, 0.5))
+    assert same(weights(module), trained)
+
+
+def test_a_foreign_average_behind_is_named_before_it_is_evaluated():
+    module, callback, ema = Plain(), MergeCallback("magmax"), Ema()
+    trained = fit(module, [callback, ema], 0)
+    message = r"^something changed the merged weights during the evaluation: .* Ema can do that; "
+    with pytest.raises(InputError, match=message):
+        trainer(callback, ema).test(module, loader(0), verbose=False)
+    assert "test" not in module.seen
+    assert same(weights(module), trained)
+
+
+def test_what_changes_weights_within_an_evaluation_is_named_when_it_ends():
+    class Trains(Plain):
+        def on_test_epoch_end(self):
+            self.net[0].weight.data.add_(1.0)
+
+    module, callback = Trains(), MergeCallback("magmax")
+    trained = fit(module, callback, 0)
+    with pytest.raises(InputError, match=r": net.0.weight. Trains can do that; "):
+        trainer(callback).test(module, loader(0), verbose=False)
+    assert same(weights(module), trained)
+
+
+@pytest.mark.parametrize("who", ["module", "behind"])
+@pytest.mark.parametrize("make", [MergeCallback, lambda: EWC(), lambda: LwF(target="net")])
+def test_what_a_fit_leaves_counts_whoever_switches_weights_when_training_ends(who, make):
+    def double(module):
+        for parameter in module.net.parameters():
+            parameter.data.mul_(2.0)
+
+    class Switching(Plain):
+        def on_train_end(self):
+            if who == "module":
+                double(self)
+
+    class Behind(Callback):
+        def on_train_end(self, trainer, pl_module):
+            if who == "behind":
+                double(pl_module)
+
+    module, callback = Switching(), make()
+    base = weights(module)
+    trained = fit(module, [callback, Behind()], 0)
+    if isinstance(callback, MergeCallback):
+        assert callback.merged() == TaskVector.between(base, trained)
+    elif isinstance(callback, EWC):
+        assert same(callback.anchor, trained)
+    else:
+        assert torch.equal(callback._teacher["0.weight"], trained["net.0.weight"])
+
+
+def test_a_task_that_starts_where_none_has_ended_is_told():
+    module, callback = Plain(), MergeCallback("magmax")
+    fit(module, callback, 0)
+    with pytest.warns(
+        UserWarning, match=r"^task 1 \(the 2nd\) starts at other weights than task 0"
+    ):
+        fit(Plain(), callback, 1)
+    callback.reset()
+    assert callback.tasks == 0
+    fit(Plain(), callback, 1)
+    alone = MergeCallback("magmax")
+    fit(Plain(), alone, 1)
+    assert callback.merged() == alone.merged()
+
+
+def test_an_interrupted_task_is_told_and_can_be_merged_by_hand(caplog):
+    class Stop(Callback):
+        def on_train_batch_end(self, *_):
+            raise KeyboardInterrupt
+
+    module, callback = Plain(), MergeCallback("magmax")
+    base = weights(module)
+    with pytest.raises(SystemExit):
+        fit(module, [callback, Stop()], 0)
+    assert "task 0 (the 1st) was interrupted and is not merged; go on with" in caplog.text
+    assert callback.tasks == 0
+    callback.stream.end_task()
+    assert callback.merged() == TaskVector.between(base, weights(module))
+
+
+# Checkpoints.
+
+
+def written(tmp_path, module, callback, task, **options):
+    checkpoint = ModelCheckpoint(tmp_path, filename=f"task{task}", **options)
+    trainer(callback, checkpoint, max_epochs=2).fit(module, loader(task), loader(9))
+    return checkpoint
+
+
+class Monitored(Plain):
+    """The first epoch is the best one."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("worse", float(self.current_epoch))
+
+
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_the_weights_of_a_checkpoint_are_those_of_its_task(tasks, tmp_path):
+    module, callback = Monitored(), MergeCallback("magmax")
+    base = weights(module)
+    if tasks == 2:
+        fit(module, callback, 0)
+    vectors = [dict(callback.merged())] if tasks == 2 else []
+    best = written(tmp_path, module, callback, tasks - 1, monitor="worse").best_model_path
+    state = torch.load(best, weights_only=True)["state_dict"]
+    tuned = {name: state[name] for name in base}
+    merged = merge([*map(TaskVector, vectors), TaskVector.between(base, tuned)])
+    expected = merged.apply_to(base, 0.5)
+    kept = callback.merged()
+
+    trainer(callback).test(module, loader(0), ckpt_path=best, verbose=False, **SAFE)
+    assert same(module.seen["test"], expected)
+    assert same(weights(module), tuned)
+    assert callback.merged() == kept
+
+    other, fresh = Monitored(), MergeCallback("magmax")
+    trainer(fresh).test(other, loader(0), ckpt_path=best, verbose=False, **SAFE)
+    assert same(other.seen["test"], expected)
+    assert fresh.tasks == tasks
+    assert fresh.merged() == merged
+
+
+def test_the_best_weights_of_a_fit_may_count_instead_of_the_last(tmp_path):
+    module, callback = Monitored(), MergeCallback("magmax", weights="best")
+    base = weights(module)
+    best = written(tmp_path, module, callback, 0, monitor="worse").best_model_path
+    state = torch.load(best, weights_only=True)["state_dict"]
+    tuned = {name: state[name] for name in base}
+    assert callback.merged() == TaskVector.between(base, tuned)
+    assert same(weights(module), tuned)
+    message = r"^MergeCallback\(weights='best'\) found no best checkpoint; add a"
+    with pytest.raises(InputError, match=message):
+        fit(Plain(), MergeCallback(weights="best"), 0)
+
+
+def test_the_state_may_stay_out_of_checkpoints(tmp_path):
+    module, callback = Plain(), MergeCallback("magmax", save_state=False)
+    checkpoint = written(tmp_path, module, callback, 0, save_top_k=-1)
+    path = checkpoint.best_model_path or next(tmp_path.iterdir())
+    assert "MergeCallback" not in str(torch.load(path, weights_only=True)["callbacks"].keys())
+    with pytest.raises(InputError, match=r"^MergeCallback\(save_state=False\) cannot resume"):
+        trainer(callback).fit(module, loader(1), ckpt_path=path, **SAFE)
+    other = copy.deepcopy(module)
+    torch.nn.init.zeros_(other.net[0].weight)
+    runner = trainer(callback)
+    runner.strategy.connect(other)
+    runner.save_checkpoint(tmp_path / "other.ckpt")
+    with pytest.raises(InputError, match=r"was written without the state of this MergeCallback"):
+        trainer(callback).test(
+            module, loader(0), ckpt_path=tmp_path / "other.ckpt", verbose=False, **SAFE
+        )
+
+
+# Modules that are unlike others.
+
+
+def test_a_state_dict_that_takes_no_arguments_is_not_asked():
+    class Strict(Plain):
+        def state_dict(self):
+            return super().state_dict()
+
+    module, callback = Strict(batch_norm=True), MergeCallback("magmax", buffers="base")
+    fit(module, callback, 0)
+    assert set(callback.base_buffers) == {"net.1.running_mean", "net.1.running_var"}
+
+
+def test_buffers_that_are_not_saved_are_left_alone():
+    module, callback = Plain(), MergeCallback("magmax", buffers="base")
+    module.register_buffer("seen_so_far", torch.zeros(1), persistent=False)
+    fit(module, callback, 0)
+    assert not callback.base_buffers
+
+
+def test_a_compiled_part_has_the_names_of_the_plain_one(tmp_path):
+    plain, part = Plain(), Plain()
+    first, second = MergeCallback(directory=tmp_path / "a"), MergeCallback(directory=tmp_path / "b")
+    fit(plain, first, 0)
+    fit(part, second, 0)
+    part.net = torch.compile(part.net, backend="eager")
+    fit(plain, first, 1)
+    fit(part, second, 1)
+    assert first.merged() == second.merged()
+    assert TaskVector.load(tmp_path / "b/task1.safetensors") == TaskVector.load(
+        tmp_path / "a/task1.safetensors"
+    )
+    fresh = Plain()
+    second.install(fresh)
+    first.install(plain)
+    assert same(weights(fresh), weights(plain))
+
+
+def test_the_merge_is_computed_once_for_all_evaluations_of_methods_that_take_long(monkeypatch):
+    module, callback = Plain(), MergeCallback("tsv")
+    fit(module, callback, 0)
+    counted = []
+    items = callback.merger.items
+    monkeypatch.setattr(callback.merger, "items", lambda: counted.append(1) or items())
+    for _ in range(3):
+        trainer(callback).test(module, loader(0), verbose=False)
+    assert counted == [1]
+
+
+# One output, several views, endless data.
+
+
+class Single(Plain):
+    """One output, trained with `loss`."""
+
+    def __init__(self, loss):
+        super().__init__()
+        self.net[2] = nn.Linear(8, 1)
+        self.loss = loss
+
+    def training_step(self, batch, batch_idx):
+        outputs, targets = self(batch[0])[:, 0], (batch[1] > 0).float()
+        if self.loss == "mse":
+            return 0.5 * (outputs - targets).square().sum()
+        return nn.functional.binary_cross_entropy_with_logits(outputs, targets, reduction="sum")
+
+
+def as_float(module, batch):
+    return module(batch[0]), (batch[1] > 0).float()
+
+
+@pytest.mark.parametrize("make", [EWC, lambda: LwF(target="net"), lambda: MergeCallback("fisher")])
+def test_one_output_is_refused_where_nobody_said_what_it_is(make):
+    module, callback = Single("mse"), make()
+    with pytest.raises(InputError, match=r"there is one output; say what they are trained with"):
+        fit(module, callback, 0)
+    assert callback.tasks == 0
+
+
+@pytest.mark.parametrize("loss", ["binary_cross_entropy", "mse"])
+def test_the_fisher_of_one_output_is_that_of_its_loss(loss):
+    module, ewc = Single(loss), EWC(loss=loss, logits=as_float, from_zero=False)
+    fit(module, ewc, 0)
+    expected = {name: torch.zeros_like(p) for name, p in ewc.anchor.items()}
+    for images, labels in loader(0):
+        for i in range(len(images)):
+            module.zero_grad()
+            module.training_step((images[i : i + 1], labels[i : i + 1]), 0).backward()
+            for name in expected:
+                expected[name] += module.get_parameter(name).grad ** 2 / 24
+    for name, value in expected.items():
+        torch.testing.assert_close(ewc.fisher[name], value)
+
+
+@pytest.mark.parametrize("loss", ["binary_cross_entropy", "mse"])
+def test_the_distillation_of_one_output_pulls_towards_the_teacher(loss):
+    moved = []
+    for weight in (0.0, 50.0):
+        module, lwf = Single(loss), LwF(weight, target="net", loss=loss)
+        fit(module, lwf, 0)
+        before = module(next(iter(loader(1)))[0])
+        fit(module, lwf, 1)
+        moved.append(float((module(next(iter(loader(1)))[0]) - before).abs().mean()))
+    assert moved[1] < moved[0]
+
+
+def test_two_views_of_a_batch_are_distilled_as_one_is():
+    class Twice(Plain):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return 0.5 * (loss + super().training_step(batch, batch_idx))
+
+    found = []
+    for kind in (Plain, Twice):
+        module, lwf = kind(), LwF(2.0, target="net")
+        for task in range(2):
+            fit(module, lwf, task)
+        found.append(weights(module))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value)
+
+
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        images, labels = next(iter(loader(0)))
+        while True:
+            yield from zip(images, labels, strict=True)
+
+
+@pytest.mark.parametrize("make", [EWC, lambda: MergeCallback("fisher")])
+def test_a_loader_without_an_end_is_read_as_long_as_it_was_trained_on(make):
+    class Counting(Plain):
+        evaluated = 0
+
+        def forward(self, images):
+            self.evaluated += len(images) if not self.training else 0
+            return super().forward(images)
+
+    module, callback = Counting(), make()
+    data = torch.utils.data.DataLoader(Endless(), batch_size=4)
+    trainer(callback, max_epochs=-1, max_steps=5).fit(module, data)
+    assert callback.tasks == 1
+    assert module.evaluated == 4 + 5 * 4  # the first batch is tried
