@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cl_merge.models.predictor import ImageClassifier
     from cl_merge.models.pretrained import Clip, load_clip
     from cl_merge.models.zero_shot import ZeroShotHead, zero_shot_head
+    from cl_merge.stream_merger import StreamMerger
     from cl_merge.task_vectors.task_vector import TaskVector
     from cl_merge.training.fit import fit_stream
     from cl_merge.training.metrics import AccuracyMatrix
@@ -37,6 +38,7 @@ _HOMES = {
     "InputError": "errors",
     "LwF": "callbacks",
     "MergeCallback": "callbacks",
+    "StreamMerger": "stream_merger",
     "Merger": "mergers",
     "Task": "data.tasks",
     "TaskStream": "data.task_stream",
@@ -65,6 +67,7 @@ __all__ = [
     "LwF",
     "MergeCallback",
     "Merger",
+    "StreamMerger",
     "Task",
     "TaskStream",
     "TaskVector",

@@ -139,9 +139,7 @@ class StoreTask(Callback):
         tensors = {"unmerged": self._unmerged(pl_module)}
         if self._weigh:
             samples = run.config.merge.importance_samples
-            found = task_importance(
-                trainer, pl_module, list(vector), samples=samples, task=task
-            )
+            found = task_importance(trainer, pl_module, list(vector), samples=samples, task=task)
             tensors["importance"] = {name: found[name].cpu() for name in vector}
         if trainer.is_global_zero:
             vector.save(self._folder / f"task{task}.safetensors", run.config.merge.store)

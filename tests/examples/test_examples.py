@@ -86,6 +86,18 @@ def test_text_classification_remembers_more_merged_than_fine_tuned(tmp_path):
     assert mean(found["merged"]) > mean(found["pre-trained"])
 
 
+def test_a_plain_loop_remembers_more_merged_than_fine_tuned(tmp_path):
+    found = table(run(tmp_path, "plain_torch.py"))
+    assert list(found) == ["fine-tuned", "merged"]
+    assert found["merged"][0] > found["fine-tuned"][0] + 10
+
+
+def test_the_trainer_of_transformers_remembers_more_merged_than_the_last_task(tmp_path):
+    found = table(run(tmp_path, "hf_trainer.py"))
+    assert list(found) == ["last task", "merged"]
+    assert mean(found["merged"]) < mean(found["last task"])
+
+
 def test_lora_saves_the_adapter_that_it_measured(tmp_path):
     printed = run(tmp_path, "lora.py adapter")
     found = table(printed)
