@@ -213,11 +213,7 @@ class MergeCallback(EvaluationCallback):
         return self.merger.merged()
 
     def check_names(self, names: Iterable[str]) -> None:
-        """Make sure that all patterns fit names of parameters; a fit does this by itself.
-
-        Raises:
-            InputError: If a pattern fits none; names the nearest.
-        """
+        """Make sure that all patterns fit names of parameters, or raise `InputError`."""
         names = list(names)
         self.stream.check_names(names)
         if self._auto is not None:
@@ -250,8 +246,7 @@ class MergeCallback(EvaluationCallback):
         if stage != TrainerFn.FITTING:
             return
         self.stream.module = pl_module
-        # Before optimizers are made, which may copy weights; but what `configure_model` makes is
-        # not there yet.
+        # Before optimizers copy weights; but what `configure_model` makes is not there yet.
         self._has_start = self.base.keys() <= parameters_of(pl_module).keys()
         if self._has_start:
             self.stream.restore_start()

@@ -27,7 +27,7 @@ class BaseWeights:
     new entries, has the value that it is born with as its base.
 
     Args:
-        device: Where the copies are kept; None is where the module has them.
+        device: Where the copies are kept, also an attribute; None is where the module has them.
         keep_frozen: Keep, on the CPU, copies of parameters that do not train too: some may move
             without a gradient, as the teacher of a self-supervised model does.
 
@@ -37,11 +37,11 @@ class BaseWeights:
         at_start: Checksums of all parameters when the task began, by name.
     """
 
-    def __init__(self, device: torch.device | None, *, keep_frozen: bool) -> None:
+    def __init__(self, device: str | torch.device | None, *, keep_frozen: bool) -> None:
         self.parameters: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}
         self.at_start: dict[str, int] = {}
-        self._device, self._keep_frozen = device, keep_frozen
+        self.device, self._keep_frozen = _checked_device(device), keep_frozen
         self._frozen: list[tuple[str, nn.Parameter]] = []
         self._frozen_base: dict[str, Tensor] = {}
 
@@ -71,13 +71,13 @@ class BaseWeights:
             self._frozen_base |= copies(new, "cpu")
         for name, buffer in floating_buffers(module).items():
             if name not in self.buffers or self.buffers[name].shape != buffer.shape:
-                self.buffers |= copies({name: buffer}, self._device)
+                self.buffers |= copies({name: buffer}, self.device)
 
     def watch(self) -> None:
         """Note the base of parameters that require a gradient since the last call."""
         joined = {n: p for n, p in self._frozen if p.requires_grad and p.is_floating_point()}
         if joined:
-            self.parameters |= copies(joined, self._device)
+            self.parameters |= copies(joined, self.device)
             self._frozen = [(name, p) for name, p in self._frozen if name not in joined]
 
     def restore(self, module: nn.Module) -> None:
@@ -107,3 +107,12 @@ class BaseWeights:
         self.buffers = copies(state["base_buffers"], device)
         self._frozen_base = copies(state.get("frozen_base", {}))
         self.at_start = dict(state.get("at_start", {}))
+
+
+def _checked_device(device: str | torch.device | None) -> torch.device | None:
+    try:
+        return torch.device(device) if device is not None else None
+    except RuntimeError as error:
+        raise InputError(
+            f"device={device}: no such device; expected as in 'cpu', 'cuda'"
+        ) from error

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cl_merge.errors import unknown_name
 from cl_merge.mergers import Average
 
 BUFFERS = ("trained", "base", "average")
@@ -22,6 +23,8 @@ class MergedBuffers:
     """
 
     def __init__(self, choice: str | None) -> None:
+        if choice is not None and choice not in BUFFERS:
+            raise unknown_name("choice of buffers", choice, BUFFERS)
         self.choice = choice
         self._averages: dict[str, Average] = {}
 

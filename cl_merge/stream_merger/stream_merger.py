@@ -17,7 +17,7 @@ from cl_merge.mergers.stack import StackMerger
 from cl_merge.storage.files import save_tensors
 from cl_merge.storage.quantize import check_store, stored
 from cl_merge.stream_merger.base_weights import BaseWeights
-from cl_merge.stream_merger.buffers import BUFFERS, MergedBuffers
+from cl_merge.stream_merger.buffers import MergedBuffers
 from cl_merge.stream_merger.messages import (
     is_first_process,
     tell_merged,
@@ -27,18 +27,10 @@ from cl_merge.stream_merger.messages import (
 )
 from cl_merge.stream_merger.swap import WeightSwap, weights_of
 from cl_merge.task_vectors.growth import check_grown
-from cl_merge.task_vectors.module_weights import (
-    checksums,
-    install,
-    parameters_of,
-)
+from cl_merge.task_vectors.module_weights import checksums, install, parameters_of
 from cl_merge.task_vectors.scales import Scales, scaled
 from cl_merge.task_vectors.selection import Selection
-from cl_merge.task_vectors.task_vector import (
-    TaskVector,
-    check_same_dtypes,
-    check_same_layout,
-)
+from cl_merge.task_vectors.task_vector import TaskVector, check_same_dtypes, check_same_layout
 
 STARTS = ("sequential", "independent", "merged")
 LEFT_OUT = ("trained", "base")
@@ -48,8 +40,7 @@ class StreamMerger:
     """Merges the tasks that a module learns one after another, in any training loop.
 
     Around the training of each task stand `begin_task` and `end_task`; in `merged_weights` the
-    module holds the merged weights for a while, after `install` for good. `MergeCallback` does this
-    in a Lightning loop and explains every choice.
+    module holds the merged weights for a while, after `install` for good.
 
     The base of a parameter is its value before it first moves. Parameters may begin to train later,
     in the middle of a task (then call `watch` after unfreezing), join, or grow new entries between
@@ -57,7 +48,7 @@ class StreamMerger:
     as its base, and counts as unchanged in the tasks before.
 
     Args:
-        module: What learns. May be set later, as the attribute `module`, or to another one.
+        module: What learns; may be set later, as the attribute `module`.
         method: As for `MergeCallback`; so are all others.
         scale: A number, or numbers by pattern; None takes the one of the method.
         start: ``"sequential"``, ``"independent"`` or ``"merged"``.
@@ -66,8 +57,7 @@ class StreamMerger:
         include: Patterns on the names of the parameters to merge.
         exclude: Patterns on the names of those to leave out.
         store: In how many bits task vectors are written.
-        directory: Where to write each task vector; also ``base.safetensors``, once parameters have
-            joined or grown.
+        directory: Where to write each task vector, and the base once parameters joined or grew.
         device: Where base and merged vector are kept; None is where the module trains.
         **options: Options of the method.
 
@@ -108,11 +98,10 @@ class StreamMerger:
         device: str | torch.device | None = None,
         **options: Any,
     ) -> None:
-        choices = [("start", start, STARTS), ("choice of left_out", left_out, LEFT_OUT)]
-        choices += [("choice of buffers", buffers, BUFFERS)] if buffers is not None else []
-        for kind, name, known in choices:
-            if name not in known:
-                raise unknown_name(kind, name, known)
+        if start not in STARTS:
+            raise unknown_name("start", start, STARTS)
+        if left_out not in LEFT_OUT:
+            raise unknown_name("choice of left_out", left_out, LEFT_OUT)
         self.module = module
         self.merger = as_merger(method, options)
         self.start = start
@@ -121,8 +110,7 @@ class StreamMerger:
         self._store = check_store(store)
         self._buffers, self._left_out = MergedBuffers(buffers), left_out
         self._directory = Path(directory) if directory is not None else None
-        self._device = _checked_device(device)
-        self._base = BaseWeights(self._device, keep_frozen=start == "independent")
+        self._base = BaseWeights(device, keep_frozen=start == "independent")
         self._at_end: dict[str, int] = {}  # checksums of all parameters, as the last task left them
         self._swap = WeightSwap()
         self._changes: dict[str, Tensor] | None = None
@@ -157,7 +145,7 @@ class StreamMerger:
         self.note_base()
 
     def restore_start(self) -> None:
-        """Put in the weights that the next task starts from, if the module does not hold them."""
+        """Put in the weights that the next task starts from; `begin_task` does this by itself."""
         if self.tasks and self.start == "merged":
             self.install()
         elif self.tasks and self.start == "independent":
@@ -172,17 +160,12 @@ class StreamMerger:
         Raises:
             InputError: As `begin_task`.
         """
-        live, names = parameters_of(self._module), self._merged_names()
+        live, before = parameters_of(self._module), self._merged_base()
         if not self.base:
             self.check_names(name for name, p in live.items() if p.is_floating_point())
-        self._check_merged(live, names)
-        check_same_dtypes(
-            {name: live[name] for name in names},
-            {name: self.base[name] for name in names},
-            "the module",
-            "the base",
-        )
-        kept = [name for name in names if live[name].shape == self.base[name].shape]
+        here = self._merged_here(live)
+        check_same_dtypes(here, before, "the module", "the base")
+        kept = [name for name in before if here[name].shape == before[name].shape]
         self._base.note(self._module, resumed=resumed)
         start, end = self._base.at_start, self._at_end
         other = [name for name in kept if start[name] != end.get(name, start[name])]
@@ -190,19 +173,14 @@ class StreamMerger:
             warn_of_start(self.tasks, other)
 
     def check_names(self, names: Iterable[str]) -> None:
-        """Make sure that all patterns fit names of parameters; a task that begins does so itself.
-
-        Raises:
-            InputError: If a pattern fits none; names the nearest.
-        """
+        """Make sure that all patterns fit names of parameters, or raise `InputError`."""
         # Some may be frozen as yet, and train later.
         self.scales.check(self._selection.names(names))
 
     def watch(self) -> None:
-        """Note the base of parameters that have begun to require a gradient, before they move.
+        """Note the base of what has been unfrozen within a task, before the optimizer's next step.
 
-        Only needed where layers are unfrozen within a task, before the optimizer's next step; it
-        costs next to nothing.
+        It costs next to nothing.
         """
         self._base.watch()
 
@@ -215,14 +193,11 @@ class StreamMerger:
         Raises:
             InputError: If a parameter is missing, or a value is not finite.
         """
-        live, names = parameters_of(self._module), self._merged_names()
-        if not names:
-            raise InputError("nothing that is to be merged has been trained; see include, exclude")
+        base = self._merged_base()
+        if not base:
+            raise InputError("nothing that include and exclude choose has been trained")
         try:
-            self._check_merged(live, names)
-            vector = TaskVector.between(
-                {name: self.base[name] for name in names}, {name: live[name] for name in names}
-            )
+            vector = TaskVector.between(base, self._merged_here(parameters_of(self._module)))
         except InputError as error:
             raise InputError(f"{task_name(self.tasks)}: {error}") from error
         return TaskVector(stored(vector, self._store))
@@ -263,8 +238,7 @@ class StreamMerger:
             if importance is not None:
                 save_tensors(self._directory / f"importance{task}.safetensors", importance, {})
             if has_grown:
-                base = {name: self.base[name] for name in vector}
-                save_tensors(self._directory / "base.safetensors", base, {})
+                save_tensors(self._directory / "base.safetensors", self._merged_base(), {})
         return vector
 
     # The result.
@@ -273,13 +247,13 @@ class StreamMerger:
         """The merged task vector, a parameter at a time: names, and float32 tensors."""
         if not (isinstance(self.merger, StackMerger) or self.merger.unit == "parameter"):
             return self.merger.items()
-        if self._changes is None:  # takes longer to compute than it is worth in memory
+        if self._changes is None:  # it takes too long to compute for every evaluation
             with torch.inference_mode(False):
                 self._changes = dict(self.merger.items())
         return self._changes.items()
 
     def evaluation_buffers(self) -> dict[str, Tensor]:
-        """The buffers of the merged model by name; none where they stay those of the last task."""
+        """The buffers of the merged model by name, where they are not those of the last task."""
         return self._buffers.values(self.base_buffers)
 
     def install(self, module: nn.Module | None = None) -> None:
@@ -296,7 +270,7 @@ class StreamMerger:
         target = self._module if module is None else module
         live = self._checked_live(target)
         if self.module is not None and target is not self.module:
-            here, merged = weights_of(self.module), set(self._merged_names())
+            here, merged = weights_of(self.module), self._merged_base()
             rest = [name for name in here if name in live and name not in merged]
             install(live, {n: here[n] for n in rest if here[n].shape == live[n].shape})
         install(live, self._values(live))
@@ -315,11 +289,8 @@ class StreamMerger:
         except BaseException:
             self.swap_out()
             raise
-        changed = self.swap_out()
-        if changed:
-            raise InputError(
-                f"something else changed the merged weights while they were in: {listing(changed)}"
-            )
+        if changed := self.swap_out():
+            raise InputError(f"something else changed the merged weights: {listing(changed)}")
 
     def swap_in(self) -> None:
         """Put the merged weights in until `swap_out`."""
@@ -347,7 +318,7 @@ class StreamMerger:
     def reset(self) -> None:
         """Forget all tasks and the base, for a new stream."""
         self.merger = type(self.merger)(**self.merger.options)
-        self._base = BaseWeights(self._device, keep_frozen=self.start == "independent")
+        self._base = BaseWeights(self._base.device, keep_frozen=self.start == "independent")
         self._buffers = MergedBuffers(self._buffers.choice)
         self._at_end, self._changes = {}, None
 
@@ -361,16 +332,13 @@ class StreamMerger:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None = None) -> None:
-        """Go on from a state.
+        """Go on from what `state_dict` returned; its tensors are copied.
 
         Args:
-            state: What `state_dict` returned; its tensors are copied.
-            device: Where they shall be; None is `device`, or where they were saved.
-
-        Raises:
-            InputError: If it is the state of another method or of other options.
+            state: The state, of the same method and options.
+            device: Where its tensors shall be; None is `device`, or where they were saved.
         """
-        device = device or self._device
+        device = device or self._base.device
         # An evaluation runs in inference mode, whose tensors are of no use to the next training.
         with torch.inference_mode(False):
             self.merger.load_state_dict(state["merger"], device)
@@ -381,7 +349,7 @@ class StreamMerger:
     def move_state_to(self, device: torch.device) -> None:
         """Move the base, the merger and the buffers, unless a `device` was asked for."""
         kept = next(iter(self.base.values()), None)
-        if self._device is None and kept is not None and kept.device != device:
+        if self._base.device is None and kept is not None and kept.device != device:
             self.load_state_dict(self.state_dict(), device)
 
     @property
@@ -390,18 +358,20 @@ class StreamMerger:
             raise InputError("StreamMerger has no module; give it one, or set StreamMerger.module")
         return self.module
 
-    def _merged_names(self) -> list[str]:
-        return self._selection.chosen(self.base)
+    def _merged_base(self) -> dict[str, Tensor]:
+        return {name: self.base[name] for name in self._selection.chosen(self.base)}
 
-    def _check_merged(self, live: Mapping[str, Tensor], names: list[str]) -> None:
-        """Check that what is merged is still there; what is left out may be anything."""
+    def _merged_here(self, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is merged, of live tensors; what is left out may be anything."""
+        base = self._merged_base()
         try:
-            check_grown(live, self.base, names, "the module")
+            check_grown(live, base, base, "the module")
         except InputError as error:
             raise InputError(
                 f"{error}. Leave out from the first task on what comes and goes, as in "
                 "exclude=['heads.*']"
             ) from None
+        return {name: live[name] for name in base}
 
     def _checked_live(self, module: nn.Module) -> dict[str, Tensor]:
         """The parameters and buffers of a module that can hold what is merged."""
@@ -412,7 +382,7 @@ class StreamMerger:
                 f"the Merger '{self.merger.name}' has folded task vectors before, but the weights "
                 "that they start from are not known until a task begins; give a fresh one"
             )
-        merged, live = {name: self.base[name] for name in self._merged_names()}, weights_of(module)
+        merged, live = self._merged_base(), weights_of(module)
         here = {name: live[name] for name in merged if name in live}
         if len(here) < len(merged):
             # Where no name fits, all of them together may tell of a prefix.
@@ -422,18 +392,9 @@ class StreamMerger:
 
     def _values(self, live: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """What the merged model holds, of what is not as the last task left it."""
-        merged = {name: self.base[name] for name in self._merged_names()}
+        merged = self._merged_base()
         yield from scaled(merged, self.changes(), self.scales)
         rest = dict(self.evaluation_buffers())
         if self._left_out == "base":
             rest |= {name: value for name, value in self.base.items() if name not in merged}
         yield from ((name, value) for name, value in rest.items() if name in live)
-
-
-def _checked_device(device: str | torch.device | None) -> torch.device | None:
-    try:
-        return torch.device(device) if device is not None else None
-    except RuntimeError as error:
-        raise InputError(
-            f"device={device}: no such device; expected as in 'cpu', 'cuda'"
-        ) from error
