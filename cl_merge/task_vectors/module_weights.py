@@ -47,12 +47,13 @@ def floating_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def with_names_of(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give tensors the names that a module has for them now, for `torch.func.functional_call`.
+    """Give tensors the names and dtypes of a module's own, for `torch.func.functional_call`.
 
-    Those of compiled parts differ; what the module does not have is left out.
+    Names of compiled parts differ; what the module does not have is left out.
     """
-    names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
-    return {name: tensors[_plain(name)] for name in names if _plain(name) in tensors}
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    here = {name: tensor for name, tensor in own.items() if _plain(name) in tensors}
+    return {name: tensors[_plain(name)].to(tensor.dtype) for name, tensor in here.items()}
 
 
 def copies(

@@ -5,6 +5,7 @@ import copy
 import lightning as L
 import pytest
 import torch
+from growing import Backbone, Heads, grow
 from lightning.pytorch.callbacks import BackboneFinetuning, Callback
 from plain import Plain, fit, loader, same, trainer, weights
 from torch import nn
@@ -14,16 +15,6 @@ from cl_merge.callbacks import EWC, LwF, MergeCallback
 from cl_merge.callbacks.outputs import distillation
 from cl_merge.errors import InputError
 from cl_merge.mergers import MERGERS
-
-
-def grow(module, classes):
-    """A head for more classes, with the rows that there were."""
-    old, new = module.net[2], nn.Linear(8, classes)
-    torch.manual_seed(classes)
-    new.reset_parameters()
-    with torch.no_grad():
-        new.weight[: len(old.weight)], new.bias[: len(old.bias)] = old.weight, old.bias
-    module.net[2] = new
 
 
 def padded(tensors, like):
@@ -113,21 +104,6 @@ def test_a_head_that_is_left_out_may_be_anything_and_keeps_its_trained_values():
     assert same(weights(module), trained)
 
 
-class Heads(Plain):
-    """A new head for each task, as task-incremental models have it."""
-
-    def __init__(self):
-        super().__init__()
-        self.heads = nn.ModuleDict()
-        self.add()
-
-    def add(self):
-        self.heads[str(len(self.heads))] = nn.Linear(3, 3)
-
-    def forward(self, images):
-        return self.heads[str(len(self.heads) - 1)](super().forward(images))
-
-
 @pytest.mark.parametrize("exclude", [[], ["heads.*"]])
 def test_heads_join_task_by_task(exclude):
     module, callback = Heads(), MergeCallback("magmax", exclude=exclude)
@@ -168,18 +144,6 @@ def test_other_dtypes_than_in_the_first_task_stop_the_fit_before_it_trains():
 
 
 # Freezing and unfreezing.
-
-
-class Backbone(Plain):
-    def __init__(self):
-        super().__init__()
-        self.backbone, self.net = self.net[:2], self.net[2]
-
-    def forward(self, images):
-        return self.net(self.backbone(images))
-
-    def configure_optimizers(self):
-        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
 
 
 def test_a_backbone_that_is_unfrozen_within_a_task_is_merged_from_its_values_before():

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+from growing import Endless, Single
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from plain import SAFE, Plain, fit, loader, same, trainer, weights
-from torch import nn
 
 from cl_merge import TaskVector, merge
 from cl_merge.callbacks import EWC, LwF, MergeCallback
@@ -250,21 +250,6 @@ def test_the_merge_is_computed_once_for_all_evaluations_of_methods_that_take_lon
 # One output, several views, endless data.
 
 
-class Single(Plain):
-    """One output, trained with `loss`."""
-
-    def __init__(self, loss):
-        super().__init__()
-        self.net[2] = nn.Linear(8, 1)
-        self.loss = loss
-
-    def training_step(self, batch, batch_idx):
-        outputs, targets = self(batch[0])[:, 0], (batch[1] > 0).float()
-        if self.loss == "mse":
-            return 0.5 * (outputs - targets).square().sum()
-        return nn.functional.binary_cross_entropy_with_logits(outputs, targets, reduction="sum")
-
-
 def as_float(module, batch):
     return module(batch[0]), (batch[1] > 0).float()
 
@@ -318,13 +303,6 @@ def test_two_views_of_a_batch_are_distilled_as_one_is():
         found.append(weights(module))
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value)
-
-
-class Endless(torch.utils.data.IterableDataset):
-    def __iter__(self):
-        images, labels = next(iter(loader(0)))
-        while True:
-            yield from zip(images, labels, strict=True)
 
 
 @pytest.mark.parametrize("make", [EWC, lambda: MergeCallback("fisher")])
