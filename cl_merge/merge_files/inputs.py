@@ -11,6 +11,7 @@ from torch import Tensor
 from cl_merge.errors import InputError, listing
 from cl_merge.kernels import Chunk, Difference
 from cl_merge.kernels.finite import is_finite, not_finite
+from cl_merge.merge_files.grown import GrownVector
 from cl_merge.merge_files.hashing import ContentHash
 from cl_merge.merge_files.plan import Plan, dtype_name
 from cl_merge.mergers.chunks import Reader
@@ -90,8 +91,14 @@ class Inputs:
                 )
             return values
 
+        shapes = {name: self._plan.base.shape(name) for name in self._plan.merged}
+        weights = self._plan.tasks[task]
+        if base is None and isinstance(weights, GrownVector):
+            # Thresholds and the like are of the task vector as it was.
+            held = weights.vector
+            shapes = {name: held.shape(name) for name in shapes if name in held.names}
         return Reader(
-            {name: self._plan.base.shape(name) for name in self._plan.merged},
+            shapes,
             chunk,
             _CPU,
             importance=importance if self._plan.importances else None,

@@ -20,6 +20,7 @@ from cl_merge import __version__
 from cl_merge.errors import InputError, listing
 from cl_merge.kernels.finite import is_finite
 from cl_merge.kernels.parallel import in_threads
+from cl_merge.merge_files.grown import GrownVector
 from cl_merge.merge_files.hashing import BLOCK
 from cl_merge.merge_files.inputs import Inputs, Progress
 from cl_merge.merge_files.plan import Plan, make_plan
@@ -260,6 +261,9 @@ class _Work:
         state: Accumulators = {}
         for task, prepared in enumerate(self._prepared):
             state |= zeros(self._merger.new_accumulators(task), base.shape, _CPU)
+            grown = self._plan.tasks[task]
+            if isinstance(grown, GrownVector) and piece[0] not in grown.vector.names:
+                continue  # it came after this task
             vector = self.inputs.reader(task, base, hashed=hashed)
             fold_chunk(self._merger, state, vector, piece, task, prepared)
         return state

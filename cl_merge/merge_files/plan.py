@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cl_merge.errors import InputError, listing
+from cl_merge.merge_files.grown import GrownVector, is_grown
 from cl_merge.storage import Weights
 from cl_merge.task_vectors.selection import Selection
 from cl_merge.task_vectors.task_vector import check_same_dtypes, check_same_layout
@@ -40,6 +41,8 @@ def make_plan(
     if not tasks:
         raise InputError("no task to merge; give at least one checkpoint or task vector")
     check_base(base)
+    if is_grown(base):
+        tasks = [GrownVector(task, base) if task.is_task_vector else task for task in tasks]
     changed: list[set[str]] = []
     for task in tasks:
         _check_task(task, base)

@@ -14,6 +14,9 @@ from cl_merge.errors import InputError
 TASK_VECTOR = "cl_merge.task_vector"
 """Metadata key that marks a file as a task vector; its value is the version of the format."""
 
+GROWN_BASE = "cl_merge.grown_base"
+"""Metadata key of a base to which parameters or rows were added between tasks."""
+
 PLAIN_VERSION, QUANTIZED_VERSION = "1", "2"
 
 

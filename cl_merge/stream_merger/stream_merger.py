@@ -16,6 +16,7 @@ from cl_merge.mergers.registry import as_merger
 from cl_merge.mergers.stack import StackMerger
 from cl_merge.storage.files import save_tensors
 from cl_merge.storage.quantize import check_store, stored
+from cl_merge.storage.weights import GROWN_BASE
 from cl_merge.stream_merger.base_weights import BaseWeights
 from cl_merge.stream_merger.buffers import MergedBuffers
 from cl_merge.stream_merger.messages import (
@@ -148,7 +149,7 @@ class StreamMerger:
         """Put in the weights that the next task starts from; `begin_task` does this by itself."""
         if self.tasks and self.start == "merged":
             self.install()
-        elif self.tasks and self.start == "independent":
+        if self.tasks and self.start == "independent":
             self._base.restore(self._module)
 
     def note_base(self, *, resumed: bool = False) -> None:
@@ -167,21 +168,17 @@ class StreamMerger:
         check_same_dtypes(here, before, "the module", "the base")
         kept = [name for name in before if here[name].shape == before[name].shape]
         self._base.note(self._module, resumed=resumed)
-        start, end = self._base.at_start, self._at_end
-        other = [name for name in kept if start[name] != end.get(name, start[name])]
+        now, left = self._base.at_start, self._at_end
+        other = [name for name in kept if now[name] != left.get(name, now[name])]
         if other and self.start == "sequential" and not resumed:
             warn_of_start(self.tasks, other)
 
     def check_names(self, names: Iterable[str]) -> None:
-        """Make sure that all patterns fit names of parameters, or raise `InputError`."""
-        # Some may be frozen as yet, and train later.
+        """Make sure that all patterns fit names, also of what is frozen, or raise `InputError`."""
         self.scales.check(self._selection.names(names))
 
     def watch(self) -> None:
-        """Note the base of what has been unfrozen within a task, before the optimizer's next step.
-
-        It costs next to nothing.
-        """
+        """Note the base of what has been unfrozen, before the optimizer's next step; it is cheap."""
         self._base.watch()
 
     def task_vector(self) -> TaskVector:
@@ -208,12 +205,12 @@ class StreamMerger:
         """End a task: fold what it changed.
 
         Args:
-            importance: For methods that weigh elements, such as ``"fisher"``: how much each element
-                matters, not negative, in the shapes of the parameters by name.
+            importance: For methods that weigh elements: how much each one matters, not negative,
+                in the shapes of the parameters by name.
             write: Whether to write files to the directory, if there is one.
 
         Returns:
-            The task vector, as `task_vector` makes it.
+            The task vector.
 
         Raises:
             InputError: If the task vector or the importance is refused; nothing has been folded.
@@ -238,7 +235,8 @@ class StreamMerger:
             if importance is not None:
                 save_tensors(self._directory / f"importance{task}.safetensors", importance, {})
             if has_grown:
-                save_tensors(self._directory / "base.safetensors", self._merged_base(), {})
+                path = self._directory / "base.safetensors"
+                save_tensors(path, self._merged_base(), {GROWN_BASE: "1"})
         return vector
 
     # The result.
@@ -300,8 +298,8 @@ class StreamMerger:
         """Put the former weights back, bit for bit; nothing happens where none are kept.
 
         Returns:
-            Names of the parameters that something else changed meanwhile. Where it has put the
-            weights back that the last task left, they stay, and none are named.
+            Names of the parameters that something else changed meanwhile, if it has not put back
+            what the last task left.
         """
         return self._swap.take_out(self._module, self._at_end)
 

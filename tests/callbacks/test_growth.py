@@ -8,9 +8,10 @@ import torch
 from growing import Backbone, Heads, grow
 from lightning.pytorch.callbacks import BackboneFinetuning, Callback
 from plain import Plain, fit, loader, same, trainer, weights
+from safetensors.torch import load_file
 from torch import nn
 
-from cl_merge import TaskVector, get_merger, merge
+from cl_merge import TaskVector, get_merger, merge, merge_checkpoints
 from cl_merge.callbacks import EWC, LwF, MergeCallback
 from cl_merge.callbacks.outputs import distillation
 from cl_merge.errors import InputError
@@ -55,6 +56,30 @@ def test_a_head_that_grows_is_merged_as_if_the_tasks_before_had_not_moved_the_ne
     trainer(callback).test(module, loader(0), verbose=False)
     assert same(module.seen["test"], found.apply_to(base, callback.scale))
     assert same(weights(module), trained)
+
+
+@pytest.mark.parametrize("store", ["float32", "int4"])
+@pytest.mark.parametrize(
+    "method", ["magmax", "average", "task-arithmetic", "ties", "random-mix", "dare", "breadcrumbs"]
+)
+def test_the_files_of_a_stream_that_grew_merge_to_the_same_bits(method, store, tmp_path):
+    module, callback = Heads(), MergeCallback(method, directory=tmp_path, store=store)
+    fit(module, callback, 0)
+    grow(module, 5)
+    module.forward = lambda images: module.net(images)
+    fit(module, callback, 1)
+    module.add()
+    del module.forward
+    module.heads["1"] = nn.Linear(5, 3)
+    fit(module, callback, 2)
+    tasks = [tmp_path / f"task{task}.safetensors" for task in range(3)]
+    out = tmp_path / "merged.safetensors"
+    merge_checkpoints(tmp_path / "base.safetensors", tasks, out, method=method)
+    assert same(load_file(out), callback.merged().apply_to(callback.base, callback.scale))
+    other = tmp_path / "other.safetensors"
+    TaskVector({"net.2.weight": torch.ones(9, 8)}).save(other)
+    with pytest.raises(InputError, match="which are no rows of the base"):
+        merge_checkpoints(tmp_path / "base.safetensors", [other], tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize("method", sorted(set(MERGERS) - {"fisher", "slerp"}))
