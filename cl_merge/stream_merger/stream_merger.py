@@ -178,7 +178,7 @@ class StreamMerger:
         self.scales.check(self._selection.names(names))
 
     def watch(self) -> None:
-        """Note the base of what has been unfrozen, before the optimizer's next step; it is cheap."""
+        """Note the base of what has been unfrozen, before the optimizer's next step."""
         self._base.watch()
 
     def task_vector(self) -> TaskVector:
