@@ -96,6 +96,9 @@ def given(page, place, factory):
         states = [{"weight": torch.zeros(10)}, {"weight": torch.arange(10.0)}]
         names |= dict(zip(("base_state", "tuned_state"), states, strict=True))
         names["other"] = TaskVector({"weight": -torch.ones(10)})
+    if page == "howto/callback.md":
+        names["train"] = lambda module, data: module.net[0].weight.data.add_(0.1)
+        names["evaluate"] = lambda module: module(torch.zeros(1, 4))
     if page == "howto/run.md":
         sys.path.insert(0, str(ROOT / "examples"))
         try:

@@ -477,6 +477,7 @@ def test_another_model_is_refused(tmp_path):
         work(tmp_path, model=other)
 
 
+@pytest.mark.filterwarnings(r"ignore:task 3 \(the 4th\) starts at other weights")
 def test_a_callback_that_was_used_before_is_brought_to_where_the_stream_is(tmp_path):
     merge, options = MergeCallback(), {"trainer": QUIET | {"max_epochs": 1}, "directory": tmp_path}
     fit_stream(classifier(), stream(), callbacks=[merge], **options)
