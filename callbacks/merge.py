@@ -212,6 +212,11 @@ class MergeCallback(EvaluationCallback):
         """The merged task vector of the tasks so far, float32 by parameter name."""
         return self.merger.merged()
 
+    def task_vector(self, module: nn.Module) -> TaskVector:
+        """The difference of a module's weights to the base; see `StreamMerger.task_vector`."""
+        self.stream.module = module
+        return self.stream.task_vector()
+
     def check_names(self, names: Iterable[str]) -> None:
         """Make sure that all patterns fit names of parameters, or raise `InputError`."""
         names = list(names)
@@ -220,15 +225,7 @@ class MergeCallback(EvaluationCallback):
             self._auto.check(names)
 
     def install(self, module: nn.Module) -> None:
-        """Put the merged weights into a module, to stay.
-
-        Args:
-            module: The module that was trained, or one with the same parameters; they may be frozen
-                meanwhile, of another precision, or the module compiled.
-
-        Raises:
-            InputError: If no task has been folded yet, or the module has not these parameters.
-        """
+        """Put the merged weights into a module, to stay; see `StreamMerger.install`."""
         self.stream.install(module)
 
     def reset(self) -> None:
@@ -241,8 +238,8 @@ class MergeCallback(EvaluationCallback):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        every = attached(trainer, MergeCallback)
-        check_alone([callback.stream.start for callback in every], stage)
+        self._checkpoint = None
+        check_alone([c.stream.start for c in attached(trainer, MergeCallback)], stage)
         if stage != TrainerFn.FITTING:
             return
         self.stream.module = pl_module

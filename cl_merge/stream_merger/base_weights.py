@@ -62,8 +62,12 @@ class BaseWeights:
         self.at_start = now | self.at_start if resumed else now
         for name, before in self.parameters.items():
             after = live.get(name)
-            if after is not None and after.shape != before.shape and can_hold(after, before.shape):
+            if after is None or after.shape == before.shape:
+                continue
+            if can_hold(after, before.shape):
                 self.parameters[name] = grown(before, after, after.shape)
+            else:  # another parameter of this name
+                self.parameters |= copies({name: after}, self.device)
         self._frozen = [(name, p) for name, p in live.items() if name not in self.parameters]
         self.watch()
         if self._keep_frozen:
@@ -84,7 +88,8 @@ class BaseWeights:
         """Put the base into a module, as far as the module has it."""
         live = parameters_of(module) | floating_buffers(module)
         values = self._frozen_base | self.parameters | self.buffers
-        install(live, {name: value for name, value in values.items() if name in live})
+        fitting = [n for n, value in values.items() if n in live and can_hold(live[n], value.shape)]
+        install(live, {name: values[name] for name in fitting})
 
     def moved_while_frozen(self) -> list[str]:
         """Names of the parameters that have moved in this task although nothing trained them."""

@@ -27,7 +27,7 @@ from cl_merge.stream_merger.messages import (
     warn_of_start,
 )
 from cl_merge.stream_merger.swap import WeightSwap, weights_of
-from cl_merge.task_vectors.growth import check_grown
+from cl_merge.task_vectors.growth import can_hold, check_grown
 from cl_merge.task_vectors.module_weights import checksums, install, parameters_of
 from cl_merge.task_vectors.scales import Scales, scaled
 from cl_merge.task_vectors.selection import Selection
@@ -226,8 +226,7 @@ class StreamMerger:
         if moved_buffers and self._buffers.choice is None:
             warn_of_buffers(moved_buffers)
             self._buffers.choice = "trained"
-        moved = self._base.moved_while_frozen()
-        if moved:
+        if moved := self._base.moved_while_frozen():
             warn_of_moved(moved)
         tell_merged(self.merger, task, vector)
         if write and self._directory is not None and is_first_process():
@@ -292,7 +291,8 @@ class StreamMerger:
 
     def swap_in(self) -> None:
         """Put the merged weights in until `swap_out`."""
-        self._swap.put_in(self._module, self._values(self._checked_live(self._module)))
+        live = self._checked_live(self._module)
+        self._swap.put_in(self._module, self.base, self._values(live))
 
     def swap_out(self) -> list[str]:
         """Put the former weights back, bit for bit; nothing happens where none are kept.
@@ -395,4 +395,6 @@ class StreamMerger:
         rest = dict(self.evaluation_buffers())
         if self._left_out == "base":
             rest |= {name: value for name, value in self.base.items() if name not in merged}
-        yield from ((name, value) for name, value in rest.items() if name in live)
+        for name, value in rest.items():
+            if name in live and can_hold(live[name], value.shape):
+                yield name, value

@@ -22,16 +22,20 @@ class WeightSwap:
         self._before: dict[str, Tensor] | None = None
         self._put_in: dict[str, int] = {}
 
-    def put_in(self, module: nn.Module, values: Iterable[tuple[str, Tensor]]) -> None:
-        """Write values into parameters and buffers, until `take_out`."""
-        live = weights_of(module)
-        self._before = copies(live)
-        install(live, values)
-        self._put_in = checksums(parameters_of(module))
+    def put_in(
+        self, module: nn.Module, names: Iterable[str], values: Iterable[tuple[str, Tensor]]
+    ) -> None:
+        """Write values into parameters of these names and into buffers, until `take_out`."""
+        live = parameters_of(module)
+        parameters = {name: live[name] for name in names if name in live}
+        buffers = floating_buffers(module)
+        self._before = copies(parameters | buffers)
+        install(parameters | buffers, values)
+        self._put_in = checksums(parameters)
 
     def changed(self, module: nn.Module) -> list[str]:
         """Names of the parameters that do not hold what was put in."""
-        now = checksums(parameters_of(module))
+        now = self._now(module)
         return [name for name, put_in in self._put_in.items() if now.get(name) != put_in]
 
     def take_out(self, module: nn.Module, trained: Mapping[str, int]) -> list[str]:
@@ -39,7 +43,7 @@ class WeightSwap:
 
         Args:
             module: The module.
-            trained: Checksums of all parameters, as training left them.
+            trained: Checksums of parameters, as training left them.
 
         Returns:
             Names of the parameters that something else changed meanwhile. Where it has put the
@@ -48,11 +52,16 @@ class WeightSwap:
         before, self._before = self._before, None
         if before is None:
             return []
-        changed = self.changed(module)
-        if changed and checksums(parameters_of(module)) == trained:
+        now, changed = self._now(module), self.changed(module)
+        if changed and all(trained.get(name) == total for name, total in now.items()):
             return []
-        install(weights_of(module), before)
+        live = weights_of(module)
+        install(live, {name: value for name, value in before.items() if name in live})
         return changed
+
+    def _now(self, module: nn.Module) -> dict[str, int]:
+        live = parameters_of(module)
+        return checksums({name: live[name] for name in self._put_in if name in live})
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:

@@ -113,10 +113,14 @@ def test_a_task_starts_at_the_base_or_the_merge_in_the_rows_that_there_were(star
     assert torch.equal(begun["net.2.weight"][3:], new)
 
 
-def test_a_head_that_is_left_out_may_be_anything_and_keeps_its_trained_values():
-    module, callback = Plain(), MergeCallback("magmax", exclude=["net.2.*"])
+@pytest.mark.parametrize("start", ["sequential", "independent", "merged"])
+@pytest.mark.parametrize("left_out", ["trained", "base"])
+def test_a_head_that_is_left_out_may_be_anything(left_out, start):
+    module = Plain()
+    callback = MergeCallback("magmax", exclude=["net.2.*"], left_out=left_out, start=start)
     fit(module, callback, 0)
     module.net[2] = nn.Linear(8, 2)  # smaller, and without the old rows
+    born = weights(module)["net.2.weight"]
 
     def step(batch, batch_idx):
         return nn.functional.cross_entropy(module(batch[0]), batch[1].clamp(max=1))
@@ -124,7 +128,8 @@ def test_a_head_that_is_left_out_may_be_anything_and_keeps_its_trained_values():
     module.training_step = step
     trained = fit(module, callback, 1)
     trainer(callback).test(module, loader(0), verbose=False)
-    assert torch.equal(module.seen["test"]["net.2.weight"], trained["net.2.weight"])
+    expected = born if left_out == "base" else trained["net.2.weight"]
+    assert torch.equal(module.seen["test"]["net.2.weight"], expected)
     assert not torch.equal(module.seen["test"]["net.0.weight"], trained["net.0.weight"])
     assert same(weights(module), trained)
 
