@@ -83,12 +83,8 @@ class MergeCallback(EvaluationCallback):
             are smaller, and no task can be resumed from them.
         held_out: For ``scale="auto"``: makes a loader of the held-out images of the tasks so far;
             None asks the trainer's data module for its ``held_out_dataloader()``.
-        logits: For methods that weigh elements: makes logits [B, K] and targets [B] of the module
-            and a batch. By default the module's ``task_logits(batch)`` if it has one, else
-            ``module(batch[0]), batch[1]``.
-        loss: For methods that weigh elements: what the logits are trained with,
-            ``"cross_entropy"``, ``"binary_cross_entropy"`` or ``"mse"``. None is the first, for
-            logits of classes only.
+        logits: For methods that weigh elements, such as ``"fisher"``: as of `EWC`.
+        loss: For methods that weigh elements: as of `EWC`.
         importance_samples: For methods that weigh elements, such as ``"fisher"``: estimate the
             diagonal Fisher, which is the importance, from at most so many samples of a task, one
             backward pass each; None uses all. Labels are drawn from the predictions.
@@ -166,7 +162,7 @@ class MergeCallback(EvaluationCallback):
         self._importance_samples = importance_samples
         check_loss(loss)
         self._logits, self._loss = logits_of(logits, "MergeCallback"), loss
-        self._has_start = False  # whether the weights that the task starts from are in
+        self._has_start = False  # whether the weights are in that the task starts from
         # What a checkpoint that is evaluated holds, and whether it is of within a task.
         self._checkpoint: tuple[StreamMerger, bool] | None = None
         self._evaluated: StreamMerger | None = None  # during an evaluation
@@ -200,8 +196,12 @@ class MergeCallback(EvaluationCallback):
 
     @property
     def scale(self) -> float | dict[str, float]:
-        """The scale in use: a number, or numbers by pattern."""
+        """The scale in use, a number or numbers by pattern; may be set between evaluations."""
         return self.scales.plain()
+
+    @scale.setter
+    def scale(self, value: float | Mapping[str, float]) -> None:
+        self.stream.scales = Scales.read(value, self.merger.published_scale)
 
     @property
     @override
