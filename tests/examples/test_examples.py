@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, Value
 from forked import forked
 from safetensors.torch import load_file
 
@@ -84,6 +85,28 @@ def test_text_classification_remembers_more_merged_than_fine_tuned(tmp_path):
     assert list(found) == ["pre-trained", "fine-tuned", "merged"]
     assert found["merged"][1] > found["fine-tuned"][1]
     assert mean(found["merged"]) > mean(found["pre-trained"])
+
+
+def test_intents_are_learned_in_every_way(tmp_path):
+    intents = {
+        "spending": ["what have i spent on food", "how much went to food", "my spending on rent"],
+        "transfer": ["send money to ann", "wire ten pounds to bob", "move money to savings"],
+        "flights": ["book a flight to rome", "i need a plane to oslo", "find flights to lima"],
+        "luggage": ["my suitcase is lost", "where is my bag", "they lost my luggage"],
+    }
+    rows = [
+        {"text": text, "label": label, "domain": label // 2}
+        for label, texts in enumerate(intents.values())
+        for text in texts
+    ]
+    names = ClassLabel(names=list(intents))
+    columns = {"text": Value("string"), "label": names, "domain": Value("int64")}
+    for part in ("train", "test"):
+        Dataset.from_list(rows, Features(columns)).to_parquet(tmp_path / f"{part}.parquet")
+    found = table(run(tmp_path, f"intents.py --data {tmp_path} --utterances 3"))
+    assert found["joint"][0] > 90
+    assert found["magmax + class statistics"][0] > 90
+    assert {"zero-shot", "sequential", "lwf", "ewc", "lwf + magmax", "ewc + magmax"} < set(found)
 
 
 def test_a_plain_loop_remembers_more_merged_than_fine_tuned(tmp_path):

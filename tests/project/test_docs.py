@@ -62,11 +62,13 @@ def loader(seed):
 def checkpoints(folder):
     """Weights before and after two tasks, in each form that the pages name."""
     states = {}
+    (folder / "vectors").mkdir()
     for number, name in enumerate(("base", "task0", "task1")):
         generator = torch.Generator().manual_seed(number)
         names = ("visual.attn.weight", "visual.attn.bias", "visual.mlp.weight")
         states[name] = {key: torch.randn(4, generator=generator) for key in names}
         save_file(states[name], folder / f"{name}.safetensors")
+        save_file(states[name], folder / "vectors" / f"{name}.safetensors")
         (folder / name).mkdir()
         save_file(states[name], folder / name / "model.safetensors")
         torch.save(states[name], folder / f"{name}.{'pt' if name == 'base' else 'ckpt'}")
