@@ -52,7 +52,7 @@ class Merger(ABC):
             parameters; ``"row"``, whole rows of matrices; ``"parameter"``, whole parameters.
         weighted: Whether a task vector comes with the importance of each of its elements.
         takes_differences: Whether this class's own `fold` only hands its chunk to the folds of
-            `cl_merge.kernels`, which subtract the base from weights on the way. A subclass with
+            ``cl_merge.kernels``, which subtract the base from weights on the way. A subclass with
             another `fold` is given tensors again.
         chunk_size: Elements of a chunk; None for what suits the device. No result depends on it.
 

@@ -76,7 +76,7 @@ class DareTies(_Dropping, SignElection):
         tensor([ 3., -3.])
 
     Reference:
-        As of `Dare` and `SignElection`; scale as of `Ties`.
+        As of `Dare` and ``SignElection``; scale as of `Ties`.
     """
 
     name = "dare-ties"

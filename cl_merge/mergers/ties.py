@@ -60,7 +60,7 @@ class Ties(SignElection):
 
     *Trim*: of each task vector only the values of largest magnitude stay, all those that reach its
     own k-th smallest magnitude over all parameters, k = d - floor(density * d). *Elect* and
-    *merge* are those of `SignElection`; 0 where no value has the elected sign.
+    *merge* are those of ``SignElection``; 0 where no value has the elected sign.
 
     The density is that of what is given: the published runs trimmed whole CLIP models, in which the
     frozen text tower counts as zeros, so that their 20 % is 34.7 % of the image encoder.
