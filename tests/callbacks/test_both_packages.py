@@ -11,6 +11,8 @@ from cl_merge.errors import InputError
 
 pl = pytest.importorskip("pytorch_lightning", reason="pytorch_lightning is not installed")
 
+pytestmark = pytest.mark.slow
+
 
 class Module(pl.LightningModule):
     def __init__(self):

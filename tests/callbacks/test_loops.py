@@ -21,6 +21,8 @@ from plain import Plain, loader, trainer
 
 from cl_merge.callbacks import EWC, ClassStatistics, LwF, MergeCallback
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(__file__).parents[2] / "docs/reference/loops.md"
 
 
