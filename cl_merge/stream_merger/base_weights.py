@@ -91,14 +91,19 @@ class BaseWeights:
         fitting = [n for n, value in values.items() if n in live and can_hold(live[n], value.shape)]
         install(live, {name: values[name] for name in fitting})
 
-    def moved_while_frozen(self) -> list[str]:
-        """Names of the parameters that have moved in this task although nothing trained them."""
-        now = checksums(dict(self._frozen))
-        return [name for name, total in now.items() if total != self.at_start.get(name, total)]
+    def moved_while_frozen(self, now: Mapping[str, int]) -> list[str]:
+        """Names of the parameters that have moved in this task although nothing trained them.
+
+        `now` has the checksums of these parameters, and may have others.
+        """
+        here = [name for name, _ in self._frozen if name in now and name in self.at_start]
+        return [name for name in here if now[name] != self.at_start[name]]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that is needed to go on, as plain values and live tensors."""
-        moved = self.moved_while_frozen() if self._keep_frozen else []
+        moved: list[str] = []
+        if self._keep_frozen:
+            moved = self.moved_while_frozen(checksums(dict(self._frozen)))
         return {
             "base": self.parameters,
             "base_buffers": self.buffers,

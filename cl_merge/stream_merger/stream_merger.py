@@ -226,7 +226,7 @@ class StreamMerger:
         if moved_buffers and self._buffers.choice is None:
             warn_of_buffers(moved_buffers)
             self._buffers.choice = "trained"
-        if moved := self._base.moved_while_frozen():
+        if moved := self._base.moved_while_frozen(self._at_end):
             warn_of_moved(moved)
         tell_merged(self.merger, task, vector)
         if write and self._directory is not None and is_first_process():

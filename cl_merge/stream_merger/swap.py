@@ -35,8 +35,7 @@ class WeightSwap:
 
     def changed(self, module: nn.Module) -> list[str]:
         """Names of the parameters that do not hold what was put in."""
-        now = self._now(module)
-        return [name for name, put_in in self._put_in.items() if now.get(name) != put_in]
+        return self._differing(self._now(module))
 
     def take_out(self, module: nn.Module, trained: Mapping[str, int]) -> list[str]:
         """Write the former weights back, bit for bit; nothing happens where none are kept.
@@ -52,12 +51,16 @@ class WeightSwap:
         before, self._before = self._before, None
         if before is None:
             return []
-        now, changed = self._now(module), self.changed(module)
+        now = self._now(module)
+        changed = self._differing(now)
         if changed and all(trained.get(name) == total for name, total in now.items()):
             return []
         live = weights_of(module)
         install(live, {name: value for name, value in before.items() if name in live})
         return changed
+
+    def _differing(self, now: Mapping[str, int]) -> list[str]:
+        return [name for name, put_in in self._put_in.items() if now.get(name) != put_in]
 
     def _now(self, module: nn.Module) -> dict[str, int]:
         live = parameters_of(module)
