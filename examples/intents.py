@@ -36,6 +36,7 @@ class Encoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Embed sentences, tokens [B, L] with 0 behind their ends; float [B, D]."""
+        tokens = tokens[:, : int((tokens != 0).sum(dim=1).max())]  # no longer than the longest
         mask = (tokens != 0).long()
         states = self.model(input_ids=tokens, attention_mask=mask).last_hidden_state
         means = (states * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)

@@ -105,7 +105,8 @@ class TaskVector(Mapping[str, Tensor]):
 
     def norm(self) -> float:
         """Euclidean norm over all values."""
-        norms = [torch.linalg.vector_norm(tensor.float()) for tensor in self.values()]
+        # Squares of small values leave float32's range.
+        norms = [torch.linalg.vector_norm(t, dtype=torch.float64) for t in self.values()]
         return math.hypot(*(float(norm) for norm in norms))
 
     def numel(self) -> int:
