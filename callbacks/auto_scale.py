@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,15 +14,16 @@ from torch import Tensor
 
 from cl_merge.callbacks.batches import LOGITS, Logits, all_logits, sum_over_processes, to_module
 from cl_merge.errors import InputError
+from cl_merge.stream_merger import StreamMerger
 from cl_merge.task_vectors.module_weights import (
     evaluating,
-    floating_buffers,
     install,
-    parameters_of,
     swapped,
+    weights_of,
 )
 from cl_merge.task_vectors.scale_search import block_groups, read_groups, search_scale
-from cl_merge.task_vectors.scales import Scales, check_fits, scaled
+from cl_merge.task_vectors.scales import Scales, check_fits
+from cl_merge.task_vectors.shards import reshard
 
 log = logging.getLogger(__name__)
 
@@ -79,30 +80,28 @@ class AutoScale:
         trainer: L.Trainer,
         module: L.LightningModule,
         batches: Iterable[Any],
-        base: Mapping[str, Tensor],
-        changes: Mapping[str, Tensor],
-        buffers: Mapping[str, Tensor],
+        names: Sequence[str],
+        values: Callable[[Scales], Iterable[tuple[str, Tensor]]],
     ) -> Scales:
         """Find the scale of a task that ended, leaving the module as it is.
 
-        The batches are the held-out images, the changes the merged task vector, and the buffers
-        those that are others in an evaluation.
+        The batches are the held-out images, the names those of the parameters that are merged;
+        values makes what parameters and buffers of an evaluation hold at a scale.
 
         Raises:
             InputError: If there is no held-out image, or the logits cannot be found.
         """
-        parameters, live_buffers = parameters_of(module), floating_buffers(module)
-        live = {name: parameters[name] for name in base}
+        live = weights_of(module)
         total = 0
 
         def count(scales: Scales) -> int:
             nonlocal total
-            install(live, scaled(base, changes.items(), scales))
+            install(live, values(scales))
             correct, total = self._count(trainer, module, batches)
             return correct
 
-        groups = block_groups(changes) if self.groups == "block" else self.groups
-        with swapped(live, {}), swapped(live_buffers, buffers), evaluating(module):
+        groups = block_groups(names) if self.groups == "block" else self.groups
+        with swapped(live, {}), evaluating(module):
             best = search_scale(count, groups=groups)
         if trainer.is_global_zero:
             log.info(
@@ -127,10 +126,27 @@ class AutoScale:
                 logits, targets = classify(module, to_module(trainer, module, batch))
                 counts[0] += (logits.argmax(dim=1) == targets).sum()
                 counts[1] += len(targets)
+        reshard(module)  # the next weights are put into the sharded parameters
         correct, total = sum_over_processes(trainer, module)(counts).tolist()
         if not total:
             raise InputError("there is no held-out image to choose the scale on")
         return correct, total
+
+
+def choose_scale(
+    auto: AutoScale,
+    stream: StreamMerger,
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    batches: Iterable[Any],
+) -> Scales:
+    """The scale of what a stream has merged so far, chosen on held-out images."""
+    changes, live = dict(stream.model.changes()), weights_of(module)
+
+    def values(scales: Scales) -> Iterable[tuple[str, Tensor]]:
+        return stream.model.values(live, scales, changes.items())
+
+    return auto.choose(trainer, module, batches, list(changes), values)
 
 
 def held_out_batches(trainer: L.Trainer, own: Loader | None) -> Iterable[Any]:

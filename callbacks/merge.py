@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,20 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor, nn
 from typing_extensions import override
 
-from cl_merge.callbacks.auto_scale import AutoScale, Loader, held_out_batches
+from cl_merge.callbacks.auto_scale import AutoScale, Loader, choose_scale, held_out_batches
 from cl_merge.callbacks.batches import Logits, logits_of
 from cl_merge.callbacks.fisher import task_importance, try_logits
-from cl_merge.callbacks.others import attached, changed_by_others, check_alone, load_best
+from cl_merge.callbacks.others import (
+    INTERRUPTED,
+    NOT_RESUMED,
+    attached,
+    changed_by_others,
+    check_alone,
+    check_importance_known,
+    check_sharding,
+    load_best,
+    no_state_in,
+)
 from cl_merge.callbacks.outputs import Loss, check_loss
 from cl_merge.callbacks.task import EvaluationCallback
 from cl_merge.errors import InputError, task_name, unknown_name
@@ -42,10 +52,10 @@ class MergeCallback(EvaluationCallback):
     vector, and the trained weights are back, bit for bit, when they end or raise. Validation inside
     ``fit`` sees the weights being trained.
 
-    Works with any `LightningModule`, any optimizer and precision, on one process or under DDP,
-    where every rank folds the same weights. Use one instance for the whole stream, and a new
-    `Trainer` per task. What is merged is what the fit leaves: averages that callbacks put in, or
-    weights that the module switches to, when training ends.
+    Works with any `LightningModule`, any optimizer and precision, on one process, under DDP, where
+    every rank folds the same weights, or ``ModelParallelStrategy``, where each folds its share. Use
+    one instance for the whole stream, and a new `Trainer` per task. What is merged is what the fit
+    leaves: averages that callbacks put in, or weights that the module switches to, at its end.
 
     Layers may be frozen and unfrozen. Parameters may join between tasks, and grow new entries
     behind the former ones, as the head of a class-incremental model does: what is new has the value
@@ -85,9 +95,9 @@ class MergeCallback(EvaluationCallback):
             None asks the trainer's data module for its ``held_out_dataloader()``.
         logits: For methods that weigh elements, such as ``"fisher"``: as of `EWC`.
         loss: For methods that weigh elements: as of `EWC`.
-        importance_samples: For methods that weigh elements, such as ``"fisher"``: estimate the
-            diagonal Fisher, which is the importance, from at most so many samples of a task, one
-            backward pass each; None uses all. Labels are drawn from the predictions.
+        importance_samples: For methods that weigh elements: estimate the diagonal Fisher from at
+            most so many samples of a task, one backward pass each, with labels drawn from the
+            predictions; None uses all.
         **options: Options of the method, such as ``density`` for TIES; a `Merger` has its own.
 
     Attributes:
@@ -99,7 +109,8 @@ class MergeCallback(EvaluationCallback):
             finite, a parameter that is merged has gone or shrunk, there are no held-out images to
             choose the scale on, something else changes the weights of an evaluation, or a second
             `MergeCallback` of the trainer starts tasks elsewhere or would put in other weights.
-        RuntimeError: Under a strategy that shards parameters or spawns processes.
+        RuntimeError: Under a strategy that spawns processes, or that shards parameters in another
+            way than ``ModelParallelStrategy``.
 
     Example::
 
@@ -113,6 +124,8 @@ class MergeCallback(EvaluationCallback):
     Reference:
         Marczak et al., MagMax: Leveraging Model Merging for Seamless Continual Learning, ECCV 2024.
     """
+
+    can_shard = True
 
     def __init__(
         self,
@@ -138,18 +151,19 @@ class MergeCallback(EvaluationCallback):
         super().__init__()
         scale = AutoScale() if scale == "auto" else scale
         self._auto = scale if isinstance(scale, AutoScale) else None
-        self._settings: dict[str, Any] = {
-            "scale": None if self._auto else scale,
-            "start": start,
-            "buffers": buffers,
-            "left_out": left_out,
-            "include": include,
-            "exclude": exclude,
-            "store": store,
-            "directory": directory,
-            "device": device,
-        }
-        self.stream = StreamMerger(None, as_merger(method, options), **self._settings)
+        self.stream = StreamMerger(
+            None,
+            as_merger(method, options),
+            scale=None if isinstance(scale, AutoScale | str) else scale,
+            start=start,
+            buffers=buffers,
+            left_out=left_out,
+            include=include,
+            exclude=exclude,
+            store=store,
+            directory=directory,
+            device=device,
+        )
         if weights not in WEIGHTS:
             raise unknown_name("choice of weights", weights, WEIGHTS)
         if held_out is not None and self._auto is None:
@@ -159,9 +173,9 @@ class MergeCallback(EvaluationCallback):
         self.chosen: list[Scales] = []
         self._weights, self._save_state = weights, save_state
         self._held_out = held_out
-        self._importance_samples = importance_samples
         check_loss(loss)
-        self._logits, self._loss = logits_of(logits, "MergeCallback"), loss
+        logits, samples = logits_of(logits, "MergeCallback"), importance_samples
+        self._importance: dict[str, Any] = {"logits": logits, "loss": loss, "samples": samples}
         self._has_start = False  # whether the weights are in that the task starts from
         # What a checkpoint that is evaluated holds, and whether it is of within a task.
         self._checkpoint: tuple[StreamMerger, bool] | None = None
@@ -210,12 +224,7 @@ class MergeCallback(EvaluationCallback):
 
     def merged(self) -> TaskVector:
         """The merged task vector of the tasks so far, float32 by parameter name."""
-        return self.merger.merged()
-
-    def task_vector(self, module: nn.Module) -> TaskVector:
-        """The difference of a module's weights to the base; see `StreamMerger.task_vector`."""
-        self.stream.module = module
-        return self.stream.task_vector()
+        return self.stream.merged()
 
     def check_names(self, names: Iterable[str]) -> None:
         """Make sure that all patterns fit names of parameters, or raise `InputError`."""
@@ -252,10 +261,8 @@ class MergeCallback(EvaluationCallback):
     def prepare_task(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         checkpoint = trainer.ckpt_path is not None
         if checkpoint and not self._save_state:
-            raise InputError(
-                "MergeCallback(save_state=False) cannot resume a checkpoint, which does not hold "
-                "the weights that the task started from; expected save_state=True"
-            )
+            raise InputError(NOT_RESUMED)
+        check_sharding(trainer, self.merger, self._weights)
         self.stream.module = module
         self.stream.move_state_to(module.device)
         if self._auto is not None:
@@ -269,9 +276,11 @@ class MergeCallback(EvaluationCallback):
 
     @override
     def begin_task(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
+        self.stream.move_state_to(module.device)  # which may have been restored since
         self.stream.note_base(resumed=self._resumed)
         if self.merger.weighted:
-            try_logits(trainer, module, self._logits, batch, self._loss, "MergeCallback")
+            logits, loss = self._importance["logits"], self._importance["loss"]
+            try_logits(trainer, module, logits, batch, loss, "MergeCallback")
 
     @override
     def watch(self) -> None:
@@ -284,26 +293,20 @@ class MergeCallback(EvaluationCallback):
             load_best(trainer, module)
         if self.merger.weighted:
             importance = task_importance(
-                trainer,
-                module,
-                list(self.base),
-                samples=self._importance_samples,
-                task=self.tasks,
-                logits=self._logits,
-                loss=self._loss,
+                trainer, module, list(self.base), task=self.tasks, **self._importance
             )
-        stream.end_task(importance)
-        if self._auto is not None:
-            changes = dict(stream.changes())
-            stream.scales = self._auto.choose(
-                trainer,
-                module,
-                held_out_batches(trainer, self._held_out),
-                {name: self.base[name] for name in changes},
-                changes,
-                stream.evaluation_buffers(),
-            )
-            self.chosen.append(stream.scales)
+        if self._auto is None:
+            stream.end_task(importance)
+            return
+        undo = self.backup()
+        try:
+            stream.end_task(importance)
+            batches = held_out_batches(trainer, self._held_out)
+            stream.scales = choose_scale(self._auto, stream, trainer, module, batches)
+        except BaseException:
+            undo()
+            raise
+        self.chosen.append(stream.scales)
 
     @override
     def on_exception(
@@ -312,11 +315,7 @@ class MergeCallback(EvaluationCallback):
         super().on_exception(trainer, pl_module, exception)
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting and self._began and isinstance(exception, KeyboardInterrupt):
-            log.warning(
-                "%s was interrupted and is not merged; go on with fit(..., ckpt_path=...), or "
-                "merge what it has trained: MergeCallback.stream.end_task()",
-                task_name(self.tasks),
-            )
+            log.warning(INTERRUPTED, task_name(self.tasks))
 
     @property
     @override
@@ -332,20 +331,11 @@ class MergeCallback(EvaluationCallback):
         stream.move_state_to(module.device)
         if self._checkpoint is not None and in_task:
             # The weights that were loaded are those of the task.
-            if self.merger.weighted:
-                raise InputError(
-                    f"the checkpoint was written within {task_name(stream.tasks)}, of which "
-                    f"'{self.merger.name}' does not know yet how much each element matters; "
-                    "evaluate after the fit, without ckpt_path"
-                )
+            check_importance_known(self.merger)
             with torch.inference_mode(False):
                 stream.end_task(write=False)
         elif self._checkpoint is None and trainer.ckpt_path and not stream.holds_trained():
-            raise InputError(
-                f"the checkpoint '{trainer.ckpt_path}' was written without the state of this "
-                "MergeCallback, so its weights cannot be merged with the tasks before; load them "
-                "into the module where training ends: MergeCallback(weights='best')"
-            )
+            raise no_state_in(trainer.ckpt_path)
         self._evaluated = stream
         stream.swap_in()
 
@@ -377,13 +367,23 @@ class MergeCallback(EvaluationCallback):
             super().load_state_dict(state_dict)
             return
         # An evaluation of a checkpoint sees what that holds, and leaves what is known as it is.
-        loaded = StreamMerger(None, type(self.merger)(**self.merger.options), **self._settings)
+        loaded = self.stream.fresh()
         loaded.load_state_dict(state_dict)
         chosen = [Scales.read(scale, 0.0) for scale in state_dict.get("chosen", [])]
         loaded.scales = chosen[-1] if chosen else loaded.scales
         self._checkpoint = (loaded, state_dict["in_task"])
         if not self.tasks:
             self.stream, self.chosen = loaded, chosen
+
+    @override
+    def backup(self) -> Callable[[], None]:
+        restore, chosen = self.stream.backup(), list(self.chosen)
+
+        def undo() -> None:
+            restore()
+            self.chosen = chosen
+
+        return undo
 
     @override
     def task_state(self) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from cl_merge.errors import InputError, listing
+from cl_merge.errors import InputError, listing, task_name
+from cl_merge.mergers import Merger
 
 _Kind = TypeVar("_Kind", bound=Callback)
 
@@ -19,6 +20,15 @@ _MOMENTS = ("start", "epoch_start", "batch_start", "batch_end", "epoch_end", "en
 
 AVERAGES = ("StochasticWeightAveraging", "WeightAveraging")
 """Lightning's callbacks that put other weights into the module when training ends."""
+
+NOT_RESUMED = (
+    "MergeCallback(save_state=False) cannot resume a checkpoint, which does not hold the weights "
+    "that the task started from; expected save_state=True"
+)
+INTERRUPTED = (
+    "%s was interrupted and is not merged; go on with fit(..., ckpt_path=...), or merge what it "
+    "has trained: MergeCallback.stream.end_task()"
+)
 
 
 def callbacks_of(trainer: L.Trainer) -> list[Callback]:
@@ -50,10 +60,16 @@ def is_kind(thing: object, *names: str) -> bool:
     )
 
 
-def check_strategy(trainer: L.Trainer, name: str) -> None:
+def check_strategy(trainer: L.Trainer, name: str, *, can_shard: bool) -> None:
     """Refuse strategies under which a callback of this name cannot work."""
     strategy = trainer.strategy
-    if is_kind(strategy, "FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"):
+    if is_kind(strategy, "FSDPStrategy", "DeepSpeedStrategy"):
+        instead = "ModelParallelStrategy() with fully_shard in configure_model, or "
+        raise RuntimeError(
+            f"{name} cannot work with what {type(strategy).__name__} makes of parameters; use "
+            f"{instead if can_shard else ''}strategy='ddp'"
+        )
+    if is_kind(strategy, "ModelParallelStrategy") and not can_shard:
         raise RuntimeError(
             f"{name} needs whole parameters on every rank, but {type(strategy).__name__} shards "
             "them; use strategy='ddp' or one device"
@@ -62,6 +78,22 @@ def check_strategy(trainer: L.Trainer, name: str) -> None:
         raise RuntimeError(
             f"{name} keeps its state in the process, but spawned processes lose it when a fit "
             "ends; use strategy='ddp' and start the script from the command line"
+        )
+
+
+def check_sharding(trainer: L.Trainer, merger: Merger, weights: str) -> None:
+    """Refuse what `MergeCallback` cannot do where parameters are sharded."""
+    if not is_kind(trainer.strategy, "ModelParallelStrategy"):
+        return
+    if merger.weighted:
+        raise InputError(
+            f"'{merger.name}' needs gradients of single samples, which sharded parameters do not "
+            "have; use another method, or strategy='ddp'"
+        )
+    if weights == "best":
+        raise InputError(
+            "MergeCallback(weights='best') reads a checkpoint in one file, which sharded "
+            "parameters do not have; choose weights='last', or strategy='ddp'"
         )
 
 
@@ -105,6 +137,25 @@ def load_best(trainer: L.Trainer, module: L.LightningModule) -> None:
             "ModelCheckpoint(monitor=...) to the Trainer, or choose weights='last'"
         )
     module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
+
+
+def check_importance_known(merger: Merger) -> None:
+    """Refuse to evaluate a checkpoint of within a task with methods that weigh elements."""
+    if merger.weighted:
+        raise InputError(
+            f"the checkpoint was written within {task_name(merger.tasks)}, of which "
+            f"'{merger.name}' does not know yet how much each element matters; evaluate after the "
+            "fit, without ckpt_path"
+        )
+
+
+def no_state_in(path: object) -> InputError:
+    """Make the error for an evaluation of a checkpoint that cannot be merged."""
+    return InputError(
+        f"the checkpoint '{path}' was written without the state of this MergeCallback, so its "
+        "weights cannot be merged with the tasks before; load them into the module where training "
+        "ends: MergeCallback(weights='best')"
+    )
 
 
 def changed_by_others(

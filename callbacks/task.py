@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -39,16 +40,23 @@ class TaskCallback(Callback, ABC):
     ends after all that other callbacks and the module do when training ends. It counts for all
     callbacks of this kind in a trainer, or, if one of them raises, for none.
 
+    Attributes:
+        can_shard: Whether it works where parameters are sharded, under ``ModelParallelStrategy``.
+
     Raises:
         InputError: If a callback that averages weights has been through another task.
-        RuntimeError: Under a strategy that shards parameters or spawns processes.
+        RuntimeError: Under a strategy that spawns processes, or shards parameters in a way that
+            the callback cannot work with.
     """
+
+    can_shard: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()
         self._averages_used: Sequence[Callback] = []
         self._trainer_state = TrainerState()  # of the trainer that was the last to use it
         self._in_task = False
+        self._prepared = False  # whether ``on_fit_start`` has been, and no batch yet
         self._began = False  # whether this fit has trained a batch
         self._restored = False
         self._resumed = False
@@ -76,6 +84,10 @@ class TaskCallback(Callback, ABC):
     def task_state(self) -> dict[str, Any]:
         """Everything that a checkpoint needs to go on, as tensors and plain values."""
 
+    def backup(self) -> Callable[[], None]:
+        """Copy the state; what is returned goes back to it."""
+        return partial(self.load_task_state, copy.deepcopy(self.task_state()))
+
     @abstractmethod
     def load_task_state(self, state: dict[str, Any]) -> None:
         """Go on from what `task_state` returned; its tensors are to be copied."""
@@ -84,7 +96,8 @@ class TaskCallback(Callback, ABC):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        check_strategy(trainer, type(self).__name__)
+        check_strategy(trainer, type(self).__name__, can_shard=self.can_shard)
+        self._prepared = False
         self._trainer_state = trainer.state
 
     @override
@@ -94,12 +107,13 @@ class TaskCallback(Callback, ABC):
             check_averages(trainer, self._averages_used)
         self._began = False
         self.prepare_task(trainer, pl_module)
-        self._in_task = True
+        self._in_task = self._prepared = True
 
     @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        self._prepared = False
         if not self._began:
             self.begin_task(trainer, pl_module, batch)
             self._began = True
@@ -136,7 +150,11 @@ class TaskCallback(Callback, ABC):
             # written, within a task: that would undo what the end of that task did.
             return
         self.load_task_state(state_dict)
-        self._restored = fitting and state_dict["in_task"]
+        restored = fitting and state_dict["in_task"]
+        if self._prepared:  # strategies that shard parameters restore after ``on_fit_start``
+            self._resumed = restored
+        else:
+            self._restored = restored
 
 
 class EvaluationCallback(TaskCallback):
@@ -209,7 +227,7 @@ def _end_task_of_all(
     ending: Sequence[TaskCallback], trainer: L.Trainer, module: L.LightningModule
 ) -> None:
     """End a task for all callbacks, or, if one raises, for none."""
-    states: list[tuple[TaskCallback, dict[str, Any]]] = []
+    backups: list[Callable[[], None]] = []
     try:
         with _on_its_device(trainer, module):
             for callback in ending:
@@ -217,15 +235,15 @@ def _end_task_of_all(
                     log.warning(_NOTHING_TRAINED)
                     continue
                 if callback is not ending[-1]:
-                    states.append((callback, copy.deepcopy(callback.task_state())))
+                    backups.append(callback.backup())
                 callback.end_task(trainer, module)
     except BaseException:
-        for callback, state in states:
-            callback.load_task_state(state)
+        for undo in backups:
+            undo()
         raise
     finally:
         for callback in ending:
-            callback._in_task = False
+            callback._in_task = callback._prepared = False
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ class Evaluation:
         scales = run.scale(method, task)
         if scales is not None:
             yield from scaled(run.base, self._merged(method, task).items(), scales)
-            yield from self._merged_buffers(task)
+            yield from self._beside_merged(task)
         elif self.training is not None and method.statistics is None:
             yield from scaled(
                 run.base, TaskVector.load(self._stored("task", task)).items(), _UNSCALED
@@ -148,28 +149,35 @@ class Evaluation:
     def _stored(self, what: str, task: int) -> Path:
         return self._run.folder.task_vectors(str(self.training)) / f"{what}{task}.safetensors"
 
-    def _merged_buffers(self, task: int) -> Iterator[tuple[str, Tensor]]:
-        """What buffers hold in a merged model, as ``merge.buffers`` says, if not the base's."""
-        run, choice = self._run, self._run.config.merge.buffers
+    def _beside_merged(self, task: int) -> Iterator[tuple[str, Tensor]]:
+        """What a merged model holds that is not merged, if it is not the base's.
+
+        Parameters that are left out hold what the task left, as with the callback; buffers what
+        ``merge.buffers`` says.
+        """
+        run, choice, stored = self._run, self._run.config.merge.buffers, self._unmerged(task)
+        for name, value in stored.items():
+            if name not in run.buffers or choice in (None, "trained"):
+                yield name, value
         if choice == "average":
             average = Average()
             for each in range(task + 1):
-                stored = self._unmerged(each)
-                average.update({name: stored.get(name, b) for name, b in run.buffers.items()})
+                then = self._unmerged(each)
+                average.update({name: then.get(name, b) for name, b in run.buffers.items()})
             yield from average.items()
-        elif choice != "base":
-            stored = self._unmerged(task)
-            yield from ((name, stored[name]) for name in run.buffers if name in stored)
 
     def _choose_scale(self, method: Method, task: int) -> None:
         run, stream = self._run, self.stream
 
         def choose(trainer: L.Trainer, module: L.LightningModule) -> None:
             changes = dict(self._merged(method, task).items())
-            base = {name: value.to(module.device) for name, value in run.base.items()}
-            buffers = run.buffers | dict(self._merged_buffers(task))
+            base, beside = self._placed(run.base), run.buffers | dict(self._beside_merged(task))
+
+            def values(scales: Scales) -> Iterator[tuple[str, Tensor]]:
+                return chain(scaled(base, changes.items(), scales), beside.items())
+
             found = AutoScale(run.config.merge.groups).choose(
-                trainer, module, stream.held_out_dataloader(), base, changes, buffers
+                trainer, module, stream.held_out_dataloader(), list(changes), values
             )
             run.folder.add_chosen_scale(method.plain.name, task, found.plain())
 

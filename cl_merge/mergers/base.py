@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate, groupby
 from typing import Any, ClassVar
 
@@ -19,13 +19,16 @@ from cl_merge.mergers.chunks import (
     ChunkInfo,
     Piece,
     Reader,
+    Result,
     ResultInfo,
     Unit,
     chunk_size,
     cut,
     over,
+    span_of,
 )
 from cl_merge.task_vectors.growth import grown
+from cl_merge.task_vectors.shards import Shards, together
 from cl_merge.task_vectors.task_vector import TaskVector, check_floating, check_same_layout
 
 __all__ = ["Accumulators", "ChunkInfo", "Merger", "Reader", "ResultInfo"]
@@ -55,6 +58,8 @@ class Merger(ABC):
             ``cl_merge.kernels``, which subtract the base from weights on the way. A subclass with
             another `fold` is given tensors again.
         chunk_size: Elements of a chunk; None for what suits the device. No result depends on it.
+        shards: Which stretches of the parameters this process has, if others have the rest. Task
+            vectors, accumulators and results are stretches then, and every process does the same.
 
     Example:
         >>> class Largest(Merger):
@@ -78,12 +83,13 @@ class Merger(ABC):
     weighted: ClassVar[bool] = False
     takes_differences: ClassVar[bool] = False
     chunk_size: int | None = None
+    shards: Shards | None = None
 
     def __init__(self) -> None:
         self.tasks = 0
-        self._shapes: dict[str, torch.Size] = {}
+        self._shapes: dict[str, torch.Size] = {}  # of whole parameters
         self._device = torch.device("cpu")
-        self._state: dict[str, Accumulators] = {}  # by parameter, in its shape
+        self._state: dict[str, Accumulators] = {}  # by parameter, in its shape or [n]
 
     @property
     def options(self) -> dict[str, Any]:
@@ -159,20 +165,21 @@ class Merger(ABC):
             InputError: If names or shapes are not those of the first task, a value is not finite,
                 or the importance is missing or not needed. Nothing has been folded then.
         """
-        self._check(vector, importance)
+        together(self.shards, lambda: self._check(vector, importance))
         device = self._device if self.tasks else None
-        reader = Reader.of(vector, device, chunk_size=self.chunk_size, importance=importance)
+        size, shards = self.chunk_size, self.shards
+        reader = Reader.of(vector, device, chunk_size=size, importance=importance, shards=shards)
         prepared = self.prepare(reader)
         if self.tasks == 0:
             self._shapes, self._device = dict(reader.shapes), reader.device
             self._state = {name: {} for name in reader.shapes}
         for name, state in self._state.items():
-            state |= zeros(self.new_accumulators(self.tasks), self._shapes[name], self._device)
+            state |= zeros(self.new_accumulators(self.tasks), self._held(name), self._device)
 
         def fold(piece: Piece) -> None:
             fold_chunk(self, self._stretch(*piece), reader, piece, self.tasks, prepared)
 
-        over(fold, self._pieces(self._shapes), self._device)
+        self._over(fold, self._shapes)
         self.tasks += 1
 
     def grow(self, shapes: Mapping[str, torch.Size]) -> bool:
@@ -202,29 +209,30 @@ class Merger(ABC):
             return False
         kept = next(iter(self._state.values()))
         dtypes = {key: tensor.dtype for key, tensor in kept.items()}
+        self._shapes |= new
         for name, shape in new.items():
             before = self._state.get(name, {})
-            self._state[name] = zeros(dtypes, shape, self._device)
+            self._state[name] = zeros(dtypes, self._held(name), self._device)
             for key, tensor in before.items():
                 self._state[name][key] = grown(tensor, None, shape)
-        self._shapes |= new
         return True
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """Make the merged values, a parameter at a time.
 
         Yields:
-            Name and merged values, a new float32 tensor in the parameter's shape, in the order of
-            the first task vector.
+            Name and merged values, a new float32 tensor in the parameter's shape, or the stretch
+            of this process, in the order of the first task vector.
 
         Raises:
             InputError: If nothing was folded.
         """
         if self.tasks == 0:
             raise InputError(f"nothing to merge: '{self.name}' was given no task vector")
-        pieces = self._pieces(self._shapes)
-        counted = over(lambda piece: self.global_count(self._stretch(*piece)), pieces, self._device)
+        counted = self._over(lambda piece: self.global_count(self._stretch(*piece)), self._shapes)
         total = sum(number for number, _ in counted)
+        if self.shards is not None:
+            total = sum(self.shards.everywhere([total]))
         # As many parameters at a time as keep all threads busy: few beside the accumulators.
         ends = accumulate(shape.numel() for shape in self._shapes.values())
         for _, group in groupby(zip(self._shapes, ends, strict=True), lambda x: x[1] // _GROUP):
@@ -240,9 +248,12 @@ class Merger(ABC):
         Raises:
             InputError: If nothing was folded.
         """
+        return TaskVector(dict(self.items()), self.metadata())
+
+    def metadata(self) -> dict[str, str]:
+        """What a merged task vector tells of how it was made."""
         options = json.dumps(self.options)
-        metadata = {"method": self.name, "options": options, "tasks": str(self.tasks)}
-        return TaskVector(dict(self.items()), metadata)
+        return {"method": self.name, "options": options, "tasks": str(self.tasks)}
 
     def state_dict(self) -> dict[str, Any]:
         """Hand out everything that is needed to go on, for `torch.save`.
@@ -281,31 +292,48 @@ class Merger(ABC):
         # All accumulators of a parameter have its shape, and all are on one device.
         for name, kept in self._state.items():
             first = next(iter(kept.values()))
-            self._shapes[name], self._device = first.shape, first.device
+            self._shapes[name] = first.shape if self.shards is None else self.shards.shapes[name]
+            self._device = first.device
 
-    def _pieces(self, shapes: Mapping[str, torch.Size]) -> list[Piece]:
-        return list(cut(shapes, self.unit, self.chunk_size or chunk_size(self._device)))
+    def _over(
+        self, function: Callable[[Piece], Result], shapes: Mapping[str, torch.Size]
+    ) -> list[Result]:
+        """Apply a function to every chunk that this process has of parameters."""
+        size = self.chunk_size or chunk_size(self._device)
+        pieces = list(cut(shapes, self.unit, size, self.shards))
+        return together(self.shards, lambda: over(function, pieces, self._device))
+
+    def _held(self, name: str) -> torch.Size:
+        """In which shape accumulators and results of a parameter are kept."""
+        if self.shards is None:
+            return self._shapes[name]
+        span = self.shards.span(name)
+        return torch.Size([span.stop - span.start])
 
     def _stretch(self, name: str, part: slice) -> Accumulators:
-        return {key: tensor.view(-1)[part] for key, tensor in self._state[name].items()}
+        return {key: self._part(name, tensor, part) for key, tensor in self._state[name].items()}
+
+    def _part(self, name: str, held: Tensor, part: slice) -> Tensor:
+        first = span_of(name, self._shapes[name], self.shards).start
+        return held.view(-1)[part.start - first : part.stop - first]
 
     def _results(self, shapes: Mapping[str, torch.Size], total: int) -> dict[str, Tensor]:
         with torch.inference_mode(False):
-            merged = {n: torch.zeros(shape, device=self._device) for n, shape in shapes.items()}
+            merged = {name: torch.zeros(self._held(name), device=self._device) for name in shapes}
 
         def compute(piece: Piece) -> None:
             name, part = piece
             info = ResultInfo(name, shapes[name], part.start, self.tasks, total)
-            self.compute(self._stretch(name, part), merged[name].view(-1)[part], info)
+            self.compute(self._stretch(name, part), self._part(name, merged[name], part), info)
 
-        over(compute, self._pieces(shapes), self._device)
+        self._over(compute, shapes)
         return merged
 
     def _check(self, vector: Mapping[str, Tensor], importance: Mapping[str, Tensor] | None) -> None:
         what = task_name(self.tasks)
         check_floating(vector, what)
         if self.tasks:
-            before = {n: torch.empty(shape, device="meta") for n, shape in self._shapes.items()}
+            before = {name: torch.empty(self._held(name), device="meta") for name in self._shapes}
             check_same_layout(vector, before, what, "the tasks before")
         _check_finite(vector, what, self.chunk_size)
         if self.weighted != (importance is not None):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, TypeVar
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cl_merge.kernels import Chunk, values_of
 from cl_merge.kernels.parallel import in_threads
+from cl_merge.task_vectors.shards import Shards
 
 Unit = Literal["element", "row", "parameter"]
 """What a rule must see at once: single elements, whole rows of matrices, or whole parameters."""
@@ -76,6 +77,8 @@ class Reader:
         device: Where the values are.
         chunk_size: Elements of a chunk; None for what suits the device.
         importance: Reads a stretch of how much each element matters, float32 [n].
+        shards: Which stretches this process has, if others have the rest: `map` and `sample` then
+            give what all processes find, and must be called on all alike.
     """
 
     shapes: Mapping[str, torch.Size]
@@ -83,6 +86,7 @@ class Reader:
     device: torch.device
     chunk_size: int | None = None
     importance: Callable[[str, slice], Tensor] | None = None
+    shards: Shards | None = None
 
     @classmethod
     def of(
@@ -92,6 +96,7 @@ class Reader:
         *,
         chunk_size: int | None = None,
         importance: Mapping[str, Tensor] | None = None,
+        shards: Shards | None = None,
     ) -> Self:
         """Read tensors in memory.
 
@@ -100,11 +105,14 @@ class Reader:
             device: Where the chunks shall be; None takes the device of the first tensor.
             chunk_size: As of the reader.
             importance: How much each element matters, of the same names and shapes.
+            shards: Which stretches of whole parameters the tensors are, if they are no more.
         """
         device = device or next((tensor.device for tensor in vector.values()), torch.device("cpu"))
-        shapes = {name: tensor.shape for name, tensor in vector.items()}
-        weights = None if importance is None else _stretches_of(importance, device)
-        return cls(shapes, _stretches_of(vector, device), device, chunk_size, weights)
+        whole = {} if shards is None else shards.shapes
+        shapes = {name: whole.get(name, tensor.shape) for name, tensor in vector.items()}
+        weights = None if importance is None else _stretches_of(importance, device, shards)
+        values = _stretches_of(vector, device, shards)
+        return cls(shapes, values, device, chunk_size, weights, shards)
 
     @property
     def size(self) -> int:
@@ -113,7 +121,7 @@ class Reader:
 
     def only(self, name: str) -> Reader:
         """Read nothing but the parameter of this name."""
-        return Reader({name: self.shapes[name]}, self.read, self.device, self.chunk_size)
+        return replace(self, shapes={name: self.shapes[name]}, chunk=self.read, importance=None)
 
     def read(self, name: str, part: slice) -> Tensor:
         """Read a stretch of a flattened parameter.
@@ -129,7 +137,7 @@ class Reader:
 
     def pieces(self, unit: Unit = "element") -> list[Piece]:
         """The chunks that `map` reads: name and stretch of the flattened parameter."""
-        return list(cut(self.shapes, unit, self.chunk_size or chunk_size(self.device)))
+        return list(cut(self.shapes, unit, self.chunk_size or chunk_size(self.device), self.shards))
 
     def map(self, function: Callable[[Tensor], Result], unit: Unit = "element") -> list[Result]:
         """Apply a function to every chunk.
@@ -139,22 +147,27 @@ class Reader:
             unit: What no cut may go through.
 
         Returns:
-            The results in the order of parameters and chunks.
+            The results in the order of parameters and chunks, or of processes where parameters
+            are sharded.
         """
-        return over(lambda piece: function(self.read(*piece)), self.pieces(unit), self.device)
+        found = over(lambda piece: function(self.read(*piece)), self.pieces(unit), self.device)
+        return found if self.shards is None else self.shards.everywhere(found)
 
     def sample(self, count: int, run: int = 256) -> Tensor:
         """Read about `count` values, evenly spread, in runs of up to `run`: float32 [n]."""
         share = min(1.0, count / max(self.size, 1))
         parts = []
         for name, shape in self.shapes.items():
-            size = shape.numel()
+            area = span_of(name, shape, self.shards)
+            size = area.stop - area.start
             wanted = math.ceil(size * share)
             runs = max(1, math.ceil(wanted / run))
             length = wanted // runs
             for i in range(runs):
-                start = i * (size - length) // max(runs - 1, 1)
+                start = area.start + i * (size - length) // max(runs - 1, 1)
                 parts.append(self.read(name, slice(start, start + length)).clone())
+        if self.shards is not None:
+            parts = self.shards.everywhere(parts)
         return torch.cat(parts) if parts else torch.empty(0, device=self.device)
 
 
@@ -166,7 +179,10 @@ def chunk_size(device: torch.device) -> int:
 
 
 def cut(
-    shapes: Mapping[str, torch.Size], unit: Unit, size: int, within: slice | None = None
+    shapes: Mapping[str, torch.Size],
+    unit: Unit,
+    size: int,
+    within: Shards | slice | None = None,
 ) -> Iterator[Piece]:
     """Cut parameters, or the stretch `within` of them, which begins and ends where units do.
 
@@ -179,9 +195,14 @@ def cut(
         elif unit == "row":
             row = max(numel // max(shape[0], 1), 1)
             step = max(size // row, 1) * row
-        area = within or slice(0, numel)
+        area = within if isinstance(within, slice) else span_of(name, shape, within)
         for start in range(area.start, area.stop, step):
             yield name, slice(start, min(start + step, area.stop))
+
+
+def span_of(name: str, shape: torch.Size, shards: Shards | None) -> slice:
+    """The stretch of a flattened parameter that this process has: all, or that of its shard."""
+    return slice(0, shape.numel()) if shards is None else shards.span(name)
 
 
 def over(
@@ -194,7 +215,13 @@ def over(
 
 
 def _stretches_of(
-    tensors: Mapping[str, Tensor], device: torch.device
+    tensors: Mapping[str, Tensor], device: torch.device, shards: Shards | None
 ) -> Callable[[str, slice], Tensor]:
     flat = {name: tensor.detach().reshape(-1) for name, tensor in tensors.items()}
-    return lambda name, part: flat[name][part].to(device, torch.float32)
+    first = {name: 0 if shards is None else shards.span(name).start for name in flat}
+
+    def read(name: str, part: slice) -> Tensor:
+        here = slice(part.start - first[name], part.stop - first[name])
+        return flat[name][here].to(device, torch.float32)
+
+    return read

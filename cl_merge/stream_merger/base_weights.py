@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from cl_merge.task_vectors.module_weights import (
     parameters_of,
     trained_parameters,
 )
+from cl_merge.task_vectors.shards import Shards
 
 
 class BaseWeights:
@@ -35,15 +37,39 @@ class BaseWeights:
         parameters: The base of every parameter that has trained, by name.
         buffers: The base of every floating-point buffer, by name.
         at_start: Checksums of all parameters when the task began, by name.
+        shards: Which stretches of parameters are kept here, if other processes keep the rest.
     """
 
     def __init__(self, device: str | torch.device | None, *, keep_frozen: bool) -> None:
         self.parameters: dict[str, Tensor] = {}
         self.buffers: dict[str, Tensor] = {}
         self.at_start: dict[str, int] = {}
+        self.shards: Shards | None = None
         self.device, self._keep_frozen = _checked_device(device), keep_frozen
         self._frozen: list[tuple[str, nn.Parameter]] = []
         self._frozen_base: dict[str, Tensor] = {}
+
+    @property
+    def layout(self) -> dict[str, Tensor]:
+        """Tensors of the names and shapes of `parameters`, which are whole."""
+        if self.shards is None:
+            return self.parameters
+        shapes = self.shards.shapes
+        return {
+            name: torch.empty(shapes[name], dtype=base.dtype, device="meta")
+            for name, base in self.parameters.items()
+        }
+
+    def own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is kept here of live tensors."""
+        if self.shards is None:
+            return dict(tensors)
+        self.shards.add(tensors)
+        return {name: self.shards.own(name, tensor) for name, tensor in tensors.items()}
+
+    def whole(self, name: str, kept: Tensor) -> Tensor:
+        """The whole of what is kept here of a parameter."""
+        return kept if self.shards is None else self.shards.whole(name, kept)
 
     def note(self, module: nn.Module, *, resumed: bool) -> None:
         """Note the base of what is new, as a task begins.
@@ -60,10 +86,12 @@ class BaseWeights:
         live = parameters_of(module)
         now = checksums(live)
         self.at_start = now | self.at_start if resumed else now
-        for name, before in self.parameters.items():
+        for name, before in self.layout.items():
             after = live.get(name)
             if after is None or after.shape == before.shape:
                 continue
+            if self.shards is not None:
+                self.shards.add({name: after})  # raises
             if can_hold(after, before.shape):
                 self.parameters[name] = grown(before, after, after.shape)
             else:  # another parameter of this name
@@ -72,7 +100,7 @@ class BaseWeights:
         self.watch()
         if self._keep_frozen:
             new = {name: p for name, p in self._frozen if name not in self._frozen_base}
-            self._frozen_base |= copies(new, "cpu")
+            self._frozen_base |= copies(self.own(new), "cpu")
         for name, buffer in floating_buffers(module).items():
             if name not in self.buffers or self.buffers[name].shape != buffer.shape:
                 self.buffers |= copies({name: buffer}, self.device)
@@ -81,15 +109,17 @@ class BaseWeights:
         """Note the base of parameters that require a gradient since the last call."""
         joined = {n: p for n, p in self._frozen if p.requires_grad and p.is_floating_point()}
         if joined:
-            self.parameters |= copies(joined, self.device)
+            self.parameters |= copies(self.own(joined), self.device)
             self._frozen = [(name, p) for name, p in self._frozen if name not in joined]
 
     def restore(self, module: nn.Module) -> None:
         """Put the base into a module, as far as the module has it."""
         live = parameters_of(module) | floating_buffers(module)
-        values = self._frozen_base | self.parameters | self.buffers
-        fitting = [n for n, value in values.items() if n in live and can_hold(live[n], value.shape)]
-        install(live, {name: values[name] for name in fitting})
+        kept = self._frozen_base | self.parameters
+        values = ((name, self.whole(name, value)) for name, value in kept.items() if name in live)
+        for name, value in chain(values, self.buffers.items()):
+            if name in live and can_hold(live[name], value.shape):
+                install(live, {name: value})
 
     def moved_while_frozen(self, now: Mapping[str, int]) -> list[str]:
         """Names of the parameters that have moved in this task although nothing trained them.
@@ -101,8 +131,10 @@ class BaseWeights:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that is needed to go on, as plain values and live tensors."""
-        moved: list[str] = []
-        if self._keep_frozen:
+        moved: Iterable[str] = ()
+        if self.shards is not None:  # all processes must tell of the same
+            moved = self._frozen_base
+        elif self._keep_frozen:
             moved = self.moved_while_frozen(checksums(dict(self._frozen)))
         return {
             "base": self.parameters,

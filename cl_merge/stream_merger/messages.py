@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from cl_merge.errors import listing, task_name
 from cl_merge.mergers import Merger
 from cl_merge.mergers.stack import StackMerger
-from cl_merge.task_vectors.task_vector import TaskVector
 
 log = logging.getLogger("cl_merge.stream_merger")
 
 
-def tell_merged(merger: Merger, task: int, vector: TaskVector) -> None:
-    """Log a task that was folded, and once how much memory tasks take."""
-    log.info("merged %s: %d values in %d parameters", task_name(task), vector.numel(), len(vector))
+def tell_merged(
+    merger: Merger, task: int, merged: Mapping[str, Tensor], device: torch.device
+) -> None:
+    """Log a task that was folded, of tensors like these, and once how much memory tasks take."""
+    values = sum(tensor.numel() for tensor in merged.values())
+    log.info("merged %s: %d values in %d parameters", task_name(task), values, len(merged))
     if isinstance(merger, StackMerger) and task == 0:
-        size, where = 4 * vector.numel() / 2**20, next(iter(vector.values())).device
         message = "method '%s' keeps every task vector in memory: %.1f MiB per task on %s"
-        log.info(message, merger.name, size, where)
+        log.info(message, merger.name, 4 * values / 2**20, device)
 
 
 def warn_of_buffers(names: Sequence[str]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,10 @@ from torch import Tensor, nn
 from cl_merge.errors import InputError, listing, task_name, unknown_name
 from cl_merge.mergers import Merger
 from cl_merge.mergers.registry import as_merger
-from cl_merge.mergers.stack import StackMerger
 from cl_merge.storage.files import save_tensors
-from cl_merge.storage.quantize import check_store, stored
+from cl_merge.storage.quantize import check_store
 from cl_merge.storage.weights import GROWN_BASE
-from cl_merge.stream_merger.base_weights import BaseWeights
-from cl_merge.stream_merger.buffers import MergedBuffers
+from cl_merge.stream_merger.merged_model import MergedModel
 from cl_merge.stream_merger.messages import (
     is_first_process,
     tell_merged,
@@ -26,15 +25,20 @@ from cl_merge.stream_merger.messages import (
     warn_of_moved,
     warn_of_start,
 )
-from cl_merge.stream_merger.swap import WeightSwap, weights_of
-from cl_merge.task_vectors.growth import can_hold, check_grown
-from cl_merge.task_vectors.module_weights import checksums, install, parameters_of
-from cl_merge.task_vectors.scales import Scales, scaled
+from cl_merge.stream_merger.sharding import stored_stretches
+from cl_merge.stream_merger.swap import WeightSwap
+from cl_merge.task_vectors.module_weights import (
+    checksums,
+    install,
+    parameters_of,
+    weights_of,
+)
+from cl_merge.task_vectors.scales import Scales
 from cl_merge.task_vectors.selection import Selection
-from cl_merge.task_vectors.task_vector import TaskVector, check_same_dtypes, check_same_layout
+from cl_merge.task_vectors.shards import together
+from cl_merge.task_vectors.task_vector import TaskVector, check_same_dtypes
 
 STARTS = ("sequential", "independent", "merged")
-LEFT_OUT = ("trained", "base")
 
 
 class StreamMerger:
@@ -64,8 +68,7 @@ class StreamMerger:
 
     Attributes:
         module: The module in training.
-        merger: What has folded the tasks so far.
-        scales: The scale in use.
+        model: What has been merged so far.
 
     Raises:
         InputError: If the method, an option, a pattern or a value is wrong.
@@ -101,20 +104,36 @@ class StreamMerger:
     ) -> None:
         if start not in STARTS:
             raise unknown_name("start", start, STARTS)
-        if left_out not in LEFT_OUT:
-            raise unknown_name("choice of left_out", left_out, LEFT_OUT)
         self.module = module
-        self.merger = as_merger(method, options)
         self.start = start
-        self.scales = Scales.read(scale, self.merger.published_scale)
         self._selection = Selection(include, exclude)
         self._store = check_store(store)
-        self._buffers, self._left_out = MergedBuffers(buffers), left_out
         self._directory = Path(directory) if directory is not None else None
-        self._base = BaseWeights(device, keep_frozen=start == "independent")
-        self._at_end: dict[str, int] = {}  # checksums of all parameters, as the last task left them
+        merger = as_merger(method, options)
+        self.model = MergedModel(
+            merger,
+            Scales.read(scale, merger.published_scale),
+            self._selection,
+            buffers=buffers,
+            left_out=left_out,
+            device=device,
+            keep_frozen=start == "independent",
+        )
         self._swap = WeightSwap()
-        self._changes: dict[str, Tensor] | None = None
+
+    @property
+    def merger(self) -> Merger:
+        """What has folded the tasks so far."""
+        return self.model.merger
+
+    @property
+    def scales(self) -> Scales:
+        """The scale in use, which may be set."""
+        return self.model.scales
+
+    @scales.setter
+    def scales(self, scales: Scales) -> None:
+        self.model.scales = scales
 
     @property
     def tasks(self) -> int:
@@ -123,13 +142,16 @@ class StreamMerger:
 
     @property
     def base(self) -> dict[str, Tensor]:
-        """The weights before they first moved, by parameter name."""
-        return self._base.parameters
+        """The weights before they first moved, by parameter name.
+
+        Where parameters are sharded, the stretches that this process keeps, flattened.
+        """
+        return self.model.base.parameters
 
     @property
     def base_buffers(self) -> dict[str, Tensor]:
         """The floating-point buffers before any training, by name."""
-        return self._base.buffers
+        return self.model.base.buffers
 
     # A task, in the order of its steps.
 
@@ -150,7 +172,7 @@ class StreamMerger:
         if self.tasks and self.start == "merged":
             self.install()
         if self.tasks and self.start == "independent":
-            self._base.restore(self._module)
+            self.model.base.restore(self._module)
 
     def note_base(self, *, resumed: bool = False) -> None:
         """Note the values that what is new has before it moves; `begin_task` does this by itself.
@@ -161,14 +183,16 @@ class StreamMerger:
         Raises:
             InputError: As `begin_task`.
         """
-        live, before = parameters_of(self._module), self._merged_base()
+        live = parameters_of(self._module)
+        self.model.shard(live)
+        before = self.model.layout()
         if not self.base:
             self.check_names(name for name, p in live.items() if p.is_floating_point())
-        here = self._merged_here(live)
+        here = self.model.merged_here(live)
         check_same_dtypes(here, before, "the module", "the base")
         kept = [name for name in before if here[name].shape == before[name].shape]
-        self._base.note(self._module, resumed=resumed)
-        now, left = self._base.at_start, self._at_end
+        self.model.base.note(self._module, resumed=resumed)
+        now, left = self.model.base.at_start, self.model.at_end
         other = [name for name in kept if now[name] != left.get(name, now[name])]
         if other and self.start == "sequential" and not resumed:
             warn_of_start(self.tasks, other)
@@ -179,7 +203,7 @@ class StreamMerger:
 
     def watch(self) -> None:
         """Note the base of what has been unfrozen, before the optimizer's next step."""
-        self._base.watch()
+        self.model.base.watch()
 
     def task_vector(self) -> TaskVector:
         """The difference of the module's weights to the base, of the parameters that are merged.
@@ -190,14 +214,15 @@ class StreamMerger:
         Raises:
             InputError: If a parameter is missing, or a value is not finite.
         """
-        base = self._merged_base()
+        base = self.model.merged_base()
         if not base:
             raise InputError("nothing that include and exclude choose has been trained")
         try:
-            vector = TaskVector.between(base, self._merged_here(parameters_of(self._module)))
+            live = self.model.base.own(self.model.merged_here(parameters_of(self._module)))
+            vector = together(self.model.shards, lambda: TaskVector.between(base, live))
         except InputError as error:
             raise InputError(f"{task_name(self.tasks)}: {error}") from error
-        return TaskVector(stored(vector, self._store))
+        return TaskVector(stored_stretches(vector, self._store, self.model.shards))
 
     def end_task(
         self, importance: Mapping[str, Tensor] | None = None, *, write: bool = True
@@ -218,40 +243,46 @@ class StreamMerger:
         task, vector = self.tasks, self.task_vector()
         if importance is not None:
             importance = {name: importance[name].to(t.device) for name, t in vector.items()}
-        has_grown = self.merger.grow({name: tensor.shape for name, tensor in vector.items()})
+        layout = self.model.layout()
+        has_grown = self.merger.grow({name: layout[name].shape for name in vector})
         self.merger.update(vector, importance)
-        self._changes = None
-        self._at_end = checksums(parameters_of(self._module))
-        moved_buffers = self._buffers.fold(self.base_buffers, weights_of(self._module))
-        if moved_buffers and self._buffers.choice is None:
+        self.model.folded(checksums(parameters_of(self._module)))
+        moved_buffers = self.model.buffers.fold(self.base_buffers, weights_of(self._module))
+        if moved_buffers and self.model.buffers.choice is None:
             warn_of_buffers(moved_buffers)
-            self._buffers.choice = "trained"
-        if moved := self._base.moved_while_frozen(self._at_end):
+            self.model.buffers.choice = "trained"
+        if moved := self.model.base.moved_while_frozen(self.model.at_end):
             warn_of_moved(moved)
-        tell_merged(self.merger, task, vector)
-        if write and self._directory is not None and is_first_process():
-            vector.save(self._directory / f"task{task}.safetensors", store=self._store)
-            if importance is not None:
-                save_tensors(self._directory / f"importance{task}.safetensors", importance, {})
-            if has_grown:
-                path = self._directory / "base.safetensors"
-                save_tensors(path, self._merged_base(), {GROWN_BASE: "1"})
+        tell_merged(self.merger, task, layout, next(iter(vector.values())).device)
+        if write and self._directory is not None:
+            base = self.model.merged_base() if has_grown else {}
+            self._write(self._directory, task, vector, importance, base)
         return vector
+
+    def _write(
+        self,
+        folder: Path,
+        task: int,
+        vector: TaskVector,
+        importance: Mapping[str, Tensor] | None,
+        grown_base: dict[str, Tensor],
+    ) -> None:
+        shards = self.model.shards
+        if shards is not None:
+            vector, grown_base = TaskVector(shards.gathered(vector)), shards.gathered(grown_base)
+        if not is_first_process():
+            return
+        vector.save(folder / f"task{task}.safetensors", store=self._store)
+        if importance is not None:
+            save_tensors(folder / f"importance{task}.safetensors", importance, {})
+        if grown_base:
+            save_tensors(folder / "base.safetensors", grown_base, {GROWN_BASE: "1"})
 
     # The result.
 
-    def changes(self) -> Iterable[tuple[str, Tensor]]:
-        """The merged task vector, a parameter at a time: names, and float32 tensors."""
-        if not (isinstance(self.merger, StackMerger) or self.merger.unit == "parameter"):
-            return self.merger.items()
-        if self._changes is None:  # it takes too long to compute for every evaluation
-            with torch.inference_mode(False):
-                self._changes = dict(self.merger.items())
-        return self._changes.items()
-
-    def evaluation_buffers(self) -> dict[str, Tensor]:
-        """The buffers of the merged model by name, where they are not those of the last task."""
-        return self._buffers.values(self.base_buffers)
+    def merged(self) -> TaskVector:
+        """The merged task vector, float32 by parameter name; on the CPU if it was sharded."""
+        return self.model.merged()
 
     def install(self, module: nn.Module | None = None) -> None:
         """Put the merged weights into a module, to stay.
@@ -265,12 +296,12 @@ class StreamMerger:
             InputError: If no task has been folded yet, or the module has not these parameters.
         """
         target = self._module if module is None else module
-        live = self._checked_live(target)
+        live = self.model.checked_live(target)
         if self.module is not None and target is not self.module:
-            here, merged = weights_of(self.module), self._merged_base()
+            here, merged = weights_of(self.module), self.model.merged_base()
             rest = [name for name in here if name in live and name not in merged]
             install(live, {n: here[n] for n in rest if here[n].shape == live[n].shape})
-        install(live, self._values(live))
+        install(live, self.model.values(live))
 
     @contextmanager
     def merged_weights(self) -> Iterator[None]:
@@ -291,8 +322,8 @@ class StreamMerger:
 
     def swap_in(self) -> None:
         """Put the merged weights in until `swap_out`."""
-        live = self._checked_live(self._module)
-        self._swap.put_in(self._module, self.base, self._values(live))
+        live = self.model.checked_live(self._module)
+        self._swap.put_in(self._module, self.base, self.model.values(live))
 
     def swap_out(self) -> list[str]:
         """Put the former weights back, bit for bit; nothing happens where none are kept.
@@ -301,7 +332,7 @@ class StreamMerger:
             Names of the parameters that something else changed meanwhile, if it has not put back
             what the last task left.
         """
-        return self._swap.take_out(self._module, self._at_end)
+        return self._swap.take_out(self._module, self.model.at_end)
 
     def changed(self) -> list[str]:
         """Names of the parameters that do not hold what `swap_in` has put in."""
@@ -309,25 +340,26 @@ class StreamMerger:
 
     def holds_trained(self) -> bool:
         """Whether the module holds the weights that the last task left."""
-        return checksums(parameters_of(self._module)) == self._at_end
+        return checksums(parameters_of(self._module)) == self.model.at_end
 
     # The state.
 
     def reset(self) -> None:
         """Forget all tasks and the base, for a new stream."""
-        self.merger = type(self.merger)(**self.merger.options)
-        self._base = BaseWeights(self._base.device, keep_frozen=self.start == "independent")
-        self._buffers = MergedBuffers(self._buffers.choice)
-        self._at_end, self._changes = {}, None
+        self.model = self.model.fresh()
+
+    def fresh(self) -> StreamMerger:
+        """One of the same settings that knows no module, no task and no base."""
+        other = copy.copy(self)
+        other.module, other.model, other._swap = None, self.model.fresh(), WeightSwap()
+        return other
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that is needed to go on, as plain values and live tensors."""
-        return {
-            **self._base.state_dict(),
-            **self._buffers.state_dict(),
-            "merger": self.merger.state_dict(),
-            "at_end": self._at_end,
-        }
+        """Everything that is needed to go on, as plain values and live tensors.
+
+        Where parameters are sharded, all processes must call it, and the first one has the tensors.
+        """
+        return self.model.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None = None) -> None:
         """Go on from what `state_dict` returned; its tensors are copied.
@@ -336,65 +368,25 @@ class StreamMerger:
             state: The state, of the same method and options.
             device: Where its tensors shall be; None is `device`, or where they were saved.
         """
-        device = device or self._base.device
-        # An evaluation runs in inference mode, whose tensors are of no use to the next training.
-        with torch.inference_mode(False):
-            self.merger.load_state_dict(state["merger"], device)
-            self._base.load_state_dict(state, device)
-            self._buffers.load_state_dict(state, device)
-        self._at_end, self._changes = dict(state.get("at_end", {})), None
+        if self.module is not None:
+            self.model.shard(parameters_of(self.module))
+        self.model.load_state_dict(state, device)
+
+    def backup(self) -> Callable[[], None]:
+        """Copy the state; what is returned goes back to it, in this process."""
+        return self.model.backup()
 
     def move_state_to(self, device: torch.device) -> None:
-        """Move the base, the merger and the buffers, unless a `device` was asked for."""
-        kept = next(iter(self.base.values()), None)
-        if self._base.device is None and kept is not None and kept.device != device:
-            self.load_state_dict(self.state_dict(), device)
+        """Move the base, the merger and the buffers, unless a `device` was asked for.
+
+        Where the parameters of the module are sharded, this process keeps its stretches only.
+        """
+        if self.module is not None:
+            self.model.shard(parameters_of(self.module))
+        self.model.move_to(device)
 
     @property
     def _module(self) -> nn.Module:
         if self.module is None:
             raise InputError("StreamMerger has no module; give it one, or set StreamMerger.module")
         return self.module
-
-    def _merged_base(self) -> dict[str, Tensor]:
-        return {name: self.base[name] for name in self._selection.chosen(self.base)}
-
-    def _merged_here(self, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What is merged, of live tensors; what is left out may be anything."""
-        base = self._merged_base()
-        try:
-            check_grown(live, base, base, "the module")
-        except InputError as error:
-            raise InputError(
-                f"{error}. Leave out from the first task on what comes and goes, as in "
-                "exclude=['heads.*']"
-            ) from None
-        return {name: live[name] for name in base}
-
-    def _checked_live(self, module: nn.Module) -> dict[str, Tensor]:
-        """The parameters and buffers of a module that can hold what is merged."""
-        if self.tasks == 0:
-            raise InputError("nothing to install: no task has been trained and merged yet")
-        if not self.base:
-            raise InputError(
-                f"the Merger '{self.merger.name}' has folded task vectors before, but the weights "
-                "that they start from are not known until a task begins; give a fresh one"
-            )
-        merged, live = self._merged_base(), weights_of(module)
-        here = {name: live[name] for name in merged if name in live}
-        if len(here) < len(merged):
-            # Where no name fits, all of them together may tell of a prefix.
-            check_same_layout(here or live, merged, "the module", "that of the tasks")
-        check_grown(live, merged, merged, "the module")
-        return live
-
-    def _values(self, live: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """What the merged model holds, of what is not as the last task left it."""
-        merged = self._merged_base()
-        yield from scaled(merged, self.changes(), self.scales)
-        rest = dict(self.evaluation_buffers())
-        if self._left_out == "base":
-            rest |= {name: value for name, value in self.base.items() if name not in merged}
-        for name, value in rest.items():
-            if name in live and can_hold(live[name], value.shape):
-                yield name, value

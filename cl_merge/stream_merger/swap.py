@@ -12,6 +12,7 @@ from cl_merge.task_vectors.module_weights import (
     floating_buffers,
     install,
     parameters_of,
+    weights_of,
 )
 
 
@@ -65,8 +66,3 @@ class WeightSwap:
     def _now(self, module: nn.Module) -> dict[str, int]:
         live = parameters_of(module)
         return checksums({name: live[name] for name in self._put_in if name in live})
-
-
-def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """All parameters and floating-point buffers of a module by name, live."""
-    return parameters_of(module) | floating_buffers(module)

@@ -19,6 +19,8 @@ def can_hold(tensor: Tensor, shape: Sequence[int]) -> bool:
 
 def leading(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """The leading block of a tensor: a view of the given shape, what it was before it grew."""
+    if tensor.shape == torch.Size(shape):  # sharded tensors are no others, and have no such views
+        return tensor
     return tensor[tuple(slice(size) for size in shape)]
 
 

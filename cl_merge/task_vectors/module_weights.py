@@ -9,13 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from cl_merge.task_vectors.growth import leading
+from cl_merge.task_vectors.shards import local, part_of, reshard
 
 # What `torch.compile` puts in front of the names inside the part that it wraps.
 _COMPILED = "_orig_mod."
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
-    """All parameters by name, tied ones once; a compiled part has the names of the plain one."""
+    """All parameters by name, tied ones once; a compiled part has the names of the plain one.
+
+    Where they are sharded, these are the sharded ones, also after a forward pass has gathered them.
+    """
+    reshard(module)
     return {_plain(name): parameter for name, parameter in module.named_parameters()}
 
 
@@ -46,6 +51,11 @@ def floating_buffers(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """All parameters and floating-point buffers of a module by name, live."""
+    return parameters_of(module) | floating_buffers(module)
+
+
 def with_names_of(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give tensors the names and dtypes of a module's own, for `torch.func.functional_call`.
 
@@ -72,10 +82,12 @@ def install(
 ) -> None:
     """Write values into live tensors, in place: storage, dtype and device stay as they are.
 
-    Of a tensor that has grown since, the rest stays as it is.
+    Of a tensor that has grown since, the rest stays as it is. Sharded tensors take their part of
+    whole values.
     """
     for name, value in values.items() if isinstance(values, Mapping) else values:
-        leading(live[name], value.shape).copy_(value)
+        target = leading(live[name], value.shape)
+        local(target).copy_(part_of(value, target))
 
 
 @contextmanager
@@ -106,8 +118,11 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Sum up the bits of each tensor: a number that changes with its values, on any device."""
-    sums = [_sum_of_bits(tensor.detach()) for tensor in tensors.values()]
+    """Sum up the bits of each tensor: a number that changes with its values, on any device.
+
+    Of a sharded tensor those that this process has.
+    """
+    sums = [_sum_of_bits(local(tensor.detach())) for tensor in tensors.values()]
     if len({total.device for total in sums}) > 1:
         sums = [total.cpu() for total in sums]
     return dict(zip(tensors, torch.stack(sums).tolist() if sums else [], strict=True))

@@ -1,10 +1,8 @@
 """Two processes take up the same class statistics as one, and vote the same, bit for bit."""
 
-import os
-import socket
-
 import pytest
 import torch
+from forked import as_ranks
 from statistics_cases import CLASSES, Exact, images_of, loader_of, trainer_of
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -57,34 +55,11 @@ def learn(processes, rank, said):
     torch.save(found, said)
 
 
-def on_two(folder):
-    """Do so in two forked processes, as torchrun would start them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        processes.append(os.fork())
-        if processes[-1] == 0:
-            code = 1
-            try:
-                ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0}
-                sizes = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-                known = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "none"}
-                os.environ |= {k: str(v) for k, v in (ranks | sizes | known).items()}
-                learn(2, rank, folder / f"2-{rank}")
-                code = 0
-            finally:
-                os._exit(code)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
-    assert codes == [0, 0]
-
-
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     """What one process found, and each of two."""
     folder, threads = tmp_path_factory.mktemp("statistics"), torch.get_num_threads()
-    on_two(folder)
+    as_ranks(lambda rank: learn(2, rank, folder / f"2-{rank}"), 2)
     learn(1, 0, folder / "1-0")
     torch.set_num_threads(threads)
     return [torch.load(folder / name) for name in ("1-0", "2-0", "2-1")]

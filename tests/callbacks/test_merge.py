@@ -550,9 +550,10 @@ def test_what_came_from_a_checkpoint_follows_the_module_unless_a_device_is_named
     assert devices_of(fresh.state_dict()) == {expected}
 
 
-def test_strategies_that_shard_are_refused():
+def test_strategies_that_flatten_parameters_are_refused_with_the_way_out():
     stub = type("Trainer", (), {"strategy": FSDPStrategy()})()
-    with pytest.raises(RuntimeError, match="^MergeCallback needs whole parameters on every rank"):
+    message = r"^MergeCallback cannot work with what FSDPStrategy .* use ModelParallelStrategy\(\)"
+    with pytest.raises(RuntimeError, match=message):
         MergeCallback("magmax").setup(stub, Plain(), "fit")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,3 +32,30 @@ def forked(work: Callable[[], object], said: Path) -> str | int:
             os._exit(code)
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     return code or said.read_text()
+
+
+def as_ranks(work: Callable[[int], object], processes: int) -> None:
+    """Do work in forked processes, each told its rank, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(processes):
+        started.append(os.fork())
+        if started[-1] == 0:
+            code = 1
+            try:
+                torch.set_num_threads(1)
+                ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0}
+                sizes = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+                known = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "none"}
+                every = ranks | sizes | known | {"MASTER_PORT": port}
+                os.environ |= {k: str(v) for k, v in every.items()}
+                work(rank)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in started]
+    assert codes == [0] * processes
