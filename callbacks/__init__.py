@@ -3,7 +3,8 @@
 from cl_merge.callbacks.auto_scale import AutoScale
 from cl_merge.callbacks.class_statistics import ClassStatistics
 from cl_merge.callbacks.ewc import EWC
+from cl_merge.callbacks.ewc_penalty import EWCPenalty
 from cl_merge.callbacks.lwf import LwF
 from cl_merge.callbacks.merge import MergeCallback
 
-__all__ = ["EWC", "AutoScale", "ClassStatistics", "LwF", "MergeCallback"]
+__all__ = ["EWC", "AutoScale", "ClassStatistics", "EWCPenalty", "LwF", "MergeCallback"]

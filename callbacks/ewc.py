@@ -17,6 +17,7 @@ from cl_merge.callbacks.batches import (
     sum_over_processes,
     training_batches,
 )
+from cl_merge.callbacks.ewc_penalty import EWCPenalty
 from cl_merge.callbacks.fisher import (
     fisher_precision,
     published_fisher,
@@ -28,12 +29,11 @@ from cl_merge.callbacks.fisher import (
 from cl_merge.callbacks.outputs import Loss, check_loss
 from cl_merge.callbacks.regularizer import Regularizer
 from cl_merge.errors import InputError, unknown_name
-from cl_merge.task_vectors.growth import check_grown, grown, leading
+from cl_merge.task_vectors.growth import check_grown
 from cl_merge.task_vectors.module_weights import (
     copies,
     install,
     parameters_of,
-    trained_parameters,
 )
 
 # The size of a Fisher depends on its kind, so each needs a weight of its own.
@@ -78,8 +78,7 @@ class EWC(Regularizer):
         seed: Of the labels drawn for ``"sampled"``.
 
     Attributes:
-        fisher: The running average F, by parameter name; empty before the first task ended.
-        anchor: The weights p*, by parameter name.
+        penalty: What computes it, in plain torch.
 
     Raises:
         InputError: If a value is out of its range, or the module's logits cannot be found.
@@ -113,17 +112,12 @@ class EWC(Regularizer):
         if fisher not in WEIGHTS:
             raise unknown_name("Fisher estimate", fisher, WEIGHTS)
         super().__init__(WEIGHTS[fisher] if weight is None else weight, first_task=first_task)
-        if not 0 <= decay < 1:
-            raise InputError(f"decay={decay} of EWC; expected 0 or more, below 1")
         if samples is not None and samples < 1:
             raise InputError(f"samples={samples} of EWC; expected 1 or more")
         self.kind = fisher
-        self.decay = decay
-        self.from_zero = from_zero
         self.samples = samples
         self.seed = seed
-        self.fisher: dict[str, Tensor] = {}
-        self.anchor: dict[str, Tensor] = {}
+        self.penalty = EWCPenalty(self.weight, decay=decay, from_zero=from_zero)
         check_loss(loss)
         if fisher == "published" and loss not in (None, "cross_entropy"):
             raise InputError(f"EWC('published') is of classes, not of loss='{loss}'; {_OTHERS}")
@@ -131,13 +125,24 @@ class EWC(Regularizer):
         self._micro_batches = 0
         self._scale = 1.0
 
+    @property
+    def fisher(self) -> dict[str, Tensor]:
+        """The running average F, by parameter name; empty before the first task ended."""
+        return self.penalty.fisher
+
+    @property
+    def anchor(self) -> dict[str, Tensor]:
+        """The weights p*, by parameter name."""
+        return self.penalty.anchor
+
     # Hooks, in the order in which they fire.
 
     @override
     def prepare_task(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         live = parameters_of(module)
         check_grown(live, self.anchor, live.keys() & self.anchor.keys(), "the module")
-        self._move_state_to(module.device)
+        self.penalty.move_to(module.device)
+        self.penalty.weight = self.weight  # which may have been set since
         self._micro_batches = 0
 
     @override
@@ -172,60 +177,31 @@ class EWC(Regularizer):
         share = self._micro_batches / trainer.accumulate_grad_batches
         self._micro_batches = 0
         self._scale = _gradient_scale(trainer, optimizer)
-        if not self.fisher or not share:
+        if not share:
             return
-        factor = self.weight * share * self._scale
-        penalties = []
-        for name, parameter in trained_parameters(pl_module).items():
-            fisher = self.fisher.get(name)
-            if fisher is None:
-                continue
-            former = leading(parameter.detach(), fisher.shape)
-            move = former.to(fisher.dtype) - self.anchor[name]
-            pull = fisher * move
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            leading(parameter.grad, fisher.shape).add_(pull, alpha=factor)
-            penalties.append(move.mul_(pull).sum())
-        if penalties:
-            pl_module.log("ewc/penalty", 0.5 * self.weight * torch.stack(penalties).sum())
+        penalty = self.penalty.add_gradients(pl_module, share * self._scale)
+        if penalty is not None:
+            pl_module.log("ewc/penalty", penalty)
 
     @override
     def remember(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Fold the Fisher of the task at hand into the running average, and move the anchor."""
         # A fit with nothing left to train has taken its module off the device by now.
-        self._move_state_to(module.device)
-        trained = {
-            name: parameter
-            for name, parameter in parameters_of(module).items()
-            if name in self.fisher or (parameter.requires_grad and parameter.is_floating_point())
-        }
-        with requiring_gradients(trained):  # what a task before has trained, frozen or not
+        self.penalty.move_to(module.device)
+        trained = self.penalty.parameters(module)
+        with requiring_gradients(trained):
             estimate = self._estimate(trainer, module, trained)
-        for name, new in estimate.items():
-            average = self.fisher.get(name)
-            if average is not None:
-                born = None if self.from_zero else new
-                average = grown(average, born, new.shape) if average.shape != new.shape else average
-                self.fisher[name] = average.mul_(self.decay).add_(new, alpha=1.0 - self.decay)
-            else:
-                self.fisher[name] = new.mul_(1.0 - self.decay) if self.from_zero else new
-        self.anchor |= copies(trained)
+        self.penalty.remember(trained, estimate)
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_fit_end(trainer, pl_module)
         # Lightning takes the module off its device too.
-        self._move_state_to(torch.device("cpu"))
+        self.penalty.move_to(torch.device("cpu"))
 
     @override
     def task_state(self) -> dict[str, Any]:
-        return {
-            "kind": self.kind,
-            "tasks": self._tasks,
-            "fisher": self.fisher,
-            "anchor": self.anchor,
-        }
+        return {"kind": self.kind, "tasks": self._tasks, **self.penalty.state_dict()}
 
     @override
     def load_task_state(self, state: dict[str, Any]) -> None:
@@ -235,8 +211,7 @@ class EWC(Regularizer):
                 f"fisher='{self.kind}'; make it with the saved one"
             )
         self._tasks = state["tasks"]
-        self.fisher = copies(state["fisher"])
-        self.anchor = copies(state["anchor"])
+        self.penalty.load_state_dict(state)
 
     def _estimate(
         self, trainer: L.Trainer, module: L.LightningModule, trained: dict[str, nn.Parameter]
@@ -281,10 +256,6 @@ class EWC(Regularizer):
             if parameter.grad is not None:
                 gradients[name].add_(parameter.grad, alpha=1.0 / self._scale)
         return gradients
-
-    def _move_state_to(self, device: torch.device) -> None:
-        self.fisher = {name: tensor.to(device) for name, tensor in self.fisher.items()}
-        self.anchor = {name: tensor.to(device) for name, tensor in self.anchor.items()}
 
 
 def _gradient_scale(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> float:

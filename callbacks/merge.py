@@ -204,14 +204,9 @@ class MergeCallback(EvaluationCallback):
         return self.stream.base_buffers
 
     @property
-    def scales(self) -> Scales:
-        """The scale in use."""
-        return self.stream.scales
-
-    @property
     def scale(self) -> float | dict[str, float]:
         """The scale in use, a number or numbers by pattern; may be set between evaluations."""
-        return self.scales.plain()
+        return self.stream.scales.plain()
 
     @scale.setter
     def scale(self, value: float | Mapping[str, float]) -> None:
@@ -225,6 +220,11 @@ class MergeCallback(EvaluationCallback):
     def merged(self) -> TaskVector:
         """The merged task vector of the tasks so far, float32 by parameter name."""
         return self.stream.merged()
+
+    def task_vector(self, module: nn.Module) -> TaskVector:
+        """The difference of a module's weights to the base; see `StreamMerger.task_vector`."""
+        self.stream.module = module
+        return self.stream.task_vector()
 
     def check_names(self, names: Iterable[str]) -> None:
         """Make sure that all patterns fit names of parameters, or raise `InputError`."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cl_merge.benchmarks.runs.trained_run import load
-    from cl_merge.callbacks import EWC, AutoScale, ClassStatistics, LwF, MergeCallback
+    from cl_merge.callbacks import EWC, AutoScale, ClassStatistics, EWCPenalty, LwF, MergeCallback
     from cl_merge.data.task_stream import TaskStream
     from cl_merge.data.tasks import Task
     from cl_merge.errors import InputError
@@ -34,6 +34,7 @@ _HOMES = {
     "CLIPClassifier": "models.classifier",
     "ClassStatistics": "callbacks",
     "Clip": "models.pretrained",
+    "EWCPenalty": "callbacks",
     "ImageClassifier": "models.predictor",
     "InputError": "errors",
     "LwF": "callbacks",
@@ -62,6 +63,7 @@ __all__ = [
     "CLIPClassifier",
     "ClassStatistics",
     "Clip",
+    "EWCPenalty",
     "ImageClassifier",
     "InputError",
     "LwF",

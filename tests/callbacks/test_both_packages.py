@@ -92,5 +92,5 @@ def test_strategies_under_which_it_cannot_work_are_refused(strategy):
         loop = type("Trainer", (), {"strategy": pl.strategies.FSDPStrategy()})()
     else:
         loop = trainer(strategy=strategy, devices=2)
-    with pytest.raises(RuntimeError, match="^MergeCallback (needs whole|keeps its state)"):
+    with pytest.raises(RuntimeError, match="^MergeCallback (cannot work with|keeps its state)"):
         MergeCallback("magmax").setup(loop, Module(), "fit")

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from growing import grow
 from plain import Plain, fit, loader, same, trainer, weights
 from tiny import QUIET, classifier, stream
 from torch import nn
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.functional import to_tensor
 
 from cl_merge import fit_stream
-from cl_merge.callbacks import EWC
+from cl_merge.callbacks import EWC, EWCPenalty
 from cl_merge.errors import InputError
 
 # These short trainings do not diverge.
@@ -233,3 +234,44 @@ def test_the_published_estimate_warns_where_gradients_are_not_clipped(recwarn):
     assert not [w for w in recwarn if "EWC('published')" in str(w.message)]
     with pytest.warns(UserWarning, match=r"clip that gradient to norm 1; without Trainer"):
         fit(Plain(), EWC("published"), 0)
+
+
+def test_the_penalty_of_a_plain_loop_has_the_gradient_that_the_callback_adds():
+    module, penalty = Plain().double(), EWCPenalty(7.0, from_zero=False)
+    images, labels = loader(0).dataset.tensors
+    images = images.double()
+    assert float(penalty(module)) == 0
+    penalty.end_task(module, [(images, labels)], lambda batch: (module(batch[0]), batch[1]))
+    close(penalty.fisher, naive_empirical(module, images, labels), rtol=1e-10, atol=1e-14)
+    anchor = weights(module)
+
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    loss = nn.functional.cross_entropy(module(images), labels)
+    (loss + penalty(module)).backward()
+    by_autograd = {n: p.grad.clone() for n, p in module.named_parameters() if p.requires_grad}
+    module.zero_grad()
+    loss = nn.functional.cross_entropy(module(images), labels)
+    loss.backward()
+    added = penalty.add_gradients(module)
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, by_autograd[name])
+    naive = sum(
+        (f * (weights(module)[n] - anchor[n]) ** 2).sum() for n, f in penalty.fisher.items()
+    )
+    torch.testing.assert_close(added, 3.5 * naive)
+    torch.testing.assert_close(penalty(module).detach(), added)
+
+
+def test_the_penalty_of_a_plain_loop_keeps_what_growing_parameters_had():
+    module, penalty = Plain(), EWCPenalty()
+    images, labels = loader(0).dataset.tensors
+    for _ in range(2):
+        penalty.end_task(module, [(images, labels)], lambda batch: (module(batch[0]), batch[1]))
+        grow(module, 5)
+    assert penalty.fisher["net.2.weight"].shape == (5, 8)
+    resumed = EWCPenalty()
+    resumed.load_state_dict(penalty.state_dict())
+    torch.testing.assert_close(resumed(module), penalty(module))

@@ -16,8 +16,10 @@ if __name__ == "__main__":
 import torch
 from growing import Backbone, Endless, Heads, Single, grow
 from lightning.pytorch.callbacks import BackboneFinetuning, StochasticWeightAveraging
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from plain import Plain, loader, trainer
+from torch import distributed as dist
+from torch.distributed.fsdp import fully_shard
 
 from cl_merge.callbacks import EWC, ClassStatistics, LwF, MergeCallback
 
@@ -125,8 +127,26 @@ def compiled_part(module):
     module.net = torch.compile(module.net, backend="eager")
 
 
-def sharded(callback):
+def flattened(callback):
     callback.setup(type("Trainer", (), {"strategy": FSDPStrategy()})(), Plain(), "fit")
+
+
+class Shardable(Plain):
+    def configure_model(self):
+        if not hasattr(self.net, "reshard"):
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+def sharded(callback):
+    """On one process; test_sharded_training.py has two."""
+    module, where = Shardable(), {"accelerator": "cpu", "devices": 1}
+    try:
+        for task in range(2):
+            strategy = ModelParallelStrategy(1, 1, process_group_backend="gloo")
+            trainer(callback, strategy=strategy, **where).fit(module, loader(task))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def spawned(callback):
@@ -157,7 +177,8 @@ LOOPS = {
     "a module that switches weights when training ends": lambda c: two_tasks(c, Switching()),
     "a state_dict without arguments": lambda c: two_tasks(c, Strict()),
     "strategy='ddp_spawn'": spawned,
-    "strategy='fsdp'": sharded,
+    "strategy='fsdp'": flattened,
+    "ModelParallelStrategy with fully_shard": sharded,
 }
 
 

@@ -412,8 +412,8 @@ def test_the_automatic_scale_is_the_best_one_on_the_held_out_images(caplog):
         return sum(int((probe(x).argmax(dim=1) == y).sum()) for x, y in held_out())
 
     assert correct(callback.scale) == max(correct(step / 10) for step in range(1, 16, 2))
-    assert callback.chosen == [callback.scales]
-    assert f"scale {callback.scales} gets " in caplog.text
+    assert callback.chosen == [callback.stream.scales]
+    assert f"scale {callback.stream.scales} gets " in caplog.text
     assert "of 24 held-out images right, the best of" in caplog.text
     trainer(callback).test(module, loader(0), verbose=False)
     assert same(module.seen["test"], vector.apply_to(base, callback.scale))
