@@ -440,6 +440,7 @@ def test_a_fit_that_stopped_within_a_task_goes_on_to_the_same_bits(beside, tmp_p
     assert_goes_on(make, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_stream_that_was_killed_goes_on_to_the_same_bits(tmp_path):
     class Die(Callback):
         def on_train_epoch_end(self, trainer, pl_module):

@@ -47,6 +47,7 @@ def test_the_empirical_fisher_is_the_mean_of_squared_gradients_of_single_samples
     assert all(p.grad is None for p in net.parameters())
 
 
+@pytest.mark.slow
 def test_the_sampled_fisher_has_the_fisher_as_its_mean():
     net, data = model(), batches(6, 6)
     exact = {name: torch.zeros_like(p) for name, p in net.named_parameters()}

@@ -218,6 +218,7 @@ def test_buffers_that_are_not_saved_are_left_alone():
     assert not callback.base_buffers
 
 
+@pytest.mark.slow
 def test_a_compiled_part_has_the_names_of_the_plain_one(tmp_path):
     plain, part = Plain(), Plain()
     first, second = MergeCallback(directory=tmp_path / "a"), MergeCallback(directory=tmp_path / "b")

@@ -81,6 +81,7 @@ def test_everything_about_the_merge_reads_back_the_same(tmp_path):
     assert list(read_config([], {}, file).merge.scale) == ["*attn*", "*"]
 
 
+@pytest.mark.slow
 def test_the_defaults_are_the_recipe_of_the_paper():
     config = read_config([], {})
     assert (config.optimizer.lr, config.optimizer.weight_decay) == (1e-5, 0.1)

@@ -195,6 +195,7 @@ class Record(L.Callback):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.slow
 def test_a_resumed_run_sees_what_the_whole_one_saw(tmp_path, workers):
     def fit(epochs, resume=None):
         record, saved = Record(), ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")

@@ -125,6 +125,7 @@ def test_a_setting_does_without_the_compiled_loops(without_kernels):
     assert merge([{"w": torch.ones(1)}, {"w": -torch.ones(1) * 2}])["w"].tolist() == [-2.0]
 
 
+@pytest.mark.slow
 def test_compiled_loops_that_cannot_be_loaded_are_no_error(tmp_path):
     package = tmp_path / "cl_merge"
     shutil.copytree(Path(kernels.__file__).parent, package / "kernels")

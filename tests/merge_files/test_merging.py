@@ -45,6 +45,7 @@ def importances_of(method, base, number):
 @any_method
 @settings(max_examples=8)
 @given(layout=LAYOUTS, data=st.data(), seed=st.integers(0, 99), scale=st.floats(-2, 2))
+@pytest.mark.slow
 def test_files_merge_as_memory_does(tmp_path_factory, method, layout, data, seed, scale):
     folder = tmp_path_factory.mktemp("merge")
     base = random_weights(layout, seed)

@@ -585,6 +585,7 @@ def test_a_location_is_told_from_a_name():
     assert not is_location("magmax")
 
 
+@pytest.mark.slow
 def test_the_working_directory_hides_no_installed_module(tmp_path):
     (tmp_path / "json.py").write_text("raise RuntimeError")
     script = (

@@ -354,6 +354,7 @@ def test_merging_zeros_gives_zeros(rule):
 
 
 @RULES
+@pytest.mark.slow
 def test_the_number_of_threads_changes_no_bit(rule):
     shapes = {"wide": (60, 200), "tall": (150, 40), "bias": (200,)}
     vectors = [

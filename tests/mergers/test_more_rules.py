@@ -88,6 +88,7 @@ def test_dare_ties_drops_rescales_and_elects(vectors):
     check("dare-ties", vectors, elected(kept), density=0.5, seed=3)
 
 
+@pytest.mark.slow
 def test_dare_keeps_the_mean():
     ones = {"w": torch.ones(40_000)}
     for method in ("dare", "dare-ties"):

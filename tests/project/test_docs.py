@@ -164,6 +164,7 @@ def test_the_commands_on_files_work(command, place):
     assert cli.main(words) == 0
 
 
+@pytest.mark.slow
 def test_a_suite_of_ones_own_makes_a_plan(place, capsys):
     assert cli.main(["bench", "my-suite.yaml", "--dry-run"]) == 0
     assert "digits-2" in capsys.readouterr().out

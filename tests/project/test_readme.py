@@ -29,6 +29,7 @@ def test_what_it_links_to_is_there():
     assert not [file for file in files if not (ROOT / file).exists()]
 
 
+@pytest.mark.slow
 def test_the_plug_in_example_can_be_pasted_and_the_regularizers_behind_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     plug_in, regularizers = blocks("python")[:2]

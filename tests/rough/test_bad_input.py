@@ -271,6 +271,7 @@ def test_labels_outside_the_head_of_a_model(two_classes):
         assert error_of(work, two_classes, batches) == message
 
 
+@pytest.mark.slow
 def test_an_output_folder_that_holds_another_run(copied, capsys):
     message = (
         f"out={copied} holds a run with seed=0, not 1; name a new folder, or leave the setting out "

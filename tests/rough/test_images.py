@@ -39,6 +39,7 @@ def test_other_modes_are_what_pillow_makes_of_them(mode):
     assert np.array_equal(np.asarray(as_rgb(image)), np.asarray(image.convert("RGB")))
 
 
+@pytest.mark.slow
 def test_streams_and_predictions_see_the_same_of_them(finished, tmp_path):
     (tmp_path / "deep.png").write_bytes(deep("PNG"))
     Image.fromarray(GREY).save(tmp_path / "flat.png")
@@ -54,6 +55,7 @@ def test_streams_and_predictions_see_the_same_of_them(finished, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"])
+@pytest.mark.slow
 def test_damaged_images_are_read_or_one_error(finished, tmp_path, kind):
     file = io.BytesIO()
     Image.fromarray(GREY).convert("RGB").save(file, kind)

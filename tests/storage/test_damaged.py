@@ -164,6 +164,7 @@ def test_no_suffix_makes_sense_of_nonsense(tmp_path, suffix, content):
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @many
 @given(data=st.data(), old=st.booleans())
+@pytest.mark.slow
 def test_no_change_of_a_torch_file_does_more_than_raise_an_error(tmp_path, data, old):
     whole, path = tmp_path / "whole.pt", tmp_path / "model.pt"
     torch.save({"state_dict": TENSORS}, whole, _use_new_zipfile_serialization=not old)

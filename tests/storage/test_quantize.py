@@ -318,6 +318,7 @@ def test_an_unknown_store_is_an_error(store, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_cut_and_the_threads_do_not_matter():
     tensor = heavy_tailed(300, 401)
     expected = {store: quantize(tensor, store) for store in ROUNDED}

@@ -170,6 +170,7 @@ def tiny_bert():
 
 
 @pytest.mark.parametrize("shard", ["10KB", "1GB"])
+@pytest.mark.slow
 def test_transformers_loads_what_is_written_like_its_own(tmp_path, write, shard):
     from transformers import BertModel
 

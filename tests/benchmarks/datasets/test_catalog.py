@@ -95,6 +95,7 @@ def test_the_prompts_are_those_of_the_paper(name, paper):
 
 
 @pytest.mark.parametrize("name", ["imagenet-r", "imagenet-r-domains", "cub200", "domainnet"])
+@pytest.mark.slow
 def test_the_other_prompts_are_those_of_open_clip(name, paper):
     text = next(v for k, v in paper["recipe"]["prompts"].items() if "imagenet-r" in k)
     prompts = read_settings([f"data={name}"]).prompts

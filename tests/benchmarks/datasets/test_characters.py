@@ -11,6 +11,8 @@ from cl_merge.benchmarks.datasets.catalog import find_data, open_data
 from cl_merge.benchmarks.datasets.characters import CHARACTERS, LOOKS, SIDE, characters
 from cl_merge.models.zero_shot import zero_shot_head
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def drawn():

@@ -71,6 +71,7 @@ def start(folder, *words):
     return run
 
 
+@pytest.mark.slow
 def test_each_of_the_joined_data_sets_has_its_own_names_and_prompts(folder):
     run = start(folder)
     clip = load_clip("glyph")
@@ -88,6 +89,7 @@ def test_each_of_the_joined_data_sets_has_its_own_names_and_prompts(folder):
     assert {"digits: one", "photos: one"} <= set(run.stream.class_names)
 
 
+@pytest.mark.slow
 def test_prompts_and_names_that_are_given_are_for_all_of_the_joined(folder):
     names = [f"number {index}" for index in range(12)]
     run = start(folder, "prompts=['a {}']", f"class_names={names}")
@@ -97,6 +99,7 @@ def test_prompts_and_names_that_are_given_are_for_all_of_the_joined(folder):
         start(folder, "class_names=[x]", f"out={folder}/other")
 
 
+@pytest.mark.slow
 def test_the_batches_of_every_task_count_for_its_own_epochs(folder):
     run = start(folder, "compare=false", "evaluate=last")
     # 20 digits in 5 batches twice, 4 photos in one batch once; 364 test images in 91 batches.
@@ -115,6 +118,7 @@ def test_a_stream_of_data_sets_runs_from_end_to_end(folder, capsys):
     assert saved["stream"]["revision"] is None
 
 
+@pytest.mark.slow
 def test_epochs_that_do_not_fit_the_tasks_are_refused_before_anything_trains(folder):
     with pytest.raises(InputError, match="^epochs has 3 numbers, but the stream has 2 tasks"):
         start(folder, "epochs=[1,2,3]")
@@ -186,6 +190,7 @@ def hub(monkeypatch):
     return asked
 
 
+@pytest.mark.slow
 def test_a_run_writes_down_the_commit_it_reads_and_goes_on_with_that(tmp_path, hub):
     out = f"out={tmp_path}/run"
     words = ["data=owner/photos", "stream.tasks=2", "trainer.accelerator=cpu", out]
@@ -201,6 +206,7 @@ def test_a_run_writes_down_the_commit_it_reads_and_goes_on_with_that(tmp_path, h
     assert hub == [COMMIT] * 3
 
 
+@pytest.mark.slow
 def test_the_commits_of_joined_data_sets_are_written_down_by_name(tmp_path, hub):
     (tmp_path / "far.yaml").write_text("source: owner/photos\n")
     (tmp_path / "both.yaml").write_text("sources: [digits, far.yaml]\nstream: {scenario: source}\n")
@@ -216,6 +222,7 @@ def test_a_commit_that_is_given_is_read_without_asking(tmp_path, hub):
     assert (loaded.revision, hub) == ("abc", ["abc"])
 
 
+@pytest.mark.slow
 def test_a_data_set_of_another_size_than_the_recipe_knows_is_named(folder, caplog):
     (folder / "photos.yaml").write_text(
         "source: photos\nfacts: {train: 7, test: 4, classes: 3}\nstream: {tasks: 2}\n"

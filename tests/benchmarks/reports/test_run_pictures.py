@@ -21,6 +21,7 @@ def results():
     return whole_results({"methods": methods})
 
 
+@pytest.mark.slow
 def test_a_run_has_two_pictures_on_white(results, tmp_path):
     draw_pictures(results, tmp_path)
     for name in PICTURES:

@@ -40,6 +40,7 @@ def test_the_curve_has_a_line_per_method_and_a_point_of_joint_training(tmp_path)
     assert labels.count("sequential") == 2
 
 
+@pytest.mark.slow
 def test_labels_at_the_ends_of_lines_do_not_cover_each_other(tmp_path):
     make_suite(tmp_path, seeds=1)
     drawn = draw(tmp_path, draw_curve)
@@ -50,6 +51,7 @@ def test_labels_at_the_ends_of_lines_do_not_cover_each_other(tmp_path):
         assert all(one.y1 <= other.y0 + 1 for one, other in pairwise(boxes))
 
 
+@pytest.mark.slow
 def test_bands_are_drawn_for_several_seeds_only(tmp_path):
     make_suite(tmp_path / "one", seeds=1)
     make_suite(tmp_path / "two", seeds=2)
