@@ -26,6 +26,7 @@ from cl_merge.task_vectors.module_weights import (
     install,
     parameters_of,
     trained_parameters,
+    trains,
     with_names_of,
 )
 
@@ -245,7 +246,7 @@ class LwF(Regularizer):
     @override
     def watch(self) -> None:
         # The model of the task before had what is unfrozen within this one.
-        joined = {n: p for n, p in self._frozen if p.requires_grad and p.is_floating_point()}
+        joined = {name: p for name, p in self._frozen if trains(p)}
         if joined and self._teacher:
             self._teacher |= copies(joined)
             self._frozen = [(name, p) for name, p in self._frozen if name not in joined]

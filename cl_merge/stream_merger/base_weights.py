@@ -18,6 +18,7 @@ from cl_merge.task_vectors.module_weights import (
     install,
     parameters_of,
     trained_parameters,
+    trains,
 )
 from cl_merge.task_vectors.shards import Shards
 
@@ -107,7 +108,7 @@ class BaseWeights:
 
     def watch(self) -> None:
         """Note the base of parameters that require a gradient since the last call."""
-        joined = {n: p for n, p in self._frozen if p.requires_grad and p.is_floating_point()}
+        joined = {name: p for name, p in self._frozen if trains(p)}
         if joined:
             self.parameters |= copies(self.own(joined), self.device)
             self._frozen = [(name, p) for name, p in self._frozen if name not in joined]

@@ -29,11 +29,12 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
     By name, the floating-point parameters that require a gradient; tied ones once.
     """
-    return {
-        name: parameter
-        for name, parameter in parameters_of(module).items()
-        if parameter.requires_grad and parameter.is_floating_point()
-    }
+    return {name: p for name, p in parameters_of(module).items() if trains(p)}
+
+
+def trains(parameter: nn.Parameter) -> bool:
+    """Whether a task can change a parameter: a floating-point one that requires a gradient."""
+    return parameter.requires_grad and parameter.is_floating_point()
 
 
 def floating_buffers(module: nn.Module) -> dict[str, Tensor]:

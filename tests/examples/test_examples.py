@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from datasets import ClassLabel, Dataset, Features, Value
 from forked import forked
 from safetensors.torch import load_file
@@ -74,6 +75,17 @@ def test_lightning_cli_carries_the_tasks_through_checkpoints(tmp_path):
     merged = run(tmp_path, f"lightning_cli/main.py {test}")
     tuned = run(tmp_path, f"lightning_cli/main.py {test} --trainer.callbacks null")
     assert accuracy(merged) > accuracy(tuned) + 0.1
+
+
+def test_options_of_a_method_stand_in_a_configuration_as_the_docs_say(tmp_path):
+    page = (EXAMPLES.parent / "docs/howto/callback.md").read_text()
+    wanted = yaml.safe_load(re.search(r"```yaml\n(trainer:.*?)```", page, re.S)[1])
+    config = yaml.safe_load((EXAMPLES / "lightning_cli/config.yaml").read_text())
+    config["trainer"] |= wanted["trainer"] | {"max_epochs": 1}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(config))
+    run(tmp_path, "lightning_cli/main.py fit -c own.yaml --data.task noisy --to one.ckpt")
+    (state,) = torch.load(tmp_path / "one.ckpt", weights_only=True)["callbacks"].values()
+    assert (state["merger"]["method"], state["merger"]["options"]) == ("ties", {"density": 0.1})
 
 
 def accuracy(printed):
