@@ -7,7 +7,7 @@ import json
 import math
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cl_merge.benchmarks.formatting import counted
 from cl_merge.errors import listing
@@ -42,6 +42,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="share of each task vector that counts as its largest values [0.2]",
     )
+    several: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
+    fit = "the parameters whose names fit, as in 'visual.*'"
+    add("--include", **several, metavar="PATTERN", help=f"look only at {fit}")
+    add("--exclude", **several, metavar="PATTERN", help=f"do not look at {fit}")
     add("--layers", action="store_true", help="show the norm of every tensor, too")
     add("--json", action="store_true", help="print everything as JSON")
     command.set_defaults(execute=inspect)
@@ -57,7 +61,12 @@ def inspect(parsed: argparse.Namespace) -> int:
 
     with byte_progress(Console(stderr=True), "reading") as progress:
         found = inspect_checkpoints(
-            parsed.files, parsed.base, density=parsed.density, progress=progress
+            parsed.files,
+            parsed.base,
+            include=parsed.include,
+            exclude=parsed.exclude,
+            density=parsed.density,
+            progress=progress,
         )
     if parsed.json:
         # JSON has no paths, no NaN and no infinity; msgspec writes the last two as null.
@@ -147,6 +156,7 @@ def _problems(found: Inspection) -> list[tuple[str, str]]:
     for file in found.files:
         lines += [
             (file.path, _BROKEN, file.not_finite),
+            (file.path, "is quantised", file.quantised),
             (file.path, f"lacks tensors of {reference}", file.missing),
             (file.path, f"has tensors that {reference} lacks", file.extra),
             (file.path, f"differs from {reference}", file.shapes),

@@ -30,7 +30,8 @@ examples:
   cl-merge merge base.pt task*.pt --scale 0.5 --scale 'visual.*attn*=0.3' --out merged.safetensors
   cl-merge merge base.safetensors task*.safetensors --method mine.py:median --out merged.safetensors
 """
-_ARGUMENTS = ("method", "scale", "include", "exclude", "importance", "overwrite")
+_ARGUMENTS = ("method", "scale", "include", "exclude", "importance", "buffers", "overwrite")
+_BUFFERS = {"trained": "of the last task", "base": "of the base", "average": "averaged"}
 _SIZES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -56,6 +57,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     fit = "the parameters whose names fit, as in 'visual.*'"
     add("--include", **several, metavar="PATTERN", help=f"merge only {fit}")
     add("--exclude", **several, metavar="PATTERN", help=f"do not merge {fit}")
+    add(
+        "--buffers",
+        metavar="WHICH",
+        help="batch-norm statistics and the like: trained (the last task's), base, or average over "
+        "tasks [trained, with a message]",
+    )
     about = "for methods that weigh elements, as fisher: one file for each task"
     add("--importance", **several, metavar="FILE", help=about)
     add("--shard-size", default="5GB", metavar="SIZE", help="most of one file in a folder [5GB]")
@@ -86,6 +93,7 @@ def merge(parsed: argparse.Namespace) -> None:
             include=parsed.include,
             exclude=parsed.exclude,
             importances=parsed.importance,
+            buffers=parsed.buffers,
             shard_bytes=shard_bytes,
             overwrite=parsed.overwrite,
             progress=progress,
@@ -111,6 +119,8 @@ def _summary(done: Merged, tasks: int) -> str:
     made = done.provenance
     merged, of_tasks = counted(done.merged, "tensor"), counted(tasks, "task")
     copied = f", {done.copied} taken from the base" if done.copied else ""
+    if done.buffers:
+        copied += f", {counted(done.buffers, 'buffer')} {_BUFFERS[made['cl_merge.buffers']]}"
     given = json.loads(made["cl_merge.options"])
     options = f" ({', '.join(f'{key}={value}' for key, value in given.items())})" if given else ""
     size, speed = done.bytes_read, done.bytes_read / max(done.seconds, 1e-9)

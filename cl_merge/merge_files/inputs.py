@@ -11,6 +11,7 @@ from torch import Tensor
 from cl_merge.errors import InputError, listing
 from cl_merge.kernels import Chunk, Difference
 from cl_merge.kernels.finite import is_finite, not_finite
+from cl_merge.merge_files.contents import RUNNING_VARIANCE
 from cl_merge.merge_files.grown import GrownVector
 from cl_merge.merge_files.hashing import ContentHash
 from cl_merge.merge_files.plan import Plan, dtype_name
@@ -50,6 +51,8 @@ class Inputs:
         self.all = [plan.base, *plan.tasks, *plan.importances]
         self.hashes = [ContentHash(weights, block) for weights in self.all]
         self.differing: set[str] = set()  # tensors that are not merged but not the base's either
+        self.left_out: set[str] = set()  # tensors of tasks that the base has not, or in other shape
+        self.moved_buffers: set[str] = set()
         # Everything once; in each pass before, the tasks, and the base beside fine-tuned weights.
         base = bytes_of(plan.base, plan.merged)
         to_read = sum(bytes_of(weights, plan.base.names) for weights in self.all)
@@ -107,14 +110,61 @@ class Inputs:
     def copied(self, name: str, part: slice) -> Tensor:
         """Read a stretch of a tensor that is not merged, and compare it; returns the base's."""
         values = self.read(0, name, part, hashed=True)
-        for index, weights in enumerate(self.all[1:], start=1):
-            if name not in self._held[index]:  # task vectors lack what did not train
-                continue
+        for index in self._alike(name):
             theirs = self.read(index, name, part, hashed=True)
-            is_tuned = index <= len(self._plan.tasks) and not weights.is_task_vector
-            if is_tuned and not torch.equal(theirs.view(torch.uint8), values.view(torch.uint8)):
+            if self._is_tuned(index) and not torch.equal(
+                theirs.view(torch.uint8), values.view(torch.uint8)
+            ):
                 self.differing.add(name)
         return values
+
+    def buffer(self, name: str, part: slice, choice: str) -> Tensor:
+        """Read a stretch of a buffer as it is after merging; `choice` as of `MergedBuffers`."""
+        base, after = self.read(0, name, part, hashed=True), []
+        for index in self._alike(name):
+            values = self.read(index, name, part, hashed=True)
+            if self._is_tuned(index):
+                after.append(values)
+        for values in (base, *after):
+            if name.endswith(RUNNING_VARIANCE) and bool((values < 0).any()):
+                raise InputError(
+                    f"'{name}' holds a negative variance in one of the inputs, which gives NaN. A "
+                    "file in which statistics were merged as weights is like that; merge others"
+                )
+        if any(not torch.equal(values, base) for values in after):
+            self.moved_buffers.add(name)
+        if choice == "base" or not after:
+            return base
+        if choice == "average":
+            total = torch.stack([values.to(torch.float64) for values in after]).mean(dim=0)
+            return total.to(base.dtype)
+        return after[-1]
+
+    def _is_tuned(self, index: int) -> bool:
+        """Whether an input is fine-tuned weights, and no task vector or importance."""
+        return index <= len(self._plan.tasks) and not self.all[index].is_task_vector
+
+    def _alike(self, name: str) -> list[int]:
+        """Which inputs beside the base have a tensor as the base has it."""
+        shape, dtype = self._plan.base.shape(name), self._plan.base.dtype(name)
+        return [
+            index
+            for index, weights in enumerate(self.all[1:], start=1)
+            if name in self._held[index]  # task vectors lack what did not train
+            and (weights.shape(name), weights.dtype(name)) == (shape, dtype)
+        ]
+
+    def rest(self) -> list[tuple[int, str, torch.Size]]:
+        """What an input has that the base has not, or not so; notes the names."""
+        ours, merged, found = set(self._plan.base.names), set(self._plan.merged), []
+        for index, weights in enumerate(self.all[1:], start=1):
+            for name in weights.names:
+                alike = name in ours and index in self._alike(name)
+                if not alike and name not in merged:
+                    found.append((index, name, weights.shape(name)))
+                    if self._is_tuned(index):
+                        self.left_out.add(name)
+        return found
 
     def broken(self, task: int) -> InputError:
         """Make the error for a task vector that is not finite: which tensors of which input."""

@@ -16,12 +16,14 @@ from cl_merge.errors import InputError
 from cl_merge.kernels import subtract
 from cl_merge.kernels.finite import is_finite
 from cl_merge.kernels.parallel import in_threads
+from cl_merge.merge_files.contents import parameters, quantised
 from cl_merge.merge_files.hashing import BLOCK
 from cl_merge.merge_files.inputs import ByteCount, Progress, bytes_of
-from cl_merge.merge_files.plan import check_base, dtype_name, floating
+from cl_merge.merge_files.plan import Chosen, check_base, dtype_name, unmatched
 from cl_merge.mergers.chunks import Reader, chunk_size, cut
 from cl_merge.mergers.threshold import trim_threshold
 from cl_merge.storage import Weights, open_weights
+from cl_merge.task_vectors.selection import Selection
 
 _CPU = torch.device("cpu")
 
@@ -40,6 +42,7 @@ class FileReport:
         extra: Tensors that the reference lacks.
         shapes: Tensors whose shape or dtype differs from the reference's, and how.
         uneven: Tensors that either this file or the first one changes, but not the other.
+        quantised: What shows that its weights are quantised; nothing if they are not.
         not_finite: Tensors that hold NaN or infinity; such values count as zeros in the figures.
         norm: Euclidean norm of the task vector; of the weights without a base.
         relative: That norm, divided by the norm of the base's same tensors.
@@ -57,6 +60,7 @@ class FileReport:
     extra: list[str] = field(default_factory=list)
     shapes: list[str] = field(default_factory=list)
     uneven: list[str] = field(default_factory=list)
+    quantised: list[str] = field(default_factory=list)
     not_finite: list[str] = field(default_factory=list)
     norm: float = math.nan
     relative: float = math.nan
@@ -67,7 +71,8 @@ class FileReport:
     @property
     def fine(self) -> bool:
         """Whether nothing keeps this file from being merged with the others."""
-        return not (self.missing or self.extra or self.shapes or self.uneven or self.not_finite)
+        differs = self.missing or self.extra or self.shapes or self.uneven
+        return not (differs or self.quantised or self.not_finite)
 
 
 @dataclass
@@ -106,17 +111,22 @@ def inspect_checkpoints(
     tasks: Sequence[str | Path],
     base: str | Path | None = None,
     *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     density: float = 0.2,
     progress: Progress | None = None,
     block_size: int = BLOCK,
 ) -> Inspection:
     """Look into checkpoints and task vectors before merging them.
 
-    What does not match is reported, not refused; figures are over what all files have alike.
+    What does not match is reported, not refused; figures are over the parameters that all files
+    have alike. Buffers, such as batch-norm statistics, and what is not chosen do not count.
 
     Args:
         tasks: Fine-tuned weights or task vectors, of any kind that `merge_checkpoints` reads.
         base: The weights before fine-tuning; without it, weights are looked at as they are.
+        include: Patterns of the parameters to look at; empty for all.
+        exclude: Patterns of parameters not to look at.
         density: Share of each task vector that counts as its largest values.
         progress: Given the number of bytes to be read; returns what is told of bytes that were.
         block_size: Elements that a thread works on at a time.
@@ -137,16 +147,23 @@ def inspect_checkpoints(
         before = stack.enter_context(open_weights(base)) if base is not None else None
         if before is not None:
             check_base(before)
-        return _Look(opened, before, density, progress).run(block_size)
+        every = opened if before is None else [before, *opened]
+        chosen = Chosen(Selection(include, exclude), every)
+        return _Look(opened, before, chosen, density, progress).run(block_size)
 
 
 class _Look:
     """One inspection under way."""
 
     def __init__(
-        self, tasks: list[Weights], base: Weights | None, density: float, progress: Progress | None
+        self,
+        tasks: list[Weights],
+        base: Weights | None,
+        chosen: Chosen,
+        density: float,
+        progress: Progress | None,
     ) -> None:
-        self._tasks = tasks
+        self._tasks, self._chosen = tasks, chosen
         self._base = base
         self._density = density
         self._shapes = self._common()
@@ -168,7 +185,7 @@ class _Look:
             total.add(figures)
             squares[name] = squares.get(name, 0) + figures.gram.diagonal()
         norms = total.gram.diagonal().sqrt()
-        reports = [_compared(task, base or tasks[0], tasks[0], base) for task in tasks]
+        reports = [self._compared(task) for task in tasks]
         for task, report in enumerate(reports):
             report.not_finite = [n for n in self._shapes if n in self._broken[task]]
             report.layers = {name: float(sums[task].sqrt()) for name, sums in squares.items()}
@@ -195,7 +212,7 @@ class _Look:
     def _common(self) -> dict[str, torch.Size]:
         """What all files have alike, in the order of the first."""
         first, weights = self._tasks[0], [*self._tasks, *([self._base] if self._base else [])]
-        names = set.intersection(*(set(floating(each)) for each in weights))
+        names = set.intersection(*(set(self._chosen.of(each)) for each in weights))
         return {
             name: first.shape(name)
             for name in first.names
@@ -203,6 +220,28 @@ class _Look:
             and len({each.shape(name) for each in weights}) == 1
             and len({e.dtype(name) for e in weights if not e.is_task_vector}) < 2
         }
+
+    def _compared(self, task: Weights) -> FileReport:
+        """Compare names, shapes and dtypes with the base's, or with the first file's."""
+        base, reference = self._base, self._base or self._tasks[0]
+        theirs, ours = self._chosen.of_either(task, reference)
+        missing, extra = unmatched(task, theirs, reference, ours)
+        if task.is_task_vector and base is not None:
+            missing = []  # it holds what trained, which may be a part of the base
+        uneven = set(self._chosen.of(task)) ^ set(self._chosen.of(self._tasks[0]))
+        both = [name for name in theirs if name in set(ours)]
+        return FileReport(
+            path=task.path,
+            kind=task.kind,
+            tensors=len(task.names),
+            parameters=sum(task.shape(name).numel() for name in parameters(task)),
+            dtypes=sorted({dtype_name(task, name) for name in task.names}),
+            missing=missing,
+            extra=extra,
+            shapes=[text for name in both if (text := _unlike(task, reference, name))],
+            uneven=sorted(uneven - set(missing) - set(extra)) if base else [],
+            quantised=[sign] if (sign := quantised(task)) else [],
+        )
 
     def _vector(self, task: int, name: str, part: slice) -> Tensor:
         """Read a stretch of a task vector, float32 [n], with zeros for NaN and infinity."""
@@ -279,29 +318,6 @@ def _both_signs(vectors: Tensor) -> list[int]:
 
 def _share(part: int, whole: int) -> float:
     return part / whole if whole else math.nan
-
-
-def _compared(
-    task: Weights, reference: Weights, first: Weights, base: Weights | None
-) -> FileReport:
-    """Compare names, shapes and dtypes with the base's, or with the first file's."""
-    ours, theirs = set(reference.names), set(task.names)
-    changed, of_first = set(floating(task)), set(floating(first))
-    missing = [name for name in reference.names if name not in theirs]
-    if task.is_task_vector and base is not None:
-        missing = []  # it holds what trained, which may be a part of the base
-    extra = [name for name in task.names if name not in ours]
-    return FileReport(
-        path=task.path,
-        kind=task.kind,
-        tensors=len(task.names),
-        parameters=sum(task.shape(name).numel() for name in floating(task)),
-        dtypes=sorted({dtype_name(task, name) for name in task.names}),
-        missing=missing,
-        extra=extra,
-        shapes=[text for n in task.names if n in ours and (text := _unlike(task, reference, n))],
-        uneven=sorted((changed ^ of_first) - set(missing) - set(extra)) if base else [],
-    )
 
 
 def _unlike(task: Weights, reference: Weights, name: str) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cl_merge import __version__
-from cl_merge.errors import InputError, listing
+from cl_merge.errors import InputError, listing, unknown_name
 from cl_merge.kernels.finite import is_finite
 from cl_merge.kernels.parallel import in_threads
 from cl_merge.merge_files.grown import GrownVector
@@ -29,6 +29,7 @@ from cl_merge.mergers.base import fold_chunk, zeros
 from cl_merge.mergers.chunks import Accumulators, Piece, ResultInfo, Unit, chunk_size, cut
 from cl_merge.mergers.registry import fresh_merger
 from cl_merge.storage import Weights, Writer, check_output, open_weights, write_weights
+from cl_merge.stream_merger.buffers import BUFFERS
 from cl_merge.task_vectors.scales import Scales
 from cl_merge.task_vectors.selection import Selection
 from cl_merge.task_vectors.task_vector import moved
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
 _HELD_BYTES = 16  # for each element of a block: what waits for a global count
 _NO_HASH = "0" * 32
+_NOT_WRITTEN = {".pt", ".pth", ".bin", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Merged:
     Attributes:
         path: The output.
         merged: Number of tensors that were merged.
+        buffers: Number of floating-point buffers, which were chosen.
         copied: Number of tensors that were taken from the base.
         bytes_read: Bytes of all inputs' tensors, each time they were read.
         seconds: How long it took.
@@ -55,6 +58,7 @@ class Merged:
 
     path: Path
     merged: int
+    buffers: int
     copied: int
     bytes_read: int
     seconds: float
@@ -71,6 +75,7 @@ def merge_checkpoints(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     importances: Sequence[str | Path] = (),
+    buffers: str | None = None,
     shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -86,7 +91,8 @@ def merge_checkpoints(
 
     The result is that of a `MergeCallback` with the same task vectors, bit for bit: computed in
     float32 (float64 where the weights are) and rounded once to the base's dtype. Tensors that are
-    not floating point or not selected are the base's.
+    not floating point or not selected are the base's, and need not match; statistics of batch norms
+    and other buffers are never merged. Of tied parameters, one suffices.
 
     Args:
         base: The weights before fine-tuning.
@@ -99,6 +105,9 @@ def merge_checkpoints(
         include: Patterns of the parameters to merge, as in ``"visual.*"``; empty for all.
         exclude: Patterns of parameters not to merge.
         importances: For methods that weigh elements, as ``"fisher"``: a file for each task.
+        buffers: What floating-point buffers hold, such as batch-norm statistics, which are told by
+            their names: ``"trained"`` those of the last task, ``"base"``, or ``"average"`` their
+            mean over tasks. None means ``"trained"``, with a warning that names those that differ.
         shard_bytes: In a folder, the most bytes of one file.
         overwrite: Whether an output file that exists may be replaced.
         progress: Given the number of bytes to be read; returns what is told of bytes that were.
@@ -122,6 +131,9 @@ def merge_checkpoints(
     """
     begin = time.perf_counter()
     merger = fresh_merger(method, options)
+    if buffers is not None and buffers not in BUFFERS:
+        raise unknown_name("choice of buffers", buffers, BUFFERS)
+    _check_name(output)
     check_output(output, [base, *tasks, *importances], overwrite=overwrite)
     if merger.weighted and len(importances) != len(tasks):
         raise InputError(
@@ -137,7 +149,7 @@ def merge_checkpoints(
         plan = make_plan(opened[0], vectors, selection, weights)
         scales = Scales.read(scale, merger.published_scale)
         scales.check(plan.merged)
-        work = _Work(plan, merger, scales, progress, block_size)
+        work = _Work(plan, merger, scales, progress, block_size, buffers or "trained")
         made = {
             "format": "pt",  # which transformers insists on
             "cl_merge.version": __version__,
@@ -146,6 +158,7 @@ def merge_checkpoints(
             "cl_merge.scale": json.dumps(scales.plain()),
             "cl_merge.include": json.dumps(list(selection.include)),
             "cl_merge.exclude": json.dumps(list(selection.exclude)),
+            "cl_merge.buffers": buffers or "trained",
             "cl_merge.inputs": _described(plan, [_NO_HASH] * len(opened)),
         }
         entries = {n: (plan.base.dtype(n), plan.base.shape(n)) for n in plan.base.names}
@@ -161,10 +174,11 @@ def merge_checkpoints(
             hashes = [content.hexdigest() for content in work.inputs.hashes]
             made["cl_merge.inputs"] = _described(plan, hashes)
             writer.amend(made)
-    _warn(work.inputs, hashes)
+    _warn(work.inputs, hashes, buffers)
     return Merged(
         Path(output),
-        len(plan.merged),
+        len(plan.merged) + sum(map(len, plan.twins.values())),
+        len(plan.buffers),
         len(plan.copied),
         work.inputs.count.read,
         time.perf_counter() - begin,
@@ -189,7 +203,17 @@ def _described(plan: Plan, hashes: Sequence[str]) -> str:
     return json.dumps(entries)
 
 
-def _warn(inputs: Inputs, hashes: list[str]) -> None:
+def _check_name(output: str | Path) -> None:
+    """Refuse names of files that are not written; a folder of such a name would surprise."""
+    suffix = Path(output).suffix.lower()
+    if suffix in _NOT_WRITTEN and not Path(output).is_dir():
+        raise InputError(
+            f"the output '{output}' is no folder by its name, but files that end in {suffix} are "
+            "not written; expected a name that ends in .safetensors, or that of a folder"
+        )
+
+
+def _warn(inputs: Inputs, hashes: list[str], buffers: str | None) -> None:
     """Tell what no one would do on purpose."""
     seen: dict[str, Weights] = {}
     for weights, of_content in zip(inputs.all, hashes, strict=True):
@@ -203,18 +227,37 @@ def _warn(inputs: Inputs, hashes: list[str]) -> None:
             "tensors that are not merged differ between the inputs; the base's were taken: %s",
             listing(sorted(inputs.differing)),
         )
+    if inputs.left_out:
+        log.warning(
+            "tensors that the base lacks, or has in another shape, were left out: %s",
+            listing(sorted(inputs.left_out)),
+        )
+    if inputs.moved_buffers and buffers is None:
+        log.warning(
+            "%d floating-point buffers differ and are not merged: %s. The last task's were taken; "
+            "choose with buffers='trained' | 'base' | 'average'",
+            len(inputs.moved_buffers),
+            listing(sorted(inputs.moved_buffers)),
+        )
 
 
 class _Work:
     """One merge under way."""
 
     def __init__(
-        self, plan: Plan, merger: Merger, scales: Scales, progress: Progress | None, block_size: int
+        self,
+        plan: Plan,
+        merger: Merger,
+        scales: Scales,
+        progress: Progress | None,
+        block_size: int,
+        buffers: str,
     ) -> None:
         self._plan = plan
         self._merger = merger
         self._scales = scales
         self._block_size = block_size
+        self._buffers = buffers
         prepares = type(merger).prepare is not Merger.prepare
         self.inputs = Inputs(plan, progress, passes=2 if prepares else 1, block=block_size)
         self._prepared: list[Any] = []  # by task
@@ -238,7 +281,18 @@ class _Work:
         def copy(block: Piece) -> None:
             writer.write(block[0], block[1].start, self.inputs.copied(*block))
 
+        def choose(block: Piece) -> None:
+            values = self.inputs.buffer(*block, self._buffers)
+            writer.write(block[0], block[1].start, values)
+
         in_threads(copy, self._blocks(copied, "element"))
+        in_threads(choose, self._blocks(self._plan.buffers, "element"))
+        tied = [name for names in self._plan.twins.values() for name in names]
+        in_threads(lambda block: self.inputs.copied(*block), self._blocks(tied, "element"))
+        self.inputs.differing.difference_update(tied)
+        for index, name, shape in self.inputs.rest():  # which only the hashes know
+            for _, part in cut({name: shape}, "element", self._block_size):
+                self.inputs.read(index, name, part, hashed=True)
 
     def _blocks(self, names: list[str], unit: Unit) -> list[Piece]:
         shapes = {name: self._plan.base.shape(name) for name in names}
@@ -288,8 +342,18 @@ class _Work:
         merged = torch.zeros(base.shape)
         shape, tasks = self._plan.base.shape(name), len(self._plan.tasks)
         self._merger.compute(state, merged, ResultInfo(name, shape, part.start, tasks, total))
-        result = moved(base, merged, self._scales.of(name))
-        # Types of one byte have no sum.
-        if not is_finite(result if result.itemsize > 1 else result.float()):
+        result = self._rounded(base, merged, self._scales.of(name))
+        if result is None:
             raise self.inputs.broken_result(name)
-        writer.write(name, part.start, result)
+        for each in (name, *self._plan.twins.get(name, ())):
+            writer.write(each, part.start, result)
+
+    def _rounded(self, base: Tensor, merged: Tensor, scale: float) -> Tensor | None:
+        """Add a merged stretch to the base's; None where it leaves what the base's dtype holds."""
+        if base.itemsize > 1:
+            result = moved(base, merged, scale)
+            return result if is_finite(result) else None
+        # Types of one byte have no infinity to show it.
+        result = moved(base.float(), merged, scale)
+        fits = bool((result.abs() <= torch.finfo(base.dtype).max).all())
+        return result.to(base.dtype) if fits else None

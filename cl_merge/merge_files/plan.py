@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from cl_merge.errors import InputError, listing
+from cl_merge.merge_files.contents import (
+    check_mergeable,
+    floating,
+    is_buffer,
+    is_twin,
+    parameters,
+)
 from cl_merge.merge_files.grown import GrownVector, is_grown
 from cl_merge.storage import Weights
 from cl_merge.task_vectors.selection import Selection
@@ -23,7 +30,10 @@ class Plan:
     tasks: list[Weights]  # fine-tuned weights or task vectors, in order
     importances: list[Weights]  # one for each task, or none
     merged: list[str]  # names of tensors, in the order of the base
+    buffers: list[str]  # names of floating-point buffers, which are not merged but chosen
     copied: list[str]  # names of the others, which are taken from the base
+    # Names of the base that are tied to one that is merged, by the name of that.
+    twins: dict[str, list[str]] = field(default_factory=dict)
 
 
 def make_plan(
@@ -34,19 +44,30 @@ def make_plan(
 ) -> Plan:
     """Check every input against the base, by what the files say of their tensors.
 
+    Only what is merged has to match: parameters that the selection chooses. Of tied parameters one
+    suffices.
+
     Raises:
-        InputError: If there is no task, or names, shapes or dtypes do not match; names the file and
-            the tensors.
+        InputError: If there is no task, an input is quantised, or names, shapes or dtypes do not
+            match; names the file and the tensors.
     """
     if not tasks:
         raise InputError("no task to merge; give at least one checkpoint or task vector")
     check_base(base)
+    for weights in (base, *tasks):
+        check_mergeable(weights)
     if is_grown(base):
         tasks = [GrownVector(task, base) if task.is_task_vector else task for task in tasks]
+    chosen = Chosen(selection, [base, *tasks])
     changed: list[set[str]] = []
+    twins: dict[str, str] = {}
     for task in tasks:
-        _check_task(task, base)
-        changed.append(set(selection.names(floating(task))))
+        twins |= _check_task(task, base, chosen)
+    for task in tasks:
+        _check_tied(task, twins)
+        changed.append(set(chosen.of(task)) - twins.keys())
+        if not task.is_task_vector:
+            changed[-1] &= set(base.names)
         if changed[-1] != changed[0]:
             raise InputError(
                 f"'{task.path}' changes other tensors than '{tasks[0].path}'; missing: "
@@ -54,12 +75,63 @@ def make_plan(
                 f"{listing(sorted(changed[-1] - changed[0]))}. Choose those of both with include"
             )
     if not changed[0]:
-        raise InputError(f"nothing to merge: '{tasks[0].path}' holds no floating-point tensor")
+        among = " among what include and exclude choose" if chosen.narrows else ""
+        raise InputError(
+            f"nothing to merge: '{tasks[0].path}' holds no floating-point parameter{among}"
+        )
     merged = [name for name in base.names if name in changed[0]]
-    copied = [name for name in base.names if name not in changed[0]]
+    buffers = [name for name in floating(base) if is_buffer(name)]
+    done = {*merged, *buffers, *twins}
     for importance in importances:
         _check_importance(importance, base, merged)
-    return Plan(base, list(tasks), list(importances), merged, copied)
+    plan = Plan(
+        base,
+        list(tasks),
+        list(importances),
+        merged,
+        buffers,
+        [name for name in base.names if name not in done],
+    )
+    for twin, name in twins.items():
+        plan.twins.setdefault(name, []).append(twin)
+    return plan
+
+
+class Chosen:
+    """The parameters that a selection chooses in checkpoints that may have other ones.
+
+    Attributes:
+        narrows: Whether it leaves anything out.
+
+    Raises:
+        InputError: If a pattern fits no tensor of any of them, nothing is left, or a chosen tensor
+            is complex.
+    """
+
+    def __init__(self, selection: Selection, every: Sequence[Weights]) -> None:
+        self._selection = selection
+        self.narrows = bool(selection.include or selection.exclude)
+        names = selection.names(dict.fromkeys(name for weights in every for name in weights.names))
+        for weights in every:
+            held = set(weights.names)
+            wrong = [n for n in names if n in held and weights.dtype(n).is_complex]
+            if wrong:
+                raise InputError(
+                    f"'{weights.path}' has complex tensors, which cannot be merged: "
+                    f"{listing(wrong)}. Take the base's: exclude them"
+                )
+
+    def of(self, weights: Weights) -> list[str]:
+        """Names of those that a checkpoint has, in its order."""
+        return self._selection.chosen(parameters(weights))
+
+    def of_either(self, task: Weights, base: Weights) -> tuple[list[str], list[str]]:
+        """What a task and the base have of all that is chosen in one of the two."""
+        wanted = {*self.of(task), *self.of(base)}
+        theirs, ours = (
+            [name for name in weights.names if name in wanted] for weights in (task, base)
+        )
+        return theirs, ours
 
 
 def dtype_name(weights: Weights, name: str) -> str:
@@ -75,40 +147,85 @@ def check_base(base: Weights) -> None:
         )
 
 
-def floating(weights: Weights) -> list[str]:
-    """Names of the floating-point tensors, in the order of the checkpoint."""
-    return [name for name in weights.names if weights.dtype(name).is_floating_point]
-
-
-def _check_task(task: Weights, base: Weights) -> None:
-    theirs, ours = _layout(task), _layout(base)
+def _check_task(task: Weights, base: Weights, chosen: Chosen) -> dict[str, str]:
+    """Check a task; returns tied tensors of the base that it lacks, with what they are tied to."""
     named, than = f"'{task.path}'", f"the base '{base.path}'"
-    check_same_layout(theirs, ours, named, than, partly=task.is_task_vector)
+    theirs, ours = chosen.of_either(task, base)
+    twins: dict[str, str] = {}
+    if task.is_task_vector:
+        integers = [name for name in theirs if name in base.names and name not in floating(base)]
+        if integers:
+            raise InputError(
+                f"{named} changes tensors that {than} has as integers: {listing(integers)}. It "
+                "must be the model that the task vector was made with"
+            )
+    else:
+        twins, ignored = _tied(task, theirs, base, ours)
+        ours = [name for name in ours if name not in twins]
+        theirs = [name for name in theirs if name not in ignored]
+    given, wanted = layout(task, theirs), layout(base, ours)
+    check_same_layout(given, wanted, named, than, partly=task.is_task_vector)
     if not task.is_task_vector:
-        check_same_dtypes(theirs, ours, named, than)
-        return
-    integers = [name for name in task.names if not base.dtype(name).is_floating_point]
-    if integers:
-        raise InputError(
-            f"{named} changes tensors that {than} has as integers: {listing(integers)}. It must be "
-            "the model that the task vector was made with"
-        )
+        check_same_dtypes(given, wanted, named, than)
+    return twins
+
+
+def unmatched(
+    task: Weights, theirs: Sequence[str], base: Weights, ours: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Names, of those chosen, that a task lacks, and that it has more; but for tied ones."""
+    twins, ignored = _tied(task, theirs, base, ours)
+    missing = [name for name in ours if name not in {*theirs, *twins}]
+    return missing, [name for name in theirs if name not in {*ours, *ignored}]
+
+
+def _tied(
+    task: Weights, theirs: Sequence[str], base: Weights, ours: Sequence[str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """What only the base has, or only the task, and which other of its tensors holds the same."""
+    of_task, of_base = set(theirs), set(ours)
+    both = [name for name in ours if name in of_task]
+    return (
+        _twins(base, [name for name in ours if name not in of_task], both),
+        _twins(task, [name for name in theirs if name not in of_base], both),
+    )
+
+
+def _twins(weights: Weights, names: Iterable[str], among: Sequence[str]) -> dict[str, str]:
+    """Find tensors that hold the same as another one of their checkpoint."""
+    found = {}
+    for name in names:
+        twin = next((other for other in among if is_twin(weights, name, other)), None)
+        if twin is not None:
+            found[name] = twin
+    return found
+
+
+def _check_tied(task: Weights, twins: Mapping[str, str]) -> None:
+    """Refuse a task in which what is tied in the base is not."""
+    held = set(task.names)
+    for name, twin in twins.items():
+        if name in held and not task.is_task_vector and not is_twin(task, name, twin):
+            raise InputError(
+                f"'{task.path}' has another '{name}' than '{twin}', which the base and another "
+                f"task have tied; take the base's: exclude '{name}'"
+            )
 
 
 def _check_importance(importance: Weights, base: Weights, merged: list[str]) -> None:
-    has, layout = _layout(importance), _layout(base)
-    missing = [name for name in merged if name not in has]
+    held = set(importance.names)
+    missing = [name for name in merged if name not in held]
     if missing:
         raise InputError(
             f"the importance '{importance.path}' lacks tensors that are merged: {listing(missing)}"
         )
-    given, wanted = {n: has[n] for n in merged}, {n: layout[n] for n in merged}
+    given, wanted = layout(importance, merged), layout(base, merged)
     check_same_layout(given, wanted, f"'{importance.path}'", f"the base '{base.path}'")
 
 
-def _layout(weights: Weights) -> dict[str, Tensor]:
+def layout(weights: Weights, names: Iterable[str]) -> dict[str, Tensor]:
     """Tensors of a checkpoint's names, shapes and dtypes that hold nothing."""
     return {
         name: torch.empty(weights.shape(name), dtype=weights.dtype(name), device="meta")
-        for name in weights.names
+        for name in names
     }

@@ -135,13 +135,15 @@ def test_what_keeps_files_from_being_merged_is_named(inspect, files, base):
     problems = [line for line in printed.splitlines() if line.startswith("broken.pt: ")]
     assert problems == [
         "broken.pt: holds NaN or infinity: visual.conv1.weight",
-        "broken.pt: lacks tensors of the base: steps",
         "broken.pt: has tensors that the base lacks: new",
         "broken.pt: differs from the base: visual.[ln].bias (4,) instead of (16,)",
     ]
-    code, printed = inspect(files[0], "broken.pt")
+    code, printed = inspect("broken.pt", files[0])
     assert code == 1
-    assert "broken.pt: lacks tensors of 'task0.safetensors': steps" in printed
+    assert "task0.safetensors: lacks tensors of 'broken.pt': new" in printed
+    only = ["--base", "base.safetensors", "--include", "visual.conv1.*"]
+    assert inspect(files[0], *only)[0] == 0
+    assert inspect(files[0], "broken.pt", *only)[0] == 1
 
 
 def test_nan_in_the_base_is_named(inspect, files, base):

@@ -187,7 +187,7 @@ WRONG = {
     "infinite scale": (["--scale", "inf"], "the scale must be a finite number, not inf"),
     "pattern of a scale": (["--scale", "vis*l=1"], "scale: the pattern 'vis*l' fits no parameter"),
     "include": (["--include", "image.*"], "include: the pattern 'image.*' fits no parameter"),
-    "exclude": (["--exclude", "steps"], "exclude: the pattern 'steps' fits no parameter"),
+    "exclude": (["--exclude", "step"], "exclude: the pattern 'step' fits no parameter"),
     "size": (["--shard-size", "5 apples"], "--shard-size 5 apples: expected a size such as 5GB"),
     "importance": (["--importance", "base.safetensors"], "'magmax' takes no importances"),
 }
