@@ -53,6 +53,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="factor of the merged task vector, or PATTERN=NUMBER for parameters by name; may be "
         "repeated, the first pattern that fits counts [the one the method was published with]",
     )
+    about = "a factor of each task vector, in their order, negative to take away [1 each]"
+    add("--weight", nargs="+", type=float, default=[], metavar="NUMBER", help=about)
     add("--set", **several, metavar="KEY=VALUE", help="options of the method, as in density=0.3")
     fit = "the parameters whose names fit, as in 'visual.*'"
     add("--include", **several, metavar="PATTERN", help=f"merge only {fit}")
@@ -90,6 +92,7 @@ def merge(parsed: argparse.Namespace) -> None:
             parsed.out,
             method=parsed.method,
             scale=scale,
+            weights=parsed.weight,
             include=parsed.include,
             exclude=parsed.exclude,
             importances=parsed.importance,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from cl_merge.errors import InputError, listing
-from cl_merge.kernels import Chunk, Difference
+from cl_merge.kernels import Chunk, Difference, values_of
 from cl_merge.kernels.finite import is_finite, not_finite
 from cl_merge.merge_files.contents import RUNNING_VARIANCE
 from cl_merge.merge_files.grown import GrownVector
@@ -47,7 +47,14 @@ class ByteCount:
 class Inputs:
     """The base, the tasks, whose merged tensors are read `passes` times, and the importances."""
 
-    def __init__(self, plan: Plan, progress: Progress | None, passes: int, block: int) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        progress: Progress | None,
+        passes: int,
+        block: int,
+        factors: Sequence[float] = (),
+    ) -> None:
         self.all = [plan.base, *plan.tasks, *plan.importances]
         self.hashes = [ContentHash(weights, block) for weights in self.all]
         self.differing: set[str] = set()  # tensors that are not merged but not the base's either
@@ -60,6 +67,7 @@ class Inputs:
             to_read += bytes_of(task, plan.merged) + (0 if task.is_task_vector else base)
         self.count = ByteCount(progress, to_read)
         self._plan = plan
+        self._factors = tuple(factors) or (1.0,) * len(plan.tasks)
         self._held = [set(weights.names) for weights in self.all]
 
     def read(self, index: int, name: str, part: slice, *, hashed: bool = False) -> Tensor:
@@ -73,8 +81,13 @@ class Inputs:
     def reader(self, task: int, base: Tensor | None = None, *, hashed: bool = False) -> Reader:
         """Read a task as a finite task vector; `base` is that stretch of the base, if at hand."""
         is_task_vector = self._plan.tasks[task].is_task_vector
+        factor = self._factors[task]
 
         def chunk(name: str, part: slice) -> Chunk:
+            found = change(name, part)
+            return found if factor == 1 else values_of(found) * factor
+
+        def change(name: str, part: slice) -> Chunk:
             values = self.read(1 + task, name, part, hashed=hashed)
             if not is_task_vector:
                 before = self.read(0, name, part) if base is None else base
@@ -174,13 +187,13 @@ class Inputs:
         if names := self._not_finite(weights):
             return not_finite(f"'{weights.path}'", names)
 
-        def change(name: str) -> Tensor:
+        def change_of(name: str) -> Tensor:
             values = weights.read(name)
             if weights.is_task_vector:
                 return values.to(torch.float32)
             return Difference(values, base.read(name)).values()
 
-        names = [name for name in self._plan.merged if not is_finite(change(name))]
+        names = [name for name in self._plan.merged if not is_finite(change_of(name))]
         of_both = f"the difference of '{weights.path}' and the base"
         what = f"'{weights.path}'" if weights.is_task_vector else of_both
         return not_finite(f"{what} in float32", names)

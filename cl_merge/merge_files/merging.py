@@ -32,7 +32,7 @@ from cl_merge.storage import Weights, Writer, check_output, open_weights, write_
 from cl_merge.stream_merger.buffers import BUFFERS
 from cl_merge.task_vectors.scales import Scales
 from cl_merge.task_vectors.selection import Selection
-from cl_merge.task_vectors.task_vector import moved
+from cl_merge.task_vectors.task_vector import check_scale, moved
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +72,7 @@ def merge_checkpoints(
     *,
     method: str | Merger = "magmax",
     scale: float | Mapping[str, float] | None = None,
+    weights: Sequence[float] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     importances: Sequence[str | Path] = (),
@@ -102,6 +103,9 @@ def merge_checkpoints(
         method: A name that `get_merger` knows, or a fresh `Merger`.
         scale: Factor of the merged task vector; a mapping from patterns to factors for layers;
             None takes the one that the method was published with.
+        weights: A factor of each task vector before they are merged, negative to take something
+            away; none for 1 each. Methods that average divide by the number of tasks, not by the
+            sum of the weights.
         include: Patterns of the parameters to merge, as in ``"visual.*"``; empty for all.
         exclude: Patterns of parameters not to merge.
         importances: For methods that weigh elements, as ``"fisher"``: a file for each task.
@@ -133,6 +137,7 @@ def merge_checkpoints(
     merger = fresh_merger(method, options)
     if buffers is not None and buffers not in BUFFERS:
         raise unknown_name("choice of buffers", buffers, BUFFERS)
+    factors = _checked_weights(weights, len(tasks))
     _check_name(output)
     check_output(output, [base, *tasks, *importances], overwrite=overwrite)
     if merger.weighted and len(importances) != len(tasks):
@@ -145,11 +150,13 @@ def merge_checkpoints(
     selection = Selection(include, exclude)
     with ExitStack() as stack:
         opened = [stack.enter_context(open_weights(path)) for path in (base, *tasks, *importances)]
-        vectors, weights = opened[1 : len(tasks) + 1], opened[len(tasks) + 1 :]
-        plan = make_plan(opened[0], vectors, selection, weights)
+        vectors, weighing = opened[1 : len(tasks) + 1], opened[len(tasks) + 1 :]
+        plan = make_plan(opened[0], vectors, selection, weighing)
         scales = Scales.read(scale, merger.published_scale)
         scales.check(plan.merged)
-        work = _Work(plan, merger, scales, progress, block_size, buffers or "trained")
+        passes = 1 if type(merger).prepare is Merger.prepare else 2
+        inputs = Inputs(plan, progress, passes=passes, block=block_size, factors=factors)
+        work = _Work(plan, merger, scales, inputs, block_size, buffers or "trained")
         made = {
             "format": "pt",  # which transformers insists on
             "cl_merge.version": __version__,
@@ -159,6 +166,7 @@ def merge_checkpoints(
             "cl_merge.include": json.dumps(list(selection.include)),
             "cl_merge.exclude": json.dumps(list(selection.exclude)),
             "cl_merge.buffers": buffers or "trained",
+            "cl_merge.weights": json.dumps(factors),
             "cl_merge.inputs": _described(plan, [_NO_HASH] * len(opened)),
         }
         entries = {n: (plan.base.dtype(n), plan.base.shape(n)) for n in plan.base.names}
@@ -201,6 +209,13 @@ def _described(plan: Plan, hashes: Sequence[str]) -> str:
         for weights, role, of_content in zip(inputs, roles, hashes, strict=True)
     ]
     return json.dumps(entries)
+
+
+def _checked_weights(weights: Sequence[float], tasks: int) -> list[float]:
+    """The factor of each task."""
+    if weights and len(weights) != tasks:
+        raise InputError(f"{len(weights)} weights for {tasks} tasks; give one for each task")
+    return [check_scale(weight) for weight in weights] or [1.0] * tasks
 
 
 def _check_name(output: str | Path) -> None:
@@ -249,7 +264,7 @@ class _Work:
         plan: Plan,
         merger: Merger,
         scales: Scales,
-        progress: Progress | None,
+        inputs: Inputs,
         block_size: int,
         buffers: str,
     ) -> None:
@@ -258,8 +273,7 @@ class _Work:
         self._scales = scales
         self._block_size = block_size
         self._buffers = buffers
-        prepares = type(merger).prepare is not Merger.prepare
-        self.inputs = Inputs(plan, progress, passes=2 if prepares else 1, block=block_size)
+        self.inputs = inputs
         self._prepared: list[Any] = []  # by task
         self._counts: list[int] = []
         self._waiting: list[tuple[Piece, Accumulators | None]] = []

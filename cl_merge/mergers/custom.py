@@ -28,7 +28,7 @@ _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _TAKEN = (  # noqa: SIM905 - a list would take a line for each
     "base block_size buffers device directory exclude held_out importance_samples "
     "importances include method name output overwrite progress published_scale scale "
-    "shard_bytes start store tasks vectors"
+    "shard_bytes start store tasks vectors weights"
 ).split()
 
 

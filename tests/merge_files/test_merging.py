@@ -17,12 +17,13 @@ from file_cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from cl_merge import kernels
 from cl_merge.errors import InputError
 from cl_merge.merge_files import merge_checkpoints
 from cl_merge.merge_files.hashing import ContentHash
-from cl_merge.mergers import MERGERS, MaxMagnitude, get_merger
+from cl_merge.mergers import MERGERS, MaxMagnitude, get_merger, merge
 from cl_merge.task_vectors.task_vector import TaskVector
 
 any_method = pytest.mark.parametrize("method", METHODS)
@@ -301,3 +302,25 @@ def test_a_merger_that_folds_otherwise_is_given_tensors(files, out, base, tasks)
     merge_checkpoints(base_file, task_files, out / "m.safetensors", method=Doubled(), scale=1.0)
     merge_checkpoints(base_file, task_files, out / "n.safetensors", method="magmax", scale=2.0)
     assert same_bits(read(out / "m.safetensors"), read(out / "n.safetensors"))
+
+
+@pytest.mark.parametrize("method", ["magmax", "ties", "task-arithmetic", "slerp"])
+@pytest.mark.parametrize("kind", ["safetensors", "task vector"])
+def test_weights_multiply_task_vectors(tmp_path, method, kind):
+    base = {"a": torch.randn(30, 20), "b": torch.randn(40)}
+    tasks = [{n: t + torch.randn(t.shape) / 8 for n, t in base.items()} for _ in range(2)]
+    files = [write(tmp_path, f"t{i}", t, kind, base) for i, t in enumerate(tasks)]
+    before = write(tmp_path, "base", base, "safetensors")
+    out = tmp_path / "out.safetensors"
+    merge_checkpoints(before, files, out, method=method, weights=[2.0, -0.5])
+    vectors = [
+        TaskVector.between(base, task) * factor
+        for task, factor in zip(tasks, (2.0, -0.5), strict=True)
+    ]
+    expected = merge(vectors, method).apply_to(base, get_merger(method).published_scale)
+    found = load_file(out)
+    assert all(torch.equal(found[name], expected[name]) for name in base)
+    with pytest.raises(InputError, match="1 weights for 2 tasks; give one for each task"):
+        merge_checkpoints(before, files, out, weights=[1.0], overwrite=True)
+    with pytest.raises(InputError, match="the scale must be a finite number"):
+        merge_checkpoints(before, files, out, weights=[1.0, float("nan")], overwrite=True)
