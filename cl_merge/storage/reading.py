@@ -7,6 +7,7 @@ from pathlib import Path
 from cl_merge.errors import InputError, listing
 from cl_merge.storage import pickled
 from cl_merge.storage.layouts import INDEX, find_weights, read_index
+from cl_merge.storage.lora import adapter_weights, is_adapter
 from cl_merge.storage.pickled import torch_weights
 from cl_merge.storage.quantized_file import quantized_weights
 from cl_merge.storage.safetensors_format import SafetensorsFile, safetensors_weights
@@ -26,6 +27,7 @@ def open_weights(path: str | Path) -> Weights:
         path: One of
 
             - a ``.safetensors`` file, of weights or a task vector;
+            - a folder of peft with a LoRA adapter, which is a task vector;
             - a folder of Hugging Face or open_clip with one such file, with several and an index,
               or else with a file of `torch.save`; or the index itself;
             - a ``.pt``, ``.pth``, ``.ckpt`` or ``.bin`` file of `torch.save`: a state dict, or a
@@ -49,6 +51,8 @@ def open_weights(path: str | Path) -> Weights:
         if not path.is_dir():
             return _open_file(path)
         weights = _open_file(find_weights(path))
+        if is_adapter(path):
+            return adapter_weights(path, weights)
         weights.path = weights.folder = path
         return weights
     except OSError as error:

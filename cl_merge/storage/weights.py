@@ -36,9 +36,9 @@ class Weights:
     Attributes:
         path: What was opened, a file or a folder.
         kind: ``"safetensors"``, ``"sharded safetensors"``, ``"task vector"``,
-            ``"torch checkpoint"`` or ``"Lightning checkpoint"``.
+            ``"LoRA adapter"``, ``"torch checkpoint"`` or ``"Lightning checkpoint"``.
         metadata: Of the first safetensors file; empty for other kinds.
-        is_task_vector: Whether `TaskVector.save` wrote it.
+        is_task_vector: Whether it holds changes: `TaskVector.save` wrote it, or it is an adapter.
         names: Names of the tensors, in the order in which they lie on the disk.
         folder: The folder that was opened, with the files beside the weights; None for a file.
         file_name: Name of the file with the weights, or of the index of its shards.
