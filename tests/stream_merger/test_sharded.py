@@ -14,6 +14,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from cl_merge.errors import InputError
 from cl_merge.mergers import MERGERS
 from cl_merge.mergers.custom import fold_method
 from cl_merge.stream_merger import StreamMerger
@@ -149,3 +150,44 @@ def test_all_methods_merge_to_the_bits_of_one_process(alone, kind, processes, tm
             name = f"{method}/task{task}.safetensors"
             written, expected = (TaskVector.load(folder / name) for folder in (tmp_path, alone[1]))
             assert written == expected, name
+
+
+def test_parameters_may_join_but_not_grow():
+    def work(rank):
+        dist.init_process_group("gloo")
+        net = made("fsdp")
+        stream = StreamMerger(net, "magmax", scale=1.0)
+        learn(stream, [0])
+        first = dict(stream.merged())
+        net.more = nn.Linear(3, 2)  # not sharded itself
+        learn(stream, [1])
+        merged = stream.merged()
+        assert set(merged) == {*first, "more.weight", "more.bias"}
+        with stream.merged_weights():
+            moved = weights(net)["more.weight"]
+        torch.testing.assert_close(moved, weights(net)["more.weight"])
+
+        net.more = nn.Linear(3, 4)
+        with pytest.raises(InputError, match=r"more\.weight is \(4, 3\) instead of \(2, 3\)"):
+            stream.begin_task()
+        dist.destroy_process_group()
+
+    as_ranks(work, 2)
+
+
+def test_processes_keep_their_shares_and_no_more():
+    def work(rank):
+        dist.init_process_group("gloo")
+        for method in ("ties", "iso-c"):
+            net = made("fsdp")
+            stream = StreamMerger(net, method)
+            learn(stream, range(2))
+            sizes = torch.tensor([sum(t.numel() for t in stream.base.values())])
+            every = [torch.zeros_like(sizes) for _ in range(2)]
+            dist.all_gather(every, sizes)
+            total = sum(p.numel() for p in weights(net).values())
+            assert sum(map(int, every)) == total
+            assert max(map(int, every)) <= total / 2 + 18  # the largest whole parameter: 18 more
+        dist.destroy_process_group()
+
+    as_ranks(work, 2)
