@@ -59,9 +59,7 @@ def find_weights(folder: Path) -> Path:
             check_inside(folder / group[0], folder)
             return folder / group[0]
     inner = sorted({file.parent.name for file in folder.glob("[!.]*/*") if is_weights(file.name)})
-    hint = (
-        f". There are some in its subfolders ({listing(inner)}): give one of them" if inner else ""
-    )
+    hint = f". Its subfolders hold some: give one of them ({listing(inner)})" if inner else ""
     raise InputError(
         f"folder '{folder}' holds no weights; expected model.safetensors, "
         f"open_clip_model.safetensors, model{INDEX} or a checkpoint of torch.save{hint}"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
+from torch import Tensor
 
 # How `torch.save` calls the storage of each dtype; newer ones are stored as bytes.
 _STORAGES = {
@@ -122,6 +123,8 @@ class _Tensor(Placeholder):
         stride: tuple[int, ...],
         *rest: object,  # requires_grad, hooks, for some the dtype, for some more
     ) -> Any:
+        if is_placeholder(storage):
+            return _UnreadTensor
         if not isinstance(storage, _Storage):
             raise pickle.UnpicklingError("a tensor has no storage")
         dtypes = [each for each in rest if isinstance(each, torch.dtype)]
@@ -135,14 +138,15 @@ class _Parameter(Placeholder):
     """Stands for ``torch._utils._rebuild_parameter``, also with a state."""
 
     def __new__(cls, data: object, *rest: object) -> Any:
-        return data
+        return data if isinstance(data, Tensor) else _UnreadTensor
 
 
 class _Subclass(Placeholder):
     """Stands for ``torch._tensor._rebuild_from_type_v2``: a tensor of a class, with attributes."""
 
     def __new__(cls, function: object, kind: object, args: tuple[Any, ...], *rest: object) -> Any:
-        return function(*args) if isinstance(function, _Inert) else _UnreadTensor
+        made = function(*args) if is_placeholder(function) else None
+        return made if isinstance(made, Tensor) else _UnreadTensor
 
 
 _KNOWN: Mapping[tuple[str, str], type] = {
@@ -168,7 +172,7 @@ class _Archive:
         self.swapped = False  # whether it was written with the other order of bytes
 
     def holds(self, name: str) -> bool:
-        return f"{self._root}/{name}" in self._archive.NameToInfo
+        return f"{self._root}/{name}" in self._archive.namelist()
 
     def bytes_of(self, file: io.BufferedReader, name: str) -> bytes:
         start, size = self.find(file, name)
@@ -211,10 +215,12 @@ class _Unpickler(pickle.Unpickler):
         base = _UnreadTensor if unread else Placeholder
         return type("_Unknown", (base,), {"origin": f"{module}.{name}"})
 
-    def persistent_load(self, pid: Any) -> _Storage:
+    def persistent_load(self, pid: Any) -> _Storage | type[Placeholder]:
         word, kind, key, _, numel = pid
-        if word != "storage" or not (isinstance(kind, type) and issubclass(kind, _StorageType)):
+        if word != "storage" or not is_placeholder(kind):
             raise pickle.UnpicklingError("what a tensor refers to is no storage")
+        if not issubclass(kind, _StorageType):  # of quantised tensors, say
+            return kind
         if key not in self._storages:
             start, size = self._archive.find(self._file, f"data/{key}")
             wanted = numel * kind.dtype.itemsize

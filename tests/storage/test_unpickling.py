@@ -68,7 +68,7 @@ def test_an_object_beside_the_weights_does_not_matter(tmp_path, same, opened, wh
 def test_a_file_is_read_by_the_own_reader_as_by_that_of_torch(tmp_path, tensors):
     strange = {"shared": STATE["a"][1:], "turned": STATE["a"].t(), "empty": torch.empty(0, 3)}
     parameter = {"p": torch.nn.Parameter(torch.ones(2)), "scalar": torch.tensor(3.0)}
-    parameter["p"].note = "an attribute"
+    parameter["p"].note = parameter["scalar"].note = "an attribute"
     content = {"state": tensors | STATE | strange | parameter, "epoch": 3, "lr": (0.1, None, "x")}
     content["ordered"] = collections.OrderedDict(a=1)
     content["ordered"]._metadata = {"": {"version": 1}}
@@ -106,14 +106,20 @@ def test_a_file_written_with_the_other_order_of_bytes(tmp_path):
     assert read_without_code(changed)["a"].tolist() == [256, 1]
 
 
-@pytest.mark.filterwarnings("ignore:Validating sparse")
-def test_a_tensor_of_another_kind_is_refused_and_not_left_out(tmp_path):
-    content = {"a": torch.ones(1), "b": torch.eye(3).to_sparse(), "args": Sub()}
-    torch.save(content, tmp_path / "m.pt")
-    with pytest.raises(InputError, match="'b' is a sparse"):
-        open_weights(tmp_path / "m.pt")
-    torch.save({"a": torch.ones(1, dtype=torch.cfloat).conj(), "args": Sub()}, tmp_path / "m.pt")
-    with pytest.raises(InputError, match="'a' is a sparse"):
+KINDS = {
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "quantised": lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+    "meta": lambda: torch.empty(2, device="meta"),
+    "conjugate": lambda: torch.ones(1, dtype=torch.cfloat).conj(),
+    "parameter": lambda: torch.nn.Parameter(torch.eye(3).to_sparse()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse", "ignore:.*deprecated")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tensor_of_another_kind_is_refused_and_not_left_out(tmp_path, kind):
+    torch.save({"a": torch.ones(1), "b": KINDS[kind](), "args": Sub()}, tmp_path / "m.pt")
+    with pytest.raises(InputError, match="'b' is a sparse, quantised"):
         open_weights(tmp_path / "m.pt")
 
 
