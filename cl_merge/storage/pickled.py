@@ -6,12 +6,14 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from cl_merge.errors import InputError
 from cl_merge.storage.choosing import choose_tensors, plain_names
@@ -90,14 +92,13 @@ def _load(path: Path) -> Any:
     with path.open("rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
     try:
-        if is_zip:
-            _refuse_torchscript(path)
-        try:
-            # Files before PyTorch 1.6 are no archives and cannot be mapped.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-        except pickle.UnpicklingError:
-            if not is_zip:
-                raise
+        if not is_zip:  # before PyTorch 1.6; such files cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=True)
+        _refuse_torchscript(path)
+        with suppress(pickle.UnpicklingError):  # it knows few of the instructions
+            # Not found out by trying: what was read until then would be checked at the next load.
+            if not get_unsafe_globals_in_checkpoint(path):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return read_without_code(path)
     except InputError:
         raise

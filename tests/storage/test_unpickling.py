@@ -11,6 +11,7 @@ import struct
 import zipfile
 from types import SimpleNamespace
 
+import lightning
 import numpy as np
 import pytest
 import torch
@@ -56,13 +57,28 @@ OBJECTS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("what", OBJECTS)
 def test_an_object_beside_the_weights_does_not_matter(tmp_path, same, opened, what, protocol):
     content = {"args": OBJECTS[what], "state_dict": STATE, "list": [OBJECTS[what]]}
     torch.save(content, tmp_path / "m.pt", pickle_protocol=protocol)
     same(opened(tmp_path / "m.pt"), STATE)
+
+
+def test_a_lightning_checkpoint_with_hyper_parameters(tmp_path, same, opened):
+    class Model(lightning.LightningModule):
+        def __init__(self, args):
+            super().__init__()
+            self.save_hyperparameters()
+            self.layer = torch.nn.Linear(3, 2)
+
+    model = Model(OBJECTS["argparse"])
+    trainer = lightning.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(tmp_path / "m.ckpt")
+    weights = opened(tmp_path / "m.ckpt")
+    assert weights.kind == "Lightning checkpoint"
+    same(weights, model.state_dict())
 
 
 def test_a_file_is_read_by_the_own_reader_as_by_that_of_torch(tmp_path, tensors):
@@ -121,6 +137,8 @@ def test_a_tensor_of_another_kind_is_refused_and_not_left_out(tmp_path, kind):
     torch.save({"a": torch.ones(1), "b": KINDS[kind](), "args": Sub()}, tmp_path / "m.pt")
     with pytest.raises(InputError, match="'b' is a sparse, quantised"):
         open_weights(tmp_path / "m.pt")
+    torch.save(STATE, tmp_path / "next.pt")
+    open_weights(tmp_path / "next.pt").close()  # torch keeps a list of what is to be checked
 
 
 def test_what_holds_objects_only_names_them(tmp_path):
@@ -231,7 +249,6 @@ def test_a_trap_does_what_it_says_where_it_is_trusted(tmp_path, name):
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_traps_beside_weights_are_left_alone(tmp_path, same, opened, protocol):
     sprung = Sprung(tmp_path)
     system, later = Call(os.system, (sprung.command,)), Call(exec, ("raise SystemExit",))
