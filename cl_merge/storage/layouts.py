@@ -1,41 +1,54 @@
-"""How folders hold weights: names of files, indices of shards, and what lies beside them."""
+"""How files and folders hold weights: their names, keys in a file, and indices of shards."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cl_merge.errors import InputError, listing
-from cl_merge.storage.pickled import SUFFIXES
 from cl_merge.storage.safetensors_format import once_each
 
 INDEX = ".safetensors.index.json"
+PICKLE_INDEX = ".bin.index.json"
+PICKLES = (".pt", ".pth", ".ckpt", ".bin")
+"""How the names of files of `torch.save` end."""
 
 # What libraries look for, in the order of preference; two of one group are two checkpoints.
 _MODELS = [stem + end for stem in ("model", "open_clip_model") for end in (".safetensors", INDEX)]
-_PICKLES = ["pytorch_model.bin", "open_clip_pytorch_model.bin"]
+_TORCH = ["pytorch_model.bin", f"pytorch_model{PICKLE_INDEX}", "open_clip_pytorch_model.bin"]
 # Of torch.save, but no weights.
 _TRAINING = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")
 
-_LARGEST_SIDE_FILE = 64 << 20
-_SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".vocab", ".bpe", ".tiktoken")
-_SIDE_NAMES = ("LICENSE", "LICENCE", "NOTICE")
+
+def split_key(path: str | Path) -> tuple[Path, str]:
+    """Split ``file.pt:KEY`` where there is a file or folder of the first name, but none of both.
+
+    Example:
+        >>> split_key("C:/none.pt")[1]
+        ''
+    """
+    path = Path(path)
+    file, _, key = str(path).rpartition(":")
+    if file and key and not path.exists() and Path(file).exists():
+        return Path(file), key
+    return path, ""
 
 
 def find_weights(folder: Path) -> Path:
     """Find the one file of weights in a folder: safetensors, their index, or of `torch.save`."""
     names = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
-    pickles = [name for name in names if name.lower().endswith(SUFFIXES)]
+    pickles = [name for name in names if name.lower().endswith(PICKLES) and is_weights(name)]
     for group in (
         [name for name in _MODELS if name in names],
         [name for name in names if name.endswith(INDEX)],
         [name for name in names if name.endswith(".safetensors")],
-        [name for name in _PICKLES if name in names],
-        [name for name in pickles if not name.startswith(_TRAINING)],
+        [name for name in _TORCH if name in names],
+        [name for name in names if name.endswith(PICKLE_INDEX)],
+        pickles,
     ):
         if len(group) > 1:
             raise InputError(
@@ -45,14 +58,23 @@ def find_weights(folder: Path) -> Path:
         if group:
             check_inside(folder / group[0], folder)
             return folder / group[0]
+    inner = sorted({file.parent.name for file in folder.glob("[!.]*/*") if is_weights(file.name)})
+    hint = f". Its subfolders hold some: give one of them ({listing(inner)})" if inner else ""
     raise InputError(
         f"folder '{folder}' holds no weights; expected model.safetensors, "
-        f"open_clip_model.safetensors, model{INDEX} or a checkpoint of torch.save"
+        f"open_clip_model.safetensors, model{INDEX} or a checkpoint of torch.save{hint}"
     )
 
 
+def is_weights(name: str) -> bool:
+    """Whether a file holds weights that can be merged, by its name."""
+    if name.lower().endswith(PICKLES):
+        return not name.startswith((*_TRAINING, "openvino"))
+    return name.lower().endswith(".safetensors")
+
+
 def read_index(path: Path) -> dict[Path, list[str]]:
-    """Read the index of sharded safetensors files: the names of each file's tensors."""
+    """Read the index of sharded files: the names of each file's tensors."""
     try:
         index = json.loads(path.read_bytes(), object_pairs_hook=once_each)
         files: dict[str, Any] = dict(index["weight_map"].items())
@@ -60,13 +82,24 @@ def read_index(path: Path) -> dict[Path, list[str]]:
             raise TypeError("a name of a file is no text")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
-            f"'{path}' is no index of safetensors files ({error}); expected JSON with a "
+            f"'{path}' is no index of files of weights ({error}); expected JSON with a "
             "'weight_map' that names each tensor once, with its file: write or download it again"
         ) from error
     shards: dict[Path, list[str]] = {}
     for name, file in files.items():
         shards.setdefault(_shard(path, file), []).append(name)
     return dict(sorted(shards.items()))
+
+
+def check_shard(path: Path, index: Path, names: Sequence[str], held: Iterable[str]) -> None:
+    """Make sure that a shard holds the tensors that the index says, and no others."""
+    has = set(held)
+    missing, extra = [name for name in names if name not in has], sorted(has - set(names))
+    if missing or extra:
+        raise InputError(
+            f"'{path}' does not hold what '{index.name}' says; missing: {listing(missing)}; "
+            f"extra: {listing(extra)}. Download both again"
+        )
 
 
 def check_inside(file: Path, folder: Path) -> None:
@@ -81,11 +114,6 @@ def check_inside(file: Path, folder: Path) -> None:
         raise InputError(
             f"'{file}' leads out of its folder, to '{real}'; put the file itself there"
         )
-
-
-def side_files(folder: Path) -> list[Path]:
-    """List the small files that make a folder of weights usable: configuration and tokenizer."""
-    return [file for file in sorted(folder.iterdir()) if _goes_along(file, folder)]
 
 
 def output_files(like: str, sizes: Mapping[str, int], shard_bytes: float) -> dict[str, list[str]]:
@@ -129,10 +157,11 @@ def _stem(like: str) -> str:
 def _shard(index: Path, name: str) -> Path:
     """Find a file that an index names."""
     parts = PurePosixPath(name)
+    suffix = ".safetensors" if index.name.endswith(INDEX) else ".bin"
     plain = not parts.is_absolute() and ".." not in parts.parts and name.isprintable()
-    if not plain or "\\" in name or not name.endswith(".safetensors"):
+    if not plain or "\\" in name or not name.endswith(suffix):
         raise InputError(
-            f"'{index}' names the file {name!r}; expected a .safetensors file in the same folder"
+            f"'{index}' names the file {name!r}; expected a {suffix} file in the same folder"
         )
     file = index.parent / name
     check_inside(file, index.parent)
@@ -147,15 +176,3 @@ def _blobs(home: Path) -> Path | None:
         if model.name.startswith("models--") and home.is_relative_to(model / "snapshots"):
             return model / "blobs"
     return None
-
-
-def _goes_along(file: Path, folder: Path) -> bool:
-    name = file.name
-    wanted = name.lower().endswith(_SIDE_SUFFIXES) or name.startswith(_SIDE_NAMES)
-    if not wanted or name.startswith(".") or name.endswith(".index.json") or not file.is_file():
-        return False
-    try:
-        check_inside(file, folder)
-    except InputError:
-        return False
-    return file.stat().st_size <= _LARGEST_SIDE_FILE

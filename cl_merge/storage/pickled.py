@@ -2,42 +2,79 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from cl_merge.errors import InputError
+from cl_merge.storage.choosing import choose_tensors, plain_names
+from cl_merge.storage.layouts import check_shard
+from cl_merge.storage.unpickling import read_without_code
 from cl_merge.storage.weights import StoredTensor, Weights
 
-SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
-
 _LIGHTNING = "pytorch-lightning_version"
-_STATES = ("state_dict", "model", "model_state_dict")  # where training checkpoints keep the weights
-_WRAPPER = "module."  # what DistributedDataParallel puts before every name
 
 
-def torch_weights(path: Path) -> Weights:
+def torch_weights(path: Path, key: str = "") -> Weights:
     """Open a checkpoint that `torch.save` wrote: a state dict, alone or in one of a training.
 
     The tensors are mapped from the file; those of files older than PyTorch 1.6 are in memory.
+
+    Args:
+        path: The file.
+        key: Under which key of the file the weights are; empty to find out.
+
+    Returns:
+        The opened checkpoint.
+
+    Raises:
+        InputError: If the file is damaged, or it is not clear which of its tensors are the weights.
     """
     content = _load(path)
     lightning = isinstance(content, Mapping) and _LIGHTNING in content
-    tensors = _tensors(path, _state(path, content))
-    if all(name.startswith(_WRAPPER) for name in tensors):
-        tensors = {name.removeprefix(_WRAPPER): tensor for name, tensor in tensors.items()}
+    tensors = _chosen(path, content, key)
+    return _weights(path, "Lightning checkpoint" if lightning else "torch checkpoint", tensors)
+
+
+def sharded_torch_weights(index: Path, shards: Mapping[Path, Sequence[str]]) -> Weights:
+    """Open checkpoints of `torch.save` that an index joins, from the names of each file's tensors.
+
+    Raises:
+        InputError: If a file is damaged, or does not hold what the index says.
+    """
+    joined: dict[str, Tensor] = {}
+    for path, names in shards.items():
+        tensors = _chosen(path, _load(path))
+        check_shard(path, index, names, tensors)
+        joined |= tensors
+    return _weights(index, "sharded torch checkpoint", joined)
+
+
+def _weights(path: Path, kind: str, tensors: Mapping[str, Tensor]) -> Weights:
+    tensors = dict(plain_names(path, tensors))
     stored = {
         name: StoredTensor(tensor.dtype, tensor.shape, partial(_read, tensors, name))
-        # Addresses in a map are in the order of the file.
-        for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr())
+        for name, tensor in tensors.items()
     }
-    return Weights(path, "Lightning checkpoint" if lightning else "torch checkpoint", stored)
+    return Weights(path, kind, stored)
+
+
+def _chosen(path: Path, content: Any, key: str = "") -> dict[str, Tensor]:
+    try:
+        tensors = choose_tensors(path, content, key)
+    except RecursionError as error:
+        raise _unreadable(path, error) from error
+    # Addresses in a map are in the order of the file.
+    return dict(sorted(tensors.items(), key=lambda item: item[1].data_ptr()))
 
 
 def _read(tensors: dict[str, Tensor], name: str, start: int, stop: int) -> Tensor:
@@ -55,10 +92,14 @@ def _load(path: Path) -> Any:
     with path.open("rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
     try:
-        if is_zip:
-            _refuse_torchscript(path)
-        # Files before PyTorch 1.6 are no archives and cannot be mapped.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        if not is_zip:  # before PyTorch 1.6; such files cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=True)
+        _refuse_torchscript(path)
+        with suppress(pickle.UnpicklingError):  # it knows few of the instructions
+            # Not found out by trying: what was read until then would be checked at the next load.
+            if not get_unsafe_globals_in_checkpoint(path):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return read_without_code(path)
     except InputError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
@@ -95,34 +136,3 @@ def _unreadable(path: Path, error: Exception) -> InputError:
         f"'{path}' is not a whole checkpoint of torch.save ({reason}); it is corrupt, cut short or "
         "of another format: write or download it again"
     )
-
-
-def _state(path: Path, content: Any) -> Mapping[Any, Any]:
-    if not isinstance(content, Mapping):
-        raise InputError(
-            f"'{path}' holds a {type(content).__name__}; expected a state dict, as saved by "
-            "torch.save(model.state_dict(), path)"
-        )
-    for key in _STATES:
-        if isinstance(content.get(key), Mapping):
-            inner: Mapping[Any, Any] = content[key]
-            return inner
-    return content
-
-
-def _tensors(path: Path, state: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """Check that a state dict holds nothing but plain tensors."""
-    tensors = {}
-    for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise InputError(
-                f"'{path}': {name!r} is a {type(value).__name__}; expected a state dict, tensors "
-                f"by name, alone or under one of {', '.join(_STATES)}"
-            )
-        if value.layout != torch.strided or value.is_quantized or value.is_meta:
-            raise InputError(
-                f"'{path}': '{name}' is a sparse, quantised or empty tensor; expected plain "
-                "values: convert it with to_dense() or dequantize()"
-            )
-        tensors[name] = value.detach()
-    return tensors

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cl_merge.errors import InputError, listing
-from cl_merge.storage import pickled
-from cl_merge.storage.layouts import INDEX, find_weights, read_index
+from cl_merge.errors import InputError
+from cl_merge.storage.layouts import (
+    INDEX,
+    PICKLE_INDEX,
+    PICKLES,
+    check_shard,
+    find_weights,
+    read_index,
+    split_key,
+)
 from cl_merge.storage.lora import adapter_weights, is_adapter
-from cl_merge.storage.pickled import torch_weights
+from cl_merge.storage.pickled import sharded_torch_weights, torch_weights
 from cl_merge.storage.quantized_file import quantized_weights
 from cl_merge.storage.safetensors_format import SafetensorsFile, safetensors_weights
 from cl_merge.storage.weights import (
@@ -29,16 +36,18 @@ def open_weights(path: str | Path) -> Weights:
             - a ``.safetensors`` file, of weights or a task vector;
             - a folder of peft with a LoRA adapter, which is a task vector;
             - a folder of Hugging Face or open_clip with one such file, with several and an index,
-              or else with a file of `torch.save`; or the index itself;
+              or else with one or several of `torch.save`; or the index itself;
             - a ``.pt``, ``.pth``, ``.ckpt`` or ``.bin`` file of `torch.save`: a state dict, or a
               training checkpoint of Lightning, open_clip or others. Only tensors and plain values
-              are read from it, never code.
+              are read from it, never code. ``"file.pt:KEY"`` is the state dict under that key,
+              with dots for keys within keys, where the file holds several.
 
     Returns:
         The opened checkpoint, to be closed after use.
 
     Raises:
-        InputError: If it is missing, damaged, of another kind or newer than this cl_merge.
+        InputError: If it is missing, damaged, of another kind or newer than this cl_merge, or holds
+            several state dicts.
 
     Example::
 
@@ -48,31 +57,43 @@ def open_weights(path: str | Path) -> Weights:
     """
     path = Path(path)
     try:
-        if not path.is_dir():
-            return _open_file(path)
-        weights = _open_file(find_weights(path))
-        if is_adapter(path):
-            return adapter_weights(path, weights)
-        weights.path = weights.folder = path
+        file, key = split_key(path)
+        if not file.is_dir():
+            weights = _open_file(file, key)
+        else:
+            weights = _open_file(find_weights(file), key)
+            if is_adapter(file):
+                return adapter_weights(file, weights)
+            weights.folder = file
+        weights.path = path
         return weights
     except OSError as error:
         raise InputError(f"'{path}' cannot be read ({error.strerror or error})") from error
 
 
-def _open_file(path: Path) -> Weights:
+def _open_file(path: Path, key: str) -> Weights:
     if not path.is_file():
         raise InputError(f"there is no file or folder '{path}'; check the path")
+    is_pickle = path.suffix.lower() in PICKLES
+    if key and not is_pickle:
+        raise InputError(
+            f"'{path}' has no keys such as '{key}', as only a checkpoint of torch.save has; leave "
+            "the key out"
+        )
     if path.name.endswith(INDEX):
         weights = _open_shards(path)
         weights.folder = path.parent
+    elif path.name.endswith(PICKLE_INDEX):
+        weights = sharded_torch_weights(path, read_index(path))
+        weights.folder = path.parent
     elif path.suffix.lower() == ".safetensors":
         weights = _open_safetensors(path)
-    elif path.suffix.lower() in pickled.SUFFIXES:
-        weights = torch_weights(path)
+    elif is_pickle:
+        weights = torch_weights(path, key)
     else:
         raise InputError(
             f"'{path}' is no checkpoint by its name; expected a folder, or a file that ends in "
-            f".safetensors, {', '.join(pickled.SUFFIXES)}"
+            f".safetensors, {', '.join(PICKLES)}"
         )
     weights.file_name = path.name
     return weights
@@ -82,13 +103,7 @@ def _open_shards(index: Path) -> Weights:
     files = []
     for path, names in read_index(index).items():
         file = SafetensorsFile(path)
-        missing = [name for name in names if name not in file.locations]
-        extra = sorted(set(file.locations) - set(names))
-        if missing or extra:
-            raise InputError(
-                f"'{path}' does not hold what '{index.name}' says; missing: {listing(missing)}; "
-                f"extra: {listing(extra)}. Download both again"
-            )
+        check_shard(path, index, names, file.locations)
         files.append(file)
     return safetensors_weights(index, files, "sharded safetensors")
 

@@ -34,9 +34,10 @@ class Weights:
     A context manager that closes itself. `read` may be called from several threads.
 
     Attributes:
-        path: What was opened, a file or a folder.
+        path: What was opened, a file or a folder, with the key in the file if one was given.
         kind: ``"safetensors"``, ``"sharded safetensors"``, ``"task vector"``,
-            ``"LoRA adapter"``, ``"torch checkpoint"`` or ``"Lightning checkpoint"``.
+            ``"LoRA adapter"``, ``"torch checkpoint"``, ``"sharded torch checkpoint"`` or
+            ``"Lightning checkpoint"``.
         metadata: Of the first safetensors file; empty for other kinds.
         is_task_vector: Whether it holds changes: `TaskVector.save` wrote it, or it is an adapter.
         names: Names of the tensors, in the order in which they lie on the disk.

@@ -17,8 +17,15 @@ from typing_extensions import Buffer
 
 from cl_merge.errors import InputError
 from cl_merge.storage.files import appearing, remove_leftovers_of, storage_errors
-from cl_merge.storage.layouts import INDEX, output_files, side_files, write_index
+from cl_merge.storage.layouts import (
+    INDEX,
+    PICKLE_INDEX,
+    output_files,
+    split_key,
+    write_index,
+)
 from cl_merge.storage.safetensors_format import Entry, Header, raw_bytes, size_of
+from cl_merge.storage.side_files import side_files
 from cl_merge.storage.weights import Weights
 
 
@@ -45,7 +52,8 @@ def write_weights(
         entries: Dtype and shape of each tensor, by name; folders keep this order from file to file.
         metadata: Words to keep beside the tensors; ``format`` is always ``pt``, as transformers
             demands.
-        like: For a folder: whose names to use, and whose configuration and tokenizer to copy.
+        like: For a folder: whose names to use, and whose small files to copy, such as configuration
+            and tokenizer; what stays behind is logged.
         shard_bytes: In a folder, the most bytes of one file. open_clip reads no index: what is like
             an open_clip folder is always one file.
         overwrite: Whether a file that exists may be replaced.
@@ -54,7 +62,8 @@ def write_weights(
         What to write to: every element of every tensor exactly once.
 
     Raises:
-        InputError: If something is there already, or safetensors cannot hold an entry.
+        InputError: If something is there already, safetensors cannot hold an entry, or what it is
+            to be like has weights in subfolders.
         StorageError: If the disk is full or cannot be written to.
         RuntimeError: If the block ended without having written everything.
 
@@ -70,8 +79,10 @@ def write_weights(
     target = path if _is_file(path) else Path(os.path.realpath(path))
     folder = like.folder if like is not None else None
     sizes = {name: size_of(entry) for name, entry in entries.items()}
-    files = {path.name: list(entries)}
+    files, sides = {path.name: list(entries)}, dict[Path, Path]()
     if not _is_file(path):
+        if like is not None and folder is not None:
+            sides = {side: folder / side for side in side_files(folder, like.file_name)}
         files = output_files(like.file_name if like and folder else "", sizes, shard_bytes)
     headers = {
         file: Header({n: entries[n] for n in names}, metadata) for file, names in files.items()
@@ -88,8 +99,9 @@ def write_weights(
                 hidden.mkdir()
                 if len(files) > 1:
                     write_index(hidden, files, sum(sizes.values()))
-                for side in side_files(folder) if folder is not None else ():
-                    (hidden / side.name).write_bytes(side.read_bytes())
+                for side, source in sides.items():
+                    (hidden / side).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(source, hidden / side)
             opened_files = [
                 opened.enter_context(_NewFile(hidden if _is_file(path) else hidden / name, header))
                 for name, header in headers.items()
@@ -107,8 +119,9 @@ def check_output(
     """Make sure that `write_weights` can write to a path and harms none of the inputs."""
     path = Path(path)
     for given in inputs:
-        source = Path(given)
-        folder = source.parent if source.name.endswith(INDEX) else source
+        source, _ = split_key(given)
+        is_index = source.name.endswith((INDEX, PICKLE_INDEX))
+        folder = source.parent if is_index else source
         real = Path(os.path.realpath(path))
         is_same = path.exists() and source.exists() and path.samefile(source)
         if is_same or real.is_relative_to(os.path.realpath(folder)):

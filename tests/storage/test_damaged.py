@@ -209,9 +209,9 @@ def test_torchscript_is_refused_without_a_warning(tmp_path):
     [
         ([torch.ones(1)], "holds a list"),
         (torch.ones(1), "holds a Tensor"),
-        ({"weight": torch.ones(1), "epoch": 3}, "'epoch' is a int"),
-        ({"state_dict": {"weight": torch.ones(1), "name": "x"}}, "'name' is a str"),
-        ({1: torch.ones(1)}, "1 is a Tensor"),
+        ({"epoch": 3, "state_dict": {"name": "x"}}, "holds no tensors by name"),
+        ({1: torch.ones(1)}, "holds no tensors by name"),
+        ({"weight": torch.ones(1), 1: torch.ones(1)}, "1 is the key of a tensor"),
         ({"weight": torch.eye(3).to_sparse()}, "'weight' is a sparse"),
     ],
 )

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cl_merge import TaskVector
+from cl_merge.errors import InputError
 from cl_merge.storage import open_weights
 from cl_merge.storage.quantize import stored
 from cl_merge.storage.safetensors_format import CODES
@@ -244,6 +245,51 @@ def test_a_model_of_transformers_saved_in_shards(tmp_path, opened, same):
     weights = opened(tmp_path)
     assert weights.kind == "sharded safetensors"
     same(weights, model.state_dict())
+
+
+def sharded_pickles(folder, names=("b", "a"), stem="pytorch_model", prefix=""):
+    folder.mkdir(exist_ok=True)
+    tensors = {f"{prefix}{name}": torch.randn(3, 5) for name in names}
+    table = {}
+    for number, (name, tensor) in enumerate(tensors.items(), 1):
+        table[name] = f"{stem}-{number:05}-of-{len(names):05}.bin"
+        torch.save({name: tensor}, folder / table[name])
+    text = json.dumps({"metadata": {}, "weight_map": table})
+    (folder / f"{stem}.bin.index.json").write_text(text)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("stem", ["pytorch_model", "mine"])
+def test_a_folder_of_sharded_torch_files_or_its_index(tmp_path, opened, same, stem):
+    tensors = sharded_pickles(tmp_path, stem=stem, prefix="module._orig_mod.")
+    torch.save({"lr": 0.1}, tmp_path / "training_args.bin")
+    for path in (tmp_path, tmp_path / f"{stem}.bin.index.json"):
+        weights = opened(path)
+        same(weights, tensors)
+        assert weights.names == ["b", "a"]
+        assert weights.kind == "sharded torch checkpoint"
+        assert weights.path == path
+        assert weights.folder == tmp_path
+    save_file(simple("right"), tmp_path / "model.safetensors")
+    assert opened(tmp_path).names == ["right"]
+
+
+@pytest.mark.parametrize(
+    ("table", "match"),
+    [
+        ({"a": "../x.bin", "b": "1.bin"}, "expected a .bin file in the same folder"),
+        ({"a": "0.safetensors"}, "expected a .bin file in the same folder"),
+        ({"a": "2.bin"}, "2.bin' is missing"),
+        ({"a": "0.bin", "c": "1.bin"}, "missing: c; extra: b"),
+        ({"a": "0.bin", "b": "0.bin"}, "missing: b; extra: none"),
+    ],
+)
+def test_an_index_of_torch_files_names_every_tensor_once(tmp_path, table, match):
+    for number, name in enumerate("ab"):
+        torch.save({name: torch.ones(2)}, tmp_path / f"{number}.bin")
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": table}))
+    with pytest.raises(InputError, match=match):
+        open_weights(tmp_path)
 
 
 def test_many_shards_need_few_handles(tmp_path, opened):

@@ -255,30 +255,6 @@ def test_a_folder_has_the_names_of_the_base(tmp_path, write, base, written):
     assert files(tmp_path / "out") == [written]
 
 
-def test_only_small_files_of_the_folder_itself_go_along(tmp_path, write):
-    base = tmp_path / "base"
-    base.mkdir()
-    save_file({"a": torch.ones(2)}, base / "model.safetensors")
-    along = ["config.json", "merges.txt", "spiece.model", "chat_template.jinja", "LICENSE"]
-    others = ["x.safetensors.index.json", "pytorch_model.bin.index.json", "pytorch_model.bin"]
-    others += ["optimizer.pt", ".hidden.json", "run.py"]
-    for name in [*along, *others]:
-        (base / name).write_text(name)
-    (tmp_path / "secret.txt").write_text("secret")
-    (base / "link.txt").symlink_to(tmp_path / "secret.txt")
-    (base / "same.txt").symlink_to("merges.txt")
-    (base / "loop.txt").symlink_to("loop.txt")
-    (base / "folder.json").mkdir()
-    os.mkfifo(base / "pipe.json")
-    with (base / "large.json").open("wb") as file:
-        file.truncate((64 << 20) + 1)
-    (base / "x.safetensors.index.json").unlink()
-    with open_weights(base) as like:
-        write(tmp_path / "out", {"a": torch.ones(2)}, like=like)
-    assert files(tmp_path / "out") == sorted([*along, "same.txt", "model.safetensors"])
-    assert not (tmp_path / "out/same.txt").is_symlink()
-
-
 def test_a_file_as_base_brings_nothing_along(tmp_path, write):
     save_file({"a": torch.ones(2)}, tmp_path / "mine.safetensors")
     (tmp_path / "config.json").write_text("{}")
