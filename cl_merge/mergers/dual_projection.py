@@ -47,8 +47,8 @@ class DualProjection(Merger):
                 [0.0000, 3.0000]])
 
     Reference:
-        Continual Model Merging without Data: Dual Projections for Balancing Stability and
-        Plasticity, NeurIPS 2025; alpha from the configuration of FusionBench. The merged task
+        Yang et al., Continual Model Merging without Data: Dual Projections for Balancing Stability
+        and Plasticity, NeurIPS 2025; alpha from the configuration of FusionBench. The merged task
         vector is applied as it is: scale 1.
     """
 

@@ -43,8 +43,9 @@ class NullSpaceFilter(Merger):
                 [0., 5.]])
 
     Reference:
-        Qiu et al., NUFILT, ICLR 2026; the rank from the configuration of the authors' code, for
-        ViT-B. It adds the filtered task vectors as they are: scale 1.
+        Qiu et al., Null-Space Filtering for Data-Free Continual Model Merging, ICLR 2026; the rank
+        from the configuration of the authors' code, for ViT-B. It adds the filtered task vectors as
+        they are: scale 1.
     """
 
     name = "nufilt"

@@ -231,7 +231,8 @@ def wudi(stack: Tensor) -> Tensor:
 def nufilt(stack: Tensor, rank: int = 128) -> Tensor:
     """Add of each matrix [tasks, m, n] what leaves the main input directions of the sum alone.
 
-    Qiu et al., NUFILT, ICLR 2026: W + τ (I - V Vᵀ), V the main right singular vectors of W.
+    Qiu et al., Null-Space Filtering, ICLR 2026: W + τ (I - V Vᵀ), with the main right singular
+    vectors V of W.
     """
     total = stack[0]
     for task in stack[1:]:
@@ -243,8 +244,8 @@ def nufilt(stack: Tensor, rank: int = 128) -> Tensor:
 def dop(stack: Tensor, alpha: float = 0.8) -> Tensor:
     """Solve P W + W Q = 2 Σ aᵢ τᵢ τᵢᵀ τᵢ for what was merged and each next matrix [tasks, m, n].
 
-    Continual Model Merging without Data: Dual Projections, NeurIPS 2025, with a fixed weight, as
-    one system of m n linear equations.
+    Yang et al., Dual Projections, NeurIPS 2025, with a fixed weight, as one system of m n linear
+    equations.
     """
     merged = stack[0]
     for task in stack[1:]:
