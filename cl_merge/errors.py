@@ -26,7 +26,7 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> InputError:
     """
     names = list(known)
     return InputError(
-        f"unknown {kind} '{name}'{nearest(name, names)} Known: {listing(names, limit=20)}"
+        f"unknown {kind} '{name}'{nearest(name, names)} Known: {listing(names, limit=30)}"
     )
 
 

@@ -26,12 +26,13 @@ from cl_merge.mergers.chunks import (
     cut,
     over,
     span_of,
+    zeros,
 )
 from cl_merge.task_vectors.growth import grown
 from cl_merge.task_vectors.shards import Shards, together
 from cl_merge.task_vectors.task_vector import TaskVector, check_floating, check_same_layout
 
-__all__ = ["Accumulators", "ChunkInfo", "Merger", "Reader", "ResultInfo"]
+__all__ = ["Accumulators", "ChunkInfo", "Merger", "Reader", "ResultInfo", "zeros"]
 
 _GROUP = 1 << 22  # elements
 
@@ -107,6 +108,14 @@ class Merger(ABC):
         """
         return self.accumulators if task == 0 else {}
 
+    def accumulator_shape(self, key: str, shape: torch.Size) -> torch.Size:
+        """Tell the shape in which an accumulator of a parameter is kept: here, the parameter's.
+
+        With ``unit = "parameter"`` all but the first accumulator may have another, such as that of
+        a Gram matrix. When the parameter grows, what was there must stay the leading block.
+        """
+        return shape
+
     def prepare(self, vector: Reader) -> Any:
         """Look at one whole task vector before its chunks are folded.
 
@@ -174,7 +183,7 @@ class Merger(ABC):
             self._shapes, self._device = dict(reader.shapes), reader.device
             self._state = {name: {} for name in reader.shapes}
         for name, state in self._state.items():
-            state |= zeros(self.new_accumulators(self.tasks), self._held(name), self._device)
+            state |= self._zeros(name, self.new_accumulators(self.tasks))
 
         def fold(piece: Piece) -> None:
             fold_chunk(self, self._stretch(*piece), reader, piece, self.tasks, prepared)
@@ -212,9 +221,11 @@ class Merger(ABC):
         self._shapes |= new
         for name, shape in new.items():
             before = self._state.get(name, {})
-            self._state[name] = zeros(dtypes, self._held(name), self._device)
+            self._state[name] = self._zeros(name, dtypes)
             for key, tensor in before.items():
-                self._state[name][key] = grown(tensor, None, shape)
+                if tensor.numel():  # else it keeps nothing, in whatever shape
+                    kept_in = self.accumulator_shape(key, shape)
+                    self._state[name][key] = grown(tensor, None, kept_in)
         return True
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
@@ -289,7 +300,7 @@ class Merger(ABC):
                 for name, saved in state["accumulators"].items()
             }
         self.tasks, self._shapes = state["tasks"], {}
-        # All accumulators of a parameter have its shape, and all are on one device.
+        # The first accumulator of a parameter has its shape, and all are on one device.
         for name, kept in self._state.items():
             first = next(iter(kept.values()))
             self._shapes[name] = first.shape if self.shards is None else self.shards.shapes[name]
@@ -303,17 +314,27 @@ class Merger(ABC):
         pieces = list(cut(shapes, self.unit, size, self.shards))
         return together(self.shards, lambda: over(function, pieces, self._device))
 
-    def _held(self, name: str) -> torch.Size:
-        """In which shape accumulators and results of a parameter are kept."""
+    def _held(self, name: str, key: str | None = None) -> torch.Size:
+        """In which shape an accumulator or the result of a parameter is kept."""
+        shape = self._shapes[name]
+        kept = shape if key is None else self.accumulator_shape(key, shape)
         if self.shards is None:
-            return self._shapes[name]
+            return kept
         span = self.shards.span(name)
-        return torch.Size([span.stop - span.start])
+        return torch.Size([kept.numel() if kept != shape and span.stop else span.stop - span.start])
+
+    def _zeros(self, name: str, dtypes: Mapping[str, torch.dtype]) -> Accumulators:
+        made = Accumulators()
+        for key, dtype in dtypes.items():
+            made |= zeros({key: dtype}, self._held(name, key), self._device)
+        return made
 
     def _stretch(self, name: str, part: slice) -> Accumulators:
         return {key: self._part(name, tensor, part) for key, tensor in self._state[name].items()}
 
     def _part(self, name: str, held: Tensor, part: slice) -> Tensor:
+        if self.unit == "parameter":
+            return held.view(-1)
         first = span_of(name, self._shapes[name], self.shards).start
         return held.view(-1)[part.start - first : part.stop - first]
 
@@ -351,21 +372,15 @@ class Merger(ABC):
                 raise InputError(f"{what} is negative in {listing(negative)}; expected 0 or more")
 
 
-def zeros(
-    dtypes: Mapping[str, torch.dtype], shape: torch.Size, device: torch.device
-) -> Accumulators:
-    """Make accumulators, which can be changed both within and outside of inference mode."""
-    with torch.inference_mode(False):
-        return {
-            key: torch.zeros(shape, dtype=dtype, device=device) for key, dtype in dtypes.items()
-        }
-
-
 def fold_chunk(
     rule: Merger, state: Accumulators, vector: Reader, piece: Piece, task: int, prepared: Any
 ) -> None:
     """Fold a stretch of a task vector, for which `rule.prepare` returned `prepared`."""
     name, part = piece
+    for key, kept in state.items() if rule.unit == "parameter" else ():
+        shape = rule.accumulator_shape(key, vector.shapes[name])
+        if kept.numel() != shape.numel():  # made for the parameter, before its first task
+            state |= zeros({key: kept.dtype}, torch.Size([shape.numel()]), kept.device)
     owner = next(kind for kind in type(rule).__mro__ if "fold" in vars(kind))
     chunk = (vector.chunk if vars(owner).get("takes_differences") else vector.read)(name, part)
     weight = vector.importance(name, part) if vector.importance is not None else None

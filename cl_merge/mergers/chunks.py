@@ -205,6 +205,16 @@ def span_of(name: str, shape: torch.Size, shards: Shards | None) -> slice:
     return slice(0, shape.numel()) if shards is None else shards.span(name)
 
 
+def zeros(
+    dtypes: Mapping[str, torch.dtype], shape: torch.Size, device: torch.device
+) -> Accumulators:
+    """Make accumulators, which can be changed both within and outside of inference mode."""
+    with torch.inference_mode(False):
+        return {
+            key: torch.zeros(shape, dtype=dtype, device=device) for key, dtype in dtypes.items()
+        }
+
+
 def over(
     function: Callable[[Piece], Result], pieces: list[Piece], device: torch.device
 ) -> list[Result]:

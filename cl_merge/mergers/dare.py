@@ -76,7 +76,8 @@ class DareTies(_Dropping, SignElection):
         tensor([ 3., -3.])
 
     Reference:
-        As of `Dare` and ``SignElection``; scale as of `Ties`.
+        Yu et al., Language Models are Super Mario, ICML 2024, with the election of TIES (Yadav et
+        al., NeurIPS 2023); scale as of `Ties`.
     """
 
     name = "dare-ties"

@@ -14,9 +14,12 @@ def as_matrix(values: Tensor, flatten: bool) -> Tensor | None:
 
     With `flatten`, what has more than two dimensions is one too, of a row for each output channel.
     """
-    if values.numel() == 0 or values.dim() < 2 or (values.dim() > 2 and not flatten):
-        return None
-    return values.reshape(values.shape[0], -1)
+    return values.reshape(values.shape[0], -1) if is_matrix(values.shape, flatten) else None
+
+
+def is_matrix(shape: torch.Size, flatten: bool) -> bool:
+    """Whether `as_matrix` makes a matrix of a parameter of this shape."""
+    return shape.numel() > 0 and (len(shape) == 2 or (len(shape) > 2 and flatten))
 
 
 def singular_triplets(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

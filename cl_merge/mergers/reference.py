@@ -218,6 +218,96 @@ def opcm(stack: Tensor, alpha: float = 0.5) -> Tensor:
     return total * (lengths.mean() / float(total.norm()))
 
 
+def wudi(stack: Tensor) -> Tensor:
+    """The minimum T of Σ ‖(T - τ_t) τ_tᵀ‖² / ‖τ_t‖² for matrices [tasks, m, n].
+
+    Cheng et al., Whoever Started the Interference Should End It, ICML 2025.
+    """
+    grams = stack.mT @ stack / stack.square().sum(dim=(1, 2), keepdim=True)
+    inverse: Tensor = torch.linalg.pinv(grams.sum(dim=0), hermitian=True)
+    return (stack @ grams).sum(dim=0) @ inverse
+
+
+def nufilt(stack: Tensor, rank: int = 128) -> Tensor:
+    """Add of each matrix [tasks, m, n] what leaves the main input directions of the sum alone.
+
+    Qiu et al., Null-Space Filtering, ICLR 2026: W + τ (I - V Vᵀ), with the main right singular
+    vectors V of W.
+    """
+    total = stack[0]
+    for task in stack[1:]:
+        right = _svd(total)[2][:rank]
+        total = total + task - task @ right.T @ right
+    return total
+
+
+def dop(stack: Tensor, alpha: float = 0.8) -> Tensor:
+    """Solve P W + W Q = 2 Σ aᵢ τᵢ τᵢᵀ τᵢ for what was merged and each next matrix [tasks, m, n].
+
+    Yang et al., Dual Projections, NeurIPS 2025, with a fixed weight, as one system of m n linear
+    equations.
+    """
+    merged = stack[0]
+    for task in stack[1:]:
+        pair = ((alpha, merged), (1 - alpha, task))
+        rows = sum((a * t @ t.T for a, t in pair), torch.zeros(()))
+        columns = sum((a * t.T @ t for a, t in pair), torch.zeros(()))
+        known = sum((2 * a * t @ t.T @ t for a, t in pair), torch.zeros(()))
+        system = torch.kron(rows, torch.eye(len(columns)).to(rows))
+        system = system + torch.kron(torch.eye(len(rows)).to(rows), columns)
+        merged = torch.linalg.solve(system, known.reshape(-1)).view(merged.shape)
+    return merged
+
+
+def model_stock(stack: Tensor) -> Tensor:
+    """The mean of the task vectors of one parameter, [tasks, n], times k cos / (1 + (k - 1) cos).
+
+    Jang, Yun & Han, Model Stock, ECCV 2024, section 4; cos is the mean over all pairs, from 0.
+    """
+    count, units = len(stack), _units(stack)
+    pairs = torch.combinations(torch.arange(count))
+    cosine = (units[pairs[:, 0]] * units[pairs[:, 1]]).sum(dim=1).mean().clamp(min=0)
+    return count * cosine / (1 + (count - 1) * cosine) * stack.mean(dim=0)
+
+
+def sce(stack: Tensor, density: float = 1.0) -> Tensor:
+    """Select by variance, weigh by squares, erase the minority's sign: one parameter, [tasks, n].
+
+    Wan et al., FuseChat, 2024, "SCE".
+    """
+    variance = (stack - stack.mean(dim=0)).square().mean(dim=0)
+    count = int(density * int((variance > 0).sum()))
+    least = variance.sort(descending=True).values[count - 1] if count else math.inf
+    kept = torch.where((variance >= least) | (density == 1), stack, 0)
+    weights = kept.square().sum(dim=1, keepdim=True) * (kept.sign() == kept.sum(dim=0).sign())
+    weights = weights * (kept != 0)
+    return (weights * kept).sum(dim=0) / weights.sum(dim=0).masked_fill(weights.sum(dim=0) == 0, 1)
+
+
+def karcher(stack: Tensor, steps: int = 200) -> Tensor:
+    """The middle on the sphere of the directions of one parameter, [tasks, n], in the mean length.
+
+    Karcher, Riemannian Center of Mass, 1977: follow the mean of the logarithm maps.
+    """
+    units = _units(stack)
+    middle = units.mean(dim=0) / units.mean(dim=0).norm()
+    for _ in range(steps):
+        cosines = (units @ middle).clamp(-1, 1)[:, None]
+        across = units - cosines * middle
+        angles = cosines.acos()
+        step = (angles * across / across.norm(dim=1, keepdim=True).clamp(min=1e-12)).mean(dim=0)
+        turned = step.norm().cos() * middle + torch.sinc(step.norm() / math.pi) * step
+        middle = turned / turned.norm()
+    merged: Tensor = stack.norm(dim=1).mean() * middle
+    return merged
+
+
+def _units(stack: Tensor) -> Tensor:
+    """Each row in length 1, or zero."""
+    lengths: Tensor = stack.norm(dim=1, keepdim=True)
+    return stack / lengths.masked_fill(lengths == 0, 1)
+
+
 def _orthogonal(matrix: Tensor) -> Tensor:
     """The nearest matrix with orthonormal columns, or rows (Schönemann, Psychometrika 1966)."""
     left, _, right = _svd(matrix)

@@ -18,17 +18,23 @@ from cl_merge.mergers.base import Merger
 from cl_merge.mergers.breadcrumbs import Breadcrumbs
 from cl_merge.mergers.consensus import Consensus
 from cl_merge.mergers.dare import Dare, DareTies, Della
+from cl_merge.mergers.dual_projection import DualProjection
 from cl_merge.mergers.emr import Emr
 from cl_merge.mergers.fisher_average import FisherAverage
 from cl_merge.mergers.isotropic import Isotropic
+from cl_merge.mergers.karcher import Karcher
 from cl_merge.mergers.max_magnitude import MaxMagnitude
+from cl_merge.mergers.model_stock import ModelStock
 from cl_merge.mergers.moving_average import MovingAverage
+from cl_merge.mergers.null_space import NullSpaceFilter
 from cl_merge.mergers.orthogonal import OrthogonalProjection
 from cl_merge.mergers.random_mix import RandomMix
+from cl_merge.mergers.select_erase import SelectCalculateErase
 from cl_merge.mergers.singular_vectors import SingularVectors
 from cl_merge.mergers.slerp import Slerp
 from cl_merge.mergers.task_arithmetic import Average, TaskArithmetic
 from cl_merge.mergers.ties import Ties
+from cl_merge.mergers.wudi import Wudi
 from cl_merge.seeds import derive_seed
 from cl_merge.task_vectors.task_vector import TaskVector
 
@@ -50,6 +56,12 @@ MERGERS: dict[str, type[Merger]] = {
     "opcm": OrthogonalProjection,
     "iso-c": Isotropic,
     "tsv": SingularVectors,
+    "wudi": Wudi,
+    "nufilt": NullSpaceFilter,
+    "dop": DualProjection,
+    "model-stock": ModelStock,
+    "sce": SelectCalculateErase,
+    "karcher": Karcher,
     "slerp": Slerp,
 }
 """Classes by name of the method: the built-in ones, and those that users add."""

@@ -189,7 +189,7 @@ class MergedModel:
 
         Where parameters are sharded, only the first process has the tensors.
         """
-        return whole_state(self._own_state(), self.shards)
+        return whole_state(self._own_state(), self.shards, self.merger)
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None) -> None:
         """Go on from what `state_dict` returned; its tensors are copied."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cl_merge.mergers import Merger
 from cl_merge.storage.quantize import stored
 from cl_merge.task_vectors.shards import Shards, is_sharded
 
@@ -30,30 +31,40 @@ def stored_stretches(
     return back
 
 
-def whole_state(state: Mapping[str, Any], shards: Shards | None) -> dict[str, Any]:
+def whole_state(state: Mapping[str, Any], shards: Shards | None, merger: Merger) -> dict[str, Any]:
     """The state of a stream as one process has it; only the first of several has the tensors."""
-    return _mapped(state, shards.gathered) if shards is not None else dict(state)
+    if shards is None:
+        return dict(state)
+
+    def gathered(tensors: Mapping[str, Tensor], key: str | None = None) -> dict[str, Tensor]:
+        shapes = {name: shards.shapes[name] for name in tensors}
+        if key is not None:
+            shapes = {name: merger.accumulator_shape(key, shape) for name, shape in shapes.items()}
+        return shards.gathered(tensors, shapes)
+
+    return _mapped(state, gathered)
 
 
 def own_state(state: Mapping[str, Any], shards: Shards | None) -> dict[str, Any]:
     """What this process keeps of the state that one process had."""
     if shards is None:
         return dict(state)
+    every = state["merger"]["accumulators"]
+    shards.add({name: next(iter(kept.values())) for name, kept in every.items()})
 
-    def own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        shards.add(tensors)
+    def own(tensors: Mapping[str, Tensor], key: str | None = None) -> dict[str, Tensor]:
+        if key is None:
+            shards.add(tensors)
         return {name: shards.own_part(name, tensor) for name, tensor in tensors.items()}
 
     return _mapped(state, own)
 
 
-def _mapped(
-    state: Mapping[str, Any], change: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
-) -> dict[str, Any]:
-    """The state with all tensors by parameter changed."""
+def _mapped(state: Mapping[str, Any], change: Callable[..., dict[str, Tensor]]) -> dict[str, Any]:
+    """The state with all tensors by parameter changed, those of the merger by their keys."""
     merger, every = dict(state["merger"]), state["merger"]["accumulators"]
     keys = dict.fromkeys(key for kept in every.values() for key in kept)
-    changed = {key: change({name: kept[key] for name, kept in every.items()}) for key in keys}
+    changed = {key: change({name: kept[key] for name, kept in every.items()}, key) for key in keys}
     names = {name: None for of_key in changed.values() for name in of_key}
     merger["accumulators"] = {
         name: {key: of_key[name] for key, of_key in changed.items()} for name in names

@@ -108,16 +108,23 @@ class Shards:
         return self._spans[name]
 
     def own_part(self, name: str, tensor: Tensor) -> Tensor:
-        """The stretch that this process keeps of a whole parameter: a view [n]."""
-        return tensor.detach().reshape(-1)[self._spans[name]]
+        """The stretch that this process keeps of a whole parameter: a view [n].
+
+        Where parameters are not cut, the tensor may also be another one that belongs to it.
+        """
+        flat, span = tensor.detach().reshape(-1), self._spans[name]
+        return flat[span] if self._cuts or span.stop == 0 else flat
 
     def own(self, name: str, tensor: Tensor) -> Tensor:
         """The stretch that this process keeps of a live parameter, a copy [n]."""
         return self.own_part(name, whole(tensor.detach())).clone()
 
-    def whole(self, name: str, stretch: Tensor) -> Tensor:
-        """Gather a parameter, in its shape, of the stretches [n] that the processes keep."""
-        shape = self.shapes[name]
+    def whole(self, name: str, stretch: Tensor, shape: torch.Size | None = None) -> Tensor:
+        """Gather a parameter, in its shape, of the stretches [n] that the processes keep.
+
+        Where parameters are not cut, another tensor that belongs to one is gathered in its `shape`.
+        """
+        shape = self.shapes[name] if shape is None else shape
         size, processes = shape.numel(), dist.get_world_size()
         stretch = stretch.to(self._device)
         if self._cuts:
@@ -132,9 +139,15 @@ class Shards:
             dist.broadcast(_bytes(result), src=owner)
         return result[:size].view(shape)
 
-    def gathered(self, stretches: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gather parameters one after another on the CPU of the first process; others get none."""
-        found = ((name, self.whole(name, stretch)) for name, stretch in stretches.items())
+    def gathered(
+        self, stretches: Mapping[str, Tensor], shapes: Mapping[str, torch.Size] | None = None
+    ) -> dict[str, Tensor]:
+        """Gather parameters one after another on the CPU of the first process; others get none.
+
+        `shapes` is for tensors that belong to parameters, as of `whole`.
+        """
+        shapes = self.shapes if shapes is None else shapes
+        found = ((name, self.whole(name, part, shapes[name])) for name, part in stretches.items())
         return {name: tensor.cpu() for name, tensor in found if dist.get_rank() == 0}
 
     def everywhere(self, found: Sequence[Result]) -> list[Result]:

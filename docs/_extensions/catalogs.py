@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from importlib.resources import files
@@ -72,18 +73,30 @@ def methods() -> str:
 
 
 def mergers() -> str:
-    """The mergers by name: class, published scale, options and what each keeps."""
+    """The mergers by name: class, published scale and options."""
     rows = [
         (
             f"`{name}`",
             f"{{py:class}}`~{merger.__module__}.{merger.__qualname__}`",
             f"{merger.published_scale:g}",
             ", ".join(f"`{option}={value!r}`" for option, value in _options(merger).items()),
-            _kept(merger),
         )
         for name, merger in _built_in()
     ]
-    return _table(("method", "class", "scale", "options", "bytes kept for each value"), rows)
+    return _table(("method", "class", "scale", "options"), rows)
+
+
+def merger_needs() -> str:
+    """The mergers by name: data, memory, whether they fold, and the source of the rule."""
+    rows = []
+    for name, merger in _built_in():
+        kept, folds = _kept(merger)
+        data = (
+            "images of its task, for the importance of each element" if merger.weighted else "none"
+        )
+        memory = kept if folds else f"{kept} for each task"
+        rows.append((f"`{name}`", data, memory, "yes" if folds else "no", _source(merger)))
+    return _table(("method", "data", "kept", "folds", "source"), rows)
 
 
 def merger_classes() -> str:
@@ -151,6 +164,7 @@ MARKDOWN: dict[str, Callable[[], str]] = {
     "settings": settings,
     "methods": methods,
     "mergers": mergers,
+    "merger-needs": merger_needs,
     "merger-classes": merger_classes,
     "data-sets": data_sets,
     "suites": suites,
@@ -197,8 +211,14 @@ def _options(merger: type[Merger]) -> dict[str, Any]:
     return {name: found.default for name, found in inspect.signature(merger).parameters.items()}
 
 
-def _kept(merger: type[Merger]) -> str:
-    """Bytes for each value after two tasks, or for each task, as it is when one is run."""
+def _source(merger: type[Merger]) -> str:
+    """The work that a merger's docstring refers to, without what else it says of it."""
+    reference = " ".join(inspect.getdoc(merger).partition("Reference:\n")[2].split())
+    return re.split(r";|(?<!al)\.(?: |$)", reference, maxsplit=1)[0]
+
+
+def _kept(merger: type[Merger]) -> tuple[str, bool]:
+    """Bytes for each value, of all or of each task, as it is when one is run; whether it folds."""
     made, value = merger(), {"weight": torch.eye(4)}
     sizes = []
     for _ in range(3):
@@ -206,7 +226,7 @@ def _kept(merger: type[Merger]) -> str:
         kept = made.state_dict()["accumulators"]["weight"].values()
         sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in kept) / 16)
     grows = sizes[2] - sizes[1]
-    return f"{grows:g} for each task" if grows else f"{sizes[2]:g}"
+    return f"{grows or sizes[2]:g}", not grows
 
 
 def _shortened(recipe: Any) -> Any:

@@ -30,7 +30,9 @@ def padded(tensors, like):
 
 # Random numbers are keyed by the element, thresholds by the size of a task vector: those see the
 # vectors as they were then, not as they are with zeros for what came later.
-@pytest.mark.parametrize("method", ["magmax", "average", "task-arithmetic", "ema", "emr", "tsv"])
+@pytest.mark.parametrize(
+    "method", ["magmax", "average", "task-arithmetic", "ema", "emr", "tsv", "wudi", "dop"]
+)
 def test_a_head_that_grows_is_merged_as_if_the_tasks_before_had_not_moved_the_new_rows(
     method, tmp_path
 ):

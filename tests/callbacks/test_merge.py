@@ -298,7 +298,7 @@ def test_a_task_that_diverged_is_named():
     [
         (
             {"method": "magmx"},
-            "unknown method 'magmx'; did you mean 'magmax'? Known: " + listing(MERGERS, limit=20),
+            "unknown method 'magmx'; did you mean 'magmax'? Known: " + listing(MERGERS, limit=30),
         ),
         (
             {"start": "sequentially"},

@@ -9,15 +9,29 @@ import torch
 from cl_merge.errors import InputError
 from cl_merge.mergers import reference
 from cl_merge.mergers.chunks import Reader
+from cl_merge.mergers.dual_projection import DualProjection
 from cl_merge.mergers.isotropic import Isotropic
+from cl_merge.mergers.karcher import Karcher
 from cl_merge.mergers.matrices import nearest_orthogonal, singular_triplets
+from cl_merge.mergers.model_stock import ModelStock
+from cl_merge.mergers.null_space import NullSpaceFilter
 from cl_merge.mergers.orthogonal import OrthogonalProjection
+from cl_merge.mergers.select_erase import SelectCalculateErase
 from cl_merge.mergers.singular_vectors import SingularVectors
 from cl_merge.mergers.slerp import Slerp
+from cl_merge.mergers.wudi import Wudi
 
 pytestmark = pytest.mark.usefixtures("any_chunk")
-FLATTENING = [Isotropic, SingularVectors, OrthogonalProjection]
-RULES = pytest.mark.parametrize("rule", [Slerp, *FLATTENING], ids=lambda rule: rule.name)
+FLATTENING = [
+    Isotropic,
+    SingularVectors,
+    OrthogonalProjection,
+    Wudi,
+    NullSpaceFilter,
+    DualProjection,
+]
+WHOLE = [Slerp, ModelStock, SelectCalculateErase, Karcher, *FLATTENING]
+RULES = pytest.mark.parametrize("rule", WHOLE, ids=lambda rule: rule.name)
 
 
 @pytest.fixture(params=[1, 2, 3, 8], ids=lambda tasks: f"{tasks} tasks")
@@ -404,7 +418,9 @@ def test_the_nearest_orthogonal_matrix_is_that_of_procrustes():
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, math.inf, "0.5", None, True])
-@pytest.mark.parametrize(("rule", "option"), [(Slerp, "t"), (OrthogonalProjection, "alpha")])
+@pytest.mark.parametrize(
+    ("rule", "option"), [(Slerp, "t"), (OrthogonalProjection, "alpha"), (DualProjection, "alpha")]
+)
 def test_a_share_outside_its_range_is_an_error(rule, option, value):
     with pytest.raises(InputError) as caught:
         rule(**{option: value})

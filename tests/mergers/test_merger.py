@@ -155,6 +155,12 @@ def test_every_method_has_the_scale_it_was_published_with():
         "opcm": 1.0,
         "iso-c": 1.0,
         "tsv": 1.0,
+        "wudi": 1.0,
+        "nufilt": 1.0,
+        "dop": 1.0,
+        "model-stock": 1.0,
+        "sce": 1.0,
+        "karcher": 1.0,
         "slerp": 1.0,
     }
 

@@ -304,4 +304,10 @@ def test_the_generated_pages_have_every_setting_method_and_data_set(monkeypatch)
     assert all(f"{{confval}} {key}\n" in pages["settings"] for key in keys)
     assert all(f"| `{name}` |" in pages["methods"] for name in METHODS)
     assert all(f"| `{name}` |" in pages["mergers"] for name in BUILT_IN)
+    needs = {row.split(" | ")[0].strip("| `"): row for row in pages["merger-needs"].splitlines()}
+    assert needs.keys() >= BUILT_IN
+    assert "| none | 4 | yes | Marczak et al., MagMax" in needs["magmax"]
+    assert "| none | 4 for each task | no | Gargiulo et al., Task Singular" in needs["tsv"]
+    assert "| none | 20 | yes | Cheng et al., Whoever Started" in needs["wudi"]
+    assert "for the importance of each element | 20 | yes | Matena & Raffel" in needs["fisher"]
     assert all(f"### `{name}`" in pages["data-sets"] for name in catalog())

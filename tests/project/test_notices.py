@@ -27,5 +27,5 @@ def test_citation_and_changelog_are_of_this_version():
 
 
 def test_the_changelog_counts_the_mergers():
-    numbers = {17: "Seventeen", 18: "Eighteen", 19: "Nineteen", 20: "Twenty"}
+    numbers = {23: "Twenty-three", 24: "Twenty-four", 25: "Twenty-five", 26: "Twenty-six"}
     assert f"{numbers[len(MERGERS)]} mergers" in (ROOT / "CHANGELOG.md").read_text()
