@@ -69,6 +69,9 @@ MERGERS: dict[str, type[Merger]] = {
 BUILT_IN = frozenset(MERGERS)
 """Names of the methods that come with the library."""
 
+# What other libraries call them, with "-" for "_".
+_ALIASES = {"linear": "average", "dare-linear": "dare"}
+
 # Files that were run already, by path and by when they were last changed.
 _FILES: dict[tuple[Path, int], ModuleType] = {}
 
@@ -82,6 +85,9 @@ def find_merger(method: str) -> type[Merger]:
     if is_location(method):
         return _located(method)
     if method not in MERGERS:
+        plain = method.replace("_", "-")
+        method = _ALIASES.get(plain, plain)
+    if method not in MERGERS:
         raise unknown_name("method", method, MERGERS)
     return MERGERS[method]
 
@@ -90,8 +96,10 @@ def get_merger(method: str, **options: Any) -> Merger:
     """Make a merger by name.
 
     Args:
-        method: One of `MERGERS`, or where to import one from: ``"path/to/file.py:median"`` or
-            ``"package.module:median"``. Importing runs the code in that file.
+        method: One of `MERGERS`, also with ``_`` for ``-``, or as mergekit calls it (``"linear"``
+            is ``"average"``, ``"dare_linear"`` is ``"dare"``), or where to import one from:
+            ``"path/to/file.py:median"`` or ``"package.module:median"``. Importing runs the code in
+            that file.
         **options: Its options, such as ``density`` for ``"ties"`` or ``seed`` for ``"random-mix"``.
 
     Returns:

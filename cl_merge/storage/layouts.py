@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from cl_merge.errors import InputError, listing
 from cl_merge.storage.safetensors_format import once_each
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 INDEX = ".safetensors.index.json"
 PICKLE_INDEX = ".bin.index.json"
@@ -50,6 +55,13 @@ def find_weights(folder: Path) -> Path:
         [name for name in names if name.endswith(PICKLE_INDEX)],
         pickles,
     ):
+        whole = [name for name in group if not name.endswith((INDEX, PICKLE_INDEX))]
+        if len(group) > len(whole) > 0:
+            raise InputError(
+                f"folder '{folder}' holds both a checkpoint in one file and the index of one in "
+                f"shards ({listing(group)}); give the one that is meant, as in "
+                f"{folder / group[0]}"
+            )
         if len(group) > 1:
             raise InputError(
                 f"folder '{folder}' holds several files of weights and no index that joins them "
@@ -91,15 +103,19 @@ def read_index(path: Path) -> dict[Path, list[str]]:
     return dict(sorted(shards.items()))
 
 
-def check_shard(path: Path, index: Path, names: Sequence[str], held: Iterable[str]) -> None:
-    """Make sure that a shard holds the tensors that the index says, and no others."""
-    has = set(held)
-    missing, extra = [name for name in names if name not in has], sorted(has - set(names))
-    if missing or extra:
+def in_shard(path: Path, index: Path, names: Sequence[str], held: Mapping[str, T]) -> dict[str, T]:
+    """What a shard holds of the tensors that the index says; others are left out, and named."""
+    missing, extra = [name for name in names if name not in held], sorted(set(held) - set(names))
+    if missing:
         raise InputError(
-            f"'{path}' does not hold what '{index.name}' says; missing: {listing(missing)}; "
-            f"extra: {listing(extra)}. Download both again"
+            f"'{path}' does not hold what '{index.name}' says; missing: {listing(missing)}. "
+            "Download both again"
         )
+    if extra:
+        log.warning(
+            "left out of '%s', as '%s' does not say so: %s", path, index.name, listing(extra)
+        )
+    return {name: held[name] for name in names}
 
 
 def check_inside(file: Path, folder: Path) -> None:

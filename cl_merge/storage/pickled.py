@@ -17,7 +17,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from cl_merge.errors import InputError
 from cl_merge.storage.choosing import choose_tensors, plain_names
-from cl_merge.storage.layouts import check_shard
+from cl_merge.storage.layouts import in_shard
 from cl_merge.storage.unpickling import read_without_code
 from cl_merge.storage.weights import StoredTensor, Weights
 
@@ -53,9 +53,7 @@ def sharded_torch_weights(index: Path, shards: Mapping[Path, Sequence[str]]) -> 
     """
     joined: dict[str, Tensor] = {}
     for path, names in shards.items():
-        tensors = _chosen(path, _load(path))
-        check_shard(path, index, names, tensors)
-        joined |= tensors
+        joined |= in_shard(path, index, names, _chosen(path, _load(path)))
     return _weights(index, "sharded torch checkpoint", joined)
 
 

@@ -9,8 +9,8 @@ from cl_merge.storage.layouts import (
     INDEX,
     PICKLE_INDEX,
     PICKLES,
-    check_shard,
     find_weights,
+    in_shard,
     read_index,
     split_key,
 )
@@ -103,7 +103,7 @@ def _open_shards(index: Path) -> Weights:
     files = []
     for path, names in read_index(index).items():
         file = SafetensorsFile(path)
-        check_shard(path, index, names, file.locations)
+        file.locations = in_shard(path, index, names, file.locations)
         files.append(file)
     return safetensors_weights(index, files, "sharded safetensors")
 

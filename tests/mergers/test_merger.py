@@ -373,3 +373,12 @@ def test_a_merger_that_holds_tasks_is_refused():
     message = "the Merger 'magmax' has folded 1 task vector already; give a fresh one"
     assert error_of(merge, [vector(1)], used) == message
     assert error_of(merge_checkpoints, "a", ["b"], "c", method=used) == message
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("linear", "average"), ("dare_linear", "dare"), ("dare_ties", "dare-ties")],
+)
+def test_methods_are_known_by_the_names_of_other_libraries(theirs, ours):
+    assert type(get_merger(theirs)) is type(get_merger(ours))
+    assert get_merger("task_arithmetic").name == "task-arithmetic"

@@ -286,19 +286,25 @@ def test_the_one_file_of_a_folder_is_no_link_to_elsewhere(tmp_path):
     ("weight_map", "match"),
     [
         ({"a": "0.safetensors", "b": "2.safetensors"}, "2.safetensors' is missing"),
-        ({"a": "0.safetensors", "b": "0.safetensors"}, "missing: b;"),
-        ({"a": "0.safetensors", "c": "1.safetensors"}, "missing: c; extra: b"),
-        ({"b": "1.safetensors", "a": "1.safetensors"}, "missing: a;"),
+        ({"a": "0.safetensors", "b": "0.safetensors"}, "missing: b."),
+        ({"a": "0.safetensors", "c": "1.safetensors"}, "missing: c. Download both again"),
+        ({"b": "1.safetensors", "a": "1.safetensors"}, "missing: a."),
     ],
 )
 def test_an_index_names_every_tensor_once(tmp_path, weight_map, match):
     refuses(sharded(tmp_path, weight_map), match)
 
 
-def test_a_tensor_in_two_shards_is_refused(tmp_path):
+def test_what_the_index_does_not_name_is_left_out_and_named(tmp_path, caplog):
     folder = sharded(tmp_path)
-    save_file({"b": torch.ones(2), "a": torch.ones(2)}, folder / "1.safetensors")
-    refuses(folder, "extra: a")
+    with open_weights(folder) as weights:
+        expected = weights.read("a").clone()
+    more = {"b": torch.ones(2), "a": torch.full((2,), 9.0), "more": torch.ones(1)}
+    save_file(more, folder / "1.safetensors")
+    with open_weights(folder) as weights:
+        assert sorted(weights.names) == ["a", "b"]
+        assert torch.equal(weights.read("a"), expected)
+    assert "does not say so: a, more" in caplog.text
 
 
 def test_a_shard_that_the_index_does_not_know_is_not_read(tmp_path):
@@ -344,6 +350,14 @@ def test_a_folder_with_two_checkpoints_asks_which(tmp_path):
     for name in ("model", "open_clip_model"):
         save_file(TENSORS, tmp_path / f"{name}.safetensors")
     refuses(tmp_path, "several files of weights.*model.safetensors, open_clip_model.safetensors")
+
+
+def test_a_whole_file_beside_an_index_asks_which(tmp_path):
+    folder = sharded(tmp_path)
+    save_file(TENSORS, folder / "model.safetensors")
+    refuses(folder, "a checkpoint in one file and the index of one in shards")
+    with open_weights(folder / "model.safetensors") as weights:
+        assert weights.names
 
 
 def test_what_is_not_there_or_no_file_is_named(tmp_path):

@@ -280,8 +280,8 @@ def test_a_folder_of_sharded_torch_files_or_its_index(tmp_path, opened, same, st
         ({"a": "../x.bin", "b": "1.bin"}, "expected a .bin file in the same folder"),
         ({"a": "0.safetensors"}, "expected a .bin file in the same folder"),
         ({"a": "2.bin"}, "2.bin' is missing"),
-        ({"a": "0.bin", "c": "1.bin"}, "missing: c; extra: b"),
-        ({"a": "0.bin", "b": "0.bin"}, "missing: b; extra: none"),
+        ({"a": "0.bin", "c": "1.bin"}, "missing: c. Download both again"),
+        ({"a": "0.bin", "b": "0.bin"}, "missing: b."),
     ],
 )
 def test_an_index_of_torch_files_names_every_tensor_once(tmp_path, table, match):
