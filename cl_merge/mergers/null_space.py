@@ -24,8 +24,8 @@ class NullSpaceFilter(Merger):
 
     This is the projector of NUFILT alone, without the low-rank correction that its authors train
     after it, on a loss of the weights. Their code merges the weights of the attention and of the
-    first layer of each perceptron, and leaves all others as they were before any task; `include`
-    and `exclude` of a callback or of a merge can do the same. It also filters the first task, by
+    first layer of each perceptron, and leaves all others as they were before any task; ``include``
+    and ``exclude`` of a callback or of a merge can do the same. It also filters the first task, by
     vectors that rounding errors choose.
 
     The order of the tasks matters. Where singular values are equal, rounding errors decide.

@@ -22,7 +22,7 @@ class SelectCalculateErase(StackMerger):
     drop out. The result is the weighted mean of what is left.
 
     The rule is mergekit's, but where it counts a sum of zero as positive, here the element is zero.
-    With all values, `density=1`, nothing is selected, nor where there is one task.
+    With all values, ``density=1``, nothing is selected, nor where there is one task.
 
     Args:
         density: Share of the elements to select, above 0 and at most 1. mergekit's default is 1.
