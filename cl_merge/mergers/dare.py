@@ -7,6 +7,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from cl_merge.errors import InputError
+from cl_merge.kernels import Chunk, fold_drawn
 from cl_merge.kernels.random_bits import random_bits
 from cl_merge.mergers.base import Accumulators, ChunkInfo, Merger
 from cl_merge.mergers.options import checked_count, checked_number, checked_share
@@ -23,13 +24,18 @@ class _Dropping(Merger):
 
     def draws(self, chunk: Tensor, info: ChunkInfo) -> Tensor:
         """Draw a number from 0 to 2^63 - 1 for each value."""
-        key = derive_seed(self.seed, info.name, info.task)
-        return random_bits(key, info.start, chunk.numel(), chunk.device)
+        return random_bits(self.key(info), info.start, chunk.numel(), chunk.device)
 
-    def sparse(self, chunk: Tensor, info: ChunkInfo) -> Tensor:
-        """Drop values with equal probability, and rescale the others."""
-        dropped = self.draws(chunk, info) > int(self.density * 2.0**63) - 1
-        return (chunk / self.density).masked_fill_(dropped, 0)
+    def key(self, info: ChunkInfo) -> int:
+        """The key of the random numbers of a parameter and task."""
+        return derive_seed(self.seed, info.name, info.task)
+
+    def sparse(self, chunk: Chunk, info: ChunkInfo, like: Tensor) -> Tensor:
+        """Drop values with equal probability, and rescale the others; `like` is of their size."""
+        kept, limit = torch.zeros_like(like), int(self.density * 2.0**63) - 1
+        if limit >= 0:
+            fold_drawn(kept, chunk, self.key(info), info.start, limit)
+        return kept.div_(self.density)
 
 
 class Dare(_Dropping, TaskArithmetic):
@@ -55,10 +61,11 @@ class Dare(_Dropping, TaskArithmetic):
     """
 
     name = "dare"
+    takes_differences = True
 
     @override
     def fold(self, state: Accumulators, chunk: Tensor, info: ChunkInfo) -> None:
-        state["sum"].add_(self.sparse(chunk, info))
+        state["sum"].add_(self.sparse(chunk, info, state["sum"]))
 
 
 class DareTies(_Dropping, SignElection):
@@ -82,10 +89,11 @@ class DareTies(_Dropping, SignElection):
 
     name = "dare-ties"
     published_scale = Ties.published_scale
+    takes_differences = True
 
     @override
     def fold(self, state: Accumulators, chunk: Tensor, info: ChunkInfo) -> None:
-        self.stand(state, self.sparse(chunk, info), info.task)
+        self.stand(state, self.sparse(chunk, info, state["positive_sum"]), info.task)
 
 
 class Della(_Dropping, SignElection):
