@@ -131,7 +131,7 @@ def test_statistics_of_batch_norms_are_chosen_and_not_merged(tmp_path, method, b
         else:
             expected = base[name] if buffers == "base" else every[-1]
         assert torch.equal(found[name], expected)
-    assert ("40 floating-point buffers differ and are not merged" in caplog.text) == (not buffers)
+    assert ("floating-point buffers differ and are not merged" in caplog.text) == (not buffers)
     network = resnet18().eval()
     network.load_state_dict(found)
     assert network(torch.randn(2, 3, 32, 32)).isfinite().all()
