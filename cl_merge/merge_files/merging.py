@@ -249,8 +249,8 @@ def _warn(inputs: Inputs, hashes: list[str], buffers: str | None) -> None:
         )
     if inputs.moved_buffers and buffers is None:
         log.warning(
-            "floating-point buffers differ and are not merged: %s. The last task's were taken; choose "
-            "with buffers: trained, base or average",
+            "floating-point buffers differ and are not merged: %s. The last task's were taken; "
+            "choose with buffers: trained, base or average",
             listing(sorted(inputs.moved_buffers)),
         )
 
