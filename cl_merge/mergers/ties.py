@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from typing_extensions import override
 from cl_merge.errors import InputError
 from cl_merge.kernels import Chunk, count_signs, elect, fold_signed
 from cl_merge.mergers.base import Accumulators, ChunkInfo, Merger, Reader, ResultInfo
-from cl_merge.mergers.options import checked_share
+from cl_merge.mergers.options import checked_flag, checked_share
 from cl_merge.mergers.threshold import trim_threshold
 
 _COUNT = torch.int16
@@ -67,6 +68,9 @@ class Ties(SignElection):
 
     Args:
         density: Share of each task vector that stays, above 0 and up to 1.
+        per_parameter: Trim each parameter of a task vector by itself, as mergekit and peft do; the
+            paper trims the whole task vector. With it, equal weights and scale 1 the result is
+            theirs, but where magnitudes at the threshold are equal.
 
     Example:
         >>> merger = Ties(density=0.2)
@@ -84,17 +88,21 @@ class Ties(SignElection):
     published_scale = 0.55
     takes_differences = True
 
-    def __init__(self, *, density: float = 0.2) -> None:
+    def __init__(self, *, density: float = 0.2, per_parameter: bool = False) -> None:
         super().__init__()
         self.density = checked_share("density", density)
+        self.per_parameter = checked_flag("per_parameter", per_parameter)
 
     @override
-    def prepare(self, vector: Reader) -> float:
-        return trim_threshold(vector, self.density)
+    def prepare(self, vector: Reader) -> Mapping[str, float]:
+        """By parameter the magnitude from which values stay."""
+        if self.per_parameter:
+            return {n: trim_threshold(vector.only(n), self.density) for n in vector.shapes}
+        return dict.fromkeys(vector.shapes, trim_threshold(vector, self.density))
 
     @override
     def fold(self, state: Accumulators, chunk: Tensor, info: ChunkInfo) -> None:
-        self.stand(state, chunk, info.task, info.prepared)
+        self.stand(state, chunk, info.task, info.prepared[info.name])
 
 
 def _by_sign(state: Accumulators) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
