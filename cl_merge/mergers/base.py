@@ -285,7 +285,10 @@ class Merger(ABC):
         Raises:
             InputError: If it is the state of another method or of other options.
         """
-        theirs, ours = (state["method"], state["options"]), (self.name, self.options)
+        known = inspect.signature(type(self)).parameters.values()
+        defaults = {option.name: option.default for option in known}  # what came since it was saved
+        theirs = (state["method"], defaults | state["options"])
+        ours = (self.name, self.options)
         if theirs != ours:
             raise InputError(
                 f"the saved state is of method '{theirs[0]}' with options {theirs[1]}, but this "

@@ -121,7 +121,10 @@ def test_a_merged_vector_tells_how_it_was_made():
         "options": "{}",
         "tasks": "2",
     }
-    assert merge([vector(1)], "ties", density=1).metadata["options"] == '{"density": 1.0}'
+    assert (
+        merge([vector(1)], "ties", density=1).metadata["options"]
+        == '{"density": 1.0, "per_parameter": false}'
+    )
     assert merge([vector(1)], "random-mix").metadata["options"] == '{"seed": 0}'
 
 
@@ -173,7 +176,7 @@ def test_an_unknown_method_is_an_error_that_names_the_nearest():
 
 def test_an_unknown_option_is_an_error_that_names_the_nearest():
     assert error_of(get_merger, "ties", densty=0.2) == (
-        "unknown option of method 'ties' 'densty'; did you mean 'density'? Known: density"
+        "unknown option of method 'ties' 'densty'; did you mean 'density'? Known: density, per_parameter"
     )
     assert error_of(get_merger, "magmax", density=0.2) == (
         "unknown option of method 'magmax' 'density'. Known: none"
@@ -306,15 +309,24 @@ def test_a_loaded_state_is_a_copy(method, make_vector):
     assert same_bits(one.merged(), before)
 
 
+def test_the_state_of_before_an_option_came_is_that_of_its_default():
+    before = Ties(density=0.3)
+    before.update(vector(1))
+    state = before.state_dict() | {"options": {"density": 0.3}}
+    Ties(density=0.3).load_state_dict(state)
+    with pytest.raises(InputError, match="make it with the saved ones"):
+        Ties(density=0.3, per_parameter=True).load_state_dict(state)
+
+
 def test_the_state_of_another_method_is_an_error():
     state = Ties(density=0.3).state_dict()
     assert error_of(MaxMagnitude().load_state_dict, state) == (
-        "the saved state is of method 'ties' with options {'density': 0.3}, but this merger is "
+        "the saved state is of method 'ties' with options {'density': 0.3, 'per_parameter': False}, but this merger is "
         "'magmax' with options {}; make it with the saved ones"
     )
     assert error_of(Ties().load_state_dict, state) == (
-        "the saved state is of method 'ties' with options {'density': 0.3}, but this merger is "
-        "'ties' with options {'density': 0.2}; make it with the saved ones"
+        "the saved state is of method 'ties' with options {'density': 0.3, 'per_parameter': False}, but this merger is "
+        "'ties' with options {'density': 0.2, 'per_parameter': False}; make it with the saved ones"
     )
 
 
@@ -361,7 +373,10 @@ def test_options_beside_a_ready_merger_are_refused():
 
 
 def test_options_of_a_class_are_checked():
-    assert merge([vector(1)], Ties, density=1).metadata["options"] == '{"density": 1.0}'
+    assert (
+        merge([vector(1)], Ties, density=1).metadata["options"]
+        == '{"density": 1.0, "per_parameter": false}'
+    )
     assert error_of(merge, [vector(1)], Ties, densty=1).startswith(
         "unknown option of method 'ties' 'densty'; did you mean 'density'?"
     )
