@@ -14,6 +14,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import torch
+from forked import fsdp2_needs_gpu
 from growing import Backbone, Endless, Heads, Single, grow
 from lightning.pytorch.callbacks import BackboneFinetuning, StochasticWeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
@@ -199,7 +200,13 @@ def row(loop):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize(
+    "loop",
+    [
+        pytest.param(name, marks=fsdp2_needs_gpu if run is sharded else ())
+        for name, run in LOOPS.items()
+    ],
+)
 def test_the_page_says_what_each_callback_does_in_a_loop(loop):
     assert row(loop) in PAGE.read_text()
 

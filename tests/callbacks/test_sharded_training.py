@@ -3,7 +3,7 @@
 import lightning as L
 import pytest
 import torch
-from forked import as_ranks
+from forked import as_ranks, fsdp2_needs_gpu
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file, save_file
 from tiny import QUIET
@@ -17,7 +17,7 @@ from cl_merge.errors import InputError
 from cl_merge.task_vectors.module_weights import parameters_of
 from cl_merge.task_vectors.shards import whole
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, fsdp2_needs_gpu]
 
 TASKS = 3
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from forked import as_ranks
+from forked import as_ranks, fsdp2_needs_gpu
 from merger_cases import ANY_NUMBER
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -25,7 +25,12 @@ from cl_merge.task_vectors.task_vector import TaskVector
 pytestmark = pytest.mark.slow
 
 TASKS = 3
-MESHES = [("fsdp", 2), ("tensor", 2), ("fsdp", 4), ("both", 4)]
+MESHES = [
+    pytest.param("fsdp", 2, marks=fsdp2_needs_gpu),
+    ("tensor", 2),
+    pytest.param("fsdp", 4, marks=fsdp2_needs_gpu),
+    pytest.param("both", 4, marks=fsdp2_needs_gpu),
+]
 
 
 class Net(nn.Module):
@@ -152,6 +157,7 @@ def test_all_methods_merge_to_the_bits_of_one_process(alone, kind, processes, tm
             assert written == expected, name
 
 
+@fsdp2_needs_gpu
 def test_parameters_may_join_but_not_grow():
     def work(rank):
         dist.init_process_group("gloo")
@@ -175,6 +181,7 @@ def test_parameters_may_join_but_not_grow():
     as_ranks(work, 2)
 
 
+@fsdp2_needs_gpu
 def test_processes_keep_their_shares_and_no_more():
     def work(rank):
         dist.init_process_group("gloo")

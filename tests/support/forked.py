@@ -8,7 +8,13 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
+
+# Before, its streams on a CPU had no events; FSDP2 with tensor parallelism had no uneven shards.
+fsdp2_needs_gpu = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 of this torch needs a GPU"
+)
 
 
 def forked(work: Callable[[], object], said: Path) -> str | int:
