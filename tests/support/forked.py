@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+
+SECONDS = 240  # that processes may take together
 
 # Before, its streams on a CPU had no events; FSDP2 with tensor parallelism had no uneven shards.
 fsdp2_needs_gpu = pytest.mark.skipif(
@@ -63,5 +67,16 @@ def as_ranks(work: Callable[[int], object], processes: int) -> None:
                 traceback.print_exc()
             finally:
                 os._exit(code)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in started]
-    assert codes == [0] * processes
+    codes: dict[int, int] = {}
+    end = time.monotonic() + SECONDS
+    while len(codes) < processes:
+        for process in set(started) - codes.keys():
+            done, status = os.waitpid(process, os.WNOHANG)
+            if done:
+                codes[process] = os.waitstatus_to_exitcode(status)
+        if any(codes.values()) or time.monotonic() > end:  # the others would wait for long
+            for process in set(started) - codes.keys():
+                os.kill(process, signal.SIGKILL)
+                codes[process] = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        time.sleep(0.02)
+    assert [codes[process] for process in started] == [0] * processes
