@@ -186,8 +186,9 @@ def test_every_setting_that_a_page_names_exists():
 def test_every_option_that_a_page_names_exists():
     parsers = cli.parser()._subparsers._group_actions[0].choices
     known = {option for parser in parsers.values() for option in parser._option_string_actions}
-    # Those of the programs that measure, `python -m cl_merge.benchmarks...`.
-    known |= {name for path in SOURCES for name in re.findall(r'"(--[a-z-]+)"', path.read_text())}
+    # Those of the programs that measure, `python -m cl_merge.benchmarks...`, and of the examples.
+    sources = [*SOURCES, *(ROOT / "examples").glob("*.py")]
+    known |= {name for path in sources for name in re.findall(r'"(--[a-z-]+)"', path.read_text())}
     others = r"^.*(?:srun|torchrun|pip|sphinx|mlflow|tensorboard|--nnodes|--ntasks).*$"
     named = {
         (page, option)

@@ -104,7 +104,7 @@ def test_the_tensors_of_such_a_file_are_mapped(tmp_path, opened):
     before = own_memory()
     weights = opened(tmp_path / "m.pt")
     assert not weights.read("a").any()
-    assert own_memory() - before < 16 << 20
+    assert own_memory() - before < 40 << 20  # of 80
 
 
 def own_memory():
