@@ -320,3 +320,20 @@ def test_a_loader_without_an_end_is_read_as_long_as_it_was_trained_on(make):
     trainer(callback, max_epochs=-1, max_steps=5).fit(module, data)
     assert callback.tasks == 1
     assert module.evaluated == 4 + 5 * 4  # the first batch is tried
+
+
+def test_a_scale_that_cannot_be_chosen_leaves_the_task_uncounted():
+    calls = []
+
+    def held_out():
+        calls.append(1)
+        if len(calls) == 2:  # when the task has been trained
+            raise InputError("the disk is gone")
+        return loader(0)
+
+    module, merge = Plain(), MergeCallback(scale="auto", held_out=held_out)
+    with pytest.raises(InputError, match="the disk is gone"):
+        trainer(merge).fit(module, loader(0))
+    assert (merge.tasks, merge.chosen) == (0, [])
+    trainer(merge).fit(module, loader(0))
+    assert (merge.tasks, len(merge.chosen)) == (1, 1)
