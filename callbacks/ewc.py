@@ -142,7 +142,6 @@ class EWC(Regularizer):
         live = parameters_of(module)
         check_grown(live, self.anchor, live.keys() & self.anchor.keys(), "the module")
         self.penalty.move_to(module.device)
-        self.penalty.weight = self.weight  # which may have been set since
         self._micro_batches = 0
 
     @override
@@ -179,6 +178,7 @@ class EWC(Regularizer):
         self._scale = _gradient_scale(trainer, optimizer)
         if not share:
             return
+        self.penalty.weight = self.weight  # which may be set at any time
         penalty = self.penalty.add_gradients(pl_module, share * self._scale)
         if penalty is not None:
             pl_module.log("ewc/penalty", penalty)

@@ -62,8 +62,8 @@ class EWCPenalty:
     def __call__(self, module: nn.Module) -> Tensor:
         """Compute the penalty of a module, a scalar with a graph; 0 before the first task ended."""
         terms = [
-            (fisher * (former.to(fisher.dtype) - self.anchor[name]).square()).sum()
-            for name, former, fisher in self._penalised(module)
+            (fisher * self._move(name, parameter, fisher).square()).sum()
+            for name, parameter, fisher in self._penalised(module)
         ]
         first = next(module.parameters())
         return 0.5 * self.weight * torch.stack(terms).sum() if terms else first.new_zeros(())
@@ -81,11 +81,10 @@ class EWCPenalty:
         Returns:
             The penalty, a scalar; None where nothing is penalised.
         """
-        live, penalties = parameters_of(module), []
-        for name, former, fisher in self._penalised(module):
-            move = former.to(fisher.dtype) - self.anchor[name]
+        penalties = []
+        for name, parameter, fisher in self._penalised(module):
+            move = self._move(name, parameter, fisher)
             pull = fisher * move
-            parameter = live[name]
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             leading(parameter.grad, fisher.shape).add_(pull, alpha=self.weight * factor)
@@ -154,8 +153,12 @@ class EWCPenalty:
         """Go on from what `state_dict` returned; its tensors are copied."""
         self.fisher, self.anchor = copies(state["fisher"]), copies(state["anchor"])
 
-    def _penalised(self, module: nn.Module) -> Iterable[tuple[str, Tensor, Tensor]]:
-        """Names, the entries that there were before, and their F, of what trains."""
+    def _penalised(self, module: nn.Module) -> Iterable[tuple[str, nn.Parameter, Tensor]]:
+        """Names of what trains, the parameters, and F of the entries that there were before."""
         for name, parameter in trained_parameters(module).items():
             if (fisher := self.fisher.get(name)) is not None:
-                yield name, leading(parameter, fisher.shape), fisher
+                yield name, parameter, fisher
+
+    def _move(self, name: str, parameter: Tensor, fisher: Tensor) -> Tensor:
+        """How far the entries that there were before have moved: p - p*."""
+        return leading(parameter, fisher.shape).to(fisher.dtype) - self.anchor[name]

@@ -53,7 +53,7 @@ class Inputs:
         progress: Progress | None,
         passes: int,
         block: int,
-        factors: Sequence[float] = (),
+        factors: Sequence[float],
     ) -> None:
         self.all = [plan.base, *plan.tasks, *plan.importances]
         self.hashes = [ContentHash(weights, block) for weights in self.all]
@@ -67,7 +67,7 @@ class Inputs:
             to_read += bytes_of(task, plan.merged) + (0 if task.is_task_vector else base)
         self.count = ByteCount(progress, to_read)
         self._plan = plan
-        self._factors = tuple(factors) or (1.0,) * len(plan.tasks)
+        self._factors = factors
         self._held = [set(weights.names) for weights in self.all]
 
     def read(self, index: int, name: str, part: slice, *, hashed: bool = False) -> Tensor:
@@ -159,21 +159,22 @@ class Inputs:
 
     def _alike(self, name: str) -> list[int]:
         """Which inputs beside the base have a tensor as the base has it."""
-        shape, dtype = self._plan.base.shape(name), self._plan.base.dtype(name)
-        return [
-            index
-            for index, weights in enumerate(self.all[1:], start=1)
-            if name in self._held[index]  # task vectors lack what did not train
-            and (weights.shape(name), weights.dtype(name)) == (shape, dtype)
-        ]
+        return [index for index in range(1, len(self.all)) if self._is_alike(index, name)]
+
+    def _is_alike(self, index: int, name: str) -> bool:
+        """Whether an input and the base both have a tensor, of one shape and dtype."""
+        if name not in self._held[0] or name not in self._held[index]:
+            return False  # task vectors lack what did not train
+        base, theirs = self._plan.base, self.all[index]
+        same_shape = theirs.shape(name) == base.shape(name)
+        return same_shape and theirs.dtype(name) == base.dtype(name)
 
     def rest(self) -> list[tuple[int, str, torch.Size]]:
         """What an input has that the base has not, or not so; notes the names."""
-        ours, merged, found = set(self._plan.base.names), set(self._plan.merged), []
+        merged, found = set(self._plan.merged), []
         for index, weights in enumerate(self.all[1:], start=1):
             for name in weights.names:
-                alike = name in ours and index in self._alike(name)
-                if not alike and name not in merged:
+                if name not in merged and not self._is_alike(index, name):
                     found.append((index, name, weights.shape(name)))
                     if self._is_tuned(index):
                         self.left_out.add(name)

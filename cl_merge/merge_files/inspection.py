@@ -229,7 +229,8 @@ class _Look:
         if task.is_task_vector and base is not None:
             missing = []  # it holds what trained, which may be a part of the base
         uneven = set(self._chosen.of(task)) ^ set(self._chosen.of(self._tasks[0]))
-        both = [name for name in theirs if name in set(ours)]
+        held = set(ours)
+        both = [name for name in theirs if name in held]
         return FileReport(
             path=task.path,
             kind=task.kind,

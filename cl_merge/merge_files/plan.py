@@ -153,7 +153,8 @@ def _check_task(task: Weights, base: Weights, chosen: Chosen) -> dict[str, str]:
     theirs, ours = chosen.of_either(task, base)
     twins: dict[str, str] = {}
     if task.is_task_vector:
-        integers = [name for name in theirs if name in base.names and name not in floating(base)]
+        held = set(base.names)
+        integers = [n for n in theirs if n in held and not base.dtype(n).is_floating_point]
         if integers:
             raise InputError(
                 f"{named} changes tensors that {than} has as integers: {listing(integers)}. It "
@@ -163,7 +164,7 @@ def _check_task(task: Weights, base: Weights, chosen: Chosen) -> dict[str, str]:
         twins, ignored = _tied(task, theirs, base, ours)
         ours = [name for name in ours if name not in twins]
         theirs = [name for name in theirs if name not in ignored]
-    given, wanted = layout(task, theirs), layout(base, ours)
+    given, wanted = _layout(task, theirs), _layout(base, ours)
     check_same_layout(given, wanted, named, than, partly=task.is_task_vector)
     if not task.is_task_vector:
         check_same_dtypes(given, wanted, named, than)
@@ -175,8 +176,9 @@ def unmatched(
 ) -> tuple[list[str], list[str]]:
     """Names, of those chosen, that a task lacks, and that it has more; but for tied ones."""
     twins, ignored = _tied(task, theirs, base, ours)
-    missing = [name for name in ours if name not in {*theirs, *twins}]
-    return missing, [name for name in theirs if name not in {*ours, *ignored}]
+    of_task, of_base = {*theirs, *twins}, {*ours, *ignored}
+    missing = [name for name in ours if name not in of_task]
+    return missing, [name for name in theirs if name not in of_base]
 
 
 def _tied(
@@ -219,11 +221,11 @@ def _check_importance(importance: Weights, base: Weights, merged: list[str]) -> 
         raise InputError(
             f"the importance '{importance.path}' lacks tensors that are merged: {listing(missing)}"
         )
-    given, wanted = layout(importance, merged), layout(base, merged)
+    given, wanted = _layout(importance, merged), _layout(base, merged)
     check_same_layout(given, wanted, f"'{importance.path}'", f"the base '{base.path}'")
 
 
-def layout(weights: Weights, names: Iterable[str]) -> dict[str, Tensor]:
+def _layout(weights: Weights, names: Iterable[str]) -> dict[str, Tensor]:
     """Tensors of a checkpoint's names, shapes and dtypes that hold nothing."""
     return {
         name: torch.empty(weights.shape(name), dtype=weights.dtype(name), device="meta")

@@ -74,7 +74,8 @@ class Placeholder(metaclass=_Inert):
     origin = ""
     is_tensor = False
 
-    def __new__(cls, *args: object, **kwargs: object) -> Any:  # noqa: D102
+    def __new__(cls, *args: object, **kwargs: object) -> Any:
+        """Make nothing: what is called gives itself."""
         return cls
 
     @staticmethod

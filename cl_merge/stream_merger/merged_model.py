@@ -59,10 +59,8 @@ class MergedModel:
         if left_out not in LEFT_OUT:
             raise unknown_name("choice of left_out", left_out, LEFT_OUT)
         self.merger, self.scales = merger, scales
-        self.base, self.buffers = (
-            BaseWeights(device, keep_frozen=keep_frozen),
-            MergedBuffers(buffers),
-        )
+        self.base = BaseWeights(device, keep_frozen=keep_frozen)
+        self.buffers = MergedBuffers(buffers)
         self.at_end: dict[str, int] = {}
         self._left_out, self._selection, self._keep_frozen = left_out, selection, keep_frozen
         self._changes: dict[str, Tensor] | None = None
@@ -174,8 +172,9 @@ class MergedModel:
         merged = self.merged_base()
         for name, value in scaled(merged, changes or self.changes(), scales or self.scales):
             yield name, self.base.whole(name, value)
-        left = self.base.parameters.keys() - merged.keys() if self._left_out == "base" else ()
-        rest = ((name, self.base.whole(name, self.base.parameters[name])) for name in sorted(left))
+        base = self.base.parameters if self._left_out == "base" else {}
+        left = ((name, kept) for name, kept in base.items() if name not in merged)
+        rest = ((name, self.base.whole(name, kept)) for name, kept in left)
         for name, value in chain(rest, self.evaluation_buffers().items()):
             if name in live and can_hold(live[name], value.shape):
                 yield name, value

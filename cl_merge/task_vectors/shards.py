@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,24 +12,25 @@ from torch.utils._pytree import tree_map_only
 
 from cl_merge.errors import InputError
 
+if TYPE_CHECKING:  # it takes a while to import, and only sharded tensors need it
+    from torch.distributed.tensor import DTensor
+
 Result = TypeVar("Result")
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether a tensor is a ``DTensor``, of which each process holds a part."""
     return hasattr(tensor, "full_tensor")
 
 
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
-    held: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-    return held
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor, gathered from all processes if it is sharded."""
-    full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-    return full
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def part_of(value: Tensor, live: Tensor) -> Tensor:
@@ -39,7 +40,7 @@ def part_of(value: Tensor, live: Tensor) -> Tensor:
     if is_sharded(value):
         return local(value)
     # What distributed checkpoints ask of a tensor: a block of it, or none.
-    blocks = live.__create_chunk_list__()  # type: ignore[attr-defined]
+    blocks = live.__create_chunk_list__()  # type: ignore[no-untyped-call]
     for block in blocks:
         for dimension, (offset, size) in enumerate(zip(block.offsets, block.sizes, strict=True)):
             value = value.narrow(dimension, min(offset, value.shape[dimension]), size)
@@ -162,14 +163,14 @@ def together(shards: Shards | None, work: Callable[[], Result]) -> Result:
     """Do work that one process may refuse; then all of them do, for the others would wait."""
     if shards is None:
         return work()
-    result, refused = None, []
+    done, refused = list[Result](), list[str]()
     try:
-        result = work()
+        done.append(work())
     except InputError as error:
-        refused = [str(error)]
+        refused.append(str(error))
     if every := shards.everywhere(refused):
         raise InputError(every[0])
-    return result  # type: ignore[return-value]
+    return done[0]
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from growing import grow
+from lightning.pytorch.callbacks import Callback
 from plain import Plain, fit, loader, same, trainer, weights
 from tiny import QUIET, classifier, stream
 from torch import nn
@@ -275,3 +276,14 @@ def test_the_penalty_of_a_plain_loop_keeps_what_growing_parameters_had():
     resumed = EWCPenalty()
     resumed.load_state_dict(penalty.state_dict())
     torch.testing.assert_close(resumed(module), penalty(module))
+
+
+def test_the_weight_may_be_set_while_a_task_is_trained():
+    class Off(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            ewc.weight = 0.0
+
+    plain, module, ewc = Plain(), Plain(), EWC(weight=1e6)
+    fit(plain, [], 0)
+    fit(module, ewc, 0)
+    assert same(fit(module, [ewc, Off()], 1), fit(plain, [], 1))

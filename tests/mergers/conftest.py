@@ -44,3 +44,15 @@ def make_vector():
         }
 
     return make
+
+
+@pytest.fixture(params=[1, 2, 3, 8], ids=lambda tasks: f"{tasks} tasks")
+def tasks(request) -> int:
+    """How many tasks there are; a file may have other numbers."""
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["normal", "grid"])
+def vectors(request, tasks, make_vector) -> list[dict[str, torch.Tensor]]:
+    """A task vector for each task, of values that are all different, or few."""
+    return [make_vector(10 * tasks + task, grid=request.param) for task in range(tasks)]

@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from merger_cases import run
 
 from cl_merge.errors import InputError
 from cl_merge.mergers import reference
@@ -13,22 +14,6 @@ from cl_merge.mergers.null_space import NullSpaceFilter
 from cl_merge.mergers.wudi import Wudi
 
 pytestmark = pytest.mark.usefixtures("any_chunk")
-
-
-@pytest.fixture(params=[1, 2, 3, 8], ids=lambda tasks: f"{tasks} tasks")
-def tasks(request):
-    return request.param
-
-
-@pytest.fixture(params=[False, True], ids=["normal", "grid"])
-def vectors(request, tasks, make_vector):
-    return [make_vector(10 * tasks + task, grid=request.param) for task in range(tasks)]
-
-
-def run(merger, vectors):
-    for vector in vectors:
-        merger.update(vector)
-    return merger.merged()
 
 
 def matrices(*shape, tasks=3, seed=0):

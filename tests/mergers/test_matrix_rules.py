@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from merger_cases import run
 
 from cl_merge.errors import InputError
 from cl_merge.mergers import reference
@@ -32,22 +33,6 @@ FLATTENING = [
 ]
 WHOLE = [Slerp, ModelStock, SelectCalculateErase, Karcher, *FLATTENING]
 RULES = pytest.mark.parametrize("rule", WHOLE, ids=lambda rule: rule.name)
-
-
-@pytest.fixture(params=[1, 2, 3, 8], ids=lambda tasks: f"{tasks} tasks")
-def tasks(request):
-    return request.param
-
-
-@pytest.fixture(params=[False, True], ids=["normal", "grid"])
-def vectors(request, tasks, make_vector):
-    return [make_vector(10 * tasks + task, grid=request.param) for task in range(tasks)]
-
-
-def run(merger, vectors):
-    for vector in vectors:
-        merger.update(vector)
-    return merger.merged()
 
 
 def arrays(vectors):

@@ -63,11 +63,6 @@ def tasks(request):
     return request.param
 
 
-@pytest.fixture(params=[False, True], ids=["normal", "grid"])
-def vectors(request, tasks, make_vector):
-    return [make_vector(10 * tasks + task, grid=request.param) for task in range(tasks)]
-
-
 @pytest.mark.parametrize(("density", "seed"), [(0.5, 0), (0.1, 7), (1.0, 0)])
 def test_dare_drops_rescales_and_sums(vectors, density, seed):
     expected = {

@@ -71,16 +71,6 @@ def check(merger, vectors, expected, tolerance):
     torch.testing.assert_close(stack([merged])[0], expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.fixture(params=[1, 2, 3, 8], ids=lambda tasks: f"{tasks} tasks")
-def tasks(request):
-    return request.param
-
-
-@pytest.fixture(params=[False, True], ids=["normal", "grid"])
-def vectors(request, tasks, make_vector):
-    return [make_vector(10 * tasks + task, grid=request.param) for task in range(tasks)]
-
-
 def test_max_magnitude_equals_the_reference_exactly(vectors):
     check(MaxMagnitude(), vectors, reference.magmax(stack(vectors)), tolerance=0)
 

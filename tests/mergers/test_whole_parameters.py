@@ -16,11 +16,6 @@ def tasks(request):
     return request.param
 
 
-@pytest.fixture(params=[False, True], ids=["normal", "grid"])
-def vectors(request, tasks, make_vector):
-    return [make_vector(10 * tasks + task, grid=request.param) for task in range(tasks)]
-
-
 def check(method, vectors, function, **options):
     merged = merge(vectors, method, **options)
     for name, tensor in merged.items():

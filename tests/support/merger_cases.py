@@ -19,3 +19,10 @@ DROPPING_NOTHING: dict[str, dict[str, Any]] = {
     "consensus": {"threshold": 0.0},
 }
 """Options with which every value stays."""
+
+
+def run(merger, vectors):
+    """Fold task vectors and merge them."""
+    for vector in vectors:
+        merger.update(vector)
+    return merger.merged()
