@@ -31,7 +31,16 @@ examples:
   cl-merge merge base.pt task*.pt --scale 0.5 --scale 'visual.*attn*=0.3' --out merged.safetensors
   cl-merge merge base.safetensors task*.safetensors --method mine.py:median --out merged.safetensors
 """
-_ARGUMENTS = ("method", "scale", "include", "exclude", "importance", "buffers", "overwrite")
+_ARGUMENTS = {
+    "method",
+    "scale",
+    "include",
+    "exclude",
+    "importance",
+    "buffers",
+    "dtype",
+    "overwrite",
+}
 _BUFFERS = {"trained": "of the last task", "base": "of the base", "average": "averaged"}
 _SIZES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -66,6 +75,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="batch-norm statistics and the like: trained (the last task's), base, or average over "
         "tasks [trained, with a message]",
     )
+    add("--dtype", metavar="DTYPE", help="of the output: float32, bfloat16 or float16 [the base's]")
     about = "for methods that weigh elements, as fisher: one file for each task"
     add("--importance", **several, metavar="FILE", help=about)
     add("--shard-size", default="5GB", metavar="SIZE", help="most of one file in a folder [5GB]")
@@ -98,6 +108,7 @@ def merge(parsed: argparse.Namespace) -> None:
             exclude=parsed.exclude,
             importances=parsed.importance,
             buffers=parsed.buffers,
+            dtype=parsed.dtype,
             shard_bytes=shard_bytes,
             overwrite=parsed.overwrite,
             progress=progress,
