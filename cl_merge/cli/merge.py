@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 from cl_merge.benchmarks.formatting import counted
@@ -204,5 +205,6 @@ def _method_help() -> str:
     for name, merger in MERGERS.items():
         found = inspect.signature(merger).parameters.values()
         options = ", ".join(f"{option.name}={option.default}" for option in found)
-        lines.append(f"  {name:<18}{merger.published_scale:<6g}{options}".rstrip())
+        row = f"  {name:<18}{merger.published_scale:<6g}{options}"
+        lines.append(textwrap.fill(row, 98, subsequent_indent=" " * 26, drop_whitespace=True))
     return "\n".join(lines) + "\n"

@@ -118,6 +118,7 @@ class Inputs:
             chunk,
             _CPU,
             importance=importance if self._plan.importances else None,
+            task=task,
         )
 
     def copied(self, name: str, part: slice) -> Tensor:

@@ -21,6 +21,7 @@ from cl_merge.merge_files.inputs import Inputs, Progress
 from cl_merge.merge_files.plan import Plan, make_plan
 from cl_merge.merge_files.work import Work
 from cl_merge.mergers import Merger
+from cl_merge.mergers.options import check_per_task
 from cl_merge.mergers.registry import fresh_merger
 from cl_merge.storage import Weights, check_output, open_weights, write_weights
 from cl_merge.stream_merger.buffers import BUFFERS
@@ -139,6 +140,7 @@ def merge_checkpoints(
         raise unknown_name("choice of buffers", buffers, BUFFERS)
     if dtype is not None and dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
+    check_per_task(merger.options, len(tasks))
     factors = _checked_weights(weights, len(tasks))
     _check_name(output)
     check_output(output, [base, *tasks, *importances], overwrite=overwrite)

@@ -177,7 +177,7 @@ class Merger(ABC):
         together(self.shards, lambda: self._check(vector, importance))
         device = self._device if self.tasks else None
         size, shards = self.chunk_size, self.shards
-        reader = Reader.of(vector, device, chunk_size=size, importance=importance, shards=shards)
+        reader = Reader.of(vector, device, size, importance, shards, self.tasks)
         prepared = self.prepare(reader)
         if self.tasks == 0:
             self._shapes, self._device = dict(reader.shapes), reader.device

@@ -79,6 +79,7 @@ class Reader:
         importance: Reads a stretch of how much each element matters, float32 [n].
         shards: Which stretches this process has, if others have the rest: `map` and `sample` then
             give what all processes find, and must be called on all alike.
+        task: Index of the task, from 0.
     """
 
     shapes: Mapping[str, torch.Size]
@@ -87,16 +88,17 @@ class Reader:
     chunk_size: int | None = None
     importance: Callable[[str, slice], Tensor] | None = None
     shards: Shards | None = None
+    task: int = 0
 
     @classmethod
     def of(
         cls,
         vector: Mapping[str, Tensor],
         device: torch.device | None = None,
-        *,
         chunk_size: int | None = None,
         importance: Mapping[str, Tensor] | None = None,
         shards: Shards | None = None,
+        task: int = 0,
     ) -> Self:
         """Read tensors in memory.
 
@@ -106,13 +108,14 @@ class Reader:
             chunk_size: As of the reader.
             importance: How much each element matters, of the same names and shapes.
             shards: Which stretches of whole parameters the tensors are, if they are no more.
+            task: As of the reader.
         """
         device = device or next((tensor.device for tensor in vector.values()), torch.device("cpu"))
         whole = {} if shards is None else shards.shapes
         shapes = {name: whole.get(name, tensor.shape) for name, tensor in vector.items()}
         weights = None if importance is None else _stretches_of(importance, device, shards)
         values = _stretches_of(vector, device, shards)
-        return cls(shapes, values, device, chunk_size, weights, shards)
+        return cls(shapes, values, device, chunk_size, weights, shards, task)
 
     @property
     def size(self) -> int:
