@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cl_merge.kernels import Chunk, values_of
+from cl_merge.kernels.finite import is_finite, not_finite
 from cl_merge.kernels.parallel import in_threads
 from cl_merge.task_vectors.shards import Shards
 
@@ -225,6 +226,15 @@ def over(
     if device.type == "cpu":
         return in_threads(function, pieces)
     return [function(piece) for piece in pieces]
+
+
+def check_finite(vector: Mapping[str, Tensor], what: str, size: int | None) -> None:
+    """Refuse what is not finite in float32; in chunks, as everything is read."""
+    reader = Reader.of(vector, chunk_size=size)
+    finite = zip(reader.pieces(), reader.map(is_finite), strict=True)
+    broken = {name for (name, _), fine in finite if not fine}
+    if broken:
+        raise not_finite(what, [name for name in vector if name in broken])
 
 
 def _stretches_of(
