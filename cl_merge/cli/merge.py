@@ -10,7 +10,7 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from cl_merge.benchmarks.formatting import counted
-from cl_merge.errors import InputError, unknown_name
+from cl_merge.errors import InputError, listing, unknown_name
 
 if TYPE_CHECKING:
     from cl_merge.merge_files import Merged
@@ -52,16 +52,19 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.epilog = _EXAMPLES + "\n" + _method_help()
     add = command.add_argument
     several: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
-    add(
-        "base", metavar="BASE", help="the weights before fine-tuning; with --no-base the first file"
+    about = "the weights before fine-tuning; with --no-base the first file"
+    add("base", nargs="?", metavar="BASE", help=about)
+    add("tasks", nargs="*", metavar="TASK", help="fine-tuned weights, or task vectors, in order")
+    about = (
+        "a YAML file of mergekit with models, method and its parameters, in place of all of these"
     )
-    add("tasks", nargs="+", metavar="TASK", help="fine-tuned weights, or task vectors, in order")
+    add("--config", metavar="FILE", help=about)
     about = "merge weights as they are, by average, slerp, karcher or fisher"
     add("--no-base", action="store_true", help=about)
     # --output was its name before.
     names, about = ("-o", "--out", "--output"), "file.safetensors, or a folder"
     add(*names, dest="out", required=True, metavar="OUT", help=about)
-    add("--method", default="magmax", metavar="NAME", help="see below, or FILE.py:NAME [magmax]")
+    add("--method", metavar="NAME", help="see below, or FILE.py:NAME [magmax]")
     add(
         "--scale",
         action="append",
@@ -94,34 +97,54 @@ def merge(parsed: argparse.Namespace) -> None:
     from rich.console import Console
 
     from cl_merge.cli.terminal import byte_progress, show_messages
-    from cl_merge.config.reading import parse_arguments
     from cl_merge.merge_files import merge_checkpoints
 
-    scale, shard_bytes = read_scale(parsed.scale), read_size(parsed.shard_size)
-    options = parse_arguments(parsed.set)
-    _check_options(parsed.method, options)
-    tasks = [parsed.base, *parsed.tasks] if parsed.no_base else parsed.tasks
+    arguments, shard_bytes = _arguments(parsed), read_size(parsed.shard_size)
     console = Console(stderr=True, highlight=False)
     show_messages(console)
     with byte_progress(console, "merging") as progress:
         done = merge_checkpoints(
-            None if parsed.no_base else parsed.base,
-            tasks,
-            parsed.out,
-            method=parsed.method,
-            scale=scale,
-            weights=parsed.weight,
+            output=parsed.out,
             include=parsed.include,
             exclude=parsed.exclude,
             importances=parsed.importance,
             buffers=parsed.buffers,
-            dtype=parsed.dtype,
             shard_bytes=shard_bytes,
             overwrite=parsed.overwrite,
             progress=progress,
-            **options,
+            **arguments,
         )
-    sys.stdout.write(_summary(done, len(tasks), "first file" if parsed.no_base else "base") + "\n")
+    base = "base" if arguments["base"] is not None else "first file"
+    sys.stdout.write(_summary(done, len(arguments["tasks"]), base) + "\n")
+
+
+def _arguments(parsed: argparse.Namespace) -> dict[str, Any]:
+    """What is merged and how: as the words say, or a file of mergekit."""
+    from cl_merge.cli.mergekit import read_mergekit
+    from cl_merge.config.reading import parse_arguments
+
+    own = {
+        **{"BASE": parsed.base, "--no-base": parsed.no_base, "--method": parsed.method},
+        **{"--scale": parsed.scale, "--weight": parsed.weight, "--set": parsed.set},
+    }
+    if parsed.config is not None:
+        if beside := [word for word, value in own.items() if value]:
+            raise InputError(f"--config says what {listing(beside)} would say; give one of the two")
+        found = read_mergekit(parsed.config)
+        return found | ({"dtype": parsed.dtype} if parsed.dtype is not None else {})
+    if not parsed.tasks:
+        raise InputError("give BASE and at least one TASK, or --config FILE")
+    options, method = parse_arguments(parsed.set), parsed.method or "magmax"
+    _check_options(method, options)
+    return {
+        "base": None if parsed.no_base else parsed.base,
+        "tasks": [parsed.base, *parsed.tasks] if parsed.no_base else parsed.tasks,
+        "method": method,
+        "scale": read_scale(parsed.scale),
+        "weights": parsed.weight,
+        "dtype": parsed.dtype,
+        **options,
+    }
 
 
 def _check_options(method: str, options: Any) -> None:
