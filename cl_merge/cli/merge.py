@@ -85,6 +85,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "tasks [trained, with a message]",
     )
     add("--dtype", metavar="DTYPE", help="of the output: float32, bfloat16 or float16 [the base's]")
+    about = "take this off the names of tasks that begin with it and that the base has not"
+    add("--strip-prefix", metavar="PREFIX", help=f"{about}, as in model.")
     about = "for methods that weigh elements, as fisher: one file for each task"
     add("--importance", **several, metavar="FILE", help=about)
     add("--shard-size", default="5GB", metavar="SIZE", help="most of one file in a folder [5GB]")
@@ -109,6 +111,7 @@ def merge(parsed: argparse.Namespace) -> None:
             exclude=parsed.exclude,
             importances=parsed.importance,
             buffers=parsed.buffers,
+            strip_prefix=parsed.strip_prefix,
             shard_bytes=shard_bytes,
             overwrite=parsed.overwrite,
             progress=progress,

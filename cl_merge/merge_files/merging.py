@@ -16,6 +16,7 @@ import torch
 
 from cl_merge import __version__
 from cl_merge.errors import InputError, listing, unknown_name
+from cl_merge.merge_files.contents import take_off
 from cl_merge.merge_files.hashing import BLOCK
 from cl_merge.merge_files.inputs import Inputs, Progress
 from cl_merge.merge_files.plan import Plan, make_plan
@@ -74,6 +75,7 @@ def merge_checkpoints(
     importances: Sequence[str | Path] = (),
     buffers: str | None = None,
     dtype: str | None = None,
+    strip_prefix: str | None = None,
     shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -116,6 +118,9 @@ def merge_checkpoints(
         dtype: Of all floating-point tensors of the output, buffers and those that are not merged
             included: ``"float32"``, ``"bfloat16"`` or ``"float16"``; None for those of the base. In
             a folder, ``config.json`` names it.
+        strip_prefix: What to take off the names of tasks and importances that begin with it and
+            that the base has not, such as ``"model."`` of a Lightning module; without a base, off
+            all names.
         shard_bytes: In a folder, the most bytes of one file.
         overwrite: Whether an output file that exists may be replaced.
         progress: Given the number of bytes to be read; returns what is told of bytes that were.
@@ -161,6 +166,8 @@ def merge_checkpoints(
     with ExitStack() as stack:
         opened = [stack.enter_context(open_weights(path)) for path in (first, *tasks, *importances)]
         vectors, weighing = opened[1 : len(tasks) + 1], opened[len(tasks) + 1 :]
+        if strip_prefix is not None:
+            take_off(strip_prefix, None if no_base else opened[0], opened[0 if no_base else 1 :])
         written = DTYPES[dtype] if dtype is not None else None
         plan = make_plan(opened[0], vectors, selection, weighing, written, no_base=no_base)
         scales = Scales.read(scale, merger.published_scale)
@@ -181,6 +188,8 @@ def merge_checkpoints(
             "cl_merge.weights": json.dumps(factors),
             "cl_merge.inputs": _described(plan, [_NO_HASH] * len(opened)),
         }
+        if strip_prefix is not None:
+            made["cl_merge.strip_prefix"] = strip_prefix
         entries = {n: (plan.written(n), plan.base.shape(n)) for n in plan.base.names}
         with write_weights(
             output,
