@@ -20,10 +20,10 @@ DESCRIPTION = """\
 Merge fine-tuned checkpoints into the base that they were fine-tuned from.
 
 The base and each task are a safetensors file, a folder with shards, a Hugging Face or open_clip
-folder, or a checkpoint of PyTorch or Lightning (file.pt:KEY for one of several in it); a task may
-also be a LoRA adapter of peft, or a task vector that cl-merge run wrote. Files may be larger than
-memory. The output is one file if its name ends in .safetensors, else a folder that loads as the
-base's does.
+folder, a checkpoint of PyTorch or Lightning (file.pt:KEY for one of several in it), or a model of
+the Hugging Face hub (org/name or org/name@revision); a task may also be a LoRA adapter of peft, or
+a task vector that cl-merge run wrote. Files may be larger than memory. The output is one file if
+its name ends in .safetensors, else a folder that loads as the base's does.
 """
 _EXAMPLES = """\
 examples:

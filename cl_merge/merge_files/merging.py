@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -25,6 +24,7 @@ from cl_merge.mergers import MERGERS, Merger
 from cl_merge.mergers.options import check_per_task
 from cl_merge.mergers.registry import fresh_merger
 from cl_merge.storage import Weights, check_output, open_weights, write_weights
+from cl_merge.storage.hub import short_name
 from cl_merge.stream_merger.buffers import BUFFERS
 from cl_merge.task_vectors.scales import Scales
 from cl_merge.task_vectors.selection import Selection
@@ -223,8 +223,7 @@ def _described(plan: Plan, hashes: Sequence[str]) -> str:
     described = list(zip(inputs, roles, hashes, strict=True))[plan.no_base :]
     entries = [
         {
-            # Of "." and "..", too, the name is that of the folder.
-            "file": Path(os.path.abspath(weights.path)).name,
+            "file": short_name(weights.path),
             "kind": weights.kind,
             "role": role,
             "xxh3_128": of_content,
