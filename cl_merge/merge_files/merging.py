@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ import torch
 
 from cl_merge import __version__
 from cl_merge.errors import InputError, listing, unknown_name
+from cl_merge.merge_files.card import CARD, model_card
 from cl_merge.merge_files.contents import take_off
 from cl_merge.merge_files.hashing import BLOCK
 from cl_merge.merge_files.inputs import Inputs, Progress
@@ -101,7 +103,7 @@ def merge_checkpoints(
             that of the first.
         tasks: Fine-tuned weights or task vectors, in the order of the tasks.
         output: A name that ends in ``.safetensors`` for one file, any other for a folder with the
-            base's configuration files in it.
+            base's configuration files in it, and a model card in place of the base's.
         method: A name that `get_merger` knows, or a fresh `Merger`.
         scale: Factor of the merged task vector; a mapping from patterns to factors for layers;
             None takes the one that the method was published with.
@@ -190,13 +192,14 @@ def merge_checkpoints(
         }
         if strip_prefix is not None:
             made["cl_merge.strip_prefix"] = strip_prefix
+        card = model_card(Path(os.path.abspath(output)).name, plan, merger, made)
         entries = {n: (plan.written(n), plan.base.shape(n)) for n in plan.base.names}
         with write_weights(
             output,
             entries,
             {**plan.base.metadata, **made},
             like=plan.base,
-            texts=_config(plan.base, dtype),
+            texts={CARD: card, **_config(plan.base, dtype)},
             shard_bytes=shard_bytes,
             overwrite=overwrite,
         ) as writer:

@@ -101,9 +101,9 @@ def test_include_and_exclude(merge, files, base, tasks):
 def test_a_folder_is_sharded_by_size(merge, files):
     assert merge("--shard-size", "0.1KB", output="merged")[0] == 0
     assert "model.safetensors.index.json" in listed(files / "merged")
-    assert len(listed(files / "merged")) == 4
+    assert len([name for name in listed(files / "merged") if "safetensors" in name]) == 4
     assert merge(output="whole")[0] == 0
-    assert listed(files / "whole") == ["model.safetensors"]
+    assert listed(files / "whole") == ["README.md", "model.safetensors"]
     assert same_bits(output(files, "merged"), output(files, "whole"))
 
 

@@ -179,7 +179,7 @@ def test_a_download_takes_the_weights_and_what_describes_them(tmp_path):
         server.shutdown()
         server.server_close()
     assert read(tmp_path / "out")["w"].tolist() == [1, 1, 1]
-    assert listed(tmp_path / "out") == ["config.json", "model.safetensors"]
+    assert listed(tmp_path / "out") == ["README.md", "config.json", "model.safetensors"]
     got = {path.partition(f"{COMMIT}/")[2] for path in Hub.asked} - {""}
     assert got == {"config.json", "model.safetensors"}
     assert read(tmp_path / "again")["w"].tolist() == [1, 1, 1]
