@@ -82,10 +82,14 @@ def licence_of(folder: Path | None) -> str:
 
 
 def _front_matter(plan: Plan, names: list[str]) -> str:
-    ids = [name for name in names if is_hub_id(Path(name))]
-    lines = ["---", "base_model:"]
-    lines += [f"- {json.dumps(name.partition('@')[0])}" for name in dict.fromkeys(ids or names[:1])]
-    lines += ["base_model_relation: merge", "tags:", "- merge", "- cl-merge"]
+    models = [name.partition("@")[0] for name in names if is_hub_id(Path(name))]
+    if not models and plan.base.folder is not None:
+        models = names[:1]  # a file is no model that others could find
+    lines = ["---"]
+    if models:
+        lines += ["base_model:", *(f"- {json.dumps(name)}" for name in dict.fromkeys(models))]
+        lines += ["base_model_relation: merge"]
+    lines += ["tags:", "- merge", "- cl-merge"]
     if library := _library(plan.base):
         lines.append(f"library_name: {library}")
     if licence := licence_of(plan.base.folder):

@@ -133,5 +133,6 @@ def test_a_file_has_no_card_and_a_folder_of_a_file_has_one(models):
     merge_checkpoints("base", ["one"], "out.safetensors")
     merge_checkpoints("base/model.safetensors", ["one"], "out")
     assert listed("out") == ["README.md", "model.safetensors"]
+    assert card("out")[0] == {"tags": ["merge", "cl-merge"]}
     assert json.loads(Path("base/config.json").read_text())  # the base is as it was
     assert not Path("README.md").exists()
