@@ -54,7 +54,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     several: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
     about = "the weights before fine-tuning; with --no-base the first file"
     add("base", nargs="?", metavar="BASE", help=about)
-    add("tasks", nargs="*", metavar="TASK", help="fine-tuned weights, or task vectors, in order")
+    add("files", nargs="*", metavar="TASK", help="fine-tuned weights, or task vectors, in order")
     about = (
         "a YAML file of mergekit with models, method and its parameters, in place of all of these"
     )
@@ -135,13 +135,13 @@ def _arguments(parsed: argparse.Namespace) -> dict[str, Any]:
             raise InputError(f"--config says what {listing(beside)} would say; give one of the two")
         found = read_mergekit(parsed.config)
         return found | ({"dtype": parsed.dtype} if parsed.dtype is not None else {})
-    if not parsed.tasks:
+    if not parsed.files:
         raise InputError("give BASE and at least one TASK, or --config FILE")
     options, method = parse_arguments(parsed.set), parsed.method or "magmax"
     _check_options(method, options)
     return {
         "base": None if parsed.no_base else parsed.base,
-        "tasks": [parsed.base, *parsed.tasks] if parsed.no_base else parsed.tasks,
+        "tasks": [parsed.base, *parsed.files] if parsed.no_base else parsed.files,
         "method": method,
         "scale": read_scale(parsed.scale),
         "weights": parsed.weight,
@@ -170,12 +170,13 @@ def _summary(done: Merged, tasks: int, base: str) -> str:
     if done.buffers:
         whose = _BUFFERS[made["cl_merge.buffers"]].replace("base", base)
         copied += f", {counted(done.buffers, 'buffer')} {whose}"
-    given = json.loads(made["cl_merge.options"])
-    options = f" ({', '.join(f'{key}={value}' for key, value in given.items())})" if given else ""
+    options = json.loads(made["cl_merge.options"])
+    given = {key: value for key, value in options.items() if value is not None}
+    words = f" ({', '.join(f'{key}={value}' for key, value in given.items())})" if given else ""
     size, speed = done.bytes_read, done.bytes_read / max(done.seconds, 1e-9)
     return (
         f"{done.path}: {merged} merged from {of_tasks}{copied}\n"
-        f"method {made['cl_merge.method']}{options}, scale "
+        f"method {made['cl_merge.method']}{words}, scale "
         f"{made['cl_merge.scale']}; read {_bytes(size)} in {done.seconds:.1f} s, {_bytes(speed)}/s"
     )
 

@@ -48,6 +48,7 @@ _METHODS = {
     "sce": _Method("sce", True, {}, {"select_topk": 1.0}),
 }
 _ELECTING = ("ties", "dare_ties", "della")  # which divide by the weights that agree, not by all
+_SMALL = 1e-8  # a sum of weights that counts as 0
 _ANY = ("int8_mask",)  # which says how a mask is kept in memory, and changes no value
 _TOP = ("merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype")
 _REFUSED = {
@@ -73,89 +74,87 @@ def read_mergekit(file: str | Path) -> dict[str, Any]:
 class _File:
     def __init__(self, file: str | Path) -> None:
         self._file = file
-        self._top = read_yaml(file)
+        self._top = {k: value for k, value in read_yaml(file).items() if value is not None}
         self._wrong: list[str] = []
 
     def arguments(self) -> dict[str, Any]:
-        top, name = self._top, self._top.get("merge_method")
+        top, name = self._top, str(self._top.get("merge_method"))
         if name not in _METHODS:
-            raise InputError(f"config {self._file}: {unknown_name('merge_method', name, _METHODS)}")
-        method = _METHODS[name]
-        models, shared = self._models(), [self._top.get("parameters")]
+            raise self._error(str(unknown_name("merge_method", name, _METHODS)))
+        method, shared = _METHODS[name], [top.get("parameters") or {}]
         self._check_keys(top, [*_TOP, "tokenizer_source"], _REFUSED)
-        if len(models) == 1 and isinstance(models[0], dict) and "sources" in models[0]:
-            shared.insert(0, models[0].get("parameters"))
-            models = self._sources(models[0])
         base = self._reference(top["base_model"]) if "base_model" in top else None
-        found = [(self._model(model), model.get("parameters")) for model in models]
         if method.base and name != "nuslerp" and base is None:
             self._wrong.append(f"{name} needs a base_model")
-        of_models = self._inputs(name, method, base, found)
-        each = {
-            key: [self._value(key, [own, *shared], default) for _, own in of_models]
-            for key, default in method.each.items()
-        }
-        values = {k: self._value(k, shared, default) for k, default in method.shared.items()}
-        for key, only in method.fixed.items():
-            if self._value(key, shared, only) != only:
-                self._wrong.append(f"{key}={not only} does not exist here")
-        for level, keys in [(own, method.each) for _, own in found] + [
-            (level, [*method.each, *method.shared, *method.fixed, *_ANY]) for level in shared
-        ]:
-            self._check_keys(level or {}, keys, {}, "parameters.")
-        none = abs(sum(each.get("weight", [1]))) < 1e-8
-        if none and values.get("normalize") and name not in _ELECTING:
-            self._wrong.append("parameters.weight: they add up to 0, by which normalize divides")
-        self._check_tokenizer(base, [path for path, _ in of_models])
+        models = self._models(shared)
+        found = [(self._model(model), model.get("parameters") or {}) for model in models]
+        inputs = self._inputs(name, method, base, found)
+        for level in shared:
+            known = [*method.each, *method.shared, *method.fixed, *_ANY]
+            self._check_keys(level, known, {}, "parameters.")
+        for _, own in found:
+            self._check_keys(own, list(method.each), {}, "parameters.")
+        options = self._options(name, method, shared, [own for _, own in inputs])
+        dtype = top.get("out_dtype", top.get("dtype"))
+        if dtype is not None and not isinstance(dtype, str):
+            self._wrong.append(f"dtype must be a name, such as float32, not {dtype!r}")
+        self._check_tokenizer(base, [path for path, _ in inputs])
         if self._wrong:
-            raise InputError(f"config {self._file}: {'; '.join(dict.fromkeys(self._wrong))}")
+            raise self._error("; ".join(dict.fromkeys(self._wrong)))
         return {
             "base": base if method.base else None,
-            "tasks": [path for path, _ in of_models],
+            "tasks": [path for path, _ in inputs],
             "method": method.name,
-            "dtype": top.get("out_dtype", top.get("dtype")),
-            **_options(name, each, values),
+            "dtype": dtype,
+            **options,
         }
 
-    def _models(self) -> list[Any]:
+    def _error(self, message: str) -> InputError:
+        return InputError(f"config {self._file}: {message}")
+
+    def _models(self, shared: list[Any]) -> list[Any]:
+        """The models; parameters of the slice, if it is of one, go before those of all."""
         given = [key for key in ("models", "slices") if key in self._top]
         models = self._top[given[0]] if len(given) == 1 else None
         if not isinstance(models, list) or not models:
-            raise InputError(f"config {self._file}: expected a list of models, or one of slices")
-        if given == ["slices"] and len(models) > 1:
-            raise InputError(
-                f"config {self._file}: {len(models)} slices; models are merged whole, in one slice "
-                "of all layers"
+            raise self._error("expected a list of models, or one of slices")
+        if given == ["models"]:
+            return models
+        if len(models) > 1:
+            raise self._error(
+                f"{len(models)} slices; models are merged whole, in one slice of all layers"
             )
-        return models
-
-    def _sources(self, part: Mapping[str, Any]) -> list[Any]:
-        """The models of the one slice, if it is of all layers."""
+        part = models[0]
+        if not isinstance(part, dict) or not isinstance(part.get("sources"), list):
+            raise self._error("expected a slice with a list of sources")
         self._check_keys(part, ["sources", "parameters"], {}, "slices.")
-        found = []
-        for source in part["sources"]:
-            model = dict(source)
-            path, ends = model.get("model", ""), model.pop("layer_range", None)
-            if ends != [0, _layers(path)]:
-                self._wrong.append(
-                    f"layer_range {ends} of '{path}': models are merged whole, from 0 to the "
-                    "num_hidden_layers of a folder's config.json"
-                )
-            found.append(model)
-        return found
+        shared.insert(0, part.get("parameters") or {})
+        return [self._source(source) for source in part["sources"]]
+
+    def _source(self, source: Any) -> Any:
+        """A model of a slice, if it is of all layers."""
+        if not isinstance(source, dict):
+            return source
+        ends, path = source.get("layer_range"), source.get("model")
+        if ends != [0, _layers(path)]:
+            self._wrong.append(
+                f"layer_range {ends} of '{path}': models are merged whole, from 0 to the "
+                "num_hidden_layers of a folder's config.json"
+            )
+        return {key: value for key, value in source.items() if key != "layer_range"}
 
     def _model(self, model: Any) -> str:
         if not isinstance(model, dict) or "model" not in model:
-            raise InputError(f"config {self._file}: expected 'model: PATH', not {model!r}")
+            raise self._error(f"expected 'model: PATH', not {model!r}")
         self._check_keys(model, ["model", "parameters"], {}, "models.")
         return self._reference(model["model"])
 
     def _reference(self, model: Any) -> str:
         if isinstance(model, str) and "+" not in model:
             return model
-        raise InputError(
-            f"config {self._file}: the model {model!r} is not one path or id; merge an adapter "
-            "into its model first, or give it as a task, on the command line"
+        raise self._error(
+            f"the model {model!r} is not one path or id; merge an adapter into its model first, or "
+            "give it as a task, on the command line"
         )
 
     def _inputs(
@@ -198,7 +197,7 @@ class _File:
         for one in value:
             self._check_keys(one, ["filter", "value"], {}, "parameters.lambda.")
             part = one.get("filter") or "*"
-            scale = self._value("value", [one], 1.0)
+            scale = self._value("value", [one], _NEEDED)
             found.setdefault("*" if part == "*" else f"*{part}*", scale)
         if "*" not in found:
             self._wrong.append("parameters.lambda has no value without a filter")
@@ -208,6 +207,23 @@ class _File:
         source, first = self._top.get("tokenizer_source"), base or next(iter(models), None)
         if source not in (None, "base", first):
             self._wrong.append(f"tokenizer_source {source}: the tokenizer is copied from {first}")
+
+    def _options(
+        self, name: str, method: _Method, shared: list[Any], own: list[Any]
+    ) -> dict[str, Any]:
+        """Options, weights and scale here, of the parameters of each model and of all."""
+        each = {
+            key: [self._value(key, [level, *shared], default) for level in own]
+            for key, default in method.each.items()
+        }
+        values = {key: self._value(key, shared, one) for key, one in method.shared.items()}
+        for key, only in method.fixed.items():
+            if self._value(key, shared, only) != only:
+                self._wrong.append(f"{key}={not only} does not exist here")
+        is_zero = "weight" in each and abs(sum(each["weight"])) < _SMALL
+        if is_zero and values.get("normalize") and name not in _ELECTING:
+            self._wrong.append("parameters.weight: they add up to 0, by which normalize divides")
+        return {} if self._wrong else _options(name, each, values)
 
     def _check_keys(
         self,
@@ -226,9 +242,9 @@ class _File:
                 self._wrong.append(f"{place}{key} does not exist here; known: {listing(known, 30)}")
 
 
-def _layers(path: str) -> int | None:
+def _layers(path: Any) -> int | None:
     """How many layers a model in a folder says that it has."""
-    config = Path(path) / "config.json"
+    config = Path(str(path)) / "config.json"
     try:
         layers: int | None = json.loads(config.read_text(encoding="utf-8")).get("num_hidden_layers")
     except (OSError, ValueError, AttributeError):
@@ -246,7 +262,7 @@ def _options(name: str, each: Mapping[str, Any], shared: Mapping[str, Any]) -> d
     if name == "slerp":
         return {"t": shared["t"]}
     if name == "nuslerp":
-        return {"t": weights[1] / total if total else 0.5}
+        return {"t": weights[1] / total if abs(total) >= 1e-6 else 0.5}
     if name == "karcher":
         return {}
     if name == "sce":
@@ -268,5 +284,6 @@ def _options(name: str, each: Mapping[str, Any], shared: Mapping[str, Any]) -> d
     if "gamma" in shared:
         found |= {"gamma": shared["gamma"]}
     if "epsilon" in shared:
-        found |= {"epsilon": 2 * shared["epsilon"]}  # there it is to either side of the density
+        # There it is to either side of the density, and has no effect where that is 1.
+        found |= {"epsilon": 0 if set(each["density"]) == {1} else 2 * shared["epsilon"]}
     return {**found, "scale": scale}

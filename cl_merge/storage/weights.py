@@ -76,10 +76,9 @@ class Weights:
         Raises:
             InputError: If two tensors would have one name.
         """
-        plain = {name: name.removeprefix(prefix) for name in self.names if name not in but}
-        new = {name: plain.get(name, name) for name in self.names}
+        new = {name: name if name in but else name.removeprefix(prefix) for name in self.names}
         if len(set(new.values())) < len(new):
-            twice = [n for n, short in new.items() if n != short and short in self.names]
+            twice = [n for n, short in new.items() if n != short and short in new]
             raise InputError(
                 f"'{self.path}' has two tensors of one name without '{prefix}': {listing(twice)}"
             )
