@@ -137,7 +137,7 @@ def _command(
         words += ["--buffers", told["buffers"]]
     if plan.dtype is not None:
         words += ["--dtype", str(plan.dtype).removeprefix("torch.")]
-    if "strip_prefix" in told:
+    if told["strip_prefix"]:
         words += ["--strip-prefix", told["strip_prefix"]]
     if plan.importances:
         words += ["--importance", *(short_name(weights.path) for weights in plan.importances)]

@@ -99,8 +99,8 @@ def merge_checkpoints(
 
     Args:
         base: The weights before fine-tuning. None merges the weights of the tasks as they are, by a
-            method that needs no base, such as ``"average"`` and ``"slerp"``; what is not merged is
-            that of the first.
+            method that needs no base, such as ``"average"`` and ``"slerp"``, in float32; what is
+            not merged is that of the first.
         tasks: Fine-tuned weights or task vectors, in the order of the tasks.
         output: A name that ends in ``.safetensors`` for one file, any other for a folder with the
             base's configuration files in it, and a model card in place of the base's.
@@ -188,10 +188,9 @@ def merge_checkpoints(
             "cl_merge.exclude": json.dumps(list(selection.exclude)),
             "cl_merge.buffers": of_buffers,
             "cl_merge.weights": json.dumps(factors),
+            "cl_merge.strip_prefix": strip_prefix or "",
             "cl_merge.inputs": _described(plan, [_NO_HASH] * len(opened)),
         }
-        if strip_prefix is not None:
-            made["cl_merge.strip_prefix"] = strip_prefix
         card = model_card(Path(os.path.abspath(output)).name, plan, merger, made)
         entries = {n: (plan.written(n), plan.base.shape(n)) for n in plan.base.names}
         with write_weights(
