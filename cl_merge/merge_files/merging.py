@@ -26,7 +26,7 @@ from cl_merge.mergers import MERGERS, Merger
 from cl_merge.mergers.options import check_per_task
 from cl_merge.mergers.registry import fresh_merger
 from cl_merge.storage import Weights, check_output, open_weights, write_weights
-from cl_merge.storage.hub import short_name
+from cl_merge.storage.hub import is_hub_id, short_name
 from cl_merge.stream_merger.buffers import BUFFERS
 from cl_merge.task_vectors.scales import Scales
 from cl_merge.task_vectors.selection import Selection
@@ -166,7 +166,11 @@ def merge_checkpoints(
         raise InputError(f"'{merger.name}' takes no importances; leave them out")
     selection = Selection(include, exclude)
     with ExitStack() as stack:
-        opened = [stack.enter_context(open_weights(path)) for path in (first, *tasks, *importances)]
+        paths = [Path(path) for path in (first, *tasks, *importances)]
+        # What is here first, so that nothing is downloaded in vain.
+        order = sorted(range(len(paths)), key=lambda index: is_hub_id(paths[index]))
+        found = {index: stack.enter_context(open_weights(paths[index])) for index in order}
+        opened = [found[index] for index in range(len(paths))]
         vectors, weighing = opened[1 : len(tasks) + 1], opened[len(tasks) + 1 :]
         if strip_prefix is not None:
             take_off(strip_prefix, None if no_base else opened[0], opened[0 if no_base else 1 :])

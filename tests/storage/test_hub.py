@@ -92,6 +92,13 @@ def test_a_name_that_is_neither_here_nor_on_the_hub(hub, capsys):
     assert listed(".") == []
 
 
+def test_nothing_is_downloaded_where_a_file_is_missing(tmp_path, hub):
+    model(tmp_path / "hub/org/base", 0)
+    with pytest.raises(InputError, match="there is no file or folder 'none.safetensors'"):
+        merge_checkpoints("org/base", ["none.safetensors"], "out")
+    assert hub == []
+
+
 def test_without_the_library_of_the_hub(hub, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(InputError) as caught:
