@@ -6,10 +6,11 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 from cl_merge.benchmarks.formatting import counted
-from cl_merge.errors import InputError, unknown_name
+from cl_merge.errors import InputError, listing, unknown_name
 
 if TYPE_CHECKING:
     from cl_merge.merge_files import Merged
@@ -19,10 +20,10 @@ DESCRIPTION = """\
 Merge fine-tuned checkpoints into the base that they were fine-tuned from.
 
 The base and each task are a safetensors file, a folder with shards, a Hugging Face or open_clip
-folder, or a checkpoint of PyTorch or Lightning (file.pt:KEY for one of several in it); a task may
-also be a LoRA adapter of peft, or a task vector that cl-merge run wrote. Files may be larger than
-memory. The output is one file if its name ends in .safetensors, else a folder that loads as the
-base's does.
+folder, a checkpoint of PyTorch or Lightning (file.pt:KEY for one of several in it), or a model of
+the Hugging Face hub (org/name or org/name@revision); a task may also be a LoRA adapter of peft, or
+a task vector that cl-merge run wrote. Files may be larger than memory. The output is one file if
+its name ends in .safetensors, else a folder that loads as the base's does.
 """
 _EXAMPLES = """\
 examples:
@@ -30,8 +31,18 @@ examples:
   cl-merge merge base/ task0/ task1/ task2/ --method ties --set density=0.3 --out merged/
   cl-merge merge base.pt task*.pt --scale 0.5 --scale 'visual.*attn*=0.3' --out merged.safetensors
   cl-merge merge base.safetensors task*.safetensors --method mine.py:median --out merged.safetensors
+  cl-merge merge --no-base one.safetensors two.safetensors --method average --out soup.safetensors
 """
-_ARGUMENTS = ("method", "scale", "include", "exclude", "importance", "buffers", "overwrite")
+_ARGUMENTS = {
+    "method",
+    "scale",
+    "include",
+    "exclude",
+    "importance",
+    "buffers",
+    "dtype",
+    "overwrite",
+}
 _BUFFERS = {"trained": "of the last task", "base": "of the base", "average": "averaged"}
 _SIZES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -41,12 +52,19 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.epilog = _EXAMPLES + "\n" + _method_help()
     add = command.add_argument
     several: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
-    add("base", metavar="BASE", help="the weights before fine-tuning")
-    add("tasks", nargs="+", metavar="TASK", help="fine-tuned weights, or task vectors, in order")
+    about = "the weights before fine-tuning; with --no-base the first file"
+    add("base", nargs="?", metavar="BASE", help=about)
+    add("files", nargs="*", metavar="TASK", help="fine-tuned weights, or task vectors, in order")
+    about = (
+        "a YAML file of mergekit with models, method and its parameters, in place of all of these"
+    )
+    add("--config", metavar="FILE", help=about)
+    about = "merge weights as they are, by average, slerp, karcher or fisher"
+    add("--no-base", action="store_true", help=about)
     # --output was its name before.
     names, about = ("-o", "--out", "--output"), "file.safetensors, or a folder"
     add(*names, dest="out", required=True, metavar="OUT", help=about)
-    add("--method", default="magmax", metavar="NAME", help="see below, or FILE.py:NAME [magmax]")
+    add("--method", metavar="NAME", help="see below, or FILE.py:NAME [magmax]")
     add(
         "--scale",
         action="append",
@@ -66,6 +84,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="batch-norm statistics and the like: trained (the last task's), base, or average over "
         "tasks [trained, with a message]",
     )
+    add("--dtype", metavar="DTYPE", help="of the output: float32, bfloat16 or float16 [the base's]")
+    about = "take this off the names of tasks that begin with it and that the base has not"
+    add("--strip-prefix", metavar="PREFIX", help=f"{about}, as in model.")
     about = "for methods that weigh elements, as fisher: one file for each task"
     add("--importance", **several, metavar="FILE", help=about)
     add("--shard-size", default="5GB", metavar="SIZE", help="most of one file in a folder [5GB]")
@@ -78,32 +99,55 @@ def merge(parsed: argparse.Namespace) -> None:
     from rich.console import Console
 
     from cl_merge.cli.terminal import byte_progress, show_messages
-    from cl_merge.config.reading import parse_arguments
     from cl_merge.merge_files import merge_checkpoints
 
-    scale, shard_bytes = read_scale(parsed.scale), read_size(parsed.shard_size)
-    options = parse_arguments(parsed.set)
-    _check_options(parsed.method, options)
+    arguments, shard_bytes = _arguments(parsed), read_size(parsed.shard_size)
     console = Console(stderr=True, highlight=False)
     show_messages(console)
     with byte_progress(console, "merging") as progress:
         done = merge_checkpoints(
-            parsed.base,
-            parsed.tasks,
-            parsed.out,
-            method=parsed.method,
-            scale=scale,
-            weights=parsed.weight,
+            output=parsed.out,
             include=parsed.include,
             exclude=parsed.exclude,
             importances=parsed.importance,
             buffers=parsed.buffers,
+            strip_prefix=parsed.strip_prefix,
             shard_bytes=shard_bytes,
             overwrite=parsed.overwrite,
             progress=progress,
-            **options,
+            **arguments,
         )
-    sys.stdout.write(_summary(done, len(parsed.tasks)) + "\n")
+    base = "base" if arguments["base"] is not None else "first file"
+    sys.stdout.write(_summary(done, len(arguments["tasks"]), base) + "\n")
+
+
+def _arguments(parsed: argparse.Namespace) -> dict[str, Any]:
+    """What is merged and how: as the words say, or a file of mergekit."""
+    from cl_merge.cli.mergekit import read_mergekit
+    from cl_merge.config.reading import parse_arguments
+
+    own = {
+        **{"BASE": parsed.base, "--no-base": parsed.no_base, "--method": parsed.method},
+        **{"--scale": parsed.scale, "--weight": parsed.weight, "--set": parsed.set},
+    }
+    if parsed.config is not None:
+        if beside := [word for word, value in own.items() if value]:
+            raise InputError(f"--config says what {listing(beside)} would say; give one of the two")
+        found = read_mergekit(parsed.config)
+        return found | ({"dtype": parsed.dtype} if parsed.dtype is not None else {})
+    if not parsed.files:
+        raise InputError("give BASE and at least one TASK, or --config FILE")
+    options, method = parse_arguments(parsed.set), parsed.method or "magmax"
+    _check_options(method, options)
+    return {
+        "base": None if parsed.no_base else parsed.base,
+        "tasks": [parsed.base, *parsed.files] if parsed.no_base else parsed.files,
+        "method": method,
+        "scale": read_scale(parsed.scale),
+        "weights": parsed.weight,
+        "dtype": parsed.dtype,
+        **options,
+    }
 
 
 def _check_options(method: str, options: Any) -> None:
@@ -119,18 +163,20 @@ def _check_options(method: str, options: Any) -> None:
             raise InputError(f"{unknown}{hint}")
 
 
-def _summary(done: Merged, tasks: int) -> str:
+def _summary(done: Merged, tasks: int, base: str) -> str:
     made = done.provenance
     merged, of_tasks = counted(done.merged, "tensor"), counted(tasks, "task")
-    copied = f", {done.copied} taken from the base" if done.copied else ""
+    copied = f", {done.copied} taken from the {base}" if done.copied else ""
     if done.buffers:
-        copied += f", {counted(done.buffers, 'buffer')} {_BUFFERS[made['cl_merge.buffers']]}"
-    given = json.loads(made["cl_merge.options"])
-    options = f" ({', '.join(f'{key}={value}' for key, value in given.items())})" if given else ""
+        whose = _BUFFERS[made["cl_merge.buffers"]].replace("base", base)
+        copied += f", {counted(done.buffers, 'buffer')} {whose}"
+    options = json.loads(made["cl_merge.options"])
+    given = {key: value for key, value in options.items() if value is not None}
+    words = f" ({', '.join(f'{key}={value}' for key, value in given.items())})" if given else ""
     size, speed = done.bytes_read, done.bytes_read / max(done.seconds, 1e-9)
     return (
         f"{done.path}: {merged} merged from {of_tasks}{copied}\n"
-        f"method {made['cl_merge.method']}{options}, scale "
+        f"method {made['cl_merge.method']}{words}, scale "
         f"{made['cl_merge.scale']}; read {_bytes(size)} in {done.seconds:.1f} s, {_bytes(speed)}/s"
     )
 
@@ -193,5 +239,6 @@ def _method_help() -> str:
     for name, merger in MERGERS.items():
         found = inspect.signature(merger).parameters.values()
         options = ", ".join(f"{option.name}={option.default}" for option in found)
-        lines.append(f"  {name:<18}{merger.published_scale:<6g}{options}".rstrip())
+        row = f"  {name:<18}{merger.published_scale:<6g}{options}"
+        lines.append(textwrap.fill(row, 98, subsequent_indent=" " * 26, drop_whitespace=True))
     return "\n".join(lines) + "\n"

@@ -16,7 +16,7 @@ from cl_merge.errors import InputError
 from cl_merge.kernels import subtract
 from cl_merge.kernels.finite import is_finite
 from cl_merge.kernels.parallel import in_threads
-from cl_merge.merge_files.contents import parameters, quantised
+from cl_merge.merge_files.contents import parameters, quantised, take_off
 from cl_merge.merge_files.hashing import BLOCK
 from cl_merge.merge_files.inputs import ByteCount, Progress, bytes_of
 from cl_merge.merge_files.plan import Chosen, check_base, dtype_name, unmatched
@@ -40,7 +40,8 @@ class FileReport:
         dtypes: Names of the dtypes.
         missing: Tensors of the reference, the base or else the first file, that it lacks.
         extra: Tensors that the reference lacks.
-        shapes: Tensors whose shape or dtype differs from the reference's, and how.
+        shapes: Tensors of another shape than the reference's, or that are integers in one of the
+            two, and how.
         uneven: Tensors that either this file or the first one changes, but not the other.
         quantised: What shows that its weights are quantised; nothing if they are not.
         not_finite: Tensors that hold NaN or infinity; such values count as zeros in the figures.
@@ -114,6 +115,7 @@ def inspect_checkpoints(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     density: float = 0.2,
+    strip_prefix: str | None = None,
     progress: Progress | None = None,
     block_size: int = BLOCK,
 ) -> Inspection:
@@ -128,6 +130,7 @@ def inspect_checkpoints(
         include: Patterns of the parameters to look at; empty for all.
         exclude: Patterns of parameters not to look at.
         density: Share of each task vector that counts as its largest values.
+        strip_prefix: What to take off names, as for `merge_checkpoints`.
         progress: Given the number of bytes to be read; returns what is told of bytes that were.
         block_size: Elements that a thread works on at a time.
 
@@ -147,6 +150,8 @@ def inspect_checkpoints(
         before = stack.enter_context(open_weights(base)) if base is not None else None
         if before is not None:
             check_base(before)
+        if strip_prefix is not None:
+            take_off(strip_prefix, before, opened)
         every = opened if before is None else [before, *opened]
         chosen = Chosen(Selection(include, exclude), every)
         return _Look(opened, before, chosen, density, progress).run(block_size)
@@ -216,9 +221,7 @@ class _Look:
         return {
             name: first.shape(name)
             for name in first.names
-            if name in names
-            and len({each.shape(name) for each in weights}) == 1
-            and len({e.dtype(name) for e in weights if not e.is_task_vector}) < 2
+            if name in names and len({each.shape(name) for each in weights}) == 1
         }
 
     def _compared(self, task: Weights) -> FileReport:
@@ -326,8 +329,6 @@ def _unlike(task: Weights, reference: Weights, name: str) -> str:
     if task.shape(name) != reference.shape(name):
         return f"{name} {tuple(task.shape(name))} instead of {tuple(reference.shape(name))}"
     mine, other = task.dtype(name), reference.dtype(name)
-    either = task.is_task_vector or reference.is_task_vector
-    # Task vectors are of any floating-point dtype.
-    if mine == other or (either and mine.is_floating_point and other.is_floating_point):
+    if mine == other or (mine.is_floating_point and other.is_floating_point):
         return ""
     return f"{name} {dtype_name(task, name)} instead of {dtype_name(reference, name)}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -14,30 +13,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cl_merge import __version__
 from cl_merge.errors import InputError, listing, unknown_name
-from cl_merge.kernels.finite import is_finite
-from cl_merge.kernels.parallel import in_threads
-from cl_merge.merge_files.grown import GrownVector
+from cl_merge.merge_files.card import CARD, model_card
+from cl_merge.merge_files.contents import take_off
 from cl_merge.merge_files.hashing import BLOCK
 from cl_merge.merge_files.inputs import Inputs, Progress
 from cl_merge.merge_files.plan import Plan, make_plan
-from cl_merge.mergers import Merger
-from cl_merge.mergers.base import fold_chunk, zeros
-from cl_merge.mergers.chunks import Accumulators, Piece, ResultInfo, Unit, chunk_size, cut
+from cl_merge.merge_files.work import Work
+from cl_merge.mergers import MERGERS, Merger
+from cl_merge.mergers.options import check_per_task
 from cl_merge.mergers.registry import fresh_merger
-from cl_merge.storage import Weights, Writer, check_output, open_weights, write_weights
+from cl_merge.storage import Weights, check_output, open_weights, write_weights
+from cl_merge.storage.hub import is_hub_id, short_name
 from cl_merge.stream_merger.buffers import BUFFERS
 from cl_merge.task_vectors.scales import Scales
 from cl_merge.task_vectors.selection import Selection
-from cl_merge.task_vectors.task_vector import check_scale, moved
+from cl_merge.task_vectors.task_vector import check_scale
 
 log = logging.getLogger(__name__)
 
-_CPU = torch.device("cpu")
-_HELD_BYTES = 16  # for each element of a block: what waits for a global count
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+"""What can be written, by name."""
+
 _NO_HASH = "0" * 32
 _NOT_WRITTEN = {".pt", ".pth", ".bin", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz"}
 
@@ -66,7 +65,7 @@ class Merged:
 
 
 def merge_checkpoints(
-    base: str | Path,
+    base: str | Path | None,
     tasks: Sequence[str | Path],
     output: str | Path,
     *,
@@ -77,6 +76,8 @@ def merge_checkpoints(
     exclude: Sequence[str] = (),
     importances: Sequence[str | Path] = (),
     buffers: str | None = None,
+    dtype: str | None = None,
+    strip_prefix: str | None = None,
     shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -91,15 +92,18 @@ def merge_checkpoints(
     methods, on their number. The output appears when it is whole; see `write_weights`.
 
     The result is that of a `MergeCallback` with the same task vectors, bit for bit: computed in
-    float32 (float64 where the weights are) and rounded once to the base's dtype. Tensors that are
-    not floating point or not selected are the base's, and need not match; statistics of batch norms
-    and other buffers are never merged. Of tied parameters, one suffices.
+    float32 (float64 where the weights are) and rounded once. Floating-point dtypes may differ from
+    input to input. Tensors that are not floating point or not selected are the base's, and need not
+    match; statistics of batch norms and other buffers are never merged. Of tied parameters, one
+    suffices.
 
     Args:
-        base: The weights before fine-tuning.
+        base: The weights before fine-tuning. None merges the weights of the tasks as they are, by a
+            method that needs no base, such as ``"average"`` and ``"slerp"``, in float32; what is
+            not merged is that of the first.
         tasks: Fine-tuned weights or task vectors, in the order of the tasks.
         output: A name that ends in ``.safetensors`` for one file, any other for a folder with the
-            base's configuration files in it.
+            base's configuration files in it, and a model card in place of the base's.
         method: A name that `get_merger` knows, or a fresh `Merger`.
         scale: Factor of the merged task vector; a mapping from patterns to factors for layers;
             None takes the one that the method was published with.
@@ -111,7 +115,14 @@ def merge_checkpoints(
         importances: For methods that weigh elements, as ``"fisher"``: a file for each task.
         buffers: What floating-point buffers hold, such as batch-norm statistics, which are told by
             their names: ``"trained"`` those of the last task, ``"base"``, or ``"average"`` their
-            mean over tasks. None means ``"trained"``, with a warning that names those that differ.
+            mean over tasks. None means ``"trained"``, without a base ``"base"``, which is the first
+            task's, with a warning that names those that differ.
+        dtype: Of all floating-point tensors of the output, buffers and those that are not merged
+            included: ``"float32"``, ``"bfloat16"`` or ``"float16"``; None for those of the base. In
+            a folder, ``config.json`` names it.
+        strip_prefix: What to take off the names of tasks and importances that begin with it and
+            that the base has not, such as ``"model."`` of a Lightning module; without a base, off
+            all names.
         shard_bytes: In a folder, the most bytes of one file.
         overwrite: Whether an output file that exists may be replaced.
         progress: Given the number of bytes to be read; returns what is told of bytes that were.
@@ -124,8 +135,8 @@ def merge_checkpoints(
 
     Raises:
         InputError: If an input is damaged, does not match the base, or holds NaN or infinity; if a
-            value overflows in the base's dtype; or if the method, an option, a pattern or the
-            output is wrong.
+            value overflows in the dtype that is written; or if the method, an option, a pattern or
+            the output is wrong.
         StorageError: If the output cannot be written.
 
     Example::
@@ -135,11 +146,17 @@ def merge_checkpoints(
     """
     begin = time.perf_counter()
     merger = fresh_merger(method, options)
+    if base is None:
+        _check_without_base(merger, tasks, scale)
+    no_base, first = base is None, tasks[0] if base is None else base
     if buffers is not None and buffers not in BUFFERS:
         raise unknown_name("choice of buffers", buffers, BUFFERS)
+    if dtype is not None and dtype not in DTYPES:
+        raise unknown_name("dtype", dtype, DTYPES)
+    check_per_task(merger.options, len(tasks))
     factors = _checked_weights(weights, len(tasks))
     _check_name(output)
-    check_output(output, [base, *tasks, *importances], overwrite=overwrite)
+    check_output(output, [first, *tasks, *importances], overwrite=overwrite)
     if merger.weighted and len(importances) != len(tasks):
         raise InputError(
             f"'{merger.name}' needs the importance of each element: {len(tasks)} files, one for "
@@ -149,14 +166,22 @@ def merge_checkpoints(
         raise InputError(f"'{merger.name}' takes no importances; leave them out")
     selection = Selection(include, exclude)
     with ExitStack() as stack:
-        opened = [stack.enter_context(open_weights(path)) for path in (base, *tasks, *importances)]
+        paths = [Path(path) for path in (first, *tasks, *importances)]
+        # What is here first, so that nothing is downloaded in vain.
+        order = sorted(range(len(paths)), key=lambda index: is_hub_id(paths[index]))
+        found = {index: stack.enter_context(open_weights(paths[index])) for index in order}
+        opened = [found[index] for index in range(len(paths))]
         vectors, weighing = opened[1 : len(tasks) + 1], opened[len(tasks) + 1 :]
-        plan = make_plan(opened[0], vectors, selection, weighing)
+        if strip_prefix is not None:
+            take_off(strip_prefix, None if no_base else opened[0], opened[0 if no_base else 1 :])
+        written = DTYPES[dtype] if dtype is not None else None
+        plan = make_plan(opened[0], vectors, selection, weighing, written, no_base=no_base)
         scales = Scales.read(scale, merger.published_scale)
         scales.check(plan.merged)
         passes = 1 if type(merger).prepare is Merger.prepare else 2
         inputs = Inputs(plan, progress, passes=passes, block=block_size, factors=factors)
-        work = _Work(plan, merger, scales, inputs, block_size, buffers or "trained")
+        of_buffers = buffers or ("base" if no_base else "trained")
+        work = Work(plan, merger, scales, inputs, block_size, of_buffers)
         made = {
             "format": "pt",  # which transformers insists on
             "cl_merge.version": __version__,
@@ -165,16 +190,19 @@ def merge_checkpoints(
             "cl_merge.scale": json.dumps(scales.plain()),
             "cl_merge.include": json.dumps(list(selection.include)),
             "cl_merge.exclude": json.dumps(list(selection.exclude)),
-            "cl_merge.buffers": buffers or "trained",
+            "cl_merge.buffers": of_buffers,
             "cl_merge.weights": json.dumps(factors),
+            "cl_merge.strip_prefix": strip_prefix or "",
             "cl_merge.inputs": _described(plan, [_NO_HASH] * len(opened)),
         }
-        entries = {n: (plan.base.dtype(n), plan.base.shape(n)) for n in plan.base.names}
+        card = model_card(Path(os.path.abspath(output)).name, plan, merger, made)
+        entries = {n: (plan.written(n), plan.base.shape(n)) for n in plan.base.names}
         with write_weights(
             output,
             entries,
             {**plan.base.metadata, **made},
             like=plan.base,
+            texts={CARD: card, **_config(plan.base, dtype)},
             shard_bytes=shard_bytes,
             overwrite=overwrite,
         ) as writer:
@@ -182,7 +210,7 @@ def merge_checkpoints(
             hashes = [content.hexdigest() for content in work.inputs.hashes]
             made["cl_merge.inputs"] = _described(plan, hashes)
             writer.amend(made)
-    _warn(work.inputs, hashes, buffers)
+    _warn(plan, work.inputs, hashes, buffers)
     return Merged(
         Path(output),
         len(plan.merged) + sum(map(len, plan.twins.values())),
@@ -198,17 +226,30 @@ def _described(plan: Plan, hashes: Sequence[str]) -> str:
     """What the metadata say of the inputs."""
     roles = ["base", *["task"] * len(plan.tasks), *["importance"] * len(plan.importances)]
     inputs = (plan.base, *plan.tasks, *plan.importances)
+    described = list(zip(inputs, roles, hashes, strict=True))[plan.no_base :]
     entries = [
         {
-            # Of "." and "..", too, the name is that of the folder.
-            "file": Path(os.path.abspath(weights.path)).name,
+            "file": short_name(weights.path),
             "kind": weights.kind,
             "role": role,
             "xxh3_128": of_content,
         }
-        for weights, role, of_content in zip(inputs, roles, hashes, strict=True)
+        for weights, role, of_content in described
     ]
     return json.dumps(entries)
+
+
+def _check_without_base(merger: Merger, tasks: Sequence[str | Path], scale: Any) -> None:
+    if not tasks:
+        raise InputError("no file to merge; give at least one checkpoint")
+    if merger.needs_base:
+        without = [name for name, kind in MERGERS.items() if not kind.needs_base]
+        raise InputError(
+            f"'{merger.name}' merges changes and needs the base; without one there are "
+            f"{listing(without)}"
+        )
+    if scale is not None:
+        raise InputError("a scale is of changes to a base, and there is none; leave it out")
 
 
 def _checked_weights(weights: Sequence[float], tasks: int) -> list[float]:
@@ -228,10 +269,42 @@ def _check_name(output: str | Path) -> None:
         )
 
 
-def _warn(inputs: Inputs, hashes: list[str], buffers: str | None) -> None:
+def _config(base: Weights, dtype: str | None) -> dict[str, str]:
+    """``config.json`` of a folder, if it names another dtype than the one that is written."""
+    path = base.folder / "config.json" if base.folder is not None else None
+    if dtype is None or path is None or not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}  # what is no configuration is copied as it is
+    return {path.name: json.dumps(_with_dtype(config, dtype), indent=2, ensure_ascii=False) + "\n"}
+
+
+def _with_dtype(config: Any, dtype: str) -> Any:
+    """A configuration, and the parts within it, with another dtype where they name one."""
+    if not isinstance(config, dict):
+        return config
+    return {
+        key: dtype if key in ("dtype", "torch_dtype") and value else _with_dtype(value, dtype)
+        for key, value in config.items()
+    }
+
+
+def _warn(plan: Plan, inputs: Inputs, hashes: list[str], buffers: str | None) -> None:
     """Tell what no one would do on purpose."""
+    for task in plan.tasks:
+        if not plan.is_added(task) and (names := _coarser(task, plan)):
+            log.warning(
+                "'%s' is stored in a shorter dtype than the base: what rounding took from its "
+                "weights counts as its change, in %s. If it was trained in that dtype, give the "
+                "base in it, too; dtype says what is written",
+                task.path,
+                listing(names),
+            )
     seen: dict[str, Weights] = {}
-    for weights, of_content in zip(inputs.all, hashes, strict=True):
+    given = list(zip(inputs.all, hashes, strict=True))[plan.no_base :]
+    for weights, of_content in given:
         first = seen.setdefault(of_content, weights)
         if first.path != weights.path:
             log.warning("'%s' holds the same as '%s'", weights.path, first.path)
@@ -239,7 +312,8 @@ def _warn(inputs: Inputs, hashes: list[str], buffers: str | None) -> None:
             log.warning("'%s' is given more than once", weights.path)
     if inputs.differing:
         log.warning(
-            "tensors that are not merged differ between the inputs; the base's were taken: %s",
+            "tensors that are not merged differ between the inputs; %s were taken: %s",
+            "the first file's" if plan.no_base else "the base's",
             listing(sorted(inputs.differing)),
         )
     if inputs.left_out:
@@ -249,124 +323,18 @@ def _warn(inputs: Inputs, hashes: list[str], buffers: str | None) -> None:
         )
     if inputs.moved_buffers and buffers is None:
         log.warning(
-            "floating-point buffers differ and are not merged: %s. The last task's were taken; "
-            "choose with buffers: trained, base or average",
+            "floating-point buffers differ and are not merged: %s. The %s were taken; choose with "
+            "buffers: trained, base or average",
             listing(sorted(inputs.moved_buffers)),
+            "first file's" if plan.no_base else "last task's",
         )
 
 
-class _Work:
-    """One merge under way."""
+def _coarser(task: Weights, plan: Plan) -> list[str]:
+    """Merged tensors that a task has with less precision than the base."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        merger: Merger,
-        scales: Scales,
-        inputs: Inputs,
-        block_size: int,
-        buffers: str,
-    ) -> None:
-        self._plan = plan
-        self._merger = merger
-        self._scales = scales
-        self._block_size = block_size
-        self._buffers = buffers
-        self.inputs = inputs
-        self._prepared: list[Any] = []  # by task
-        self._counts: list[int] = []
-        self._waiting: list[tuple[Piece, Accumulators | None]] = []
-        self._lock = threading.Lock()
-        self._held = 0
+    def step(weights: Weights, name: str) -> float:
+        return torch.finfo(weights.dtype(name)).eps
 
-    def run(self, writer: Writer) -> None:
-        """Read everything, and write every tensor of the output."""
-        merged, copied = self._plan.merged, self._plan.copied
-        readers = [self.inputs.reader(task) for task in range(len(self._plan.tasks))]
-        self._prepared = in_threads(self._merger.prepare, readers)
-        # A thread takes a block at a time: whole parameters where the rule needs them.
-        unit: Unit = "element" if self._merger.unit == "element" else "parameter"
-        in_threads(lambda block: self._merge_block(writer, *block), self._blocks(merged, unit))
-        total = sum(self._counts)
-        # The stretches whose result depends on all others, now that it is known.
-        in_threads(lambda waiting: self._finish(writer, *waiting, total), self._waiting)
-
-        def copy(block: Piece) -> None:
-            writer.write(block[0], block[1].start, self.inputs.copied(*block))
-
-        def choose(block: Piece) -> None:
-            values = self.inputs.buffer(*block, self._buffers)
-            writer.write(block[0], block[1].start, values)
-
-        in_threads(copy, self._blocks(copied, "element"))
-        in_threads(choose, self._blocks(self._plan.buffers, "element"))
-        tied = [name for names in self._plan.twins.values() for name in names]
-        in_threads(lambda block: self.inputs.copied(*block), self._blocks(tied, "element"))
-        self.inputs.differing.difference_update(tied)
-        for index, name, shape in self.inputs.rest():  # which only the hashes know
-            for _, part in cut({name: shape}, "element", self._block_size):
-                self.inputs.read(index, name, part, hashed=True)
-
-    def _blocks(self, names: list[str], unit: Unit) -> list[Piece]:
-        shapes = {name: self._plan.base.shape(name) for name in names}
-        return list(cut(shapes, unit, self._block_size))
-
-    def _merge_block(self, writer: Writer, name: str, block: slice) -> None:
-        shapes = {name: self._plan.base.shape(name)}
-        size = self._merger.chunk_size or chunk_size(_CPU)
-        for piece in cut(shapes, self._merger.unit, size, block):
-            base = self.inputs.read(0, *piece, hashed=True)
-            state = self._fold(piece, base, hashed=True)
-            number, depends = self._merger.global_count(state)
-            self._counts.append(number)
-            if depends:
-                self._waiting.append((piece, state if self._has_room(state) else None))
-            else:
-                self._write(writer, piece, base, state, 0)
-
-    def _fold(self, piece: Piece, base: Tensor, *, hashed: bool) -> Accumulators:
-        state: Accumulators = {}
-        for task, prepared in enumerate(self._prepared):
-            state |= zeros(self._merger.new_accumulators(task), base.shape, _CPU)
-            grown = self._plan.tasks[task]
-            if isinstance(grown, GrownVector) and piece[0] not in grown.vector.names:
-                continue  # it came after this task
-            vector = self.inputs.reader(task, base, hashed=hashed)
-            fold_chunk(self._merger, state, vector, piece, task, prepared)
-        return state
-
-    def _has_room(self, state: Accumulators) -> bool:
-        """Whether it may be held in memory until all is counted; else it is made once more."""
-        size = sum(tensor.nbytes for tensor in state.values())
-        with self._lock:
-            fits = self._held + size <= _HELD_BYTES * self._block_size
-            self._held += size if fits else 0
-        return fits
-
-    def _finish(self, writer: Writer, piece: Piece, state: Accumulators | None, total: int) -> None:
-        name, part = piece
-        base = self._plan.base.read(name, part.start, part.stop)
-        self._write(writer, piece, base, state or self._fold(piece, base, hashed=False), total)
-
-    def _write(
-        self, writer: Writer, piece: Piece, base: Tensor, state: Accumulators, total: int
-    ) -> None:
-        name, part = piece
-        merged = torch.zeros(base.shape)
-        shape, tasks = self._plan.base.shape(name), len(self._plan.tasks)
-        self._merger.compute(state, merged, ResultInfo(name, shape, part.start, tasks, total))
-        result = self._rounded(base, merged, self._scales.of(name))
-        if result is None:
-            raise self.inputs.broken_result(name)
-        for each in (name, *self._plan.twins.get(name, ())):
-            writer.write(each, part.start, result)
-
-    def _rounded(self, base: Tensor, merged: Tensor, scale: float) -> Tensor | None:
-        """Add a merged stretch to the base's; None where it leaves what the base's dtype holds."""
-        if base.itemsize > 1:
-            result = moved(base, merged, scale)
-            return result if is_finite(result) else None
-        # Types of one byte have no infinity to show it.
-        result = moved(base.float(), merged, scale)
-        fits = bool((result.abs() <= torch.finfo(base.dtype).max).all())
-        return result.to(base.dtype) if fits else None
+    held = set(task.names)
+    return [n for n in plan.merged if n in held and step(task, n) > step(plan.base, n)]

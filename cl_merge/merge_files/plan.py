@@ -21,12 +21,14 @@ from cl_merge.storage import Weights
 from cl_merge.task_vectors.selection import Selection
 from cl_merge.task_vectors.task_vector import check_same_dtypes, check_same_layout
 
+_BASE = "the base must hold the weights before fine-tuning"
+
 
 @dataclass(frozen=True)
 class Plan:
     """What will be merged."""
 
-    base: Weights  # before fine-tuning
+    base: Weights  # before fine-tuning; without a base, the first file once more, for all but sums
     tasks: list[Weights]  # fine-tuned weights or task vectors, in order
     importances: list[Weights]  # one for each task, or none
     merged: list[str]  # names of tensors, in the order of the base
@@ -34,6 +36,17 @@ class Plan:
     copied: list[str]  # names of the others, which are taken from the base
     # Names of the base that are tied to one that is merged, by the name of that.
     twins: dict[str, list[str]] = field(default_factory=dict)
+    dtype: torch.dtype | None = None  # of what is written; None for the base's
+    no_base: bool = False  # whether weights are merged as they are
+
+    def is_added(self, task: Weights) -> bool:
+        """Whether the values of a task are merged as they are, with no base to subtract."""
+        return task.is_task_vector or self.no_base
+
+    def written(self, name: str) -> torch.dtype:
+        """The dtype in which a tensor is written."""
+        own = self.base.dtype(name)
+        return self.dtype if self.dtype is not None and own.is_floating_point else own
 
 
 def make_plan(
@@ -41,19 +54,23 @@ def make_plan(
     tasks: Sequence[Weights],
     selection: Selection,
     importances: Sequence[Weights] = (),
+    dtype: torch.dtype | None = None,
+    *,
+    no_base: bool = False,
 ) -> Plan:
     """Check every input against the base, by what the files say of their tensors.
 
-    Only what is merged has to match: parameters that the selection chooses. Of tied parameters one
-    suffices.
+    Only what is merged has to match: parameters that the selection chooses, in names and shapes. Of
+    tied parameters one suffices.
 
     Raises:
-        InputError: If there is no task, an input is quantised, or names, shapes or dtypes do not
-            match; names the file and the tensors.
+        InputError: If there is no task, an input is quantised, names or shapes do not match, or
+            a parameter is integers in one of them; names the file and the tensors.
     """
     if not tasks:
         raise InputError("no task to merge; give at least one checkpoint or task vector")
-    check_base(base)
+    for weights in (base, *(tasks if no_base else ())):
+        check_base(weights, "without a base there must be weights" if no_base else _BASE)
     for weights in (base, *tasks):
         check_mergeable(weights)
     if is_grown(base):
@@ -61,8 +78,9 @@ def make_plan(
     chosen = Chosen(selection, [base, *tasks])
     changed: list[set[str]] = []
     twins: dict[str, str] = {}
+    than = f"{'the first file' if no_base else 'the base'} '{base.path}'"
     for task in tasks:
-        twins |= _check_task(task, base, chosen)
+        twins |= _check_task(task, base, chosen, than)
     for task in tasks:
         _check_tied(task, twins)
         changed.append(set(chosen.of(task)) - twins.keys())
@@ -91,6 +109,8 @@ def make_plan(
         merged,
         buffers,
         [name for name in base.names if name not in done],
+        dtype=dtype,
+        no_base=no_base,
     )
     for twin, name in twins.items():
         plan.twins.setdefault(name, []).append(twin)
@@ -139,17 +159,15 @@ def dtype_name(weights: Weights, name: str) -> str:
     return str(weights.dtype(name)).removeprefix("torch.")
 
 
-def check_base(base: Weights) -> None:
+def check_base(base: Weights, expected: str = _BASE) -> None:
     """Refuse a task vector where weights are wanted."""
     if base.is_task_vector:
-        raise InputError(
-            f"'{base.path}' is a task vector, but the base must hold the weights before fine-tuning"
-        )
+        raise InputError(f"'{base.path}' is a task vector, but {expected}")
 
 
-def _check_task(task: Weights, base: Weights, chosen: Chosen) -> dict[str, str]:
+def _check_task(task: Weights, base: Weights, chosen: Chosen, than: str) -> dict[str, str]:
     """Check a task; returns tied tensors of the base that it lacks, with what they are tied to."""
-    named, than = f"'{task.path}'", f"the base '{base.path}'"
+    named = f"'{task.path}'"
     theirs, ours = chosen.of_either(task, base)
     twins: dict[str, str] = {}
     if task.is_task_vector:
@@ -165,10 +183,16 @@ def _check_task(task: Weights, base: Weights, chosen: Chosen) -> dict[str, str]:
         ours = [name for name in ours if name not in twins]
         theirs = [name for name in theirs if name not in ignored]
     given, wanted = _layout(task, theirs), _layout(base, ours)
-    check_same_layout(given, wanted, named, than, partly=task.is_task_vector)
+    remedy = ", or give strip_prefix"
+    check_same_layout(given, wanted, named, than, partly=task.is_task_vector, remedy=remedy)
     if not task.is_task_vector:
-        check_same_dtypes(given, wanted, named, than)
+        mixed = {n for n, t in given.items() if not _both_floating(t, wanted[n])}
+        check_same_dtypes({n: given[n] for n in mixed}, wanted, named, than)
     return twins
+
+
+def _both_floating(one: Tensor, other: Tensor) -> bool:
+    return one.is_floating_point() and other.is_floating_point()
 
 
 def unmatched(

@@ -36,6 +36,7 @@ def write_weights(
     metadata: Mapping[str, str],
     *,
     like: Weights | None = None,
+    texts: Mapping[str, str] | None = None,
     shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
 ) -> Iterator[Writer]:
@@ -54,6 +55,7 @@ def write_weights(
             demands.
         like: For a folder: whose names to use, and whose small files to copy, such as configuration
             and tokenizer; what stays behind is logged.
+        texts: For a folder: small files to write, by name, in place of copies.
         shard_bytes: In a folder, the most bytes of one file. open_clip reads no index: what is like
             an open_clip folder is always one file.
         overwrite: Whether a file that exists may be replaced.
@@ -79,10 +81,11 @@ def write_weights(
     target = path if _is_file(path) else Path(os.path.realpath(path))
     folder = like.folder if like is not None else None
     sizes = {name: size_of(entry) for name, entry in entries.items()}
-    files, sides = {path.name: list(entries)}, dict[Path, Path]()
+    files, sides, texts = {path.name: list(entries)}, dict[Path, Path](), texts or {}
     if not _is_file(path):
         if like is not None and folder is not None:
-            sides = {side: folder / side for side in side_files(folder, like.file_name)}
+            found, own = side_files(folder, like.file_name), {text.lower() for text in texts}
+            sides = {s: folder / s for s in found if s.as_posix().lower() not in own}
         files = output_files(like.file_name if like and folder else "", sizes, shard_bytes)
     headers = {
         file: Header({n: entries[n] for n in names}, metadata) for file, names in files.items()
@@ -102,6 +105,8 @@ def write_weights(
                 for side, source in sides.items():
                     (hidden / side).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(source, hidden / side)
+                for name, text in texts.items():
+                    (hidden / name).write_bytes(text.encode())
             opened_files = [
                 opened.enter_context(_NewFile(hidden if _is_file(path) else hidden / name, header))
                 for name, header in headers.items()

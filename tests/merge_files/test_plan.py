@@ -50,12 +50,22 @@ def test_names_that_differ_by_a_prefix_only(tmp_path, out, small):
     assert refused(tmp_path, out, base, task) == (
         "'task.safetensors' has other tensors than the base 'base.safetensors'; missing: b, w; "
         "extra: model.b, model.w. Names in 'task.safetensors' begin with 'model.': save "
-        "both in one way. Both must come from one architecture"
+        "both in one way, or give strip_prefix. Both must come from one architecture"
     )
     message = refused(tmp_path, out, task, base)
     assert (
         "Names in the base 'task.safetensors' begin with 'model.': save both in one way." in message
     )
+
+
+def test_a_prefix_beside_other_names_is_noticed_too(tmp_path, out, small):
+    base = write(tmp_path, "base", small, "safetensors")
+    wrapped = {f"model.{name}": tensor for name, tensor in small.items()}
+    task = write(tmp_path, "task", {"loss.weight": small["w"], **wrapped}, "safetensors")
+    message = refused(tmp_path, out, base, task)
+    assert "Names in 'task.safetensors' begin with 'model.': save both in one way, or " in message
+    message = refused(tmp_path, out, base, task, strip_prefix="model.")
+    assert "missing: none; extra: loss.weight. Both must" in message
 
 
 def test_other_shapes(tmp_path, out, small):
@@ -66,11 +76,13 @@ def test_other_shapes(tmp_path, out, small):
     )
 
 
-def test_other_dtypes(tmp_path, out, small):
+def test_integers_in_place_of_numbers_that_train(tmp_path, out, small):
     base = write(tmp_path, "base", small, "safetensors")
-    task = write(tmp_path, "task", {**small, "w": small["w"].half()}, "shards")
+    task = write(
+        tmp_path, "task", {**small, "w": small["w"].long(), "b": small["b"].half()}, "shards"
+    )
     assert refused(tmp_path, out, base, task) == (
-        "'task' has other dtypes than the base 'base.safetensors': w float16 instead of float32. "
+        "'task' has other dtypes than the base 'base.safetensors': w int64 instead of float32. "
         "Convert one of the two"
     )
 
@@ -137,7 +149,7 @@ def test_an_unknown_method_or_option_or_value(tmp_path, out, small):
     assert message.startswith("unknown method 'tie'; did you mean 'ties'? Known: magmax, ")
     message = refused(tmp_path, out, base, base, method="ties", densty=0.3)
     assert message == (
-        "unknown option of method 'ties' 'densty'; did you mean 'density'? Known: density, per_parameter"
+        "unknown option of method 'ties' 'densty'; did you mean 'density'? Known: density, per_parameter, sign, combine, task_weights"
     )
     message = refused(tmp_path, out, base, base, method="ties", density=0)
     assert message == "density must be a number above 0 and at most 1, not 0"

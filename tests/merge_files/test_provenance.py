@@ -49,12 +49,13 @@ def test_the_output_tells_how_it_was_made(files, out):
         "format": "pt",
         "cl_merge.version": __version__,
         "cl_merge.method": "ties",
-        "cl_merge.options": '{"density": 0.3, "per_parameter": false}',
+        "cl_merge.options": '{"density": 0.3, "per_parameter": false, "sign": "value", "combine": "mean", "task_weights": null}',
         "cl_merge.scale": '{"w*": 0.25, "*": 0.55}',
         "cl_merge.include": '["w*", "bias"]',
         "cl_merge.exclude": '["wide"]',
         "cl_merge.buffers": "trained",
         "cl_merge.weights": "[1.0, 1.0]",
+        "cl_merge.strip_prefix": "",
     }
     assert {**found, "cl_merge.inputs": json.dumps(inputs)} == done.provenance
     assert [(entry["file"], entry["kind"], entry["role"]) for entry in inputs] == [
