@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from cl_merge.benchmarks.formatting import counted
 from cl_merge.errors import InputError, unknown_name
@@ -30,8 +30,18 @@ examples:
   cl-merge merge base/ task0/ task1/ task2/ --method ties --set density=0.3 --out merged/
   cl-merge merge base.pt task*.pt --scale 0.5 --scale 'visual.*attn*=0.3' --out merged.safetensors
   cl-merge merge base.safetensors task*.safetensors --method mine.py:median --out merged.safetensors
+  cl-merge merge base/ adapter0/ adapter1/ --lora-rank 16 --out merged_adapter/
 """
-_ARGUMENTS = ("method", "scale", "include", "exclude", "importance", "buffers", "overwrite")
+_ARGUMENTS = (
+    "method",
+    "scale",
+    "include",
+    "exclude",
+    "importance",
+    "buffers",
+    "lora-rank",
+    "overwrite",
+)
 _BUFFERS = {"trained": "of the last task", "base": "of the base", "average": "averaged"}
 _SIZES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -68,6 +78,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     about = "for methods that weigh elements, as fisher: one file for each task"
     add("--importance", **several, metavar="FILE", help=about)
+    add(
+        "--lora-rank",
+        metavar="RANK",
+        help="of LoRA adapters, make one of this rank, a folder of peft, instead of merged "
+        "weights; auto for the sum of their ranks",
+    )
     add("--shard-size", default="5GB", metavar="SIZE", help="most of one file in a folder [5GB]")
     add("--overwrite", action="store_true", help="replace an output file that exists")
     command.set_defaults(execute=merge)
@@ -98,6 +114,7 @@ def merge(parsed: argparse.Namespace) -> None:
             exclude=parsed.exclude,
             importances=parsed.importance,
             buffers=parsed.buffers,
+            lora_rank=read_rank(parsed.lora_rank),
             shard_bytes=shard_bytes,
             overwrite=parsed.overwrite,
             progress=progress,
@@ -128,6 +145,11 @@ def _summary(done: Merged, tasks: int) -> str:
     given = json.loads(made["cl_merge.options"])
     options = f" ({', '.join(f'{key}={value}' for key, value in given.items())})" if given else ""
     size, speed = done.bytes_read, done.bytes_read / max(done.seconds, 1e-9)
+    if fit := done.adapter:
+        of_tasks += (
+            f" into an adapter of rank {fit.rank}\nrelative error {fit.error:.2g}, at most "
+            f"{fit.worst:.2g} ({fit.worst_name})"
+        )
     return (
         f"{done.path}: {merged} merged from {of_tasks}{copied}\n"
         f"method {made['cl_merge.method']}{options}, scale "
@@ -168,6 +190,18 @@ def read_scale(words: list[str] | None) -> float | dict[str, float] | None:
     if "*" in found:
         found["*"] = found.pop("*")
     return found["*"] if list(found) == ["*"] else found
+
+
+def read_rank(word: str | None) -> int | Literal["auto"] | None:
+    """Read what ``--lora-rank`` was given."""
+    if word is None:
+        return None
+    if word == "auto":
+        return "auto"
+    try:
+        return int(word)
+    except ValueError:
+        raise InputError(f"--lora-rank {word}: expected a whole number, or auto") from None
 
 
 def read_size(word: str) -> int:

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,13 @@ from cl_merge import __version__
 from cl_merge.errors import InputError, listing, unknown_name
 from cl_merge.kernels.finite import is_finite
 from cl_merge.kernels.parallel import in_threads
+from cl_merge.merge_files.adapter import (
+    AdapterFit,
+    AdapterWriter,
+    LoraRank,
+    adapter_plan,
+    write_adapter,
+)
 from cl_merge.merge_files.grown import GrownVector
 from cl_merge.merge_files.hashing import BLOCK
 from cl_merge.merge_files.inputs import Inputs, Progress
@@ -39,6 +46,7 @@ log = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
 _HELD_BYTES = 16  # for each element of a block: what waits for a global count
 _NO_HASH = "0" * 32
+_Sink = Writer | AdapterWriter
 _NOT_WRITTEN = {".pt", ".pth", ".bin", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz"}
 
 
@@ -54,6 +62,7 @@ class Merged:
         bytes_read: Bytes of all inputs' tensors, each time they were read.
         seconds: How long it took.
         provenance: What the output's metadata say of how it was made.
+        adapter: How near the adapter comes to what was merged, if one was asked for.
     """
 
     path: Path
@@ -63,6 +72,7 @@ class Merged:
     bytes_read: int
     seconds: float
     provenance: Mapping[str, str] = field(repr=False)
+    adapter: AdapterFit | None = None
 
 
 def merge_checkpoints(
@@ -77,6 +87,7 @@ def merge_checkpoints(
     exclude: Sequence[str] = (),
     importances: Sequence[str | Path] = (),
     buffers: str | None = None,
+    lora_rank: LoraRank | None = None,
     shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -112,6 +123,11 @@ def merge_checkpoints(
         buffers: What floating-point buffers hold, such as batch-norm statistics, which are told by
             their names: ``"trained"`` those of the last task, ``"base"``, or ``"average"`` their
             mean over tasks. None means ``"trained"``, with a warning that names those that differ.
+        lora_rank: Where all tasks are LoRA adapters: merge them into one of this rank, a folder of
+            peft with the dtype of the first, instead of into the base. Its factors are the nearest
+            ones to each merged matrix; ``adapter`` of the result says how near. ``"auto"`` is the
+            largest sum of the ranks of the tasks, with which methods that average or add up lose
+            nothing.
         shard_bytes: In a folder, the most bytes of one file.
         overwrite: Whether an output file that exists may be replaced.
         progress: Given the number of bytes to be read; returns what is told of bytes that were.
@@ -152,11 +168,15 @@ def merge_checkpoints(
         opened = [stack.enter_context(open_weights(path)) for path in (base, *tasks, *importances)]
         vectors, weighing = opened[1 : len(tasks) + 1], opened[len(tasks) + 1 :]
         plan = make_plan(opened[0], vectors, selection, weighing)
+        block = block_size
+        if lora_rank is not None:
+            plan, rank, block = adapter_plan(plan, lora_rank)
+            merger.chunk_size = block  # whole matrices, which are factored as they come
         scales = Scales.read(scale, merger.published_scale)
         scales.check(plan.merged)
         passes = 1 if type(merger).prepare is Merger.prepare else 2
         inputs = Inputs(plan, progress, passes=passes, block=block_size, factors=factors)
-        work = _Work(plan, merger, scales, inputs, block_size, buffers or "trained")
+        work = _Work(plan, merger, scales, inputs, block, buffers or "trained")
         made = {
             "format": "pt",  # which transformers insists on
             "cl_merge.version": __version__,
@@ -170,16 +190,21 @@ def merge_checkpoints(
             "cl_merge.inputs": _described(plan, [_NO_HASH] * len(opened)),
         }
         entries = {n: (plan.base.dtype(n), plan.base.shape(n)) for n in plan.base.names}
-        with write_weights(
+        writing: AbstractContextManager[_Sink] = write_weights(
             output,
             entries,
             {**plan.base.metadata, **made},
             like=plan.base,
             shard_bytes=shard_bytes,
             overwrite=overwrite,
-        ) as writer:
+        )
+        if lora_rank is not None:
+            writing = write_adapter(output, plan, rank, made, overwrite=overwrite)
+        with writing as writer:
             work.run(writer)
             hashes = [content.hexdigest() for content in work.inputs.hashes]
+            if lora_rank is not None:
+                hashes[0] = ""  # of the base only names and shapes were read
             made["cl_merge.inputs"] = _described(plan, hashes)
             writer.amend(made)
     _warn(work.inputs, hashes, buffers)
@@ -191,6 +216,7 @@ def merge_checkpoints(
         work.inputs.count.read,
         time.perf_counter() - begin,
         made,
+        writer.fit() if isinstance(writer, AdapterWriter) else None,
     )
 
 
@@ -204,7 +230,7 @@ def _described(plan: Plan, hashes: Sequence[str]) -> str:
             "file": Path(os.path.abspath(weights.path)).name,
             "kind": weights.kind,
             "role": role,
-            "xxh3_128": of_content,
+            **({"xxh3_128": of_content} if of_content else {}),
         }
         for weights, role, of_content in zip(inputs, roles, hashes, strict=True)
     ]
@@ -279,7 +305,7 @@ class _Work:
         self._lock = threading.Lock()
         self._held = 0
 
-    def run(self, writer: Writer) -> None:
+    def run(self, writer: _Sink) -> None:
         """Read everything, and write every tensor of the output."""
         merged, copied = self._plan.merged, self._plan.copied
         readers = [self.inputs.reader(task) for task in range(len(self._plan.tasks))]
@@ -311,7 +337,7 @@ class _Work:
         shapes = {name: self._plan.base.shape(name) for name in names}
         return list(cut(shapes, unit, self._block_size))
 
-    def _merge_block(self, writer: Writer, name: str, block: slice) -> None:
+    def _merge_block(self, writer: _Sink, name: str, block: slice) -> None:
         shapes = {name: self._plan.base.shape(name)}
         size = self._merger.chunk_size or chunk_size(_CPU)
         for piece in cut(shapes, self._merger.unit, size, block):
@@ -343,13 +369,13 @@ class _Work:
             self._held += size if fits else 0
         return fits
 
-    def _finish(self, writer: Writer, piece: Piece, state: Accumulators | None, total: int) -> None:
+    def _finish(self, writer: _Sink, piece: Piece, state: Accumulators | None, total: int) -> None:
         name, part = piece
         base = self._plan.base.read(name, part.start, part.stop)
         self._write(writer, piece, base, state or self._fold(piece, base, hashed=False), total)
 
     def _write(
-        self, writer: Writer, piece: Piece, base: Tensor, state: Accumulators, total: int
+        self, writer: _Sink, piece: Piece, base: Tensor, state: Accumulators, total: int
     ) -> None:
         name, part = piece
         merged = torch.zeros(base.shape)

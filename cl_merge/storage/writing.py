@@ -36,6 +36,8 @@ def write_weights(
     metadata: Mapping[str, str],
     *,
     like: Weights | None = None,
+    file_name: str = "",
+    texts: Mapping[str, str] | None = None,
     shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
 ) -> Iterator[Writer]:
@@ -54,6 +56,8 @@ def write_weights(
             demands.
         like: For a folder: whose names to use, and whose small files to copy, such as configuration
             and tokenizer; what stays behind is logged.
+        file_name: For a folder that is like no other: how to name its file of weights.
+        texts: For a folder: more small files, what they hold by their names.
         shard_bytes: In a folder, the most bytes of one file. open_clip reads no index: what is like
             an open_clip folder is always one file.
         overwrite: Whether a file that exists may be replaced.
@@ -83,7 +87,7 @@ def write_weights(
     if not _is_file(path):
         if like is not None and folder is not None:
             sides = {side: folder / side for side in side_files(folder, like.file_name)}
-        files = output_files(like.file_name if like and folder else "", sizes, shard_bytes)
+        files = output_files(like.file_name if like and folder else file_name, sizes, shard_bytes)
     headers = {
         file: Header({n: entries[n] for n in names}, metadata) for file, names in files.items()
     }
@@ -102,6 +106,8 @@ def write_weights(
                 for side, source in sides.items():
                     (hidden / side).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(source, hidden / side)
+                for name, text in (texts or {}).items():
+                    (hidden / name).write_text(text, encoding="utf-8")
             opened_files = [
                 opened.enter_context(_NewFile(hidden if _is_file(path) else hidden / name, header))
                 for name, header in headers.items()

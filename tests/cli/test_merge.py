@@ -97,6 +97,29 @@ def test_include_and_exclude(merge, files, base, tasks):
     )
 
 
+def test_adapters_become_an_adapter_and_its_error_is_told(merge, files):
+    for seed in range(2):
+        folder = files / f"adapter{seed}"
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 2}')
+        factors = {"A": (2, 6), "B": (8, 2)}
+        prefix = "base_model.model.visual.attn.lora_"
+        tensors = {f"{prefix}{k}.weight": torch.randn(shape) for k, shape in factors.items()}
+        write(folder, "adapter_model", tensors, "safetensors")
+    adapters = ["adapter0", "adapter1"]
+    code, printed, _ = merge("--lora-rank", "auto", output="a", files=adapters)
+    assert code == 0
+    assert re.match(
+        r"a: 1 tensor merged from 2 tasks into an adapter of rank 4\n"
+        r"relative error 0\.\d+, at most 0\.\d+ \(visual\.attn\.weight\)\n"
+        r"method magmax, scale 0\.5; read ",
+        printed,
+    )
+    code, _, complained = merge("--lora-rank", "few", output="b", files=adapters)
+    assert code == 2
+    assert "--lora-rank few: expected a whole number, or auto" in complained
+
+
 def test_a_folder_is_sharded_by_size(merge, files):
     assert merge("--shard-size", "0.1KB", output="merged")[0] == 0
     assert "model.safetensors.index.json" in listed(files / "merged")

@@ -65,8 +65,8 @@ def checkpoints(folder):
     (folder / "vectors").mkdir()
     for number, name in enumerate(("base", "task0", "task1")):
         generator = torch.Generator().manual_seed(number)
-        names = ("visual.attn.weight", "visual.attn.bias", "visual.mlp.weight")
-        states[name] = {key: torch.randn(4, generator=generator) for key in names}
+        shapes = {"visual.attn.weight": 4, "visual.attn.bias": 4, "visual.mlp.weight": (4, 4)}
+        states[name] = {key: torch.randn(s, generator=generator) for key, s in shapes.items()}
         save_file(states[name], folder / f"{name}.safetensors")
         save_file(states[name], folder / "vectors" / f"{name}.safetensors")
         (folder / name).mkdir()
@@ -75,6 +75,12 @@ def checkpoints(folder):
     for task in (0, 1):
         importance = {name: value.abs() for name, value in states["base"].items()}
         save_file(importance, folder / f"importance{task}.safetensors")
+        adapter = folder / f"adapter{task}"
+        adapter.mkdir()
+        (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1}')
+        parts = {"A": torch.ones(1, 4), "B": torch.full((4, 1), task + 1.0)}
+        factors = {f"base_model.model.visual.mlp.lora_{k}.weight": v for k, v in parts.items()}
+        save_file(factors, adapter / "adapter_model.safetensors")
     return states
 
 
