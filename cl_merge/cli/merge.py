@@ -32,7 +32,7 @@ examples:
   cl-merge merge base.safetensors task*.safetensors --method mine.py:median --out merged.safetensors
   cl-merge merge base/ adapter0/ adapter1/ --lora-rank 16 --out merged_adapter/
 """
-_ARGUMENTS = (
+_ARGUMENTS = {
     "method",
     "scale",
     "include",
@@ -40,8 +40,9 @@ _ARGUMENTS = (
     "importance",
     "buffers",
     "lora-rank",
+    "dtype",
     "overwrite",
-)
+}
 _BUFFERS = {"trained": "of the last task", "base": "of the base", "average": "averaged"}
 _SIZES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -76,6 +77,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="batch-norm statistics and the like: trained (the last task's), base, or average over "
         "tasks [trained, with a message]",
     )
+    add("--dtype", metavar="DTYPE", help="of the output: float32, bfloat16 or float16 [the base's]")
     about = "for methods that weigh elements, as fisher: one file for each task"
     add("--importance", **several, metavar="FILE", help=about)
     add(
@@ -115,6 +117,7 @@ def merge(parsed: argparse.Namespace) -> None:
             importances=parsed.importance,
             buffers=parsed.buffers,
             lora_rank=read_rank(parsed.lora_rank),
+            dtype=parsed.dtype,
             shard_bytes=shard_bytes,
             overwrite=parsed.overwrite,
             progress=progress,

@@ -66,7 +66,7 @@ def adapter_plan(plan: Plan, rank: LoraRank) -> tuple[Plan, int, int]:
     tensors = {name: StoredTensor(torch.float32, shapes[name], _zeros) for name in shapes}
     base = Weights(plan.base.path, plan.base.kind, tensors)
     whole = max(shape.numel() for shape in shapes.values())
-    plan = replace(plan, base=base, buffers=[], copied=[], twins={})
+    plan = replace(plan, base=base, buffers=[], copied=[], twins={}, dtype=None)
     return plan, _rank(plan, rank), whole
 
 
@@ -77,9 +77,10 @@ def write_adapter(
     rank: int,
     metadata: Mapping[str, str],
     *,
+    dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> Iterator[AdapterWriter]:
-    """Write a folder of peft, as `write_weights` does; its dtype is the first adapter's.
+    """Write a folder of peft, as `write_weights` does, in the first adapter's dtype or another.
 
     Yields:
         What takes the merged change of each matrix, whole, and factors it.
@@ -87,11 +88,12 @@ def write_adapter(
     if Path(output).suffix.lower() == ".safetensors":
         raise InputError(f"the output '{output}' is a file, but an adapter is a folder; name one")
     first = _adapter(plan.tasks[0])
+    dtype = dtype or first.factor_dtype
     entries, transposed = {}, bool(first.config.get("fan_in_fan_out"))
     for name in plan.merged:
         rows, columns = plan.base.shape(name)[:: -1 if transposed else 1]
-        entries[factor_of(name, "A")] = (first.factor_dtype, torch.Size([rank, columns]))
-        entries[factor_of(name, "B")] = (first.factor_dtype, torch.Size([rows, rank]))
+        entries[factor_of(name, "A")] = (dtype, torch.Size([rank, columns]))
+        entries[factor_of(name, "B")] = (dtype, torch.Size([rows, rank]))
     config = {
         "peft_type": "LORA",
         "task_type": first.config.get("task_type"),
@@ -114,7 +116,7 @@ def write_adapter(
         shard_bytes=sum(dtype.itemsize * shape.numel() for dtype, shape in entries.values()),
         overwrite=overwrite,
     ) as writer:
-        yield AdapterWriter(writer, plan, rank, transposed, first.factor_dtype)
+        yield AdapterWriter(writer, plan, rank, transposed, dtype)
 
 
 class AdapterWriter:

@@ -14,7 +14,7 @@ from cl_merge.kernels.finite import is_finite, not_finite
 from cl_merge.merge_files.contents import RUNNING_VARIANCE
 from cl_merge.merge_files.grown import GrownVector
 from cl_merge.merge_files.hashing import ContentHash
-from cl_merge.merge_files.plan import Plan, dtype_name
+from cl_merge.merge_files.plan import Plan
 from cl_merge.mergers.chunks import Reader
 from cl_merge.storage import Weights
 
@@ -125,14 +125,15 @@ class Inputs:
         values = self.read(0, name, part, hashed=True)
         for index in self._alike(name):
             theirs = self.read(index, name, part, hashed=True)
-            if self._is_tuned(index) and not torch.equal(
-                theirs.view(torch.uint8), values.view(torch.uint8)
-            ):
+            if self._is_tuned(index) and not _same(theirs, values):
                 self.differing.add(name)
         return values
 
     def buffer(self, name: str, part: slice, choice: str) -> Tensor:
-        """Read a stretch of a buffer as it is after merging; `choice` as of `MergedBuffers`."""
+        """Read a stretch of a buffer as it is after merging, in the dtype of whatever it is from.
+
+        `choice` is as of `MergedBuffers`.
+        """
         base, after = self.read(0, name, part, hashed=True), []
         for index in self._alike(name):
             values = self.read(index, name, part, hashed=True)
@@ -144,13 +145,12 @@ class Inputs:
                     f"'{name}' holds a negative variance in one of the inputs, which gives NaN. A "
                     "file in which statistics were merged as weights is like that; merge others"
                 )
-        if any(not torch.equal(values, base) for values in after):
+        if not all(_same(values, base) for values in after):
             self.moved_buffers.add(name)
         if choice == "base" or not after:
             return base
         if choice == "average":
-            total = torch.stack([values.to(torch.float64) for values in after]).mean(dim=0)
-            return total.to(base.dtype)
+            return torch.stack([values.to(torch.float64) for values in after]).mean(dim=0)
         return after[-1]
 
     def _is_tuned(self, index: int) -> bool:
@@ -162,12 +162,13 @@ class Inputs:
         return [index for index in range(1, len(self.all)) if self._is_alike(index, name)]
 
     def _is_alike(self, index: int, name: str) -> bool:
-        """Whether an input and the base both have a tensor, of one shape and dtype."""
+        """Whether an input and the base both have a tensor, of one shape and kind of numbers."""
         if name not in self._held[0] or name not in self._held[index]:
             return False  # task vectors lack what did not train
         base, theirs = self._plan.base, self.all[index]
-        same_shape = theirs.shape(name) == base.shape(name)
-        return same_shape and theirs.dtype(name) == base.dtype(name)
+        ours, given = base.dtype(name), theirs.dtype(name)
+        same_kind = ours == given or (ours.is_floating_point and given.is_floating_point)
+        return same_kind and theirs.shape(name) == base.shape(name)
 
     def rest(self) -> list[tuple[int, str, torch.Size]]:
         """What an input has that the base has not, or not so; notes the names."""
@@ -204,10 +205,12 @@ class Inputs:
         base = self._plan.base
         if names := self._not_finite(base):
             return self._broken_base(names)
-        return InputError(
-            f"'{name}' overflows {dtype_name(base, name)} after merging; use a smaller scale, or "
-            "convert the inputs to a wider dtype"
-        )
+        return self.overflow(name, " after merging; use a smaller scale, or a wider dtype")
+
+    def overflow(self, name: str, advice: str = "; use a wider dtype") -> InputError:
+        """Make the error for a tensor that the dtype in which it is written cannot hold."""
+        dtype = str(self._plan.written(name)).removeprefix("torch.")
+        return InputError(f"'{name}' overflows {dtype}{advice}")
 
     def _broken_base(self, names: list[str]) -> InputError:
         return InputError(
@@ -219,6 +222,14 @@ class Inputs:
         """Names of the merged tensors in which an input has NaN or infinity."""
         names = self._plan.merged
         return [name for name in names if not is_finite(weights.read(name).to(torch.float64))]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two stretches have the same bits; of two dtypes, once the wider one is rounded."""
+    if one.dtype != other.dtype:
+        narrow = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+        one, other = one.to(narrow), other.to(narrow)
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
 def bytes_of(weights: Weights, names: Iterable[str]) -> int:

@@ -40,7 +40,8 @@ class FileReport:
         dtypes: Names of the dtypes.
         missing: Tensors of the reference, the base or else the first file, that it lacks.
         extra: Tensors that the reference lacks.
-        shapes: Tensors whose shape or dtype differs from the reference's, and how.
+        shapes: Tensors of another shape than the reference's, or that are integers in one of the
+            two, and how.
         uneven: Tensors that either this file or the first one changes, but not the other.
         quantised: What shows that its weights are quantised; nothing if they are not.
         not_finite: Tensors that hold NaN or infinity; such values count as zeros in the figures.
@@ -216,9 +217,7 @@ class _Look:
         return {
             name: first.shape(name)
             for name in first.names
-            if name in names
-            and len({each.shape(name) for each in weights}) == 1
-            and len({e.dtype(name) for e in weights if not e.is_task_vector}) < 2
+            if name in names and len({each.shape(name) for each in weights}) == 1
         }
 
     def _compared(self, task: Weights) -> FileReport:
@@ -326,8 +325,6 @@ def _unlike(task: Weights, reference: Weights, name: str) -> str:
     if task.shape(name) != reference.shape(name):
         return f"{name} {tuple(task.shape(name))} instead of {tuple(reference.shape(name))}"
     mine, other = task.dtype(name), reference.dtype(name)
-    either = task.is_task_vector or reference.is_task_vector
-    # Task vectors are of any floating-point dtype.
-    if mine == other or (either and mine.is_floating_point and other.is_floating_point):
+    if mine == other or (mine.is_floating_point and other.is_floating_point):
         return ""
     return f"{name} {dtype_name(task, name)} instead of {dtype_name(reference, name)}"

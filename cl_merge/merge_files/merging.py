@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -14,12 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cl_merge import __version__
 from cl_merge.errors import InputError, listing, unknown_name
-from cl_merge.kernels.finite import is_finite
-from cl_merge.kernels.parallel import in_threads
 from cl_merge.merge_files.adapter import (
     AdapterFit,
     AdapterWriter,
@@ -27,26 +23,24 @@ from cl_merge.merge_files.adapter import (
     adapter_plan,
     write_adapter,
 )
-from cl_merge.merge_files.grown import GrownVector
 from cl_merge.merge_files.hashing import BLOCK
 from cl_merge.merge_files.inputs import Inputs, Progress
 from cl_merge.merge_files.plan import Plan, make_plan
+from cl_merge.merge_files.work import Work
 from cl_merge.mergers import Merger
-from cl_merge.mergers.base import fold_chunk, zeros
-from cl_merge.mergers.chunks import Accumulators, Piece, ResultInfo, Unit, chunk_size, cut
 from cl_merge.mergers.registry import fresh_merger
 from cl_merge.storage import Weights, Writer, check_output, open_weights, write_weights
 from cl_merge.stream_merger.buffers import BUFFERS
 from cl_merge.task_vectors.scales import Scales
 from cl_merge.task_vectors.selection import Selection
-from cl_merge.task_vectors.task_vector import check_scale, moved
+from cl_merge.task_vectors.task_vector import check_scale
 
 log = logging.getLogger(__name__)
 
-_CPU = torch.device("cpu")
-_HELD_BYTES = 16  # for each element of a block: what waits for a global count
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+"""What can be written, by name."""
+
 _NO_HASH = "0" * 32
-_Sink = Writer | AdapterWriter
 _NOT_WRITTEN = {".pt", ".pth", ".bin", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz"}
 
 
@@ -87,6 +81,7 @@ def merge_checkpoints(
     exclude: Sequence[str] = (),
     importances: Sequence[str | Path] = (),
     buffers: str | None = None,
+    dtype: str | None = None,
     lora_rank: LoraRank | None = None,
     shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
@@ -102,9 +97,10 @@ def merge_checkpoints(
     methods, on their number. The output appears when it is whole; see `write_weights`.
 
     The result is that of a `MergeCallback` with the same task vectors, bit for bit: computed in
-    float32 (float64 where the weights are) and rounded once to the base's dtype. Tensors that are
-    not floating point or not selected are the base's, and need not match; statistics of batch norms
-    and other buffers are never merged. Of tied parameters, one suffices.
+    float32 (float64 where the weights are) and rounded once. Floating-point dtypes may differ from
+    input to input. Tensors that are not floating point or not selected are the base's, and need not
+    match; statistics of batch norms and other buffers are never merged. Of tied parameters, one
+    suffices.
 
     Args:
         base: The weights before fine-tuning.
@@ -123,11 +119,14 @@ def merge_checkpoints(
         buffers: What floating-point buffers hold, such as batch-norm statistics, which are told by
             their names: ``"trained"`` those of the last task, ``"base"``, or ``"average"`` their
             mean over tasks. None means ``"trained"``, with a warning that names those that differ.
+        dtype: Of all floating-point tensors of the output, buffers and those that are not merged
+            included: ``"float32"``, ``"bfloat16"`` or ``"float16"``; None for those of the base. In
+            a folder, ``config.json`` names it.
         lora_rank: Where all tasks are LoRA adapters: merge them into one of this rank, a folder of
-            peft with the dtype of the first, instead of into the base. Its factors are the nearest
-            ones to each merged matrix; ``adapter`` of the result says how near. ``"auto"`` is the
-            largest sum of the ranks of the tasks, with which methods that average or add up lose
-            nothing.
+            peft, instead of into the base; in the dtype of the first if `dtype` names no other. Its
+            factors are the nearest ones to each merged matrix; ``adapter`` of the result says how
+            near. ``"auto"`` is the largest sum of the ranks of the tasks, with which methods that
+            average or add up lose nothing.
         shard_bytes: In a folder, the most bytes of one file.
         overwrite: Whether an output file that exists may be replaced.
         progress: Given the number of bytes to be read; returns what is told of bytes that were.
@@ -140,8 +139,8 @@ def merge_checkpoints(
 
     Raises:
         InputError: If an input is damaged, does not match the base, or holds NaN or infinity; if a
-            value overflows in the base's dtype; or if the method, an option, a pattern or the
-            output is wrong.
+            value overflows in the dtype that is written; or if the method, an option, a pattern or
+            the output is wrong.
         StorageError: If the output cannot be written.
 
     Example::
@@ -153,6 +152,8 @@ def merge_checkpoints(
     merger = fresh_merger(method, options)
     if buffers is not None and buffers not in BUFFERS:
         raise unknown_name("choice of buffers", buffers, BUFFERS)
+    if dtype is not None and dtype not in DTYPES:
+        raise unknown_name("dtype", dtype, DTYPES)
     factors = _checked_weights(weights, len(tasks))
     _check_name(output)
     check_output(output, [base, *tasks, *importances], overwrite=overwrite)
@@ -167,7 +168,7 @@ def merge_checkpoints(
     with ExitStack() as stack:
         opened = [stack.enter_context(open_weights(path)) for path in (base, *tasks, *importances)]
         vectors, weighing = opened[1 : len(tasks) + 1], opened[len(tasks) + 1 :]
-        plan = make_plan(opened[0], vectors, selection, weighing)
+        plan = make_plan(opened[0], vectors, selection, weighing, DTYPES.get(dtype or ""))
         block = block_size
         if lora_rank is not None:
             plan, rank, block = adapter_plan(plan, lora_rank)
@@ -176,7 +177,7 @@ def merge_checkpoints(
         scales.check(plan.merged)
         passes = 1 if type(merger).prepare is Merger.prepare else 2
         inputs = Inputs(plan, progress, passes=passes, block=block_size, factors=factors)
-        work = _Work(plan, merger, scales, inputs, block, buffers or "trained")
+        work = Work(plan, merger, scales, inputs, block, buffers or "trained")
         made = {
             "format": "pt",  # which transformers insists on
             "cl_merge.version": __version__,
@@ -189,17 +190,20 @@ def merge_checkpoints(
             "cl_merge.weights": json.dumps(factors),
             "cl_merge.inputs": _described(plan, [_NO_HASH] * len(opened)),
         }
-        entries = {n: (plan.base.dtype(n), plan.base.shape(n)) for n in plan.base.names}
-        writing: AbstractContextManager[_Sink] = write_weights(
+        entries = {n: (plan.written(n), plan.base.shape(n)) for n in plan.base.names}
+        writing: AbstractContextManager[Writer | AdapterWriter] = write_weights(
             output,
             entries,
             {**plan.base.metadata, **made},
             like=plan.base,
+            texts=_config(plan.base, dtype),
             shard_bytes=shard_bytes,
             overwrite=overwrite,
         )
         if lora_rank is not None:
-            writing = write_adapter(output, plan, rank, made, overwrite=overwrite)
+            writing = write_adapter(
+                output, plan, rank, made, dtype=DTYPES.get(dtype or ""), overwrite=overwrite
+            )
         with writing as writer:
             work.run(writer)
             hashes = [content.hexdigest() for content in work.inputs.hashes]
@@ -207,7 +211,7 @@ def merge_checkpoints(
                 hashes[0] = ""  # of the base only names and shapes were read
             made["cl_merge.inputs"] = _described(plan, hashes)
             writer.amend(made)
-    _warn(work.inputs, hashes, buffers)
+    _warn(plan, work.inputs, hashes, buffers)
     return Merged(
         Path(output),
         len(plan.merged) + sum(map(len, plan.twins.values())),
@@ -254,8 +258,39 @@ def _check_name(output: str | Path) -> None:
         )
 
 
-def _warn(inputs: Inputs, hashes: list[str], buffers: str | None) -> None:
+def _config(base: Weights, dtype: str | None) -> dict[str, str]:
+    """``config.json`` of a folder, if it names another dtype than the one that is written."""
+    path = base.folder / "config.json" if base.folder is not None else None
+    if dtype is None or path is None or not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}  # what is no configuration is copied as it is
+    return {path.name: json.dumps(_with_dtype(config, dtype), indent=2, ensure_ascii=False) + "\n"}
+
+
+def _with_dtype(config: Any, dtype: str) -> Any:
+    """A configuration, and the parts within it, with another dtype where they name one."""
+    if not isinstance(config, dict):
+        return config
+    return {
+        key: dtype if key in ("dtype", "torch_dtype") and value else _with_dtype(value, dtype)
+        for key, value in config.items()
+    }
+
+
+def _warn(plan: Plan, inputs: Inputs, hashes: list[str], buffers: str | None) -> None:
     """Tell what no one would do on purpose."""
+    for task in plan.tasks:
+        if not task.is_task_vector and (names := _coarser(task, plan)):
+            log.warning(
+                "'%s' is stored in a shorter dtype than the base: what rounding took from its "
+                "weights counts as its change, in %s. If it was trained in that dtype, give the "
+                "base in it, too; dtype says what is written",
+                task.path,
+                listing(names),
+            )
     seen: dict[str, Weights] = {}
     for weights, of_content in zip(inputs.all, hashes, strict=True):
         first = seen.setdefault(of_content, weights)
@@ -281,118 +316,11 @@ def _warn(inputs: Inputs, hashes: list[str], buffers: str | None) -> None:
         )
 
 
-class _Work:
-    """One merge under way."""
+def _coarser(task: Weights, plan: Plan) -> list[str]:
+    """Merged tensors that a task has with less precision than the base."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        merger: Merger,
-        scales: Scales,
-        inputs: Inputs,
-        block_size: int,
-        buffers: str,
-    ) -> None:
-        self._plan = plan
-        self._merger = merger
-        self._scales = scales
-        self._block_size = block_size
-        self._buffers = buffers
-        self.inputs = inputs
-        self._prepared: list[Any] = []  # by task
-        self._counts: list[int] = []
-        self._waiting: list[tuple[Piece, Accumulators | None]] = []
-        self._lock = threading.Lock()
-        self._held = 0
+    def step(weights: Weights, name: str) -> float:
+        return torch.finfo(weights.dtype(name)).eps
 
-    def run(self, writer: _Sink) -> None:
-        """Read everything, and write every tensor of the output."""
-        merged, copied = self._plan.merged, self._plan.copied
-        readers = [self.inputs.reader(task) for task in range(len(self._plan.tasks))]
-        self._prepared = in_threads(self._merger.prepare, readers)
-        # A thread takes a block at a time: whole parameters where the rule needs them.
-        unit: Unit = "element" if self._merger.unit == "element" else "parameter"
-        in_threads(lambda block: self._merge_block(writer, *block), self._blocks(merged, unit))
-        total = sum(self._counts)
-        # The stretches whose result depends on all others, now that it is known.
-        in_threads(lambda waiting: self._finish(writer, *waiting, total), self._waiting)
-
-        def copy(block: Piece) -> None:
-            writer.write(block[0], block[1].start, self.inputs.copied(*block))
-
-        def choose(block: Piece) -> None:
-            values = self.inputs.buffer(*block, self._buffers)
-            writer.write(block[0], block[1].start, values)
-
-        in_threads(copy, self._blocks(copied, "element"))
-        in_threads(choose, self._blocks(self._plan.buffers, "element"))
-        tied = [name for names in self._plan.twins.values() for name in names]
-        in_threads(lambda block: self.inputs.copied(*block), self._blocks(tied, "element"))
-        self.inputs.differing.difference_update(tied)
-        for index, name, shape in self.inputs.rest():  # which only the hashes know
-            for _, part in cut({name: shape}, "element", self._block_size):
-                self.inputs.read(index, name, part, hashed=True)
-
-    def _blocks(self, names: list[str], unit: Unit) -> list[Piece]:
-        shapes = {name: self._plan.base.shape(name) for name in names}
-        return list(cut(shapes, unit, self._block_size))
-
-    def _merge_block(self, writer: _Sink, name: str, block: slice) -> None:
-        shapes = {name: self._plan.base.shape(name)}
-        size = self._merger.chunk_size or chunk_size(_CPU)
-        for piece in cut(shapes, self._merger.unit, size, block):
-            base = self.inputs.read(0, *piece, hashed=True)
-            state = self._fold(piece, base, hashed=True)
-            number, depends = self._merger.global_count(state)
-            self._counts.append(number)
-            if depends:
-                self._waiting.append((piece, state if self._has_room(state) else None))
-            else:
-                self._write(writer, piece, base, state, 0)
-
-    def _fold(self, piece: Piece, base: Tensor, *, hashed: bool) -> Accumulators:
-        state: Accumulators = {}
-        for task, prepared in enumerate(self._prepared):
-            state |= zeros(self._merger.new_accumulators(task), base.shape, _CPU)
-            grown = self._plan.tasks[task]
-            if isinstance(grown, GrownVector) and piece[0] not in grown.vector.names:
-                continue  # it came after this task
-            vector = self.inputs.reader(task, base, hashed=hashed)
-            fold_chunk(self._merger, state, vector, piece, task, prepared)
-        return state
-
-    def _has_room(self, state: Accumulators) -> bool:
-        """Whether it may be held in memory until all is counted; else it is made once more."""
-        size = sum(tensor.nbytes for tensor in state.values())
-        with self._lock:
-            fits = self._held + size <= _HELD_BYTES * self._block_size
-            self._held += size if fits else 0
-        return fits
-
-    def _finish(self, writer: _Sink, piece: Piece, state: Accumulators | None, total: int) -> None:
-        name, part = piece
-        base = self._plan.base.read(name, part.start, part.stop)
-        self._write(writer, piece, base, state or self._fold(piece, base, hashed=False), total)
-
-    def _write(
-        self, writer: _Sink, piece: Piece, base: Tensor, state: Accumulators, total: int
-    ) -> None:
-        name, part = piece
-        merged = torch.zeros(base.shape)
-        shape, tasks = self._plan.base.shape(name), len(self._plan.tasks)
-        self._merger.compute(state, merged, ResultInfo(name, shape, part.start, tasks, total))
-        result = self._rounded(base, merged, self._scales.of(name))
-        if result is None:
-            raise self.inputs.broken_result(name)
-        for each in (name, *self._plan.twins.get(name, ())):
-            writer.write(each, part.start, result)
-
-    def _rounded(self, base: Tensor, merged: Tensor, scale: float) -> Tensor | None:
-        """Add a merged stretch to the base's; None where it leaves what the base's dtype holds."""
-        if base.itemsize > 1:
-            result = moved(base, merged, scale)
-            return result if is_finite(result) else None
-        # Types of one byte have no infinity to show it.
-        result = moved(base.float(), merged, scale)
-        fits = bool((result.abs() <= torch.finfo(base.dtype).max).all())
-        return result.to(base.dtype) if fits else None
+    held = set(task.names)
+    return [n for n in plan.merged if n in held and step(task, n) > step(plan.base, n)]

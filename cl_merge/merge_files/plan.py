@@ -34,6 +34,12 @@ class Plan:
     copied: list[str]  # names of the others, which are taken from the base
     # Names of the base that are tied to one that is merged, by the name of that.
     twins: dict[str, list[str]] = field(default_factory=dict)
+    dtype: torch.dtype | None = None  # of what is written; None for the base's
+
+    def written(self, name: str) -> torch.dtype:
+        """The dtype in which a tensor is written."""
+        own = self.base.dtype(name)
+        return self.dtype if self.dtype is not None and own.is_floating_point else own
 
 
 def make_plan(
@@ -41,15 +47,16 @@ def make_plan(
     tasks: Sequence[Weights],
     selection: Selection,
     importances: Sequence[Weights] = (),
+    dtype: torch.dtype | None = None,
 ) -> Plan:
     """Check every input against the base, by what the files say of their tensors.
 
-    Only what is merged has to match: parameters that the selection chooses. Of tied parameters one
-    suffices.
+    Only what is merged has to match: parameters that the selection chooses, in names and shapes. Of
+    tied parameters one suffices.
 
     Raises:
-        InputError: If there is no task, an input is quantised, or names, shapes or dtypes do not
-            match; names the file and the tensors.
+        InputError: If there is no task, an input is quantised, names or shapes do not match, or
+            a parameter is integers in one of them; names the file and the tensors.
     """
     if not tasks:
         raise InputError("no task to merge; give at least one checkpoint or task vector")
@@ -91,6 +98,7 @@ def make_plan(
         merged,
         buffers,
         [name for name in base.names if name not in done],
+        dtype=dtype,
     )
     for twin, name in twins.items():
         plan.twins.setdefault(name, []).append(twin)
@@ -167,8 +175,13 @@ def _check_task(task: Weights, base: Weights, chosen: Chosen) -> dict[str, str]:
     given, wanted = _layout(task, theirs), _layout(base, ours)
     check_same_layout(given, wanted, named, than, partly=task.is_task_vector)
     if not task.is_task_vector:
-        check_same_dtypes(given, wanted, named, than)
+        mixed = {n for n, t in given.items() if not _both_floating(t, wanted[n])}
+        check_same_dtypes({n: given[n] for n in mixed}, wanted, named, than)
     return twins
+
+
+def _both_floating(one: Tensor, other: Tensor) -> bool:
+    return one.is_floating_point() and other.is_floating_point()
 
 
 def unmatched(

@@ -57,7 +57,7 @@ def write_weights(
         like: For a folder: whose names to use, and whose small files to copy, such as configuration
             and tokenizer; what stays behind is logged.
         file_name: For a folder that is like no other: how to name its file of weights.
-        texts: For a folder: more small files, what they hold by their names.
+        texts: For a folder: small files to write, by name, in place of copies.
         shard_bytes: In a folder, the most bytes of one file. open_clip reads no index: what is like
             an open_clip folder is always one file.
         overwrite: Whether a file that exists may be replaced.
@@ -83,7 +83,7 @@ def write_weights(
     target = path if _is_file(path) else Path(os.path.realpath(path))
     folder = like.folder if like is not None else None
     sizes = {name: size_of(entry) for name, entry in entries.items()}
-    files, sides = {path.name: list(entries)}, dict[Path, Path]()
+    files, sides, texts = {path.name: list(entries)}, dict[Path, Path](), texts or {}
     if not _is_file(path):
         if like is not None and folder is not None:
             sides = {side: folder / side for side in side_files(folder, like.file_name)}
@@ -106,8 +106,8 @@ def write_weights(
                 for side, source in sides.items():
                     (hidden / side).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(source, hidden / side)
-                for name, text in (texts or {}).items():
-                    (hidden / name).write_text(text, encoding="utf-8")
+                for name, text in texts.items():
+                    (hidden / name).write_bytes(text.encode())
             opened_files = [
                 opened.enter_context(_NewFile(hidden if _is_file(path) else hidden / name, header))
                 for name, header in headers.items()

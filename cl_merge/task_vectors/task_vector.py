@@ -223,14 +223,15 @@ class TaskVector(Mapping[str, Tensor]):
         )
 
 
-def moved(base: Tensor, change: Tensor, scale: float) -> Tensor:
-    """Compute base + scale * change: a new tensor of the base's dtype and device.
+def moved(base: Tensor, change: Tensor, scale: float, dtype: torch.dtype | None = None) -> Tensor:
+    """Compute base + scale * change: a new tensor on the base's device, of its or another dtype.
 
     It is computed in float32 or wider; the change may be of any floating-point dtype.
     """
     computed = wide(base.dtype)
     result = base.detach().to(computed, copy=True)
-    return result.add_(change.detach().to(base.device, computed), alpha=scale).to(base.dtype)
+    result.add_(change.detach().to(base.device, computed), alpha=scale)
+    return result.to(dtype or base.dtype)
 
 
 def check_scale(scale: Any) -> float:

@@ -29,7 +29,6 @@ OTHER_HEADS = {
     "another shape": (torch.ones(7, 8), torch.ones(3, 8)),
     "only in the base": (torch.ones(7, 8), None),
     "only in the task": (None, torch.ones(7, 8)),
-    "another dtype": (torch.ones(7, 8), torch.ones(7, 8).half()),
     "integers in the task": (torch.ones(7, 8), torch.ones(7, 8).long()),
 }
 

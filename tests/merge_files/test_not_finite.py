@@ -104,8 +104,7 @@ def test_a_result_that_is_too_large(tmp_path, out, loops, dtype):
     TaskVector(weights(b=most)).save(tmp_path / "vector.safetensors")
     name = str(dtype).removeprefix("torch.")
     assert refused(tmp_path, out, base, tmp_path / "vector.safetensors", scale=1.0) == (
-        f"'b' overflows {name} after merging; use a smaller scale, or convert the inputs to a wider "
-        "dtype"
+        f"'b' overflows {name} after merging; use a smaller scale, or a wider dtype"
     )
 
 

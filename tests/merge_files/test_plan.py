@@ -66,11 +66,13 @@ def test_other_shapes(tmp_path, out, small):
     )
 
 
-def test_other_dtypes(tmp_path, out, small):
+def test_integers_in_place_of_numbers_that_train(tmp_path, out, small):
     base = write(tmp_path, "base", small, "safetensors")
-    task = write(tmp_path, "task", {**small, "w": small["w"].half()}, "shards")
+    task = write(
+        tmp_path, "task", {**small, "w": small["w"].long(), "b": small["b"].half()}, "shards"
+    )
     assert refused(tmp_path, out, base, task) == (
-        "'task' has other dtypes than the base 'base.safetensors': w float16 instead of float32. "
+        "'task' has other dtypes than the base 'base.safetensors': w int64 instead of float32. "
         "Convert one of the two"
     )
 
