@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cl_merge.errors import InputError
     from cl_merge.merge_files import merge_checkpoints
     from cl_merge.mergers import Merger, fold_method, get_merger, merge, merge_method
+    from cl_merge.mergers.grams import gram_matrices
     from cl_merge.models.classifier import CLIPClassifier
     from cl_merge.models.predictor import ImageClassifier
     from cl_merge.models.pretrained import Clip, load_clip
@@ -48,6 +49,7 @@ _HOMES = {
     "fit_stream": "training.fit",
     "fold_method": "mergers",
     "get_merger": "mergers",
+    "gram_matrices": "mergers.grams",
     "load": "benchmarks.runs.trained_run",
     "load_clip": "models.pretrained",
     "merge": "mergers",
@@ -77,6 +79,7 @@ __all__ = [
     "fit_stream",
     "fold_method",
     "get_merger",
+    "gram_matrices",
     "load",
     "load_clip",
     "merge",

@@ -78,7 +78,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "tasks [trained, with a message]",
     )
     add("--dtype", metavar="DTYPE", help="of the output: float32, bfloat16 or float16 [the base's]")
-    about = "for methods that weigh elements, as fisher: one file for each task"
+    about = "for methods that weigh, as fisher and regmean: one file for each task"
     add("--importance", **several, metavar="FILE", help=about)
     add(
         "--lora-rank",

@@ -28,6 +28,7 @@ from cl_merge.merge_files.inputs import Inputs, Progress
 from cl_merge.merge_files.plan import Plan, make_plan
 from cl_merge.merge_files.work import Work
 from cl_merge.mergers import Merger
+from cl_merge.mergers.importances import needed_of
 from cl_merge.mergers.registry import fresh_merger
 from cl_merge.storage import Weights, Writer, check_output, open_weights, write_weights
 from cl_merge.stream_merger.buffers import BUFFERS
@@ -115,7 +116,8 @@ def merge_checkpoints(
             sum of the weights.
         include: Patterns of the parameters to merge, as in ``"visual.*"``; empty for all.
         exclude: Patterns of parameters not to merge.
-        importances: For methods that weigh elements, as ``"fisher"``: a file for each task.
+        importances: For methods that weigh elements, as ``"fisher"``: a file for each task. For
+            ``"regmean"``: of Gram matrices, as `gram_matrices` collects them.
         buffers: What floating-point buffers hold, such as batch-norm statistics, which are told by
             their names: ``"trained"`` those of the last task, ``"base"``, or ``"average"`` their
             mean over tasks. None means ``"trained"``, with a warning that names those that differ.
@@ -159,8 +161,8 @@ def merge_checkpoints(
     check_output(output, [base, *tasks, *importances], overwrite=overwrite)
     if merger.weighted and len(importances) != len(tasks):
         raise InputError(
-            f"'{merger.name}' needs the importance of each element: {len(tasks)} files, one for "
-            f"each task, but {len(importances)} were given"
+            f"'{merger.name}' needs {needed_of(merger.grams)}: {len(tasks)} files, one "
+            f"for each task, but {len(importances)} were given"
         )
     if importances and not merger.weighted:
         raise InputError(f"'{merger.name}' takes no importances; leave them out")
@@ -168,7 +170,9 @@ def merge_checkpoints(
     with ExitStack() as stack:
         opened = [stack.enter_context(open_weights(path)) for path in (base, *tasks, *importances)]
         vectors, weighing = opened[1 : len(tasks) + 1], opened[len(tasks) + 1 :]
-        plan = make_plan(opened[0], vectors, selection, weighing, DTYPES.get(dtype or ""))
+        plan = make_plan(
+            opened[0], vectors, selection, weighing, DTYPES.get(dtype or ""), merger.grams
+        )
         block = block_size
         if lora_rank is not None:
             plan, rank, block = adapter_plan(plan, lora_rank)

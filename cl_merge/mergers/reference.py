@@ -164,6 +164,17 @@ def fisher(stack: Tensor, importances: Tensor) -> Tensor:
     return (weights * stack).sum(dim=0) / weights.sum(dim=0)
 
 
+def regmean(stack: Tensor, grams: Tensor, off_diagonal: float = 0.9) -> Tensor:
+    """The minimum T of Σ tr((T - τ_t) G_t (T - τ_t)ᵀ) for matrices [tasks, m, n], G [tasks, n, n].
+
+    Jin et al., Dataless Knowledge Fusion, ICLR 2023; G_t with its off-diagonal part shrunk.
+    """
+    diagonal = torch.eye(grams.shape[1], dtype=torch.bool)
+    shrunk = torch.where(diagonal, grams, off_diagonal * grams)
+    merged: Tensor = (stack @ shrunk).sum(dim=0) @ torch.linalg.inv(shrunk.sum(dim=0))
+    return merged
+
+
 def slerp(stack: Tensor, t: float = 0.5) -> Tensor:
     """Interpolate between the two task vectors of one parameter along an arc.
 

@@ -29,6 +29,7 @@ from cl_merge.mergers.moving_average import MovingAverage
 from cl_merge.mergers.null_space import NullSpaceFilter
 from cl_merge.mergers.orthogonal import OrthogonalProjection
 from cl_merge.mergers.random_mix import RandomMix
+from cl_merge.mergers.regression_mean import RegressionMean
 from cl_merge.mergers.select_erase import SelectCalculateErase
 from cl_merge.mergers.singular_vectors import SingularVectors
 from cl_merge.mergers.slerp import Slerp
@@ -53,6 +54,7 @@ MERGERS: dict[str, type[Merger]] = {
     "emr": Emr,
     "ema": MovingAverage,
     "fisher": FisherAverage,
+    "regmean": RegressionMean,
     "opcm": OrthogonalProjection,
     "iso-c": Isotropic,
     "tsv": SingularVectors,

@@ -155,6 +155,7 @@ def test_every_method_has_the_scale_it_was_published_with():
         "emr": 1.0,
         "ema": 1.0,
         "fisher": 1.0,
+        "regmean": 1.0,
         "opcm": 1.0,
         "iso-c": 1.0,
         "tsv": 1.0,

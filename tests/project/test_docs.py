@@ -115,6 +115,8 @@ def given(page, place, factory):
             sys.path.pop(0)
         main(place / "photos")
         names["photos"] = place / "photos"
+    if page == "howto/checkpoints.md":
+        names |= {"model": Plain().net, "batches": [torch.randn(3, 4)]}
     if page == "howto/statistics.md":
         names["features"] = lambda module, batch: (module.net[:2](batch[0]), batch[1])
     if page == "howto/memory.md":
