@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from typing import TYPE_CHECKING, Any, Literal
 
 from cl_merge.benchmarks.formatting import counted
@@ -30,7 +31,8 @@ examples:
   cl-merge merge base/ task0/ task1/ task2/ --method ties --set density=0.3 --out merged/
   cl-merge merge base.pt task*.pt --scale 0.5 --scale 'visual.*attn*=0.3' --out merged.safetensors
   cl-merge merge base.safetensors task*.safetensors --method mine.py:median --out merged.safetensors
-  cl-merge merge base/ adapter0/ adapter1/ --lora-rank 16 --out merged_adapter/
+  cl-merge merge --no-base adapter0/ adapter1/ --lora-rank 16 --out merged_adapter/
+  cl-merge merge --no-base one.safetensors two.safetensors --method average --out soup.safetensors
 """
 _ARGUMENTS = {
     "method",
@@ -52,8 +54,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.epilog = _EXAMPLES + "\n" + _method_help()
     add = command.add_argument
     several: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
-    add("base", metavar="BASE", help="the weights before fine-tuning")
+    add(
+        "base", metavar="BASE", help="the weights before fine-tuning; with --no-base the first file"
+    )
     add("tasks", nargs="+", metavar="TASK", help="fine-tuned weights, or task vectors, in order")
+    about = "merge weights as they are, by average, slerp, karcher or fisher"
+    add("--no-base", action="store_true", help=about)
     # --output was its name before.
     names, about = ("-o", "--out", "--output"), "file.safetensors, or a folder"
     add(*names, dest="out", required=True, metavar="OUT", help=about)
@@ -102,12 +108,13 @@ def merge(parsed: argparse.Namespace) -> None:
     scale, shard_bytes = read_scale(parsed.scale), read_size(parsed.shard_size)
     options = parse_arguments(parsed.set)
     _check_options(parsed.method, options)
+    tasks = [parsed.base, *parsed.tasks] if parsed.no_base else parsed.tasks
     console = Console(stderr=True, highlight=False)
     show_messages(console)
     with byte_progress(console, "merging") as progress:
         done = merge_checkpoints(
-            parsed.base,
-            parsed.tasks,
+            None if parsed.no_base else parsed.base,
+            tasks,
             parsed.out,
             method=parsed.method,
             scale=scale,
@@ -123,7 +130,7 @@ def merge(parsed: argparse.Namespace) -> None:
             progress=progress,
             **options,
         )
-    sys.stdout.write(_summary(done, len(parsed.tasks)) + "\n")
+    sys.stdout.write(_summary(done, len(tasks), "first file" if parsed.no_base else "base") + "\n")
 
 
 def _check_options(method: str, options: Any) -> None:
@@ -139,12 +146,13 @@ def _check_options(method: str, options: Any) -> None:
             raise InputError(f"{unknown}{hint}")
 
 
-def _summary(done: Merged, tasks: int) -> str:
+def _summary(done: Merged, tasks: int, base: str) -> str:
     made = done.provenance
     merged, of_tasks = counted(done.merged, "tensor"), counted(tasks, "task")
-    copied = f", {done.copied} taken from the base" if done.copied else ""
+    copied = f", {done.copied} taken from the {base}" if done.copied else ""
     if done.buffers:
-        copied += f", {counted(done.buffers, 'buffer')} {_BUFFERS[made['cl_merge.buffers']]}"
+        whose = _BUFFERS[made["cl_merge.buffers"]].replace("base", base)
+        copied += f", {counted(done.buffers, 'buffer')} {whose}"
     given = json.loads(made["cl_merge.options"])
     options = f" ({', '.join(f'{key}={value}' for key, value in given.items())})" if given else ""
     size, speed = done.bytes_read, done.bytes_read / max(done.seconds, 1e-9)
@@ -230,5 +238,6 @@ def _method_help() -> str:
     for name, merger in MERGERS.items():
         found = inspect.signature(merger).parameters.values()
         options = ", ".join(f"{option.name}={option.default}" for option in found)
-        lines.append(f"  {name:<18}{merger.published_scale:<6g}{options}".rstrip())
+        row = f"  {name:<18}{merger.published_scale:<6g}{options}"
+        lines.append(textwrap.fill(row, 98, subsequent_indent=" " * 26, drop_whitespace=True))
     return "\n".join(lines) + "\n"

@@ -65,7 +65,7 @@ class Inputs:
         base = bytes_of(plan.base, plan.merged)
         to_read = sum(bytes_of(weights, plan.base.names) for weights in self.all)
         for task in plan.tasks * (passes - 1):
-            to_read += bytes_of(task, plan.merged) + (0 if task.is_task_vector else base)
+            to_read += bytes_of(task, plan.merged) + (0 if plan.is_added(task) else base)
         self.count = ByteCount(progress, to_read)
         self._plan = plan
         self._factors = factors
@@ -81,7 +81,7 @@ class Inputs:
 
     def reader(self, task: int, base: Tensor | None = None, *, hashed: bool = False) -> Reader:
         """Read a task as a finite task vector; `base` is that stretch of the base, if at hand."""
-        is_task_vector = self._plan.tasks[task].is_task_vector
+        is_added = self._plan.is_added(self._plan.tasks[task])
         factor = self._factors[task]
 
         def chunk(name: str, part: slice) -> Chunk:
@@ -90,7 +90,7 @@ class Inputs:
 
         def change(name: str, part: slice) -> Chunk:
             values = self.read(1 + task, name, part, hashed=hashed)
-            if not is_task_vector:
+            if not is_added:
                 before = self.read(0, name, part) if base is None else base
                 return Difference(values, before, lambda: self.broken(task))
             vector = values.to(torch.float32)
@@ -123,6 +123,7 @@ class Inputs:
             chunk,
             _CPU,
             importance=importance if self._plan.importances else None,
+            task=task,
         )
 
     def copied(self, name: str, part: slice) -> Tensor:
@@ -189,20 +190,21 @@ class Inputs:
     def broken(self, task: int) -> InputError:
         """Make the error for a task vector that is not finite: which tensors of which input."""
         weights, base = self._plan.tasks[task], self._plan.base
-        if not weights.is_task_vector and (names := self._not_finite(base)):
+        is_added = self._plan.is_added(weights)
+        if not is_added and (names := self._not_finite(base)):
             return self._broken_base(names)
         if names := self._not_finite(weights):
             return not_finite(f"'{weights.path}'", names)
 
         def change_of(name: str) -> Tensor:
             values = weights.read(name)
-            if weights.is_task_vector:
+            if is_added:
                 return values.to(torch.float32)
             return Difference(values, base.read(name)).values()
 
         names = [name for name in self._plan.merged if not is_finite(change_of(name))]
         of_both = f"the difference of '{weights.path}' and the base"
-        what = f"'{weights.path}'" if weights.is_task_vector else of_both
+        what = f"'{weights.path}'" if is_added else of_both
         return not_finite(f"{what} in float32", names)
 
     def broken_result(self, name: str) -> InputError:

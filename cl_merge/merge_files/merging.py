@@ -27,8 +27,9 @@ from cl_merge.merge_files.hashing import BLOCK
 from cl_merge.merge_files.inputs import Inputs, Progress
 from cl_merge.merge_files.plan import Plan, make_plan
 from cl_merge.merge_files.work import Work
-from cl_merge.mergers import Merger
+from cl_merge.mergers import MERGERS, Merger
 from cl_merge.mergers.importances import needed_of
+from cl_merge.mergers.options import check_per_task
 from cl_merge.mergers.registry import fresh_merger
 from cl_merge.storage import Weights, Writer, check_output, open_weights, write_weights
 from cl_merge.stream_merger.buffers import BUFFERS
@@ -71,7 +72,7 @@ class Merged:
 
 
 def merge_checkpoints(
-    base: str | Path,
+    base: str | Path | None,
     tasks: Sequence[str | Path],
     output: str | Path,
     *,
@@ -104,7 +105,9 @@ def merge_checkpoints(
     suffices.
 
     Args:
-        base: The weights before fine-tuning.
+        base: The weights before fine-tuning. None merges the weights of the tasks as they are, by a
+            method that needs no base, such as ``"average"`` and ``"slerp"``; what is not merged is
+            that of the first.
         tasks: Fine-tuned weights or task vectors, in the order of the tasks.
         output: A name that ends in ``.safetensors`` for one file, any other for a folder with the
             base's configuration files in it.
@@ -120,7 +123,8 @@ def merge_checkpoints(
             ``"regmean"``: of Gram matrices, as `gram_matrices` collects them.
         buffers: What floating-point buffers hold, such as batch-norm statistics, which are told by
             their names: ``"trained"`` those of the last task, ``"base"``, or ``"average"`` their
-            mean over tasks. None means ``"trained"``, with a warning that names those that differ.
+            mean over tasks. None means ``"trained"``, without a base ``"base"``, which is the first
+            task's, with a warning that names those that differ.
         dtype: Of all floating-point tensors of the output, buffers and those that are not merged
             included: ``"float32"``, ``"bfloat16"`` or ``"float16"``; None for those of the base. In
             a folder, ``config.json`` names it.
@@ -128,7 +132,7 @@ def merge_checkpoints(
             peft, instead of into the base; in the dtype of the first if `dtype` names no other. Its
             factors are the nearest ones to each merged matrix; ``adapter`` of the result says how
             near. ``"auto"`` is the largest sum of the ranks of the tasks, with which methods that
-            average or add up lose nothing.
+            average or add up lose nothing. With it, any method and scale goes without a base.
         shard_bytes: In a folder, the most bytes of one file.
         overwrite: Whether an output file that exists may be replaced.
         progress: Given the number of bytes to be read; returns what is told of bytes that were.
@@ -152,13 +156,18 @@ def merge_checkpoints(
     """
     begin = time.perf_counter()
     merger = fresh_merger(method, options)
+    adapters = lora_rank is not None
+    if base is None and not adapters:
+        _check_without_base(merger, tasks, scale)
+    no_base, first = base is None, tasks[0] if base is None else base
     if buffers is not None and buffers not in BUFFERS:
         raise unknown_name("choice of buffers", buffers, BUFFERS)
     if dtype is not None and dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
+    check_per_task(merger.options, len(tasks))
     factors = _checked_weights(weights, len(tasks))
     _check_name(output)
-    check_output(output, [base, *tasks, *importances], overwrite=overwrite)
+    check_output(output, [first, *tasks, *importances], overwrite=overwrite)
     if merger.weighted and len(importances) != len(tasks):
         raise InputError(
             f"'{merger.name}' needs {needed_of(merger.grams)}: {len(tasks)} files, one "
@@ -168,10 +177,18 @@ def merge_checkpoints(
         raise InputError(f"'{merger.name}' takes no importances; leave them out")
     selection = Selection(include, exclude)
     with ExitStack() as stack:
-        opened = [stack.enter_context(open_weights(path)) for path in (base, *tasks, *importances)]
+        opened = [stack.enter_context(open_weights(path)) for path in (first, *tasks, *importances)]
         vectors, weighing = opened[1 : len(tasks) + 1], opened[len(tasks) + 1 :]
+        written = DTYPES[dtype] if dtype is not None else None
         plan = make_plan(
-            opened[0], vectors, selection, weighing, DTYPES.get(dtype or ""), merger.grams
+            opened[0],
+            vectors,
+            selection,
+            weighing,
+            written,
+            grams=merger.grams,
+            no_base=no_base,
+            adapters=adapters,
         )
         block = block_size
         if lora_rank is not None:
@@ -181,7 +198,8 @@ def merge_checkpoints(
         scales.check(plan.merged)
         passes = 1 if type(merger).prepare is Merger.prepare else 2
         inputs = Inputs(plan, progress, passes=passes, block=block_size, factors=factors)
-        work = Work(plan, merger, scales, inputs, block, buffers or "trained")
+        of_buffers = buffers or ("base" if no_base else "trained")
+        work = Work(plan, merger, scales, inputs, block, of_buffers)
         made = {
             "format": "pt",  # which transformers insists on
             "cl_merge.version": __version__,
@@ -190,7 +208,7 @@ def merge_checkpoints(
             "cl_merge.scale": json.dumps(scales.plain()),
             "cl_merge.include": json.dumps(list(selection.include)),
             "cl_merge.exclude": json.dumps(list(selection.exclude)),
-            "cl_merge.buffers": buffers or "trained",
+            "cl_merge.buffers": of_buffers,
             "cl_merge.weights": json.dumps(factors),
             "cl_merge.inputs": _described(plan, [_NO_HASH] * len(opened)),
         }
@@ -232,6 +250,7 @@ def _described(plan: Plan, hashes: Sequence[str]) -> str:
     """What the metadata say of the inputs."""
     roles = ["base", *["task"] * len(plan.tasks), *["importance"] * len(plan.importances)]
     inputs = (plan.base, *plan.tasks, *plan.importances)
+    described = list(zip(inputs, roles, hashes, strict=True))[plan.no_base :]
     entries = [
         {
             # Of "." and "..", too, the name is that of the folder.
@@ -240,9 +259,22 @@ def _described(plan: Plan, hashes: Sequence[str]) -> str:
             "role": role,
             **({"xxh3_128": of_content} if of_content else {}),
         }
-        for weights, role, of_content in zip(inputs, roles, hashes, strict=True)
+        for weights, role, of_content in described
     ]
     return json.dumps(entries)
+
+
+def _check_without_base(merger: Merger, tasks: Sequence[str | Path], scale: Any) -> None:
+    if not tasks:
+        raise InputError("no file to merge; give at least one checkpoint")
+    if merger.needs_base:
+        without = [name for name, kind in MERGERS.items() if not kind.needs_base]
+        raise InputError(
+            f"'{merger.name}' merges changes and needs the base; without one there are "
+            f"{', '.join(without)}"
+        )
+    if scale is not None:
+        raise InputError("a scale is of changes to a base, and there is none; leave it out")
 
 
 def _checked_weights(weights: Sequence[float], tasks: int) -> list[float]:
@@ -287,7 +319,7 @@ def _with_dtype(config: Any, dtype: str) -> Any:
 def _warn(plan: Plan, inputs: Inputs, hashes: list[str], buffers: str | None) -> None:
     """Tell what no one would do on purpose."""
     for task in plan.tasks:
-        if not task.is_task_vector and (names := _coarser(task, plan)):
+        if not plan.is_added(task) and (names := _coarser(task, plan)):
             log.warning(
                 "'%s' is stored in a shorter dtype than the base: what rounding took from its "
                 "weights counts as its change, in %s. If it was trained in that dtype, give the "
@@ -296,7 +328,8 @@ def _warn(plan: Plan, inputs: Inputs, hashes: list[str], buffers: str | None) ->
                 listing(names),
             )
     seen: dict[str, Weights] = {}
-    for weights, of_content in zip(inputs.all, hashes, strict=True):
+    given = list(zip(inputs.all, hashes, strict=True))[plan.no_base :]
+    for weights, of_content in given:
         first = seen.setdefault(of_content, weights)
         if first.path != weights.path:
             log.warning("'%s' holds the same as '%s'", weights.path, first.path)
@@ -304,7 +337,8 @@ def _warn(plan: Plan, inputs: Inputs, hashes: list[str], buffers: str | None) ->
             log.warning("'%s' is given more than once", weights.path)
     if inputs.differing:
         log.warning(
-            "tensors that are not merged differ between the inputs; the base's were taken: %s",
+            "tensors that are not merged differ between the inputs; %s were taken: %s",
+            "the first file's" if plan.no_base else "the base's",
             listing(sorted(inputs.differing)),
         )
     if inputs.left_out:
@@ -314,9 +348,10 @@ def _warn(plan: Plan, inputs: Inputs, hashes: list[str], buffers: str | None) ->
         )
     if inputs.moved_buffers and buffers is None:
         log.warning(
-            "floating-point buffers differ and are not merged: %s. The last task's were taken; "
-            "choose with buffers: trained, base or average",
+            "floating-point buffers differ and are not merged: %s. The %s were taken; choose with "
+            "buffers: trained, base or average",
             listing(sorted(inputs.moved_buffers)),
+            "first file's" if plan.no_base else "last task's",
         )
 
 

@@ -22,12 +22,14 @@ from cl_merge.storage import Weights
 from cl_merge.task_vectors.selection import Selection
 from cl_merge.task_vectors.task_vector import check_same_dtypes, check_same_layout
 
+_BASE = "the base must hold the weights before fine-tuning"
+
 
 @dataclass(frozen=True)
 class Plan:
     """What will be merged."""
 
-    base: Weights  # before fine-tuning
+    base: Weights  # before fine-tuning; without a base, the first file once more, for all but sums
     tasks: list[Weights]  # fine-tuned weights or task vectors, in order
     importances: list[Weights]  # one for each task, or none
     merged: list[str]  # names of tensors, in the order of the base
@@ -37,6 +39,11 @@ class Plan:
     twins: dict[str, list[str]] = field(default_factory=dict)
     dtype: torch.dtype | None = None  # of what is written; None for the base's
     grams: bool = False  # whether importances are Gram matrices, of some of what is merged
+    no_base: bool = False  # whether weights are merged as they are
+
+    def is_added(self, task: Weights) -> bool:
+        """Whether the values of a task are merged as they are, with no base to subtract."""
+        return task.is_task_vector or self.no_base
 
     def written(self, name: str) -> torch.dtype:
         """The dtype in which a tensor is written."""
@@ -50,7 +57,10 @@ def make_plan(
     selection: Selection,
     importances: Sequence[Weights] = (),
     dtype: torch.dtype | None = None,
+    *,
     grams: bool = False,
+    no_base: bool = False,
+    adapters: bool = False,
 ) -> Plan:
     """Check every input against the base, by what the files say of their tensors.
 
@@ -63,7 +73,9 @@ def make_plan(
     """
     if not tasks:
         raise InputError("no task to merge; give at least one checkpoint or task vector")
-    check_base(base)
+    # Without a base, adapters are changes all the same.
+    for weights in () if no_base and adapters else (base, *(tasks if no_base else ())):
+        check_base(weights, "without a base there must be weights" if no_base else _BASE)
     for weights in (base, *tasks):
         check_mergeable(weights)
     if is_grown(base):
@@ -71,8 +83,9 @@ def make_plan(
     chosen = Chosen(selection, [base, *tasks])
     changed: list[set[str]] = []
     twins: dict[str, str] = {}
+    than = f"{'the first file' if no_base else 'the base'} '{base.path}'"
     for task in tasks:
-        twins |= _check_task(task, base, chosen)
+        twins |= _check_task(task, base, chosen, than)
     for task in tasks:
         _check_tied(task, twins)
         changed.append(set(chosen.of(task)) - twins.keys())
@@ -107,6 +120,7 @@ def make_plan(
         [name for name in base.names if name not in done],
         dtype=dtype,
         grams=grams,
+        no_base=no_base,
     )
     for twin, name in twins.items():
         plan.twins.setdefault(name, []).append(twin)
@@ -155,17 +169,15 @@ def dtype_name(weights: Weights, name: str) -> str:
     return str(weights.dtype(name)).removeprefix("torch.")
 
 
-def check_base(base: Weights) -> None:
+def check_base(base: Weights, expected: str = _BASE) -> None:
     """Refuse a task vector where weights are wanted."""
     if base.is_task_vector:
-        raise InputError(
-            f"'{base.path}' is a task vector, but the base must hold the weights before fine-tuning"
-        )
+        raise InputError(f"'{base.path}' is a task vector, but {expected}")
 
 
-def _check_task(task: Weights, base: Weights, chosen: Chosen) -> dict[str, str]:
+def _check_task(task: Weights, base: Weights, chosen: Chosen, than: str) -> dict[str, str]:
     """Check a task; returns tied tensors of the base that it lacks, with what they are tied to."""
-    named, than = f"'{task.path}'", f"the base '{base.path}'"
+    named = f"'{task.path}'"
     theirs, ours = chosen.of_either(task, base)
     twins: dict[str, str] = {}
     if task.is_task_vector:

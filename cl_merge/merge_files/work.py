@@ -134,7 +134,8 @@ class Work:
         shape, tasks = self._plan.base.shape(name), len(self._plan.tasks)
         self._merger.compute(state, merged, ResultInfo(name, shape, part.start, tasks, total))
         # A sum in float32 or wider, rounded once.
-        exact = moved(base, merged, self._scales.of(name), wide(base.dtype))
+        before = torch.zeros_like(base) if self._plan.no_base else base
+        exact = moved(before, merged, self._scales.of(name), wide(base.dtype))
         result = rounded(exact, self._plan.written(name))
         if result is None:
             raise self.inputs.broken_result(name)

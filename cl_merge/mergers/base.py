@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from cl_merge.errors import InputError, task_name
-from cl_merge.kernels.finite import is_finite, not_finite
 from cl_merge.mergers.chunks import (
     Accumulators,
     ChunkInfo,
@@ -22,6 +21,7 @@ from cl_merge.mergers.chunks import (
     Result,
     ResultInfo,
     Unit,
+    check_finite,
     chunk_size,
     cut,
     over,
@@ -57,6 +57,7 @@ class Merger(ABC):
             parameters; ``"row"``, whole rows of matrices; ``"parameter"``, whole parameters.
         weighted: Whether a task vector comes with the importance of each of its elements.
         grams: Whether they are Gram matrices of inputs, [n, n] for some of the matrices [m, n].
+        needs_base: Whether the rule is one for changes, and makes no sense for weights themselves.
         takes_differences: Whether this class's own `fold` only hands its chunk to the folds of
             ``cl_merge.kernels``, which subtract the base from weights on the way. A subclass with
             another `fold` is given tensors again.
@@ -85,6 +86,7 @@ class Merger(ABC):
     unit: ClassVar[Unit] = "element"
     weighted: ClassVar[bool] = False
     grams: ClassVar[bool] = False
+    needs_base: ClassVar[bool] = True
     takes_differences: ClassVar[bool] = False
     chunk_size: int | None = None
     shards: Shards | None = None
@@ -180,7 +182,7 @@ class Merger(ABC):
         together(self.shards, lambda: self._check(vector, importance))
         device = self._device if self.tasks else None
         size, shards = self.chunk_size, self.shards
-        reader = Reader.of(vector, device, chunk_size=size, importance=importance, shards=shards)
+        reader = Reader.of(vector, device, size, importance, shards, self.tasks)
         prepared = self.prepare(reader)
         if self.tasks == 0:
             self._shapes, self._device = dict(reader.shapes), reader.device
@@ -362,7 +364,7 @@ class Merger(ABC):
         if self.tasks:
             before = {name: torch.empty(self._held(name), device="meta") for name in self._shapes}
             check_same_layout(vector, before, what, "the tasks before")
-        _check_finite(vector, what, self.chunk_size)
+        check_finite(vector, what, self.chunk_size)
         if self.weighted != (importance is not None):
             needed = f"needs {needed_of(self.grams)} beside the task vector"
             needed = needed if self.weighted else "takes no importance; leave it out"
@@ -370,7 +372,7 @@ class Merger(ABC):
         if importance is not None:
             what = f"the importance of {what}"
             check_importances(importance, vector, what, "the task vector", grams=self.grams)
-            _check_finite(importance, what, self.chunk_size)
+            check_finite(importance, what, self.chunk_size)
             check_values(importance, what, grams=self.grams)
 
 
@@ -389,12 +391,3 @@ def fold_chunk(
     weight = vector.importance(name, beside) if vector.importance is not None else None
     info = ChunkInfo(name, vector.shapes[name], part.start, task, prepared, weight)
     rule.fold(state, chunk, info)  # type: ignore[arg-type]
-
-
-def _check_finite(vector: Mapping[str, Tensor], what: str, size: int | None) -> None:
-    """Refuse what is not finite in float32; in chunks, as everything is read."""
-    reader = Reader.of(vector, chunk_size=size)
-    finite = zip(reader.pieces(), reader.map(is_finite), strict=True)
-    broken = {name for (name, _), fine in finite if not fine}
-    if broken:
-        raise not_finite(what, [name for name in vector if name in broken])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 from typing_extensions import override
 
 from cl_merge.errors import InputError
 from cl_merge.mergers.base import Accumulators, ChunkInfo, Reader
-from cl_merge.mergers.options import checked_number
+from cl_merge.mergers.options import checked_number, checked_shares, of_task
 from cl_merge.mergers.task_arithmetic import TaskArithmetic
 from cl_merge.mergers.threshold import magnitude_of_rank
 
@@ -22,6 +24,9 @@ class Breadcrumbs(TaskArithmetic):
     Args:
         beta: Share of the smallest changes to leave out, 0 or more.
         gamma: Share of the largest changes to leave out, 0 or more; below 1 together with `beta`.
+        density: In place of `beta`, the share that stays, or a list, one for each task, as mergekit
+            and, with ``gamma=0``, peft's ``magnitude_prune`` count: floor(density * n) values below
+            the largest ones, or from the smallest on where those are fewer.
 
     Example:
         >>> merger = Breadcrumbs(beta=0.4, gamma=0.2)
@@ -37,11 +42,18 @@ class Breadcrumbs(TaskArithmetic):
 
     name = "breadcrumbs"
 
-    def __init__(self, *, beta: float = 0.85, gamma: float = 0.007) -> None:
+    def __init__(
+        self,
+        *,
+        beta: float = 0.85,
+        gamma: float = 0.007,
+        density: float | Sequence[float] | None = None,
+    ) -> None:
         super().__init__()
         self.beta = checked_number("beta", beta, 0, 1)
         self.gamma = checked_number("gamma", gamma, 0, 1)
-        if self.beta + self.gamma >= 1:
+        self.density = None if density is None else checked_shares("density", density)
+        if self.density is None and self.beta + self.gamma >= 1:
             raise InputError(
                 f"beta={self.beta:g} and gamma={self.gamma:g} leave nothing; expected less than 1 "
                 "together"
@@ -50,7 +62,9 @@ class Breadcrumbs(TaskArithmetic):
     @override
     def prepare(self, vector: Reader) -> dict[str, tuple[float, float]]:
         """By parameter the magnitudes between which values stay."""
-        return {name: self._limits(vector.only(name)) for name in vector.shapes}
+        density = self.density
+        share = None if density is None else of_task("density", density, vector.task)
+        return {name: self._limits(vector.only(name), share) for name in vector.shapes}
 
     @override
     def fold(self, state: Accumulators, chunk: Tensor, info: ChunkInfo) -> None:
@@ -58,9 +72,15 @@ class Breadcrumbs(TaskArithmetic):
         magnitude = chunk.abs()
         state["sum"].add_(chunk.masked_fill((magnitude < least) | (magnitude > most), 0))
 
-    def _limits(self, parameter: Reader) -> tuple[float, float]:
+    def _limits(self, parameter: Reader, density: float | None) -> tuple[float, float]:
         size = parameter.size
         below, above = int(self.beta * size), int(self.gamma * size)
+        if density is not None:
+            stay = int(density * size)
+            below = max(0, size - stay - above)
+            above = size - below - stay
+        if below + above == size > 0:
+            return float("inf"), 0.0
         least = magnitude_of_rank(parameter, below + 1) if below else 0.0
         most = magnitude_of_rank(parameter, size - above) if above else float("inf")
         return least, most

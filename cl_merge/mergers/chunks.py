@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cl_merge.kernels import Chunk, values_of
+from cl_merge.kernels.finite import is_finite, not_finite
 from cl_merge.kernels.parallel import in_threads
 from cl_merge.task_vectors.shards import Shards
 
@@ -80,6 +81,7 @@ class Reader:
             matrix, None if there is none.
         shards: Which stretches this process has, if others have the rest: `map` and `sample` then
             give what all processes find, and must be called on all alike.
+        task: Index of the task, from 0.
     """
 
     shapes: Mapping[str, torch.Size]
@@ -88,16 +90,17 @@ class Reader:
     chunk_size: int | None = None
     importance: Callable[[str, slice], Tensor | None] | None = None
     shards: Shards | None = None
+    task: int = 0
 
     @classmethod
     def of(
         cls,
         vector: Mapping[str, Tensor],
         device: torch.device | None = None,
-        *,
         chunk_size: int | None = None,
         importance: Mapping[str, Tensor] | None = None,
         shards: Shards | None = None,
+        task: int = 0,
     ) -> Self:
         """Read tensors in memory.
 
@@ -107,6 +110,7 @@ class Reader:
             chunk_size: As of the reader.
             importance: How much each element matters, of the same names and shapes.
             shards: Which stretches of whole parameters the tensors are, if they are no more.
+            task: As of the reader.
         """
         device = device or next((tensor.device for tensor in vector.values()), torch.device("cpu"))
         whole = {} if shards is None else shards.shapes
@@ -120,7 +124,7 @@ class Reader:
                 return of_known(name, part) if name in known else None
 
         values = _stretches_of(vector, device, shards)
-        return cls(shapes, values, device, chunk_size, weights, shards)
+        return cls(shapes, values, device, chunk_size, weights, shards, task)
 
     @property
     def size(self) -> int:
@@ -230,6 +234,15 @@ def over(
     if device.type == "cpu":
         return in_threads(function, pieces)
     return [function(piece) for piece in pieces]
+
+
+def check_finite(vector: Mapping[str, Tensor], what: str, size: int | None) -> None:
+    """Refuse what is not finite in float32; in chunks, as everything is read."""
+    reader = Reader.of(vector, chunk_size=size)
+    finite = zip(reader.pieces(), reader.map(is_finite), strict=True)
+    broken = {name for (name, _), fine in finite if not fine}
+    if broken:
+        raise not_finite(what, [name for name in vector if name in broken])
 
 
 def _stretches_of(

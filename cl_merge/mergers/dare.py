@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -10,16 +13,18 @@ from cl_merge.errors import InputError
 from cl_merge.kernels import Chunk, fold_drawn
 from cl_merge.kernels.random_bits import random_bits
 from cl_merge.mergers.base import Accumulators, ChunkInfo, Merger
-from cl_merge.mergers.options import checked_count, checked_number, checked_share
+from cl_merge.mergers.options import checked_count, checked_number, checked_shares, of_task
 from cl_merge.mergers.task_arithmetic import TaskArithmetic
-from cl_merge.mergers.ties import SignElection, Ties
+from cl_merge.mergers.ties import Combine, Sign, SignElection, Ties
 from cl_merge.seeds import derive_seed
 
 
 class _Dropping(Merger):
-    def __init__(self, *, density: float = 0.1, seed: int = 0) -> None:
-        super().__init__()
-        self.density = checked_share("density", density)
+    def __init__(
+        self, *, density: float | Sequence[float] = 0.1, seed: int = 0, **election: Any
+    ) -> None:
+        super().__init__(**election)
+        self.density = checked_shares("density", density)
         self.seed = checked_count("seed", seed)
 
     def draws(self, chunk: Tensor, info: ChunkInfo) -> Tensor:
@@ -32,10 +37,11 @@ class _Dropping(Merger):
 
     def sparse(self, chunk: Chunk, info: ChunkInfo, like: Tensor) -> Tensor:
         """Drop values with equal probability, and rescale the others; `like` is of their size."""
-        kept, limit = torch.zeros_like(like), int(self.density * 2.0**63) - 1
+        density = of_task("density", self.density, info.task)
+        kept, limit = torch.zeros_like(like), int(density * 2.0**63) - 1
         if limit >= 0:
             fold_drawn(kept, chunk, self.key(info), info.start, limit)
-        return kept.div_(self.density)
+        return kept.div_(density)
 
 
 class Dare(_Dropping, TaskArithmetic):
@@ -45,8 +51,8 @@ class Dare(_Dropping, TaskArithmetic):
     all draws is the task vector.
 
     Args:
-        density: Share of each task vector that stays, on average, above 0 and up to 1. The paper
-            drops 90 % and more.
+        density: Share of each task vector that stays, on average, above 0 and up to 1; or a list,
+            one for each task. The paper drops 90 % and more.
         seed: Chooses the random numbers, as in `RandomMix`.
 
     Example:
@@ -63,6 +69,9 @@ class Dare(_Dropping, TaskArithmetic):
     name = "dare"
     takes_differences = True
 
+    def __init__(self, *, density: float | Sequence[float] = 0.1, seed: int = 0) -> None:
+        super().__init__(density=density, seed=seed)
+
     @override
     def fold(self, state: Accumulators, chunk: Tensor, info: ChunkInfo) -> None:
         state["sum"].add_(self.sparse(chunk, info, state["sum"]))
@@ -74,6 +83,9 @@ class DareTies(_Dropping, SignElection):
     Args:
         density: As of `Dare`.
         seed: As of `Dare`.
+        sign: As of `Ties`.
+        combine: As of `Ties`.
+        task_weights: As of `Ties`.
 
     Example:
         >>> merger = DareTies(density=1)
@@ -90,6 +102,19 @@ class DareTies(_Dropping, SignElection):
     name = "dare-ties"
     published_scale = Ties.published_scale
     takes_differences = True
+
+    def __init__(
+        self,
+        *,
+        density: float | Sequence[float] = 0.1,
+        seed: int = 0,
+        sign: Sign = "value",
+        combine: Combine = "mean",
+        task_weights: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__(
+            density=density, seed=seed, sign=sign, combine=combine, task_weights=task_weights
+        )
 
     @override
     def fold(self, state: Accumulators, chunk: Tensor, info: ChunkInfo) -> None:
@@ -110,6 +135,9 @@ class Della(_Dropping, SignElection):
         epsilon: By how much the probability of the smallest value exceeds that of the largest;
             0 makes it `DareTies`.
         seed: As of `Dare`.
+        sign: As of `Ties`.
+        combine: As of `Ties`.
+        task_weights: As of `Ties`.
 
     Example:
         >>> merger = Della(density=0.5, epsilon=0.8, seed=1)
@@ -126,15 +154,27 @@ class Della(_Dropping, SignElection):
     published_scale = Ties.published_scale
     unit = "row"
 
-    def __init__(self, *, density: float = 0.4, epsilon: float = 0.2, seed: int = 0) -> None:
-        super().__init__(density=density, seed=seed)
+    def __init__(
+        self,
+        *,
+        density: float | Sequence[float] = 0.4,
+        epsilon: float = 0.2,
+        seed: int = 0,
+        sign: Sign = "value",
+        combine: Combine = "mean",
+        task_weights: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__(
+            density=density, seed=seed, sign=sign, combine=combine, task_weights=task_weights
+        )
         self.epsilon = checked_number("epsilon", epsilon, 0, 1)
-        low, high = 1 - self.density - self.epsilon / 2, 1 - self.density + self.epsilon / 2
-        if (low < 0 or high >= 1) and self.epsilon > 0:
-            raise InputError(
-                f"density={self.density:g} and epsilon={self.epsilon:g} make probabilities from "
-                f"{low:g} to {high:g} to drop a value; expected 0 or more, and below 1"
-            )
+        for share in self.density if isinstance(self.density, list) else [self.density]:
+            low, high = 1 - share - self.epsilon / 2, 1 - share + self.epsilon / 2
+            if (low < 0 or high >= 1) and self.epsilon > 0:
+                raise InputError(
+                    f"density={share:g} and epsilon={self.epsilon:g} make probabilities from "
+                    f"{low:g} to {high:g} to drop a value; expected 0 or more, and below 1"
+                )
 
     @override
     def fold(self, state: Accumulators, chunk: Tensor, info: ChunkInfo) -> None:
@@ -142,7 +182,8 @@ class Della(_Dropping, SignElection):
         order = chunk.abs().view(-1, row).argsort(dim=1, descending=True, stable=True)
         rank = torch.arange(row, device=chunk.device, dtype=torch.float64)
         # In float64, and from the largest on: with epsilon 0, this is 1 - density for all.
-        drop = (1 - self.density - self.epsilon / 2) + self.epsilon * rank / row
+        density = of_task("density", self.density, info.task)
+        drop = (1 - density - self.epsilon / 2) + self.epsilon * rank / row
         probability = torch.empty(order.shape, dtype=torch.float64, device=chunk.device)
         probability.scatter_(1, order, drop.expand_as(order).contiguous())
         probability = probability.view(-1)

@@ -31,6 +31,7 @@ class FisherAverage(Merger):
     name = "fisher"
     published_scale = 1.0
     weighted = True
+    needs_base = False
     # In float64: importances are squares of gradients, and their products leave float32's range.
     accumulators: ClassVar = {
         "weighted_sum": torch.float64,

@@ -40,6 +40,7 @@ class Isotropic(Average):
     """
 
     name = "iso-c"
+    needs_base = True
     published_scale = 1.0
     unit = "parameter"
 

@@ -29,8 +29,8 @@ class Karcher(StackMerger):
     The search begins at the straight mean of the directions, or at the first task where that
     vanishes, and steps along the sphere by the mean of what leads to each of them; a direction
     opposite to the mean pulls nowhere. mergekit takes at most 10 steps, and applies the rule to the
-    weights themselves, this one to task vectors: weights of fine-tuned models are nearly parallel,
-    their changes are not.
+    weights themselves, as merging files without a base does; weights of fine-tuned models are
+    nearly parallel, their changes are not.
 
     Example:
         >>> merger = Karcher()
@@ -46,6 +46,7 @@ class Karcher(StackMerger):
 
     name = "karcher"
     published_scale = 1.0
+    needs_base = False
     unit = "parameter"
 
     @override

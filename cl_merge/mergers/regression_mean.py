@@ -52,6 +52,7 @@ class RegressionMean(Merger):
     unit = "parameter"
     weighted = True
     grams = True
+    needs_base = False
     accumulators: ClassVar = {
         "sum": torch.float32,
         "weighted": torch.float64,  # Σ τ_t G_t, [m, n]

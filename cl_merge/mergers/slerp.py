@@ -25,9 +25,10 @@ class Slerp(StackMerger):
     disagree is shorter than both, this is not. Vectors that are nearly parallel or opposite,
     abs(cos(w)) > 0.9995, and vectors of zeros are interpolated in a straight line.
 
-    The rule is mergekit's, but mergekit applies it to the weights themselves, this one to task
-    vectors: weights of fine-tuned models are nearly parallel, their changes are not. One task
-    vector alone stays as it is; more than two have no one way around the sphere and are refused.
+    The rule is mergekit's, but mergekit applies it to the weights themselves, as merging files
+    without a base does; weights of fine-tuned models are nearly parallel, their changes are not.
+    One task vector alone stays as it is; more than two have no one way around the sphere and are
+    refused.
 
     Args:
         t: Where on the arc: 0 gives the first task vector, 1 the second.
@@ -46,6 +47,7 @@ class Slerp(StackMerger):
 
     name = "slerp"
     published_scale = 1.0
+    needs_base = False
     unit = "parameter"
 
     def __init__(self, *, t: float = 0.5) -> None:

@@ -57,6 +57,7 @@ class Average(TaskArithmetic):
 
     name = "average"
     published_scale = 1.0
+    needs_base = False
 
     @override
     def compute(self, state: Accumulators, out: Tensor, info: ResultInfo) -> None:

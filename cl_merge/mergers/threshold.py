@@ -33,6 +33,22 @@ def trim_threshold(vector: Reader, density: float, room: int = _ROOM) -> float:
     return magnitude_of_rank(vector, rank, room) if rank > 0 else 0.0
 
 
+def threshold_of_largest(vector: Reader, share: float) -> float:
+    """Find the magnitude from which the share of the largest values stays, but at least one.
+
+    As many as floor(share * d) of d, where others are not as large as the last of them: one fewer
+    than with `trim_threshold`.
+
+    Example:
+        >>> values = {"weight": torch.tensor([0.5, -4.0, 3.0, -2.0, 1.0])}
+        >>> threshold_of_largest(Reader.of(values), share=0.4)
+        3.0
+    """
+    largest = max(1, int(share * vector.size))
+    rank = vector.size - largest + 1
+    return magnitude_of_rank(vector, rank) if rank > 1 else 0.0
+
+
 def magnitude_of_rank(vector: Reader, rank: int, room: int = _ROOM) -> float:
     """Find the rank-th smallest magnitude, counted from 1, exactly and without sorting.
 

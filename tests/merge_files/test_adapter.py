@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from file_cases import write
+from file_cases import same_bits, write
 from safetensors.torch import load_file, save_file
 
 from cl_merge.errors import InputError
@@ -126,6 +126,15 @@ def test_the_output_is_a_folder_of_peft_like_the_first(base, tmp_path):
         CONFIG,
         "adapter_model.safetensors",
     ]
+
+
+def test_the_base_adds_nothing(base, adapters, tmp_path):
+    for name, of in (("with", base), ("without", None)):
+        merge_checkpoints(of, adapters, tmp_path / name, method="ties", scale=0.3, lora_rank=3)
+    one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("with", "without"))
+    assert same_bits(one, two)
+    with pytest.raises(InputError, match="'.*adapter0' is a task vector, but the base must hold"):
+        merge_checkpoints(adapters[0], adapters[1:], tmp_path / "m", lora_rank=3)
 
 
 def test_transposed_layers_stay_transposed(base, tmp_path):

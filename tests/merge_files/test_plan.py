@@ -139,7 +139,7 @@ def test_an_unknown_method_or_option_or_value(tmp_path, out, small):
     assert message.startswith("unknown method 'tie'; did you mean 'ties'? Known: magmax, ")
     message = refused(tmp_path, out, base, base, method="ties", densty=0.3)
     assert message == (
-        "unknown option of method 'ties' 'densty'; did you mean 'density'? Known: density, per_parameter"
+        "unknown option of method 'ties' 'densty'; did you mean 'density'? Known: density, per_parameter, sign, combine, task_weights"
     )
     message = refused(tmp_path, out, base, base, method="ties", density=0)
     assert message == "density must be a number above 0 and at most 1, not 0"

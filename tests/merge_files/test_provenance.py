@@ -49,7 +49,7 @@ def test_the_output_tells_how_it_was_made(files, out):
         "format": "pt",
         "cl_merge.version": __version__,
         "cl_merge.method": "ties",
-        "cl_merge.options": '{"density": 0.3, "per_parameter": false}',
+        "cl_merge.options": '{"density": 0.3, "per_parameter": false, "sign": "value", "combine": "mean", "task_weights": null}',
         "cl_merge.scale": '{"w*": 0.25, "*": 0.55}',
         "cl_merge.include": '["w*", "bias"]',
         "cl_merge.exclude": '["wide"]',

@@ -123,7 +123,7 @@ def test_a_merged_vector_tells_how_it_was_made():
     }
     assert (
         merge([vector(1)], "ties", density=1).metadata["options"]
-        == '{"density": 1.0, "per_parameter": false}'
+        == '{"density": 1.0, "per_parameter": false, "sign": "value", "combine": "mean", "task_weights": null}'
     )
     assert merge([vector(1)], "random-mix").metadata["options"] == '{"seed": 0}'
 
@@ -177,7 +177,7 @@ def test_an_unknown_method_is_an_error_that_names_the_nearest():
 
 def test_an_unknown_option_is_an_error_that_names_the_nearest():
     assert error_of(get_merger, "ties", densty=0.2) == (
-        "unknown option of method 'ties' 'densty'; did you mean 'density'? Known: density, per_parameter"
+        "unknown option of method 'ties' 'densty'; did you mean 'density'? Known: density, per_parameter, sign, combine, task_weights"
     )
     assert error_of(get_merger, "magmax", density=0.2) == (
         "unknown option of method 'magmax' 'density'. Known: none"
@@ -322,12 +322,12 @@ def test_the_state_of_before_an_option_came_is_that_of_its_default():
 def test_the_state_of_another_method_is_an_error():
     state = Ties(density=0.3).state_dict()
     assert error_of(MaxMagnitude().load_state_dict, state) == (
-        "the saved state is of method 'ties' with options {'density': 0.3, 'per_parameter': False}, but this merger is "
+        "the saved state is of method 'ties' with options {'density': 0.3, 'per_parameter': False, 'sign': 'value', 'combine': 'mean', 'task_weights': None}, but this merger is "
         "'magmax' with options {}; make it with the saved ones"
     )
     assert error_of(Ties().load_state_dict, state) == (
-        "the saved state is of method 'ties' with options {'density': 0.3, 'per_parameter': False}, but this merger is "
-        "'ties' with options {'density': 0.2, 'per_parameter': False}; make it with the saved ones"
+        "the saved state is of method 'ties' with options {'density': 0.3, 'per_parameter': False, 'sign': 'value', 'combine': 'mean', 'task_weights': None}, but this merger is "
+        "'ties' with options {'density': 0.2, 'per_parameter': False, 'sign': 'value', 'combine': 'mean', 'task_weights': None}; make it with the saved ones"
     )
 
 
@@ -376,7 +376,7 @@ def test_options_beside_a_ready_merger_are_refused():
 def test_options_of_a_class_are_checked():
     assert (
         merge([vector(1)], Ties, density=1).metadata["options"]
-        == '{"density": 1.0, "per_parameter": false}'
+        == '{"density": 1.0, "per_parameter": false, "sign": "value", "combine": "mean", "task_weights": null}'
     )
     assert error_of(merge, [vector(1)], Ties, densty=1).startswith(
         "unknown option of method 'ties' 'densty'; did you mean 'density'?"

@@ -179,7 +179,7 @@ def test_unknown_methods_data_sets_and_keys(here, capsys):
         ),
     ):
         assert said(["run", word, "out=run"], capsys).startswith(message)
-    message = "unknown option of method 'ties' 'densty'; did you mean 'density'? Known: density, per_parameter"
+    message = "unknown option of method 'ties' 'densty'; did you mean 'density'? Known: density, per_parameter, sign, combine, task_weights"
     assert merging(capsys, "--method", "ties", "--set", "densty=1") == message
     assert error_of(merge_files, method="ties", densty=1) == message
     assert error_of(MergeCallback, "ties", densty=1) == message
