@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cl_merge.models.pretrained import Clip, load_clip
     from cl_merge.models.zero_shot import ZeroShotHead, zero_shot_head
     from cl_merge.stream_merger import StreamMerger
+    from cl_merge.task_vectors.scales import lines_scales
     from cl_merge.task_vectors.task_vector import TaskVector
     from cl_merge.training.fit import fit_stream
     from cl_merge.training.metrics import AccuracyMatrix
@@ -50,6 +51,7 @@ _HOMES = {
     "fold_method": "mergers",
     "get_merger": "mergers",
     "gram_matrices": "mergers.grams",
+    "lines_scales": "task_vectors.scales",
     "load": "benchmarks.runs.trained_run",
     "load_clip": "models.pretrained",
     "merge": "mergers",
@@ -80,6 +82,7 @@ __all__ = [
     "fold_method",
     "get_merger",
     "gram_matrices",
+    "lines_scales",
     "load",
     "load_clip",
     "merge",

@@ -7,6 +7,8 @@ import json
 import re
 import sys
 import textwrap
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from cl_merge.benchmarks.formatting import counted
@@ -69,7 +71,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         action="append",
         metavar="NUMBER",
         help="factor of the merged task vector, or PATTERN=NUMBER for parameters by name; may be "
-        "repeated, the first pattern that fits counts [the one the method was published with]",
+        "repeated, the first pattern that fits counts; lines:LOW:HIGH grows from the first block "
+        "to the last [the one the method was published with]",
     )
     about = "a factor of each task vector, in their order, negative to take away [1 each]"
     add("--weight", nargs="+", type=float, default=[], metavar="NUMBER", help=about)
@@ -175,8 +178,12 @@ def _bytes(number: float) -> str:
     return "0 bytes"
 
 
-def read_scale(words: list[str] | None) -> float | dict[str, float] | None:
+def read_scale(
+    words: list[str] | None,
+) -> float | dict[str, float] | Callable[[list[str]], dict[str, float]] | None:
     """Read what ``--scale`` was given: numbers, or patterns with numbers; None for the default.
+
+    ``lines:LOW:HIGH`` makes a function of names.
 
     Example:
         >>> read_scale(["visual.*=0.3", "0.5"])
@@ -184,6 +191,8 @@ def read_scale(words: list[str] | None) -> float | dict[str, float] | None:
     """
     if not words:
         return None
+    if any(word.startswith("lines:") for word in words):
+        return _read_lines(words)
     found: dict[str, float] = {}
     for word in words:
         pattern, equals, number = word.rpartition("=")
@@ -201,6 +210,18 @@ def read_scale(words: list[str] | None) -> float | dict[str, float] | None:
     if "*" in found:
         found["*"] = found.pop("*")
     return found["*"] if list(found) == ["*"] else found
+
+
+def _read_lines(words: list[str]) -> Callable[[list[str]], dict[str, float]]:
+    from cl_merge.task_vectors.scales import lines_scales
+
+    try:
+        (word,) = words
+        low, high = (float(number) for number in word.split(":")[1:])
+    except ValueError:
+        given = " ".join(f"--scale {word}" for word in words)
+        raise InputError(f"{given}: expected lines:LOW:HIGH alone, as in lines:0.2:1") from None
+    return partial(lines_scales, low=low, high=high)
 
 
 def read_rank(word: str | None) -> int | Literal["auto"] | None:

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,7 +77,7 @@ def merge_checkpoints(
     output: str | Path,
     *,
     method: str | Merger = "magmax",
-    scale: float | Mapping[str, float] | None = None,
+    scale: float | Mapping[str, float] | Callable[[list[str]], Any] | None = None,
     weights: Sequence[float] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -112,8 +112,10 @@ def merge_checkpoints(
         output: A name that ends in ``.safetensors`` for one file, any other for a folder with the
             base's configuration files in it.
         method: A name that `get_merger` knows, or a fresh `Merger`.
-        scale: Factor of the merged task vector; a mapping from patterns to factors for layers;
-            None takes the one that the method was published with.
+        scale: Factor of the merged task vector; a mapping from patterns to factors for layers; a
+            function that makes one of the names of all that is merged, such as
+            ``partial(lines_scales, low=0.2, high=1.0)``; None takes the one that the method was
+            published with.
         weights: A factor of each task vector before they are merged, negative to take something
             away; none for 1 each. Methods that average divide by the number of tasks, not by the
             sum of the weights.
@@ -194,7 +196,8 @@ def merge_checkpoints(
         if lora_rank is not None:
             plan, rank, block = adapter_plan(plan, lora_rank)
             merger.chunk_size = block  # whole matrices, which are factored as they come
-        scales = Scales.read(scale, merger.published_scale)
+        given = scale(plan.merged) if callable(scale) else scale
+        scales = Scales.read(given, merger.published_scale)
         scales.check(plan.merged)
         passes = 1 if type(merger).prepare is Merger.prepare else 2
         inputs = Inputs(plan, progress, passes=passes, block=block_size, factors=factors)

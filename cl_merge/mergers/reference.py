@@ -200,6 +200,23 @@ def isotropic(stack: Tensor) -> Tensor:
     return values.mean() * (left @ right)
 
 
+def isotropic_tasks(stack: Tensor, common: float = 0.8) -> Tensor:
+    """Iso-C of the main directions of the sum, and of what they leave of each of the tasks.
+
+    For matrices [tasks, m, n]. Marczak et al., No Task Left Behind, ICML 2025, "Iso-CTS".
+    """
+    size = min(stack.shape[1:])
+    each = min(round((size - int(common * size)) / len(stack)), size // len(stack))
+    shared = size - each * len(stack)
+    left, values, right = _svd(stack.sum(dim=0))
+    left, values, right = left[:, :shared], values[:shared], right[:shared]
+    of_tasks = _svd(stack - left @ (left.T @ stack))
+    lefts = torch.cat([left, *of_tasks[0][:, :, :each]], dim=1)
+    rights = torch.cat([right, *of_tasks[2][:, :each]])
+    total = values.sum() + of_tasks[1][:, :each].sum()
+    return total / size * (_orthogonal(lefts) @ _orthogonal(rights))
+
+
 def singular_vectors(stack: Tensor) -> Tensor:
     """The main singular vectors of matrices [tasks, m, n], made orthogonal to those of other tasks.
 

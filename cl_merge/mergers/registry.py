@@ -21,7 +21,7 @@ from cl_merge.mergers.dare import Dare, DareTies, Della
 from cl_merge.mergers.dual_projection import DualProjection
 from cl_merge.mergers.emr import Emr
 from cl_merge.mergers.fisher_average import FisherAverage
-from cl_merge.mergers.isotropic import Isotropic
+from cl_merge.mergers.isotropic import Isotropic, IsotropicTasks
 from cl_merge.mergers.karcher import Karcher
 from cl_merge.mergers.max_magnitude import MaxMagnitude
 from cl_merge.mergers.model_stock import ModelStock
@@ -57,6 +57,7 @@ MERGERS: dict[str, type[Merger]] = {
     "regmean": RegressionMean,
     "opcm": OrthogonalProjection,
     "iso-c": Isotropic,
+    "iso-cts": IsotropicTasks,
     "tsv": SingularVectors,
     "wudi": Wudi,
     "nufilt": NullSpaceFilter,

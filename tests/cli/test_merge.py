@@ -86,6 +86,19 @@ def test_scales_by_pattern_in_any_order(merge, files, base, tasks):
     assert 'scale {"visual.*attn*": 1.5, "visual.*": -1.0, "*": 0.25}' in printed
 
 
+def test_a_scale_that_grows_with_depth(merge, files):
+    layers = {f"layers.{i}.weight": torch.zeros(4) for i in range(3)}
+    write(files, "base", layers, "safetensors")
+    write(files, "t", {name: torch.ones(4) for name in layers}, "safetensors")
+    assert merge("--scale", "lines:0.25:0.75", files=["t.safetensors"])[0] == 0
+    assert [float(tensor[0]) for tensor in output(files).values()] == [0.25, 0.5, 0.75]
+    for words in (["lines:1"], ["lines:a:b"], ["lines:0:1", "0.5"]):
+        given = [word for number in words for word in ("--scale", number)]
+        code, _, complained = merge(*given, files=["t.safetensors"], output="o.safetensors")
+        assert code == 2
+        assert "expected lines:LOW:HIGH alone, as in lines:0.2:1" in complained
+
+
 def test_include_and_exclude(merge, files, base, tasks):
     code, printed, complained = merge("--include", "visual.*", "--exclude", "*mlp*")
     assert code == 0

@@ -158,6 +158,7 @@ def test_every_method_has_the_scale_it_was_published_with():
         "regmean": 1.0,
         "opcm": 1.0,
         "iso-c": 1.0,
+        "iso-cts": 1.0,
         "tsv": 1.0,
         "wudi": 1.0,
         "nufilt": 1.0,

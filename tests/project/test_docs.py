@@ -65,7 +65,11 @@ def checkpoints(folder):
     (folder / "vectors").mkdir()
     for number, name in enumerate(("base", "task0", "task1")):
         generator = torch.Generator().manual_seed(number)
-        shapes = {"visual.attn.weight": 4, "visual.attn.bias": 4, "visual.mlp.weight": (4, 4)}
+        shapes = {
+            "visual.blocks.0.attn.weight": 4,
+            "visual.blocks.0.attn.bias": 4,
+            "visual.blocks.1.mlp.weight": (4, 4),
+        }
         states[name] = {key: torch.randn(s, generator=generator) for key, s in shapes.items()}
         save_file(states[name], folder / f"{name}.safetensors")
         save_file(states[name], folder / "vectors" / f"{name}.safetensors")
@@ -79,7 +83,9 @@ def checkpoints(folder):
         adapter.mkdir()
         (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1}')
         parts = {"A": torch.ones(1, 4), "B": torch.full((4, 1), task + 1.0)}
-        factors = {f"base_model.model.visual.mlp.lora_{k}.weight": v for k, v in parts.items()}
+        factors = {
+            f"base_model.model.visual.blocks.1.mlp.lora_{k}.weight": v for k, v in parts.items()
+        }
         save_file(factors, adapter / "adapter_model.safetensors")
     return states
 
