@@ -22,6 +22,7 @@ from cl_merge.callbacks.others import (
     attached,
     changed_by_others,
     check_alone,
+    check_collected,
     check_importance_known,
     check_sharding,
     load_best,
@@ -170,6 +171,7 @@ class MergeCallback(EvaluationCallback):
             raise InputError(f"held_out is for scale='auto', but the scale is {self.scale}")
         if importance_samples is not None and importance_samples < 1:
             raise InputError(f"importance_samples={importance_samples}; expected 1 or more")
+        check_collected(self.merger)
         self.chosen: list[Scales] = []
         self._weights, self._save_state = weights, save_state
         self._held_out = held_out

@@ -81,6 +81,16 @@ def check_strategy(trainer: L.Trainer, name: str, *, can_shard: bool) -> None:
         )
 
 
+def check_collected(merger: Merger) -> None:
+    """Refuse methods that need what `MergeCallback` does not collect."""
+    if merger.grams:
+        raise InputError(
+            f"'{merger.name}' needs Gram matrices of the inputs of layers, which MergeCallback "
+            "does not collect; merge afterwards, from files: cl-merge merge --importance, or with "
+            "StreamMerger.end_task(gram_matrices(model, batches))"
+        )
+
+
 def check_sharding(trainer: L.Trainer, merger: Merger, weights: str) -> None:
     """Refuse what `MergeCallback` cannot do where parameters are sharded."""
     if not is_kind(trainer.strategy, "ModelParallelStrategy"):

@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from cl_merge.errors import InputError
     from cl_merge.merge_files import merge_checkpoints
     from cl_merge.mergers import Merger, fold_method, get_merger, merge, merge_method
+    from cl_merge.mergers.grams import gram_matrices
     from cl_merge.models.classifier import CLIPClassifier
     from cl_merge.models.predictor import ImageClassifier
     from cl_merge.models.pretrained import Clip, load_clip
     from cl_merge.models.zero_shot import ZeroShotHead, zero_shot_head
     from cl_merge.stream_merger import StreamMerger
+    from cl_merge.task_vectors.scales import lines_scales
     from cl_merge.task_vectors.task_vector import TaskVector
     from cl_merge.training.fit import fit_stream
     from cl_merge.training.metrics import AccuracyMatrix
@@ -48,6 +50,8 @@ _HOMES = {
     "fit_stream": "training.fit",
     "fold_method": "mergers",
     "get_merger": "mergers",
+    "gram_matrices": "mergers.grams",
+    "lines_scales": "task_vectors.scales",
     "load": "benchmarks.runs.trained_run",
     "load_clip": "models.pretrained",
     "merge": "mergers",
@@ -77,6 +81,8 @@ __all__ = [
     "fit_stream",
     "fold_method",
     "get_merger",
+    "gram_matrices",
+    "lines_scales",
     "load",
     "load_clip",
     "merge",

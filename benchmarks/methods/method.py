@@ -128,6 +128,11 @@ def find_method(name: str) -> Method:
     merger, training = (before, last) if before and last in _PLAIN else (name, None)
     if not is_location(merger) and merger not in MERGERS:
         raise unknown_name("method", name, dict.fromkeys([*METHODS, *MERGERS]))
+    if find_merger(merger).grams:
+        raise InputError(
+            f"'{name}' needs Gram matrices of the inputs of layers, which runs do not collect; "
+            "merge files: cl-merge merge --importance"
+        )
     label = _label(merger)
     known = METHODS.get(merger)
     usual = known.training if known else _USUAL.get(merger, "independent")

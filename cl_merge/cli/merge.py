@@ -7,7 +7,9 @@ import json
 import re
 import sys
 import textwrap
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 from cl_merge.benchmarks.formatting import counted
 from cl_merge.errors import InputError, listing, unknown_name
@@ -31,6 +33,7 @@ examples:
   cl-merge merge base/ task0/ task1/ task2/ --method ties --set density=0.3 --out merged/
   cl-merge merge base.pt task*.pt --scale 0.5 --scale 'visual.*attn*=0.3' --out merged.safetensors
   cl-merge merge base.safetensors task*.safetensors --method mine.py:median --out merged.safetensors
+  cl-merge merge --no-base adapter0/ adapter1/ --lora-rank 16 --out merged_adapter/
   cl-merge merge --no-base one.safetensors two.safetensors --method average --out soup.safetensors
 """
 _ARGUMENTS = {
@@ -40,6 +43,7 @@ _ARGUMENTS = {
     "exclude",
     "importance",
     "buffers",
+    "lora-rank",
     "dtype",
     "overwrite",
 }
@@ -70,7 +74,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         action="append",
         metavar="NUMBER",
         help="factor of the merged task vector, or PATTERN=NUMBER for parameters by name; may be "
-        "repeated, the first pattern that fits counts [the one the method was published with]",
+        "repeated, the first pattern that fits counts; lines:LOW:HIGH grows from the first block "
+        "to the last [the one the method was published with]",
     )
     about = "a factor of each task vector, in their order, negative to take away [1 each]"
     add("--weight", nargs="+", type=float, default=[], metavar="NUMBER", help=about)
@@ -87,8 +92,14 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--dtype", metavar="DTYPE", help="of the output: float32, bfloat16 or float16 [the base's]")
     about = "take this off the names of tasks that begin with it and that the base has not"
     add("--strip-prefix", metavar="PREFIX", help=f"{about}, as in model.")
-    about = "for methods that weigh elements, as fisher: one file for each task"
+    about = "for methods that weigh, as fisher and regmean: one file for each task"
     add("--importance", **several, metavar="FILE", help=about)
+    add(
+        "--lora-rank",
+        metavar="RANK",
+        help="of LoRA adapters, make one of this rank, a folder of peft, instead of merged "
+        "weights; auto for the sum of their ranks",
+    )
     add("--shard-size", default="5GB", metavar="SIZE", help="most of one file in a folder [5GB]")
     add("--overwrite", action="store_true", help="replace an output file that exists")
     command.set_defaults(execute=merge)
@@ -112,6 +123,7 @@ def merge(parsed: argparse.Namespace) -> None:
             importances=parsed.importance,
             buffers=parsed.buffers,
             strip_prefix=parsed.strip_prefix,
+            lora_rank=read_rank(parsed.lora_rank),
             shard_bytes=shard_bytes,
             overwrite=parsed.overwrite,
             progress=progress,
@@ -174,6 +186,11 @@ def _summary(done: Merged, tasks: int, base: str) -> str:
     given = {key: value for key, value in options.items() if value is not None}
     words = f" ({', '.join(f'{key}={value}' for key, value in given.items())})" if given else ""
     size, speed = done.bytes_read, done.bytes_read / max(done.seconds, 1e-9)
+    if fit := done.adapter:
+        of_tasks += (
+            f" into an adapter of rank {fit.rank}\nrelative error {fit.error:.2g}, at most "
+            f"{fit.worst:.2g} ({fit.worst_name})"
+        )
     return (
         f"{done.path}: {merged} merged from {of_tasks}{copied}\n"
         f"method {made['cl_merge.method']}{words}, scale "
@@ -188,8 +205,12 @@ def _bytes(number: float) -> str:
     return "0 bytes"
 
 
-def read_scale(words: list[str] | None) -> float | dict[str, float] | None:
+def read_scale(
+    words: list[str] | None,
+) -> float | dict[str, float] | Callable[[list[str]], dict[str, float]] | None:
     """Read what ``--scale`` was given: numbers, or patterns with numbers; None for the default.
+
+    ``lines:LOW:HIGH`` makes a function of names.
 
     Example:
         >>> read_scale(["visual.*=0.3", "0.5"])
@@ -197,6 +218,8 @@ def read_scale(words: list[str] | None) -> float | dict[str, float] | None:
     """
     if not words:
         return None
+    if any(word.startswith("lines:") for word in words):
+        return _read_lines(words)
     found: dict[str, float] = {}
     for word in words:
         pattern, equals, number = word.rpartition("=")
@@ -214,6 +237,30 @@ def read_scale(words: list[str] | None) -> float | dict[str, float] | None:
     if "*" in found:
         found["*"] = found.pop("*")
     return found["*"] if list(found) == ["*"] else found
+
+
+def _read_lines(words: list[str]) -> Callable[[list[str]], dict[str, float]]:
+    from cl_merge.task_vectors.scales import lines_scales
+
+    try:
+        (word,) = words
+        low, high = (float(number) for number in word.split(":")[1:])
+    except ValueError:
+        given = " ".join(f"--scale {word}" for word in words)
+        raise InputError(f"{given}: expected lines:LOW:HIGH alone, as in lines:0.2:1") from None
+    return partial(lines_scales, low=low, high=high)
+
+
+def read_rank(word: str | None) -> int | Literal["auto"] | None:
+    """Read what ``--lora-rank`` was given."""
+    if word is None:
+        return None
+    if word == "auto":
+        return "auto"
+    try:
+        return int(word)
+    except ValueError:
+        raise InputError(f"--lora-rank {word}: expected a whole number, or auto") from None
 
 
 def read_size(word: str) -> int:

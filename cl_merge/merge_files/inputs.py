@@ -16,6 +16,7 @@ from cl_merge.merge_files.grown import GrownVector
 from cl_merge.merge_files.hashing import ContentHash
 from cl_merge.merge_files.plan import Plan
 from cl_merge.mergers.chunks import Reader
+from cl_merge.mergers.importances import is_importance
 from cl_merge.storage import Weights
 
 Progress = Callable[[int], Callable[[int], None]]
@@ -97,14 +98,18 @@ class Inputs:
                 raise self.broken(task)
             return vector
 
-        def importance(name: str, part: slice) -> Tensor:
-            index = 1 + len(self._plan.tasks) + task
+        def importance(name: str, part: slice) -> Tensor | None:
+            index, grams = 1 + len(self._plan.tasks) + task, self._plan.grams
+            if name not in self._held[index]:
+                return None
             values = self.read(index, name, part, hashed=hashed).to(torch.float32)
-            if not is_finite(values) or bool((values < 0).any()):
-                raise InputError(
-                    f"'{self.all[index].path}': the importance of '{name}' is negative, NaN or "
-                    "infinite; expected 0 or more"
-                )
+            if not is_finite(values) or not is_importance(values, grams=grams):
+                wrong = "is negative, NaN or infinite; expected 0 or more"
+                if grams:
+                    wrong = (
+                        "is no Gram matrix: not symmetric, negative on its diagonal, or not finite"
+                    )
+                raise InputError(f"'{self.all[index].path}': the importance of '{name}' {wrong}")
             return values
 
         shapes = {name: self._plan.base.shape(name) for name in self._plan.merged}

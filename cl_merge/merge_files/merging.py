@@ -6,8 +6,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,13 @@ import torch
 
 from cl_merge import __version__
 from cl_merge.errors import InputError, listing, unknown_name
+from cl_merge.merge_files.adapter import (
+    AdapterFit,
+    AdapterWriter,
+    LoraRank,
+    adapter_plan,
+    write_adapter,
+)
 from cl_merge.merge_files.card import CARD, model_card
 from cl_merge.merge_files.contents import take_off
 from cl_merge.merge_files.hashing import BLOCK
@@ -23,9 +30,10 @@ from cl_merge.merge_files.inputs import Inputs, Progress
 from cl_merge.merge_files.plan import Plan, make_plan
 from cl_merge.merge_files.work import Work
 from cl_merge.mergers import MERGERS, Merger
+from cl_merge.mergers.importances import needed_of
 from cl_merge.mergers.options import check_per_task
 from cl_merge.mergers.registry import fresh_merger
-from cl_merge.storage import Weights, check_output, open_weights, write_weights
+from cl_merge.storage import Weights, Writer, check_output, open_weights, write_weights
 from cl_merge.storage.hub import is_hub_id, short_name
 from cl_merge.stream_merger.buffers import BUFFERS
 from cl_merge.task_vectors.scales import Scales
@@ -53,6 +61,7 @@ class Merged:
         bytes_read: Bytes of all inputs' tensors, each time they were read.
         seconds: How long it took.
         provenance: What the output's metadata say of how it was made.
+        adapter: How near the adapter comes to what was merged, if one was asked for.
     """
 
     path: Path
@@ -62,6 +71,7 @@ class Merged:
     bytes_read: int
     seconds: float
     provenance: Mapping[str, str] = field(repr=False)
+    adapter: AdapterFit | None = None
 
 
 def merge_checkpoints(
@@ -70,7 +80,7 @@ def merge_checkpoints(
     output: str | Path,
     *,
     method: str | Merger = "magmax",
-    scale: float | Mapping[str, float] | None = None,
+    scale: float | Mapping[str, float] | Callable[[list[str]], Any] | None = None,
     weights: Sequence[float] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -78,6 +88,7 @@ def merge_checkpoints(
     buffers: str | None = None,
     dtype: str | None = None,
     strip_prefix: str | None = None,
+    lora_rank: LoraRank | None = None,
     shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -105,14 +116,17 @@ def merge_checkpoints(
         output: A name that ends in ``.safetensors`` for one file, any other for a folder with the
             base's configuration files in it, and a model card in place of the base's.
         method: A name that `get_merger` knows, or a fresh `Merger`.
-        scale: Factor of the merged task vector; a mapping from patterns to factors for layers;
-            None takes the one that the method was published with.
+        scale: Factor of the merged task vector; a mapping from patterns to factors for layers; a
+            function that makes one of the names of all that is merged, such as
+            ``partial(lines_scales, low=0.2, high=1.0)``; None takes the one that the method was
+            published with.
         weights: A factor of each task vector before they are merged, negative to take something
             away; none for 1 each. Methods that average divide by the number of tasks, not by the
             sum of the weights.
         include: Patterns of the parameters to merge, as in ``"visual.*"``; empty for all.
         exclude: Patterns of parameters not to merge.
-        importances: For methods that weigh elements, as ``"fisher"``: a file for each task.
+        importances: For methods that weigh elements, as ``"fisher"``: a file for each task. For
+            ``"regmean"``: of Gram matrices, as `gram_matrices` collects them.
         buffers: What floating-point buffers hold, such as batch-norm statistics, which are told by
             their names: ``"trained"`` those of the last task, ``"base"``, or ``"average"`` their
             mean over tasks. None means ``"trained"``, without a base ``"base"``, which is the first
@@ -123,6 +137,11 @@ def merge_checkpoints(
         strip_prefix: What to take off the names of tasks and importances that begin with it and
             that the base has not, such as ``"model."`` of a Lightning module; without a base, off
             all names.
+        lora_rank: Where all tasks are LoRA adapters: merge them into one of this rank, a folder of
+            peft, instead of into the base; in the dtype of the first if `dtype` names no other. Its
+            factors are the nearest ones to each merged matrix; ``adapter`` of the result says how
+            near. ``"auto"`` is the largest sum of the ranks of the tasks, with which methods that
+            average or add up lose nothing. With it, any method and scale goes without a base.
         shard_bytes: In a folder, the most bytes of one file.
         overwrite: Whether an output file that exists may be replaced.
         progress: Given the number of bytes to be read; returns what is told of bytes that were.
@@ -146,7 +165,8 @@ def merge_checkpoints(
     """
     begin = time.perf_counter()
     merger = fresh_merger(method, options)
-    if base is None:
+    adapters = lora_rank is not None
+    if base is None and not adapters:
         _check_without_base(merger, tasks, scale)
     no_base, first = base is None, tasks[0] if base is None else base
     if buffers is not None and buffers not in BUFFERS:
@@ -159,8 +179,8 @@ def merge_checkpoints(
     check_output(output, [first, *tasks, *importances], overwrite=overwrite)
     if merger.weighted and len(importances) != len(tasks):
         raise InputError(
-            f"'{merger.name}' needs the importance of each element: {len(tasks)} files, one for "
-            f"each task, but {len(importances)} were given"
+            f"'{merger.name}' needs {needed_of(merger.grams)}: {len(tasks)} files, one "
+            f"for each task, but {len(importances)} were given"
         )
     if importances and not merger.weighted:
         raise InputError(f"'{merger.name}' takes no importances; leave them out")
@@ -175,13 +195,27 @@ def merge_checkpoints(
         if strip_prefix is not None:
             take_off(strip_prefix, None if no_base else opened[0], opened[0 if no_base else 1 :])
         written = DTYPES[dtype] if dtype is not None else None
-        plan = make_plan(opened[0], vectors, selection, weighing, written, no_base=no_base)
-        scales = Scales.read(scale, merger.published_scale)
+        plan = make_plan(
+            opened[0],
+            vectors,
+            selection,
+            weighing,
+            written,
+            grams=merger.grams,
+            no_base=no_base,
+            adapters=adapters,
+        )
+        block = block_size
+        if lora_rank is not None:
+            plan, rank, block = adapter_plan(plan, lora_rank)
+            merger.chunk_size = block  # whole matrices, which are factored as they come
+        given = scale(plan.merged) if callable(scale) else scale
+        scales = Scales.read(given, merger.published_scale)
         scales.check(plan.merged)
         passes = 1 if type(merger).prepare is Merger.prepare else 2
         inputs = Inputs(plan, progress, passes=passes, block=block_size, factors=factors)
         of_buffers = buffers or ("base" if no_base else "trained")
-        work = Work(plan, merger, scales, inputs, block_size, of_buffers)
+        work = Work(plan, merger, scales, inputs, block, of_buffers)
         made = {
             "format": "pt",  # which transformers insists on
             "cl_merge.version": __version__,
@@ -197,7 +231,7 @@ def merge_checkpoints(
         }
         card = model_card(Path(os.path.abspath(output)).name, plan, merger, made)
         entries = {n: (plan.written(n), plan.base.shape(n)) for n in plan.base.names}
-        with write_weights(
+        writing: AbstractContextManager[Writer | AdapterWriter] = write_weights(
             output,
             entries,
             {**plan.base.metadata, **made},
@@ -205,9 +239,16 @@ def merge_checkpoints(
             texts={CARD: card, **_config(plan.base, dtype)},
             shard_bytes=shard_bytes,
             overwrite=overwrite,
-        ) as writer:
+        )
+        if lora_rank is not None:
+            writing = write_adapter(
+                output, plan, rank, made, dtype=DTYPES.get(dtype or ""), overwrite=overwrite
+            )
+        with writing as writer:
             work.run(writer)
             hashes = [content.hexdigest() for content in work.inputs.hashes]
+            if lora_rank is not None:
+                hashes[0] = ""  # of the base only names and shapes were read
             made["cl_merge.inputs"] = _described(plan, hashes)
             writer.amend(made)
     _warn(plan, work.inputs, hashes, buffers)
@@ -219,6 +260,7 @@ def merge_checkpoints(
         work.inputs.count.read,
         time.perf_counter() - begin,
         made,
+        writer.fit() if isinstance(writer, AdapterWriter) else None,
     )
 
 
@@ -232,7 +274,7 @@ def _described(plan: Plan, hashes: Sequence[str]) -> str:
             "file": short_name(weights.path),
             "kind": weights.kind,
             "role": role,
-            "xxh3_128": of_content,
+            **({"xxh3_128": of_content} if of_content else {}),
         }
         for weights, role, of_content in described
     ]
@@ -246,7 +288,7 @@ def _check_without_base(merger: Merger, tasks: Sequence[str | Path], scale: Any)
         without = [name for name, kind in MERGERS.items() if not kind.needs_base]
         raise InputError(
             f"'{merger.name}' merges changes and needs the base; without one there are "
-            f"{listing(without)}"
+            f"{', '.join(without)}"
         )
     if scale is not None:
         raise InputError("a scale is of changes to a base, and there is none; leave it out")

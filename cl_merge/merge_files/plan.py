@@ -17,6 +17,7 @@ from cl_merge.merge_files.contents import (
     parameters,
 )
 from cl_merge.merge_files.grown import GrownVector, is_grown
+from cl_merge.mergers.importances import check_importances, check_same_weighed
 from cl_merge.storage import Weights
 from cl_merge.task_vectors.selection import Selection
 from cl_merge.task_vectors.task_vector import check_same_dtypes, check_same_layout
@@ -37,6 +38,7 @@ class Plan:
     # Names of the base that are tied to one that is merged, by the name of that.
     twins: dict[str, list[str]] = field(default_factory=dict)
     dtype: torch.dtype | None = None  # of what is written; None for the base's
+    grams: bool = False  # whether importances are Gram matrices, of some of what is merged
     no_base: bool = False  # whether weights are merged as they are
 
     def is_added(self, task: Weights) -> bool:
@@ -56,7 +58,9 @@ def make_plan(
     importances: Sequence[Weights] = (),
     dtype: torch.dtype | None = None,
     *,
+    grams: bool = False,
     no_base: bool = False,
+    adapters: bool = False,
 ) -> Plan:
     """Check every input against the base, by what the files say of their tensors.
 
@@ -69,7 +73,8 @@ def make_plan(
     """
     if not tasks:
         raise InputError("no task to merge; give at least one checkpoint or task vector")
-    for weights in (base, *(tasks if no_base else ())):
+    # Without a base, adapters are changes all the same.
+    for weights in () if no_base and adapters else (base, *(tasks if no_base else ())):
         check_base(weights, "without a base there must be weights" if no_base else _BASE)
     for weights in (base, *tasks):
         check_mergeable(weights)
@@ -101,7 +106,11 @@ def make_plan(
     buffers = [name for name in floating(base) if is_buffer(name)]
     done = {*merged, *buffers, *twins}
     for importance in importances:
-        _check_importance(importance, base, merged)
+        _check_importance(importance, base, merged, grams)
+    if grams:
+        held = [set(importance.names) & set(merged) for importance in importances]
+        for importance, names in zip(importances, held, strict=True):
+            check_same_weighed(names, held[0], f"the importance '{importance.path}'")
     plan = Plan(
         base,
         list(tasks),
@@ -110,6 +119,7 @@ def make_plan(
         buffers,
         [name for name in base.names if name not in done],
         dtype=dtype,
+        grams=grams,
         no_base=no_base,
     )
     for twin, name in twins.items():
@@ -238,15 +248,15 @@ def _check_tied(task: Weights, twins: Mapping[str, str]) -> None:
             )
 
 
-def _check_importance(importance: Weights, base: Weights, merged: list[str]) -> None:
+def _check_importance(importance: Weights, base: Weights, merged: list[str], grams: bool) -> None:
+    what = f"the importance '{importance.path}'"
     held = set(importance.names)
     missing = [name for name in merged if name not in held]
-    if missing:
-        raise InputError(
-            f"the importance '{importance.path}' lacks tensors that are merged: {listing(missing)}"
-        )
-    given, wanted = _layout(importance, merged), _layout(base, merged)
-    check_same_layout(given, wanted, f"'{importance.path}'", f"the base '{base.path}'")
+    if missing and not grams:
+        raise InputError(f"{what} lacks tensors that are merged: {listing(missing)}")
+    given = _layout(importance, [name for name in importance.names if grams or name in merged])
+    than = f"the base '{base.path}'"
+    check_importances(given, _layout(base, merged), what, than, grams=grams)
 
 
 def _layout(weights: Weights, names: Iterable[str]) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,12 +17,18 @@ from cl_merge.merge_files.plan import Plan
 from cl_merge.mergers import Merger
 from cl_merge.mergers.base import fold_chunk, zeros
 from cl_merge.mergers.chunks import Accumulators, Piece, ResultInfo, Unit, chunk_size, cut
-from cl_merge.storage import Writer
 from cl_merge.task_vectors.scales import Scales
 from cl_merge.task_vectors.task_vector import moved
 
 _CPU = torch.device("cpu")
 _HELD_BYTES = 16  # for each element of a block: what waits for a global count
+
+
+class Sink(Protocol):
+    """What takes the result: a `Writer`, or what makes something else of it first."""
+
+    def write(self, name: str, start: int, values: Tensor) -> None:
+        """Take a stretch of one tensor, from any thread and in any order."""
 
 
 class Work:
@@ -49,7 +55,7 @@ class Work:
         self._lock = threading.Lock()
         self._held = 0
 
-    def run(self, writer: Writer) -> None:
+    def run(self, writer: Sink) -> None:
         """Read everything, and write every tensor of the output."""
         merged, copied = self._plan.merged, self._plan.copied
         readers = [self.inputs.reader(task) for task in range(len(self._plan.tasks))]
@@ -83,7 +89,7 @@ class Work:
         shapes = {name: self._plan.base.shape(name) for name in names}
         return list(cut(shapes, unit, self._block_size))
 
-    def _merge_block(self, writer: Writer, name: str, block: slice) -> None:
+    def _merge_block(self, writer: Sink, name: str, block: slice) -> None:
         shapes = {name: self._plan.base.shape(name)}
         size = self._merger.chunk_size or chunk_size(_CPU)
         for piece in cut(shapes, self._merger.unit, size, block):
@@ -115,13 +121,13 @@ class Work:
             self._held += size if fits else 0
         return fits
 
-    def _finish(self, writer: Writer, piece: Piece, state: Accumulators | None, total: int) -> None:
+    def _finish(self, writer: Sink, piece: Piece, state: Accumulators | None, total: int) -> None:
         name, part = piece
         base = self._plan.base.read(name, part.start, part.stop)
         self._write(writer, piece, base, state or self._fold(piece, base, hashed=False), total)
 
     def _write(
-        self, writer: Writer, piece: Piece, base: Tensor, state: Accumulators, total: int
+        self, writer: Sink, piece: Piece, base: Tensor, state: Accumulators, total: int
     ) -> None:
         name, part = piece
         merged = torch.zeros(base.shape)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from cl_merge.errors import InputError, listing, task_name
+from cl_merge.errors import InputError, task_name
 from cl_merge.mergers.chunks import (
     Accumulators,
     ChunkInfo,
@@ -28,6 +28,7 @@ from cl_merge.mergers.chunks import (
     span_of,
     zeros,
 )
+from cl_merge.mergers.importances import check_importances, check_values, needed_of
 from cl_merge.task_vectors.growth import grown
 from cl_merge.task_vectors.shards import Shards, together
 from cl_merge.task_vectors.task_vector import TaskVector, check_floating, check_same_layout
@@ -55,6 +56,7 @@ class Merger(ABC):
         unit: What a chunk never cuts through: ``"element"``, chunks are any stretches of flattened
             parameters; ``"row"``, whole rows of matrices; ``"parameter"``, whole parameters.
         weighted: Whether a task vector comes with the importance of each of its elements.
+        grams: Whether they are Gram matrices of inputs, [n, n] for some of the matrices [m, n].
         needs_base: Whether the rule is one for changes, and makes no sense for weights themselves.
         takes_differences: Whether this class's own `fold` only hands its chunk to the folds of
             ``cl_merge.kernels``, which subtract the base from weights on the way. A subclass with
@@ -83,6 +85,7 @@ class Merger(ABC):
     accumulators: ClassVar[Mapping[str, torch.dtype]] = {}
     unit: ClassVar[Unit] = "element"
     weighted: ClassVar[bool] = False
+    grams: ClassVar[bool] = False
     needs_base: ClassVar[bool] = True
     takes_differences: ClassVar[bool] = False
     chunk_size: int | None = None
@@ -363,18 +366,14 @@ class Merger(ABC):
             check_same_layout(vector, before, what, "the tasks before")
         check_finite(vector, what, self.chunk_size)
         if self.weighted != (importance is not None):
-            raise InputError(
-                f"{what}: '{self.name}' needs the importance of each element beside the task vector"
-                if self.weighted
-                else f"{what}: '{self.name}' takes no importance; leave it out"
-            )
+            needed = f"needs {needed_of(self.grams)} beside the task vector"
+            needed = needed if self.weighted else "takes no importance; leave it out"
+            raise InputError(f"{what}: '{self.name}' {needed}")
         if importance is not None:
             what = f"the importance of {what}"
-            check_same_layout(importance, vector, what, "the task vector")
+            check_importances(importance, vector, what, "the task vector", grams=self.grams)
             check_finite(importance, what, self.chunk_size)
-            negative = [name for name, tensor in importance.items() if bool((tensor < 0).any())]
-            if negative:
-                raise InputError(f"{what} is negative in {listing(negative)}; expected 0 or more")
+            check_values(importance, what, grams=self.grams)
 
 
 def fold_chunk(
@@ -388,6 +387,7 @@ def fold_chunk(
             state |= zeros({key: kept.dtype}, torch.Size([shape.numel()]), kept.device)
     owner = next(kind for kind in type(rule).__mro__ if "fold" in vars(kind))
     chunk = (vector.chunk if vars(owner).get("takes_differences") else vector.read)(name, part)
-    weight = vector.importance(name, part) if vector.importance is not None else None
+    beside = slice(0, vector.shapes[name][-1:].numel() ** 2) if rule.grams else part
+    weight = vector.importance(name, beside) if vector.importance is not None else None
     info = ChunkInfo(name, vector.shapes[name], part.start, task, prepared, weight)
     rule.fold(state, chunk, info)  # type: ignore[arg-type]

@@ -77,7 +77,8 @@ class Reader:
             need only be valid until the thread's next call.
         device: Where the values are.
         chunk_size: Elements of a chunk; None for what suits the device.
-        importance: Reads a stretch of how much each element matters, float32 [n].
+        importance: Reads a stretch of how much each element matters, float32 [n]; or of a Gram
+            matrix, None if there is none.
         shards: Which stretches this process has, if others have the rest: `map` and `sample` then
             give what all processes find, and must be called on all alike.
         task: Index of the task, from 0.
@@ -87,7 +88,7 @@ class Reader:
     chunk: Callable[[str, slice], Chunk]
     device: torch.device
     chunk_size: int | None = None
-    importance: Callable[[str, slice], Tensor] | None = None
+    importance: Callable[[str, slice], Tensor | None] | None = None
     shards: Shards | None = None
     task: int = 0
 
@@ -114,7 +115,14 @@ class Reader:
         device = device or next((tensor.device for tensor in vector.values()), torch.device("cpu"))
         whole = {} if shards is None else shards.shapes
         shapes = {name: whole.get(name, tensor.shape) for name, tensor in vector.items()}
-        weights = None if importance is None else _stretches_of(importance, device, shards)
+        weights = None
+        if importance is not None:
+            known = {name: tensor for name, tensor in importance.items() if name in vector}
+            of_known = _stretches_of(known, device, shards)
+
+            def weights(name: str, part: slice) -> Tensor | None:
+                return of_known(name, part) if name in known else None
+
         values = _stretches_of(vector, device, shards)
         return cls(shapes, values, device, chunk_size, weights, shards, task)
 

@@ -164,6 +164,17 @@ def fisher(stack: Tensor, importances: Tensor) -> Tensor:
     return (weights * stack).sum(dim=0) / weights.sum(dim=0)
 
 
+def regmean(stack: Tensor, grams: Tensor, off_diagonal: float = 0.9) -> Tensor:
+    """The minimum T of Σ tr((T - τ_t) G_t (T - τ_t)ᵀ) for matrices [tasks, m, n], G [tasks, n, n].
+
+    Jin et al., Dataless Knowledge Fusion, ICLR 2023; G_t with its off-diagonal part shrunk.
+    """
+    diagonal = torch.eye(grams.shape[1], dtype=torch.bool)
+    shrunk = torch.where(diagonal, grams, off_diagonal * grams)
+    merged: Tensor = (stack @ shrunk).sum(dim=0) @ torch.linalg.inv(shrunk.sum(dim=0))
+    return merged
+
+
 def slerp(stack: Tensor, t: float = 0.5) -> Tensor:
     """Interpolate between the two task vectors of one parameter along an arc.
 
@@ -187,6 +198,23 @@ def isotropic(stack: Tensor) -> Tensor:
     """
     left, values, right = _svd(stack.sum(dim=0))
     return values.mean() * (left @ right)
+
+
+def isotropic_tasks(stack: Tensor, common: float = 0.8) -> Tensor:
+    """Iso-C of the main directions of the sum, and of what they leave of each of the tasks.
+
+    For matrices [tasks, m, n]. Marczak et al., No Task Left Behind, ICML 2025, "Iso-CTS".
+    """
+    size = min(stack.shape[1:])
+    each = min(round((size - int(common * size)) / len(stack)), size // len(stack))
+    shared = size - each * len(stack)
+    left, values, right = _svd(stack.sum(dim=0))
+    left, values, right = left[:, :shared], values[:shared], right[:shared]
+    of_tasks = _svd(stack - left @ (left.T @ stack))
+    lefts = torch.cat([left, *of_tasks[0][:, :, :each]], dim=1)
+    rights = torch.cat([right, *of_tasks[2][:, :each]])
+    total = values.sum() + of_tasks[1][:, :each].sum()
+    return total / size * (_orthogonal(lefts) @ _orthogonal(rights))
 
 
 def singular_vectors(stack: Tensor) -> Tensor:

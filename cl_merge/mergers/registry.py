@@ -21,7 +21,7 @@ from cl_merge.mergers.dare import Dare, DareTies, Della
 from cl_merge.mergers.dual_projection import DualProjection
 from cl_merge.mergers.emr import Emr
 from cl_merge.mergers.fisher_average import FisherAverage
-from cl_merge.mergers.isotropic import Isotropic
+from cl_merge.mergers.isotropic import Isotropic, IsotropicTasks
 from cl_merge.mergers.karcher import Karcher
 from cl_merge.mergers.max_magnitude import MaxMagnitude
 from cl_merge.mergers.model_stock import ModelStock
@@ -29,6 +29,7 @@ from cl_merge.mergers.moving_average import MovingAverage
 from cl_merge.mergers.null_space import NullSpaceFilter
 from cl_merge.mergers.orthogonal import OrthogonalProjection
 from cl_merge.mergers.random_mix import RandomMix
+from cl_merge.mergers.regression_mean import RegressionMean
 from cl_merge.mergers.select_erase import SelectCalculateErase
 from cl_merge.mergers.singular_vectors import SingularVectors
 from cl_merge.mergers.slerp import Slerp
@@ -53,8 +54,10 @@ MERGERS: dict[str, type[Merger]] = {
     "emr": Emr,
     "ema": MovingAverage,
     "fisher": FisherAverage,
+    "regmean": RegressionMean,
     "opcm": OrthogonalProjection,
     "iso-c": Isotropic,
+    "iso-cts": IsotropicTasks,
     "tsv": SingularVectors,
     "wudi": Wudi,
     "nufilt": NullSpaceFilter,

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -90,24 +90,51 @@ def adapter_weights(folder: Path, factors: Weights) -> Weights:
         # Whole, and rounded once: no result depends on how it is read.
         return (change.T if transposed else change).to(torch.float32).reshape(-1)
 
-    tensors = {}
+    tensors, ranks = {}, {}
     for module, names in pairs.items():
         left, right = (factors.shape(names[key]) for key in "BA")
         if len(left) != 2 or len(right) != 2:
             raise InputError(f"'{folder}': '{module}' is no linear layer; {_MERGE_FIRST}")
         shape = (right[1], left[0]) if transposed else (left[0], right[1])
-        tensors[f"{module}.weight"] = StoredTensor(
+        tensors[weight_of(module)] = StoredTensor(
             torch.float32, torch.Size(shape), functools.partial(_read, product, module)
         )
-    return AdapterWeights(folder, tensors, factors)
+        ranks[weight_of(module)] = right[0]
+    return AdapterWeights(folder, tensors, factors, config, ranks)
+
+
+def weight_of(module: str) -> str:
+    """Name of the matrix that the factors of a module change."""
+    return f"{module}.weight"
+
+
+def factor_of(weight: str, factor: Literal["A", "B"]) -> str:
+    """Name of a factor in a file of peft, of the matrix of this name."""
+    return f"{_PREFIX}{weight.removesuffix('.weight')}.lora_{factor}.weight"
 
 
 class AdapterWeights(Weights):
-    """The task vector of an adapter, which closes the file of its factors."""
+    """The task vector of an adapter, which closes the file of its factors.
 
-    def __init__(self, folder: Path, tensors: Mapping[str, StoredTensor], factors: Weights) -> None:
+    Attributes:
+        config: What its configuration says.
+        ranks: Number of columns of B, and rows of A, by the name of the matrix that they change.
+        factor_dtype: Dtype of the factors.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tensors: Mapping[str, StoredTensor],
+        factors: Weights,
+        config: Mapping[str, Any],
+        ranks: Mapping[str, int],
+    ) -> None:
         super().__init__(folder, "LoRA adapter", tensors, factors.metadata)
         self.is_task_vector = True
+        self.config = config
+        self.ranks = ranks
+        self.factor_dtype = factors.dtype(factors.names[0])
         self._factors = factors
 
     @override

@@ -36,6 +36,7 @@ def write_weights(
     metadata: Mapping[str, str],
     *,
     like: Weights | None = None,
+    file_name: str = "",
     texts: Mapping[str, str] | None = None,
     shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
@@ -55,6 +56,7 @@ def write_weights(
             demands.
         like: For a folder: whose names to use, and whose small files to copy, such as configuration
             and tokenizer; what stays behind is logged.
+        file_name: For a folder that is like no other: how to name its file of weights.
         texts: For a folder: small files to write, by name, in place of copies.
         shard_bytes: In a folder, the most bytes of one file. open_clip reads no index: what is like
             an open_clip folder is always one file.
@@ -86,7 +88,7 @@ def write_weights(
         if like is not None and folder is not None:
             found, own = side_files(folder, like.file_name), {text.lower() for text in texts}
             sides = {s: folder / s for s in found if s.as_posix().lower() not in own}
-        files = output_files(like.file_name if like and folder else "", sizes, shard_bytes)
+        files = output_files(like.file_name if like and folder else file_name, sizes, shard_bytes)
     headers = {
         file: Header({n: entries[n] for n in names}, metadata) for file, names in files.items()
     }

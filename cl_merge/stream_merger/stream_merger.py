@@ -231,7 +231,7 @@ class StreamMerger:
 
         Args:
             importance: For methods that weigh elements: how much each one matters, not negative,
-                in the shapes of the parameters by name.
+                in the shapes of the parameters by name. For ``"regmean"``: Gram matrices.
             write: Whether to write files to the directory, if there is one.
 
         Returns:
@@ -242,7 +242,8 @@ class StreamMerger:
         """
         task, vector = self.tasks, self.task_vector()
         if importance is not None:
-            importance = {name: importance[name].to(t.device) for name, t in vector.items()}
+            held = {name: tensor for name, tensor in importance.items() if name in vector}
+            importance = {name: tensor.to(vector[name].device) for name, tensor in held.items()}
         layout = self.model.layout()
         has_grown = self.merger.grow({name: layout[name].shape for name in vector})
         self.merger.update(vector, importance)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -13,6 +14,7 @@ from cl_merge.errors import InputError, nearest
 from cl_merge.task_vectors.task_vector import check_scale, moved
 
 _REST = "*"
+_BLOCK = re.compile(r"(?P<list>(?:|.*?\.)(?:\w*?_)?)(?P<number>\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,56 @@ def scaled(
     for name, change in changes:
         yield name, moved(rest.pop(name), change, scales.of(name))
     yield from rest.items()
+
+
+def lines_scales(names: Iterable[str], low: float, high: float) -> dict[str, float]:
+    """Make scales that grow with the depth of a layer, from the first block to the last.
+
+    Blocks are told by the first number that is a part of a name, or ends one after ``_``, as in
+    ``visual.transformer.resblocks.3.mlp.c_fc.weight``; each list of blocks is taken by itself. What
+    lies outside of blocks, as embeddings and heads, has the lower scale, as in the authors' code.
+
+    Args:
+        names: Of all parameters that are merged.
+        low: Scale of the first block.
+        high: Scale of the last block.
+
+    Returns:
+        Scales by pattern, for ``scale`` of `merge_checkpoints`, `MergeCallback` and others.
+
+    Raises:
+        InputError: If there are no blocks, or they are in stages, as those of a ResNet.
+
+    Example:
+        >>> lines_scales(["embed.weight", *(f"layers.{i}.weight" for i in range(3))], 0.2, 1.0)
+        {'layers.0.*': 0.2, 'layers.1.*': 0.6, 'layers.2.*': 1.0, '*': 0.2}
+
+    Reference:
+        Wang et al., LiNeS: Post-training Layer Scaling Prevents Forgetting and Enhances Model
+        Merging, ICLR 2025.
+    """
+    low, high = check_scale(low), check_scale(high)
+    blocks: dict[str, set[int]] = {}
+    for name in names:
+        if match := _BLOCK.match(name):
+            blocks.setdefault(match["list"], set()).add(int(match["number"]))
+    found = {}
+    for place, numbers in blocks.items():
+        if place[-2:-1].isdigit():
+            raise InputError(
+                f"lines: '{place}{min(numbers)}' is a block of a stage, whose depth its number "
+                "does not tell; give scales by pattern"
+            )
+        first, last = min(numbers), max(numbers)
+        for number in sorted(numbers) if first < last else ():
+            depth = (number - first) / (last - first)
+            found[f"{place}{number}.*"] = low + (high - low) * depth
+    if not found:
+        raise InputError(
+            "lines: no name has a number that counts blocks, as in 'layers.3.weight'; give scales "
+            "by pattern"
+        )
+    return {**found, _REST: low}
 
 
 def check_fits(what: str, pattern: str, names: list[str]) -> None:

@@ -91,9 +91,10 @@ def merger_needs() -> str:
     rows = []
     for name, merger in _built_in():
         kept, folds = _kept(merger)
-        data = (
-            "images of its task, for the importance of each element" if merger.weighted else "none"
-        )
+        data = "images of its task, for the importance of each element"
+        if merger.grams:
+            data = "inputs of its task, for the Gram matrices of layers"
+        data = data if merger.weighted else "none"
         memory = kept if folds else f"{kept} for each task"
         rows.append((f"`{name}`", data, memory, "yes" if folds else "no", _source(merger)))
     return _table(("method", "data", "kept", "folds", "source"), rows)

@@ -86,6 +86,19 @@ def test_scales_by_pattern_in_any_order(merge, files, base, tasks):
     assert 'scale {"visual.*attn*": 1.5, "visual.*": -1.0, "*": 0.25}' in printed
 
 
+def test_a_scale_that_grows_with_depth(merge, files):
+    layers = {f"layers.{i}.weight": torch.zeros(4) for i in range(3)}
+    write(files, "base", layers, "safetensors")
+    write(files, "t", {name: torch.ones(4) for name in layers}, "safetensors")
+    assert merge("--scale", "lines:0.25:0.75", files=["t.safetensors"])[0] == 0
+    assert [float(tensor[0]) for tensor in output(files).values()] == [0.25, 0.5, 0.75]
+    for words in (["lines:1"], ["lines:a:b"], ["lines:0:1", "0.5"]):
+        given = [word for number in words for word in ("--scale", number)]
+        code, _, complained = merge(*given, files=["t.safetensors"], output="o.safetensors")
+        assert code == 2
+        assert "expected lines:LOW:HIGH alone, as in lines:0.2:1" in complained
+
+
 def test_include_and_exclude(merge, files, base, tasks):
     code, printed, complained = merge("--include", "visual.*", "--exclude", "*mlp*")
     assert code == 0
@@ -96,6 +109,29 @@ def test_include_and_exclude(merge, files, base, tasks):
         "tensors that are not merged differ between the inputs; the base's were taken: "
         "text.weight, visual.mlp.weight"
     )
+
+
+def test_adapters_become_an_adapter_and_its_error_is_told(merge, files):
+    for seed in range(2):
+        folder = files / f"adapter{seed}"
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 2}')
+        factors = {"A": (2, 6), "B": (8, 2)}
+        prefix = "base_model.model.visual.attn.lora_"
+        tensors = {f"{prefix}{k}.weight": torch.randn(shape) for k, shape in factors.items()}
+        write(folder, "adapter_model", tensors, "safetensors")
+    adapters = ["adapter0", "adapter1"]
+    code, printed, _ = merge("--lora-rank", "auto", output="a", files=adapters)
+    assert code == 0
+    assert re.match(
+        r"a: 1 tensor merged from 2 tasks into an adapter of rank 4\n"
+        r"relative error 0\.\d+, at most 0\.\d+ \(visual\.attn\.weight\)\n"
+        r"method magmax, scale 0\.5; read ",
+        printed,
+    )
+    code, _, complained = merge("--lora-rank", "few", output="b", files=adapters)
+    assert code == 2
+    assert "--lora-rank few: expected a whole number, or auto" in complained
 
 
 def test_a_folder_is_sharded_by_size(merge, files):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from file_cases import listed, read, same_bits, tuned, write
+from file_cases import grams_of, in_memory, listed, read, same_bits, tuned, write
 from safetensors import safe_open
 
 from cl_merge.errors import InputError
@@ -109,3 +109,47 @@ def test_tuned_weights_are_not_changed_by_a_rule_of_weights(files, base, tasks, 
         base_file, task_files, out / "m.safetensors", method=Weighted(), importances=beside
     )
     assert [path.read_bytes() for path in task_files] == before
+
+
+@pytest.fixture
+def grams(tmp_path, base):
+    """Files of Gram matrices, which have some that belong to nothing that is merged."""
+    each = [{**grams_of(base, seed), "head.weight": torch.eye(3)} for seed in range(3)]
+    return [write(tmp_path, f"g{seed}", gram, "safetensors") for seed, gram in enumerate(each)]
+
+
+def test_gram_matrices_weigh_as_in_memory(files, base, tasks, grams, out):
+    base_file, task_files = files
+    merge_checkpoints(
+        base_file, task_files, out / "m.safetensors", method="regmean", importances=grams
+    )
+    each = [grams_of(base, seed) for seed in range(3)]
+    assert same_bits(
+        read(out / "m.safetensors"), in_memory(base, tasks, "regmean", importances=each)
+    )
+
+
+def refusal(files, beside, out):
+    with pytest.raises(InputError) as caught:
+        merge_checkpoints(*files, out / "m.safetensors", method="regmean", importances=beside)
+    assert listed(out) == []
+    return str(caught.value)
+
+
+def test_wrong_gram_matrices_are_named(files, base, grams, out, tmp_path):
+    def other(**tensors):
+        return [*grams[:2], write(tmp_path, "other", {**grams_of(base, 0), **tensors}, "pt")]
+
+    assert "3 files, one for each task, but 2 were given" in refusal(files, grams[:2], out)
+    message = refusal(files, other(wide=torch.eye(99)), out)
+    assert "has no Gram matrices of inputs: wide (99, 99) for a weight of shape (3, 100)" in message
+    message = refusal(files, other(wide=torch.eye(100).roll(1, 0)), out)
+    assert "the importance of 'wide' is no Gram matrix: not symmetric" in message
+    message = refusal(files, other(wide=torch.eye(100) * float("nan")), out)
+    assert "the importance of 'wide' is no Gram matrix: not symmetric" in message
+    few = write(tmp_path, "few", {"wide": torch.eye(100)}, "pt")
+    assert "of other weights than the tasks before; missing: double, " in refusal(
+        files, [*grams[:2], few], out
+    )
+    unknown = write(tmp_path, "unknown", {"module.wide": torch.eye(100)}, "safetensors")
+    assert "has no Gram matrix of what is merged, but has " in refusal(files, [unknown] * 3, out)

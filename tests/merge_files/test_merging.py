@@ -7,6 +7,7 @@ from file_cases import (
     LAYOUTS,
     METHODS,
     STORES,
+    grams_of,
     in_memory,
     listed,
     random_weights,
@@ -15,7 +16,7 @@ from file_cases import (
     tuned,
     write,
 )
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -34,9 +35,11 @@ def number_of_tasks(method):
 
 
 def importances_of(method, base, number):
-    """Importances where a method wants them: what trains, never negative."""
+    """Importances where a method wants them: what trains, never negative; or Gram matrices."""
     if not MERGERS[method].weighted:
         return []
+    if MERGERS[method].grams:
+        return [grams_of(base, seed) for seed in range(number)]
     return [
         {n: (t.float() + i).abs() for n, t in base.items() if t.is_floating_point()}
         for i in range(number)
@@ -58,6 +61,7 @@ def test_files_merge_as_memory_does(tmp_path_factory, method, layout, data, seed
     ]
     base_file = write(folder, "base", base, data.draw(st.sampled_from(STORES[:5])))
     importances = importances_of(method, base, len(weights))
+    assume(all(importances))  # without a matrix there is nothing to weigh
     beside = [write(folder, f"f{i}", f, "safetensors") for i, f in enumerate(importances)]
     merge_checkpoints(
         base_file,

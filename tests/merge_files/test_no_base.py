@@ -17,7 +17,7 @@ from cl_merge.task_vectors.task_vector import TaskVector
 
 SHAPES = {"w": (13, 9), "b": (13,), "s": ()}
 NEED_NO_BASE = [name for name, merger in MERGERS.items() if not merger.needs_base]
-assert NEED_NO_BASE == ["average", "fisher", "karcher", "slerp"]
+assert NEED_NO_BASE == ["average", "fisher", "regmean", "karcher", "slerp"]
 
 
 def weights(seed, dtype=torch.float32):

@@ -53,10 +53,12 @@ def test_in_a_task(tmp_path, out, loops, dtype, value):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_whatever_the_method(tmp_path, out, loops, method):
-    base = write(tmp_path, "base", weights(), "safetensors")
-    broken = write(tmp_path, "broken", weights(c=math.nan), "safetensors")
+    base = {**weights(), "matrix": torch.zeros(3, 2)}
+    importance = {name: tensor.abs() for name, tensor in base.items()}
+    broken = write(tmp_path, "broken", {**base, **weights(c=math.nan)}, "safetensors")
+    base = write(tmp_path, "base", base, "safetensors")
     beside = [base, base] if MERGERS[method].weighted else []
-    importance = {name: tensor.abs() for name, tensor in weights().items()}
+    importance = {"matrix": torch.eye(2)} if MERGERS[method].grams else importance
     beside = [write(tmp_path, str(i), importance, "pt") for i, _ in enumerate(beside)]
     message = refused(tmp_path, out, base, base, broken, method=method, importances=beside)
     assert message.startswith("'broken.safetensors': NaN or infinity in c. ")

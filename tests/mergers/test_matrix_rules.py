@@ -11,7 +11,7 @@ from cl_merge.errors import InputError
 from cl_merge.mergers import reference
 from cl_merge.mergers.chunks import Reader
 from cl_merge.mergers.dual_projection import DualProjection
-from cl_merge.mergers.isotropic import Isotropic
+from cl_merge.mergers.isotropic import Isotropic, IsotropicTasks
 from cl_merge.mergers.karcher import Karcher
 from cl_merge.mergers.matrices import nearest_orthogonal, singular_triplets
 from cl_merge.mergers.model_stock import ModelStock
@@ -25,6 +25,7 @@ from cl_merge.mergers.wudi import Wudi
 pytestmark = pytest.mark.usefixtures("any_chunk")
 FLATTENING = [
     Isotropic,
+    IsotropicTasks,
     SingularVectors,
     OrthogonalProjection,
     Wudi,
@@ -169,6 +170,62 @@ def test_isotropic_leaves_alone_what_no_task_changed():
     change[1, 2] = 8
     merged = run(Isotropic(), [{"w": change}, {"w": change}])["w"]
     torch.testing.assert_close(merged, change * 2 / 4)
+
+
+# Iso-CTS.
+
+
+def naive_isotropic_tasks(values, common):
+    """Direction by direction, with whitening by an eigendecomposition."""
+    total = sum(values)
+    if not is_matrix(total):
+        return total / len(values)
+    size = min(total.shape)
+    each = min(round((size - int(size * common)) / len(values)), size // len(values))
+    parts = []
+    left, strengths, right = np.linalg.svd(total, full_matrices=False)
+    real = strengths > 1e-6 * strengths[0]
+    for i in range(size - each * len(values)):
+        if real[i]:
+            parts.append((strengths[i], left[:, i], right[i]))
+    shared = np.array([row for _, row, _ in parts]).reshape(-1, len(total)).T
+    for task in values:
+        alone = task - shared @ np.linalg.lstsq(shared, task, rcond=None)[0]
+        left, strengths, right = np.linalg.svd(alone, full_matrices=False)
+        for i in range(each):
+            if strengths[i] > 1e-6 * np.linalg.norm(task):
+                parts.append((strengths[i], left[:, i], right[i]))
+    if not parts:
+        return np.zeros_like(total)
+    lefts, rights = (np.array([part[i] for part in parts]) for i in (1, 2))
+    mean = sum(part[0] for part in parts) / size
+    return mean * whitened(lefts.T) @ whitened(rights)
+
+
+@pytest.mark.parametrize("common", [0.0, 0.5, 0.8, 1.0])
+def test_isotropic_tasks_match_the_naive_reference(make_vector, common, tasks):
+    """On values without equal singular values, among which rounding errors choose."""
+    vectors = [make_vector(10 * tasks + task) for task in range(tasks)]
+    for vector in vectors:
+        del vector["expanded"]  # of rank 1 with what rounding errors add
+    stack = arrays(vectors)
+    expected = {n: naive_isotropic_tasks([v[n] for v in stack], common) for n in stack[0]}
+    check(run(IsotropicTasks(common=common), vectors), expected, 1e-4)
+
+
+def test_isotropic_tasks_of_one_task_or_all_in_common_are_isotropic():
+    vectors = [{"w": torch.randn(9, 6, generator=seeded(seed))} for seed in range(3)]
+    for common, given in ((1.0, vectors), (0.8, vectors[:1])):
+        expected = run(Isotropic(), given)["w"]
+        torch.testing.assert_close(run(IsotropicTasks(common=common), given)["w"], expected)
+
+
+def test_a_direction_of_one_task_alone_is_as_strong_as_those_that_all_share():
+    shared, alone = torch.zeros(4, 4), torch.zeros(4, 4)
+    shared[0, 0], alone[3, 3] = 5, 0.1
+    merged = run(IsotropicTasks(common=0.5), [{"w": shared}, {"w": shared + alone}])["w"]
+    torch.testing.assert_close(merged[0, 0], merged[3, 3])
+    assert float(merged[1:3].abs().max()) < 1e-6
 
 
 # TSV.
@@ -438,10 +495,11 @@ def seeded(seed):
     ("rule", "function"),
     [
         (Isotropic, reference.isotropic),
+        (IsotropicTasks, reference.isotropic_tasks),
         (SingularVectors, reference.singular_vectors),
         (OrthogonalProjection, reference.opcm),
     ],
-    ids=["iso-c", "tsv", "opcm"],
+    ids=["iso-c", "iso-cts", "tsv", "opcm"],
 )
 @pytest.mark.parametrize("shape", [(12, 9), (7, 15)])
 def test_rules_on_matrices_match_the_readable_reference(rule, function, shape):

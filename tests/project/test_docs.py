@@ -65,8 +65,12 @@ def checkpoints(folder):
     (folder / "vectors").mkdir()
     for number, name in enumerate(("base", "task0", "task1")):
         generator = torch.Generator().manual_seed(number)
-        names = ("visual.attn.weight", "visual.attn.bias", "visual.mlp.weight")
-        states[name] = {key: torch.randn(4, generator=generator) for key in names}
+        shapes = {
+            "visual.blocks.0.attn.weight": 4,
+            "visual.blocks.0.attn.bias": 4,
+            "visual.blocks.1.mlp.weight": (4, 4),
+        }
+        states[name] = {key: torch.randn(s, generator=generator) for key, s in shapes.items()}
         save_file(states[name], folder / f"{name}.safetensors")
         save_file(states[name], folder / "vectors" / f"{name}.safetensors")
         (folder / name).mkdir()
@@ -75,6 +79,14 @@ def checkpoints(folder):
     for task in (0, 1):
         importance = {name: value.abs() for name, value in states["base"].items()}
         save_file(importance, folder / f"importance{task}.safetensors")
+        adapter = folder / f"adapter{task}"
+        adapter.mkdir()
+        (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1}')
+        parts = {"A": torch.ones(1, 4), "B": torch.full((4, 1), task + 1.0)}
+        factors = {
+            f"base_model.model.visual.blocks.1.mlp.lora_{k}.weight": v for k, v in parts.items()
+        }
+        save_file(factors, adapter / "adapter_model.safetensors")
     return states
 
 
@@ -109,6 +121,8 @@ def given(page, place, factory):
             sys.path.pop(0)
         main(place / "photos")
         names["photos"] = place / "photos"
+    if page == "howto/checkpoints.md":
+        names |= {"model": Plain().net, "batches": [torch.randn(3, 4)]}
     if page == "howto/statistics.md":
         names["features"] = lambda module, batch: (module.net[:2](batch[0]), batch[1])
     if page == "howto/memory.md":

@@ -53,6 +53,17 @@ def tuned(base, seed):
     return {name: moved(tensor) for name, tensor in base.items()}
 
 
+def grams_of(base, seed):
+    """Gram matrices of random inputs, of all matrices."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = {
+        name: torch.randn(9, tensor.shape[1], generator=generator)
+        for name, tensor in base.items()
+        if tensor.is_floating_point() and tensor.dim() == 2
+    }
+    return {name: rows.T @ rows / 9 for name, rows in inputs.items()}
+
+
 def write(folder, name, weights, store, base=None):
     """Write weights, or their difference to a base, in one of `STORES`; returns where."""
     folder = Path(folder)

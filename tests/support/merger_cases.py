@@ -7,7 +7,7 @@ from cl_merge.mergers import MERGERS
 ANY_NUMBER = [name for name, kind in MERGERS.items() if name != "slerp" and not kind.weighted]
 """Those that merge any number of task vectors, with nothing beside them."""
 
-CHANGING_ONE = {"iso-c"}
+CHANGING_ONE = {"iso-c", "iso-cts"}
 """Those that change even a single task vector."""
 
 DROPPING_NOTHING: dict[str, dict[str, Any]] = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cl_merge.errors import InputError
-from cl_merge.task_vectors.scales import Scales, scaled
+from cl_merge.task_vectors.scales import Scales, lines_scales, scaled
 
 NAMES = ["visual.blocks.0.attn.weight", "visual.blocks.0.mlp.weight", "visual.proj"]
 
@@ -71,3 +71,36 @@ def test_each_parameter_moves_by_its_own_scale_and_the_others_stay():
     assert found.keys() == base.keys()
     assert [float(found[name][0]) for name in NAMES] == [1.5, 1.5, 1.0]
     assert all(float(tensor[0]) == 1.0 for tensor in base.values())
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "visual.blocks.{}.mlp.weight",
+        "layers.{}.experts.7.w",
+        "{}.weight",
+        "a.encoder_layer_{}.ln_1.b",
+    ],
+)
+def test_lines_grow_in_a_straight_line_from_the_first_block_to_the_last(block):
+    names = ["embed", "head.weight", *(block.format(i) for i in range(11))]
+    scales = Scales.read(lines_scales(names, 0.2, 0.8), default=9)
+    scales.check(names)
+    found = [scales.of(name) for name in names]
+    assert found[:2] == [0.2, 0.2]
+    assert found[2:] == pytest.approx([0.2 + 0.06 * depth for depth in range(11)])
+
+
+def test_lines_take_each_list_of_blocks_by_itself_and_fall_too():
+    names = [f"encoder.{i}.w" for i in (4, 5, 6)] + [f"decoder.block.{i}.w" for i in (0, 1)]
+    scales = Scales.read(lines_scales([*names, "only.0.w"], 1.0, 0.0), default=9)
+    assert [scales.of(name) for name in [*names, "only.0.w"]] == [1.0, 0.5, 0.0, 1.0, 0.0, 1.0]
+
+
+def test_lines_without_blocks_or_in_stages_are_an_error():
+    with pytest.raises(InputError, match="lines: no name has a number that counts blocks"):
+        lines_scales(["conv1.weight", "only.0.weight"], 0.2, 1.0)
+    with pytest.raises(InputError, match=r"lines: 'layer1\.0' is a block of a stage"):
+        lines_scales(["layer1.0.conv1.weight", "layer1.1.conv1.weight"], 0.2, 1.0)
+    with pytest.raises(InputError):
+        lines_scales(["a.0.w", "a.1.w"], 0.2, float("nan"))
