@@ -43,7 +43,7 @@ class StreamConfig:
     domain_pattern: str | None = _key(
         None, "of the file name of an image, with the domain as its group, where no column has it"
     )
-    train_split: str = _key("train", "split to train on")
+    train_split: str = _key("train", "split to train on, or several: train+validation")
     test_split: str = _key("test", "split to test on")
     test_fraction: float | None = _key(None, "share of the training split to hold out for testing")
     split_seed: int | None = _key(None, "which share that is; null: drawn from seed")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +15,43 @@ from cl_merge.errors import InputError, listing, unknown_name
 
 if TYPE_CHECKING:
     import datasets
+
+
+def splits_read(train: str, test: str, test_fraction: float | None) -> list[str]:
+    """The names of the splits that a stream reads, which may be unions.
+
+    Example:
+        >>> splits_read("train+validation", "test", None)
+        ['train+validation', 'test']
+    """
+    return [train] if test_fraction is not None else [train, test]
+
+
+def parts_of(splits: Iterable[str]) -> list[str]:
+    """The splits that unions are made of, each once.
+
+    Example:
+        >>> parts_of(["train+validation", "test"])
+        ['train', 'validation', 'test']
+    """
+    return list(dict.fromkeys(part for split in splits for part in split.split("+")))
+
+
+def with_unions(
+    splits: Mapping[str, datasets.Dataset], wanted: Iterable[str]
+) -> Mapping[str, datasets.Dataset]:
+    """Add the unions of splits that are wanted, such as ``train+validation``; copies no image."""
+    import datasets
+
+    found = dict(splits)
+    for name in wanted:
+        parts = name.split("+")
+        if name not in found and len(parts) > 1 and set(parts) <= set(splits):
+            try:
+                found[name] = datasets.concatenate_datasets([splits[part] for part in parts])
+            except ValueError as error:
+                raise InputError(f"split '{name}': its parts differ in their columns") from error
+    return found
 
 
 def two_splits(

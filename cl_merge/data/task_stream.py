@@ -17,7 +17,14 @@ from typing_extensions import override
 from cl_merge.data.images import ImageDataset, ImageTable, Sample, TensorSamples, Transform
 from cl_merge.data.sampling import ShareSampler, StreamLoader, StreamSampler
 from cl_merge.data.sources import read_images
-from cl_merge.data.tables import indices_of, two_splits, with_domains
+from cl_merge.data.tables import (
+    indices_of,
+    parts_of,
+    splits_read,
+    two_splits,
+    with_domains,
+    with_unions,
+)
 from cl_merge.data.tasks import (
     SCENARIOS,
     Indices,
@@ -69,7 +76,7 @@ class TaskStream(L.LightningDataModule):
             needed in the domain and source scenarios only.
         domain_pattern: A regular expression that reads the domain off the name of an image's file
             where no column has it, see `with_domains`.
-        train_split: Name of the split to train on.
+        train_split: Name of the split to train on; ``"train+validation"`` for several as one.
         test_split: Name of the split to test on.
         test_fraction: Share of the training split to hold out as test images where the data set has
             no test split.
@@ -144,7 +151,10 @@ class TaskStream(L.LightningDataModule):
                 f"data is of type {type(data).__name__}; expected a folder, a parquet file, a hub "
                 "id, or data sets by split, as in {'train': ..., 'test': ...}"
             )
-        splits = data if isinstance(data, Mapping) else read_images(data, revision=revision)
+        wanted = splits_read(train_split, test_split, test_fraction)
+        if not isinstance(data, Mapping):
+            data = read_images(data, revision=revision, splits=parts_of(wanted))
+        splits = with_unions(data, wanted)
         if domain is None and domain_pattern is not None:
             used = {train_split, test_split} & set(splits)
             read = {name: with_domains(splits[name], image, domain_pattern) for name in used}
