@@ -23,7 +23,7 @@ from cl_merge.benchmarks.datasets.catalog import (
 from cl_merge.config.reading import read_config, settings_named
 from cl_merge.config.schema import RunConfig, StreamConfig
 from cl_merge.data.concat import NamedSplits, concat
-from cl_merge.data.hub import cached_commit
+from cl_merge.data.hub_cache import cached_commit
 from cl_merge.data.tables import parts_of, splits_read
 from cl_merge.data.task_stream import TaskStream
 from cl_merge.errors import InputError, nearest

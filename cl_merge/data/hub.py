@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from cl_merge.data.hub_cache import cached_commit, read_cached
 from cl_merge.errors import InputError, listing
 
 if TYPE_CHECKING:
@@ -21,10 +21,14 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-# What is to be left on a disk: a run writes there, too.
-_SPARE = 1 << 30
+SPARE = 1 << 30
+"""Bytes that are to be left on a disk: a run writes there, too."""
 
 _TRIES, _LONGEST_WAIT = 6, 300.0  # of a hub that says it is busy, seconds between them
+
+
+class HubError(InputError):
+    """The hub does not give what it was asked for; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,38 @@ class HubData:
         )
         return {file.path: file.size for file in found if hasattr(file, "size")}
 
+    def with_footers(self) -> HubData:
+        """Read from its parquet files, but for the images, what the hub does not say."""
+        import datasets
+        import pyarrow.parquet
+        from huggingface_hub import HfFileSystem
+
+        rows, features = dict(self.rows), self.features
+        for split, paths in self.files.items():
+            unknown = split not in rows or features is None
+            if not unknown or not all(path.endswith(".parquet") for path in paths):
+                continue
+            number = 0
+            for path in paths:
+                with HfFileSystem().open(f"datasets/{self.hub_id}@{self.commit}/{path}") as file:
+                    footer = pyarrow.parquet.ParquetFile(file)
+                    number += footer.metadata.num_rows
+                    schema = footer.schema_arrow
+            rows.setdefault(split, number)
+            features = features or datasets.Features.from_arrow_schema(schema)
+        return replace(self, rows=rows, features=features)
+
+    def first_row(self, split: str) -> Mapping[str, Any]:
+        """Read the first row of a split, without the rest; its images are not decoded."""
+        import datasets
+
+        rows: Any = self.builder.as_streaming_dataset(split=split)
+        for column, kind in dict(rows.features or {}).items():
+            if isinstance(kind, datasets.Image):
+                rows = rows.cast_column(column, datasets.Image(decode=False))
+        row: Mapping[str, Any] = asked(lambda: next(iter(rows)))
+        return row
+
     def check_splits(self, splits: Sequence[str]) -> None:
         """Make sure that there are these splits, before anything is downloaded."""
         for split in splits:
@@ -97,11 +133,14 @@ class Needs:
     download: int
     written: int
 
+    def __add__(self, other: Needs) -> Needs:
+        return Needs(self.download + other.download, self.written + other.written)
+
     def __str__(self) -> str:
         return f"{size(self.download)} to download, {size(self.download + self.written)} of disk"
 
-    def check_disk(self, what: str) -> None:
-        """Make sure that the disks of the caches have room."""
+    def by_disk(self) -> Iterator[tuple[Path, int, int]]:
+        """Each disk of the caches, with the bytes that will be written there and those free."""
         import datasets
         from huggingface_hub import constants
 
@@ -114,8 +153,12 @@ class Needs:
             _, before = wanted.get(path.stat().st_dev, (path, 0))
             wanted[path.stat().st_dev] = path, before + number
         for path, number in wanted.values():
-            free = shutil.disk_usage(path).free
-            if number and number + _SPARE > free:
+            yield path, number, shutil.disk_usage(path).free
+
+    def check_disk(self, what: str) -> None:
+        """Make sure that the disks of the caches have room."""
+        for path, number, free in self.by_disk():
+            if number and number + SPARE > free:
                 raise InputError(
                     f"{what} needs {size(number)} at {path}, where {size(free)} are free; make "
                     "room, or set HF_HOME to a folder on a larger disk"
@@ -130,24 +173,32 @@ def describe_hub(source: str, revision: str | None = None) -> HubData:
         revision: Which commit; the newest if None.
 
     Raises:
-        Exception: Whatever its clients raise if it cannot be had.
+        HubError: If it cannot be had; says why.
     """
     import datasets
+    from huggingface_hub import HfApi
 
     hub_id, _, configuration = source.partition(":")
-    builder = asked(
-        lambda: datasets.load_dataset_builder(hub_id, configuration or None, revision=revision)
-    )
+    try:
+        # Alone in that it is asked but once if there is no network.
+        info = asked(lambda: HfApi().dataset_info(hub_id, revision=revision, timeout=20))
+        builder = asked(
+            lambda: datasets.load_dataset_builder(
+                hub_id, configuration or None, revision=str(info.sha)
+            )
+        )
+    # The clients raise errors of a dozen kinds, with those of several packages below them.
+    except Exception as error:
+        raise HubError(explained(error, revision)) from error
     files = builder.config.data_files
-    commit = str(builder.hash)
-    if not files or not re.fullmatch("[0-9a-f]{40}", commit):
+    if not files or builder.hash != info.sha:
         # What `datasets` falls back to without a word: whatever it finds in its cache.
-        raise ConnectionError(f"the hub does not answer, or not for commit {revision}")
+        raise HubError(f"the hub has stopped answering for commit {info.sha}")
     splits = dict(builder.info.splits or {})
     return HubData(
         hub_id,
         builder.config.name,
-        commit,
+        str(info.sha),
         {str(split): [_path(url) for url in urls] for split, urls in files.items()},
         builder.info.features,
         {name: split.num_examples for name, split in splits.items() if split.num_examples},
@@ -162,22 +213,30 @@ def read_hub(
     """Read splits of a data set of the hub, from the cache where it has them.
 
     A commit that the cache has is read without asking the hub. Otherwise only the files of these
-    splits are downloaded, after a look at the disk; a download that was stopped goes on.
+    splits are downloaded, after a look at the disk; files that are complete are not downloaded
+    again.
 
     Args:
         source: As for `describe_hub`.
-        revision: Which commit; the newest if None.
+        revision: Which commit; the newest if None, or that of the cache if the hub does not answer.
         splits: Which splits; all if None.
+
+    Raises:
+        HubError: If it cannot be had; says why.
+        InputError: If it has no such split, or the disk has no room.
     """
     import datasets
 
     if revision is not None and (found := read_cached(source, revision, splits)) is not None:
         return found
-    commit = revision or hub_commit(source)
-    if commit is None and (found := read_cached(source, None, splits)) is not None:
-        log.warning("the hub does not answer; %s is read as it is in the cache", source)
-        return found
-    described = describe_hub(source, commit)
+    try:
+        described = describe_hub(source, revision)
+    except HubError as error:
+        newest = read_cached(source, None, splits) if revision is None else None
+        if newest is None:
+            raise
+        log.warning("%s: %s; it is read as it is in the cache", source, error)
+        return newest
     chosen = list(described.files) if splits is None else list(splits)
     described.check_splits(chosen)
     needs = described.needs(chosen)
@@ -188,69 +247,38 @@ def read_hub(
         files = {split: list(described.files[split]) for split in chosen}
         some = {"data_files": files, "features": described.features}
     options = {"revision": described.commit, **some}
-    loaded: Mapping[str, datasets.Dataset] = asked(
-        lambda: datasets.load_dataset(described.hub_id, described.configuration, **options)
-    )
+    try:
+        loaded: Mapping[str, datasets.Dataset] = asked(
+            lambda: datasets.load_dataset(described.hub_id, described.configuration, **options)
+        )
+    except Exception as error:  # as above
+        raise HubError(explained(error, revision)) from error
     if cached_commit(loaded) not in (described.commit, None):
-        raise ConnectionError(f"the hub has stopped answering for commit {described.commit}")
+        raise HubError(f"the hub has stopped answering for commit {described.commit}")
     return loaded
 
 
-def read_cached(
-    source: str, commit: str | None, splits: Sequence[str] | None
-) -> Mapping[str, datasets.Dataset] | None:
-    """Read a data set of the hub as `datasets` has left it in its cache, without a network.
-
-    A folder there is complete: it gets its name when all is written.
-
-    Args:
-        source: As for `describe_hub`.
-        commit: Which one; the newest in the cache if None.
-        splits: Which splits are needed; if None, those that it has.
-
-    Returns:
-        The splits; None if the cache does not have all of them.
-    """
-    import datasets
-
-    hub_id, _, configuration = source.partition(":")
-    owner, _, name = hub_id.rpartition("/")
-    folder = f"{owner}___{datasets.naming.camelcase_to_snakecase(name)}"
-    home = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / folder
-    found = sorted(home.glob(f"*/*/{commit or '*'}/dataset_info.json"), key=os.path.getmtime)
-    for file in reversed(found):
-        info = datasets.DatasetInfo.from_directory(str(file.parent))
-        has = dict(info.splits or {})
-        # All splits of a configuration are there only where its folder has its plain name.
-        plain = file.parts[-4] == info.config_name
-        meant = configuration or _default_configuration(hub_id, file.parent.name)
-        if info.config_name != meant:
-            continue
-        if not (plain if splits is None else set(splits) <= set(has)):
-            continue
-        read = {split: _read_split(file.parent, info, split) for split in splits or has}
-        complete = {split: rows for split, rows in read.items() if rows is not None}
-        if len(complete) == len(read):
-            return complete
-    return None
+def explained(error: BaseException, revision: str | None = None) -> str:
+    """Say in one line why the hub does not give what it was asked for."""
+    for cause in _causes(error):
+        kinds = {kind.__name__ for kind in type(cause).__mro__}
+        for kind, words in _REASONS.items():
+            if kind in kinds:
+                return words.format(revision)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
-def cached_commit(splits: Mapping[str, datasets.Dataset]) -> str | None:
-    """Find out which commit of a hub data set was read, from where its files lie in the cache."""
-    folders = {Path(f["filename"]).parent.name for s in splits.values() for f in s.cache_files}
-    commits = {name for name in folders if re.fullmatch("[0-9a-f]{40}", name)}
-    return commits.pop() if len(commits) == 1 else None
-
-
-def hub_commit(source: str) -> str | None:
-    """Ask the hub which commit of a data set it would hand out now; None if it does not say."""
-    from huggingface_hub import HfApi
-
-    try:
-        return HfApi().dataset_info(source.partition(":")[0], timeout=20).sha
-    # No network, no such data set, no access: reading it says which, or finds it in the cache.
-    except Exception:
-        return None
+# By the names of the clients' errors, which have moved between their modules; the first counts.
+_REASONS = {
+    "GatedRepoError": "it is gated: accept its terms on its page, and log in with 'hf auth login'",
+    "RevisionNotFoundError": "it has no commit {}",
+    "RepositoryNotFoundError": "the hub has nothing of this name, or it is private",
+    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set",
+    "ConnectError": "the hub cannot be reached",
+    "ConnectTimeout": "the hub cannot be reached",
+    "ConnectionError": "the hub cannot be reached",
+}
 
 
 def asked(question: Callable[[], T]) -> T:
@@ -287,34 +315,9 @@ def existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
-def _default_configuration(hub_id: str, commit: str) -> str | None:
-    """The configuration that a data set has if none is named, by its card in the cache."""
-    from huggingface_hub import DatasetCard, try_to_load_from_cache
-
-    card = try_to_load_from_cache(hub_id, "README.md", repo_type="dataset", revision=commit)
-    if not isinstance(card, str):
-        return None
-    found = DatasetCard.load(card).data.to_dict().get("configs") or [{"config_name": "default"}]
-    chosen = [one for one in found if len(found) == 1 or one.get("default")]
-    return str(chosen[0]["config_name"]) if chosen else None
-
-
 def _path(url: str) -> str:
     """The path within its repository of ``hf://datasets/OWNER/NAME@COMMIT/PATH``."""
     return re.sub(r"^hf://datasets/[^/]+/[^/]+?(@[^/]+)?/", "", str(url))
-
-
-def _read_split(folder: Path, info: datasets.DatasetInfo, split: str) -> datasets.Dataset | None:
-    """Read the Arrow files of a split in a folder of the cache; None if rows are missing."""
-    import datasets
-
-    pattern = re.compile(rf".+-{re.escape(split)}(-\d{{5}}-of-\d{{5}})?\.arrow")
-    files = sorted(str(file) for file in folder.iterdir() if pattern.fullmatch(file.name))
-    if not files:
-        return None
-    parts = [datasets.Dataset.from_file(file, info=info, split=split) for file in files]
-    rows = datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
-    return rows if len(rows) == (info.splits or {})[split].num_examples else None
 
 
 def _told_to_wait(error: BaseException) -> float | None:

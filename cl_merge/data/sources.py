@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cl_merge.data.hub import read_hub
+from cl_merge.data.hub import HubError, read_hub
 from cl_merge.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,14 +49,10 @@ def read_images(
     try:
         with without_bars():
             return read_hub(str(source), revision, splits)
-    except InputError:
-        raise
-    # Which error comes depends on what failed: the name, the network, the offline switch.
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except HubError as error:
         raise InputError(
             f"'{source}', to read images from: neither a folder here nor to be had from the hub "
-            f"({reason}); to use a local copy (parquet files, folders of images, or written by "
+            f"({error}); to use a local copy (parquet files, folders of images, or written by "
             f"save_to_disk), {local_copy}"
         ) from error
 

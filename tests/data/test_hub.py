@@ -11,13 +11,8 @@ import pytest
 from fake_hub import FakeHub, Repository, use_hub
 from hub_repositories import card, parquet, picture
 
-from cl_merge.data.hub import (
-    cached_commit,
-    describe_hub,
-    hub_commit,
-    read_cached,
-    read_hub,
-)
+from cl_merge.data.hub import describe_hub, read_hub
+from cl_merge.data.hub_cache import cached_commit, read_cached
 from cl_merge.data.sources import read_images
 from cl_merge.data.task_stream import TaskStream
 from cl_merge.errors import InputError
@@ -132,7 +127,7 @@ def test_no_other_commit_is_read_in_place_of_the_one_that_is_asked_for(hub, monk
 def test_the_newest_in_the_cache_is_read_without_the_hub_if_no_commit_is_asked_for(
     hub, monkeypatch, caplog
 ):
-    assert hub_commit(NAME) == COMMIT
+    assert describe_hub(NAME).commit == COMMIT
     read_hub(NAME, None, ["train"])
     hub.add(photos(LATER))
     read_hub(NAME, None, ["train"])
@@ -140,7 +135,9 @@ def test_the_newest_in_the_cache_is_read_without_the_hub_if_no_commit_is_asked_f
     with caplog.at_level(logging.WARNING):
         found = read_hub(NAME, None, ["train"])
     assert cached_commit(found) == LATER
-    assert "the hub does not answer; owner/Some-Photos is read as it is in the cache" in caplog.text
+    assert "owner/Some-Photos: HF_HUB_OFFLINE is set; it is read as it is in the cache" in (
+        caplog.text
+    )
 
 
 def test_a_folder_of_the_cache_that_lacks_rows_is_not_read(hub):
@@ -207,8 +204,8 @@ def test_a_hub_that_is_busy_is_asked_again_after_as_long_as_it_says(hub, monkeyp
     ("fault", "message"),
     [
         ("gated", r"\(Dataset 'owner/Some-Photos' is a gated dataset on the Hub. You must be auth"),
-        ("revision", r"\(Revision '3{40}' doesn't exist for dataset 'owner/Some-Photos'"),
-        ("missing", r"\(Dataset 'owner/nothing' doesn't exist on the Hub or cannot be accessed"),
+        ("revision", r"\(it has no commit 3{40}\)"),
+        ("missing", r"\(the hub has nothing of this name, or it is private\)"),
     ],
 )
 def test_what_the_hub_refuses_is_said_in_one_line(hub, fault, message):
@@ -218,6 +215,14 @@ def test_what_the_hub_refuses_is_said_in_one_line(hub, fault, message):
     with pytest.raises(InputError, match=message) as error:
         read_images(name, revision=commit, splits=["train"])
     assert "\n" not in str(error.value)
+
+
+def test_without_a_network_the_hub_is_asked_once(hub, monkeypatch):
+    use_hub(monkeypatch, "http://127.0.0.1:9", Path("/nowhere"))
+    began = time.monotonic()
+    with pytest.raises(InputError, match=r"\(the hub cannot be reached\)"):
+        read_images(NAME, revision=COMMIT, splits=["train"])
+    assert time.monotonic() - began < 1
 
 
 def test_a_disk_without_room_is_named_before_anything_is_downloaded(hub, monkeypatch):

@@ -235,7 +235,7 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
             repository = hub.repositories.get((kind, name))
             if repository is None:
                 self.refuse(401, "RepoNotFound", "Repository not found")
-            elif repository.gated:
+            elif repository.gated and "/resolve/" in self.path:  # what it is may be asked
                 self.refuse(401, "GatedRepo", f"Access to {name} is restricted")
             elif not repository.is_revision(revision):
                 self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import datasets
+import pytest
 import yaml
 from fake_hub import FakeHub, Repository
 from PIL import Image
@@ -72,6 +74,36 @@ def class_names(name: str, order: object, scenario: str, number: int) -> list[st
     if name == "cifar100":
         found[26] = "cra"
     return found
+
+
+def model_repository() -> Repository:
+    """The repository of ``ViT-B-16-quickgelu:openai`` with a tiny model; see `tiny_model`."""
+    import open_clip
+    import torch
+    from safetensors.torch import save
+
+    torch.manual_seed(0)
+    weights = save(open_clip.CLIP(**TINY).state_dict())
+    config = {"model_cfg": TINY, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}
+    files = {"README.md": b"# A model\n", "open_clip_config.json": json.dumps(config).encode()}
+    return Repository("models", MODEL, files | {"open_clip_model.safetensors": weights})
+
+
+def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let open_clip know ``ViT-B-16-quickgelu`` as an architecture that is small enough to train."""
+    from open_clip import factory
+
+    monkeypatch.setitem(factory._MODEL_CONFIGS, "ViT-B-16-quickgelu", TINY)
+
+
+MODEL = "timm/vit_base_patch16_clip_224.openai"
+
+TINY: dict[str, Any] = {
+    "embed_dim": 16,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
 
 
 def hub_of_recipes(names: Sequence[str] | None = None) -> FakeHub:
