@@ -20,6 +20,7 @@ from cl_merge.benchmarks.datasets.catalog import (
     is_on_hub,
     open_data,
 )
+from cl_merge.benchmarks.datasets.wordnet import wordnet_names
 from cl_merge.config.reading import read_config, settings_named
 from cl_merge.config.schema import RunConfig, StreamConfig
 from cl_merge.data.concat import NamedSplits, concat
@@ -173,8 +174,8 @@ def read_prompts(value: Any) -> list[str]:
 def read_class_names(value: Any, names: Sequence[str]) -> list[str]:
     """Read the setting ``class_names``, over the data set's own names.
 
-    It is None; a list with one name for each class; or regular expressions with what replaces their
-    matches, applied one after another.
+    It is None; a list with one name for each class; regular expressions with what replaces their
+    matches, applied one after another; or ``wordnet``, where the names are WordNet ids.
 
     Example:
         >>> read_class_names({"^[0-9]+[.]": "", "_": " "}, ["001.Crested_Auklet"])
@@ -182,6 +183,8 @@ def read_class_names(value: Any, names: Sequence[str]) -> list[str]:
     """
     if value is None:
         return list(names)
+    if value == "wordnet":
+        return wordnet_names(names)
     if isinstance(value, Mapping):
         found = list(names)
         for pattern, replacement in value.items():
@@ -200,7 +203,8 @@ def read_class_names(value: Any, names: Sequence[str]) -> list[str]:
         return found
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise InputError(
-            f"class_names={value}; expected a list of names, or patterns with their replacements"
+            f"class_names={value}; expected a list of names, patterns with their replacements, or "
+            "wordnet"
         )
     if len(value) != len(names):
         raise InputError(

@@ -120,7 +120,9 @@ class RunConfig:
         "prompts, with {} for the class name, or open_clip:NAME; null: those of joined data sets",
     )
     class_names: Any = _key(
-        None, "names for the prompts: a list, or patterns to replace in the data set's names"
+        None,
+        "names for the prompts: a list, patterns to replace in the data set's names, or wordnet, "
+        "where those are ids of it",
     )
     method: str = _key("magmax", "what merges the tasks, or classifies without merging")
     compare: Any = _key(True, "methods beside it: true (plain fine-tuning), all, false, or a list")

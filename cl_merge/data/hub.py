@@ -170,7 +170,8 @@ def describe_hub(source: str, revision: str | None = None) -> HubData:
 
     Args:
         source: ``OWNER/NAME`` or ``OWNER/NAME:CONFIGURATION``.
-        revision: Which commit; the newest if None.
+        revision: Which commit, by its id or the first seven or more of its digits; the newest if
+            None.
 
     Raises:
         HubError: If it cannot be had; says why.
@@ -181,7 +182,9 @@ def describe_hub(source: str, revision: str | None = None) -> HubData:
     hub_id, _, configuration = source.partition(":")
     try:
         # Alone in that it is asked but once if there is no network.
-        info = asked(lambda: HfApi().dataset_info(hub_id, revision=revision, timeout=20))
+        hub = HfApi()
+        commit = _long(hub_id, revision)
+        info = asked(lambda: hub.dataset_info(hub_id, revision=commit, timeout=20))
         builder = asked(
             lambda: datasets.load_dataset_builder(
                 hub_id, configuration or None, revision=str(info.sha)
@@ -313,6 +316,17 @@ def existing(path: Path) -> Path:
     """The nearest folder above a path, or itself, that exists."""
     path = path.expanduser().absolute()
     return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def _long(hub_id: str, revision: str | None) -> str | None:
+    """The whole id of a commit of which the first digits are given: the hub takes no other."""
+    if revision is None or not re.fullmatch("[0-9a-f]{7,39}", revision):
+        return revision
+    from huggingface_hub import HfApi
+
+    commits = HfApi().list_repo_commits(hub_id, repo_type="dataset")
+    found = [one.commit_id for one in commits if one.commit_id.startswith(revision)]
+    return found[0] if len(found) == 1 else revision
 
 
 def _path(url: str) -> str:

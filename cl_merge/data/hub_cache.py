@@ -21,7 +21,7 @@ def read_cached(
 
     Args:
         source: As for `describe_hub`.
-        commit: Which one; the newest in the cache if None.
+        commit: Which one, by its id or its first digits; the newest in the cache if None.
         splits: Which splits are needed; if None, those that it has.
 
     Returns:
@@ -33,7 +33,7 @@ def read_cached(
     owner, _, name = hub_id.rpartition("/")
     folder = f"{owner}___{datasets.naming.camelcase_to_snakecase(name)}"
     home = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / folder
-    found = sorted(home.glob(f"*/*/{commit or '*'}/dataset_info.json"), key=os.path.getmtime)
+    found = sorted(home.glob(f"*/*/{commit or ''}*/dataset_info.json"), key=os.path.getmtime)
     for file in reversed(found):
         info = datasets.DatasetInfo.from_directory(str(file.parent))
         has = dict(info.splits or {})

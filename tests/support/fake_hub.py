@@ -149,7 +149,7 @@ def sha256(content: bytes) -> str:
 
 
 _API = re.compile(
-    r"^/api/(datasets|models)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.+))?)?$"
+    r"^/api/(datasets|models)/([^/]+/[^/]+)(?:/(revision|tree|paths-info|commits)/([^/]+)(?:/(.+))?)?$"
 )
 _FILE = re.compile(r"^(/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)$")
 
@@ -197,6 +197,9 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
             if what == "tree":
                 recursive = query.get("recursive", ["false"])[0].lower() == "true"
                 self.send_json(repository.tree(folder or "", recursive))
+            elif what == "commits":
+                more = {"title": "", "message": "", "authors": [], "date": "2026-01-01T00:00:00Z"}
+                self.send_json([{"id": repository.commit} | more])
             elif what == "paths-info":
                 is_json = "json" in self.headers.get("Content-Type", "")
                 paths = (

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from fake_hub import FakeHub, Repository
 from PIL import Image
+from timm.data import ImageNetInfo
 
 from cl_merge.benchmarks.datasets.catalog import catalog, find_data, is_on_hub
 from cl_merge.benchmarks.datasets.loading import settings_of
@@ -42,6 +43,7 @@ class Layout:
     domains: str = "names"  # or text
     other_configuration: str | None = None
     names: str = "thing {}"  # of classes, where the recipe does not list them
+    wordnet: bool = False  # whether classes are called by ids of WordNet
     renditions: str | None = None  # the recipe whose domains the names of files begin with
 
 
@@ -63,6 +65,17 @@ LAYOUTS = {
     "cub200": Layout(names="{0:03}.A_thing_{0}"),
     "domainnet": Layout(parts=2, columns=("image_path",), names="thing_{}"),
     "imagenet-r": Layout("test", columns=("wnid",), renditions="imagenet-r-domains"),
+    "food101": Layout(names="a_dish_{}", parts=2),
+    "pets": Layout(names="a_breed_{}"),
+    "flowers102": Layout(),
+    "aircraft": Layout(columns=("family", "manufacturer")),
+    "caltech101-hub": Layout(names="a_thing_{}"),
+    "dogs": Layout(),
+    "tiny-imagenet": Layout(wordnet=True),
+    "imagenet-100": Layout(names="thing {0}, other {0}", parts=2),
+    "imagenet-a": Layout(wordnet=True),
+    "office-home": Layout(names="A_Thing_{}", domains="text"),
+    "pacs-hub": Layout(domains="text"),
 }
 
 
@@ -70,6 +83,8 @@ def class_names(name: str, order: object, scenario: str, number: int) -> list[st
     """Names as the hub has them: those of the recipe where it lists them."""
     if isinstance(order, list) and isinstance(order[0], str) and scenario == "class":
         return sorted(order)
+    if LAYOUTS[name].wordnet:
+        return ImageNetInfo("imagenet-1k").label_names()[:number]
     found = [LAYOUTS[name].names.format(index + 1) for index in range(number)]
     if name == "cifar100":
         found[26] = "cra"
@@ -129,7 +144,8 @@ def repository(name: str) -> Repository:
     text = stream.label == "class_name"
     kinds: dict[str, Any] = {stream.image: datasets.Image()}
     kinds[stream.label] = datasets.Value("string") if text else datasets.ClassLabel(names=names)
-    domains = list(stream.order) if stream.scenario == "domain" else ["art"]
+    domains = ["art", "photo"] if stream.scenario == "domain" else ["art"]
+    domains = list(stream.order) if isinstance(stream.order, list) and stream.domain else domains
     if layout.renditions:
         domains = list(settings_of(find_data(layout.renditions)).stream.order)
     if stream.domain:
@@ -147,6 +163,8 @@ def repository(name: str) -> Repository:
         first = len(counts)  # no two splits have the same images
         rows = list(_rows(stream, names, domains, layout.columns, first))
         rows = rows[:2] if split in layout.others else rows
+        # Where a split is divided, enough for both parts.
+        rows *= -(-60 // len(rows)) if stream.test_fraction else 1
         parts = layout.parts if split == stream.train_split else 1
         counts[split] = _told(entry.facts, split, stream, layout)
         for part in range(parts):
@@ -160,7 +178,8 @@ def repository(name: str) -> Repository:
         configurations.insert(0, (folder, folder, {"train": 33402}, other))
     files["README.md"] = card(configurations)
     hub_id = str(entry.source).partition(":")[0]
-    return Repository("datasets", hub_id, files, str(stream.revision))
+    commit = f"{stream.revision or '':1<40}"  # of some the recipe has the first digits alone
+    return Repository("datasets", hub_id, files, commit)
 
 
 def card(
@@ -221,7 +240,8 @@ def _told(facts: Any, split: str, stream: Any, layout: Layout) -> int:
     """How many images the card says that a split has."""
     if split in layout.others:
         return layout.others[split]
+    train, test = facts.get("train", 100), facts.get("test", 100)
     if stream.test_fraction:
-        return int(facts["train"] + facts["test"])
+        return int(train + test)
     parts = stream.train_split.split("+")
-    return int(facts["train"]) // len(parts) if split in parts else int(facts["test"])
+    return int(train // len(parts) if split in parts else test)

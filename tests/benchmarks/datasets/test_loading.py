@@ -370,10 +370,20 @@ def test_class_names_are_replaced_by_a_list_or_by_patterns_in_order():
     ("value", "message"),
     [
         (["x"], "class_names has 1 names, but the data set has 2 classes"),
-        ("x", "class_names=x; expected a list of names, or patterns with their replacements"),
+        ("x", "class_names=x; expected a list of names, patterns with their replacements"),
         ({"(": ""}, "class_names: '(' is no regular expression"),
     ],
 )
 def test_wrong_class_names_are_named(value, message):
     with pytest.raises(InputError, match=f"^{re.escape(message)}"):
         read_class_names(value, ["a", "b"])
+
+
+def test_ids_of_wordnet_are_named_as_clip_names_them_or_by_their_first_synonym():
+    known = {"n02123394": "Persian cat", "n01641577": "American bullfrog"}
+    assert read_class_names("wordnet", list(known)) == list(known.values())
+    # No class of ImageNet's thousand; and two that CLIP calls alike, sunglasses.
+    assert read_class_names("wordnet", ["n00006024"]) == ["heterotroph"]
+    assert read_class_names("wordnet", ["n04355933", "n04356056"]) == ["sunglass", "sunglasses"]
+    with pytest.raises(InputError, match="^class_names=wordnet, but a class is called 'cat'; exp"):
+        read_class_names("wordnet", ["cat"])
