@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
     import datasets
 
 OK, DIFFERS, MISSING = "ok", "differs", "missing"
-
-_AT_A_TIME = 4  # questions to the hub
 
 
 @dataclass(frozen=True)
@@ -82,8 +79,9 @@ def check_runs(configs: Iterable[RunConfig], out: Path) -> list[Finding]:
     configs = list(configs)
     uses = data_uses(configs)
     models = list(dict.fromkeys(config.model for config in configs))
-    with without_bars(), ThreadPoolExecutor(_AT_A_TIME) as pool:
-        of_data = list(pool.map(check_data, uses))
+    # One after another: `datasets` is not made for threads.
+    with without_bars():
+        of_data = [check_data(use) for use in uses]
     found = [finding for findings, _ in of_data for finding in findings]
     needs = [needs for _, needs in of_data]
     for model in models:

@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import torch
+
 from cl_merge.benchmarks.formatting import data_label
 from cl_merge.benchmarks.methods.method import TRAININGS, Method, find_method, grouped_methods
 from cl_merge.benchmarks.runs.results import finished_results, read_json, read_results
@@ -18,6 +20,7 @@ from cl_merge.benchmarks.suites.execution import LOG
 from cl_merge.benchmarks.suites.plan import DONE, Cell, Job
 from cl_merge.config.reading import read_yaml
 from cl_merge.mergers.registry import is_location
+from cl_merge.training.metrics import average_accuracy, transfer
 
 _FOLDER = Path(__file__).parent
 
@@ -175,6 +178,7 @@ def _read(cell: Cell, folder: Path, results: Mapping[str, Any]) -> CellResult:
         return CellResult(cell, plan.BEGUN if state == DONE else state, job.path, reason=reason)
     total = results["total"]
     metrics = {name: x for name, x in result["metrics"].items() if x is not None}
+    metrics |= _multi_domain(result)
     metrics["seconds"] = total["seconds"]
     metrics["peak_memory"] = max(total["peak_memory"], total["peak_device_memory"])
     if result["merger"]:
@@ -184,6 +188,21 @@ def _read(cell: Cell, folder: Path, results: Mapping[str, Any]) -> CellResult:
     if joint and cell.setting.tasks != job.setting.tasks:
         metrics = {name: x for name, x in metrics.items() if name in _WITHOUT_TASKS}
     return CellResult(cell, DONE, job.path, metrics, result)
+
+
+def _multi_domain(result: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of multi-domain streams: of both matrices, if all their rows were evaluated."""
+    found = {}
+    for prefix, key in (("", "matrix"), ("task_aware_", "matrix_task_aware")):
+        given = [[math.nan if x is None else x for x in row] for row in result[key]]
+        rows = torch.tensor(given, dtype=torch.float64)
+        if len(rows) < 2 or len(rows) != rows.shape[1]:
+            continue
+        found[f"{prefix}transfer"] = transfer(rows)
+        found[f"{prefix}matrix_average"] = float(rows.mean())
+        if prefix:
+            found[f"{prefix}last"] = average_accuracy(rows)
+    return {name: x for name, x in found.items() if math.isfinite(x)}
 
 
 def _over_seeds(cells: Sequence[CellResult]) -> dict[str, SeedValues]:

@@ -87,7 +87,9 @@ def bench(parsed: argparse.Namespace) -> int:
         from cl_merge.benchmarks.datasets.checking import check_runs
 
         quieten()
-        return show_findings(console, check_runs(configs, folder))
+        with console.status("looking at what the runs need"):
+            findings = check_runs(configs, folder)
+        return show_findings(console, findings)
     if parsed.dry_run:
         from cl_merge.benchmarks.datasets.checking import data_needs
 

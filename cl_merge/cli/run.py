@@ -58,7 +58,10 @@ def check(settings: Sequence[str], file: str | None = None) -> int:
     config = read_settings(settings, file)
     quieten()
     out = Path(config.out or "runs").expanduser()
-    return show_findings(Console(highlight=False), check_runs([config], out))
+    console = Console(highlight=False)
+    with console.status("looking at what the run needs"):
+        findings = check_runs([config], out)
+    return show_findings(console, findings)
 
 
 def run(settings: Sequence[str], file: str | None = None) -> None:

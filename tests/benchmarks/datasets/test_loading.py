@@ -312,6 +312,26 @@ def test_the_recipes_of_the_paper_split_a_copy_as_the_hub_has_it(
         assert config.stream.order in (classes, ordered)
 
 
+@pytest.mark.parametrize("name", ["mtil-offline", "mtil-offline-2"])
+def test_the_offline_twin_of_mtil_is_joined_from_local_copies(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("CL_MERGE_DATA", str(tmp_path))
+    sources = find_data(name).sources
+    for index, source in enumerate(sources):
+        (tmp_path / source).mkdir()
+        classes = [f"{source} {number}" for number in range(2 + index)]
+        for split in ("train", "test"):
+            photos(8 + index, classes).to_parquet(tmp_path / source / f"{split}.parquet")
+    config = read_settings([f"data={name}"])
+    loaded = load_data(config)
+    stream = TaskStream(
+        loaded.splits, scenario="source", order=config.stream.order, domain="source"
+    )
+    order = config.stream.order
+    assert [task.name for task in stream.tasks] == list(sources if order == "natural" else order)
+    assert [len(own.own_names) for own in loaded.prompts] == [2 + i for i in range(len(sources))]
+    assert loaded.prompts[list(sources).index("trashnet")].prompts[0] == "a photo of {}."
+
+
 def test_every_task_has_its_own_epochs_or_all_have_those_of_the_trainer():
     assert task_epochs(RunConfig(epochs=[3, 1]), 2) == [3, 1]
     assert task_epochs(RunConfig(trainer={"max_epochs": 4}), 3) == [4, 4, 4]

@@ -84,6 +84,27 @@ def test_stored_bytes_are_those_of_the_task_vectors(two_seeds, write_results, tm
     assert "stored_bytes" not in entries["digits-5", "zero-shot"].metrics
 
 
+def test_the_figures_of_multi_domain_streams_are_read_off_both_matrices(
+    two_seeds, write_results, tmp_path
+):
+    suite, jobs = two_seeds
+    place = write_results(jobs["sequential", 0], {"magmax": 50.0, "zero-shot": 30.0}, tasks=3)
+    results = json.loads((place / "results.json").read_text())
+    method = results["methods"]["magmax"]
+    method["matrix"] = [[90.0, 50.0, 10.0], [70.0, 80.0, 20.0], [71.0, 81.0, 91.0]]
+    method["matrix_task_aware"] = [[92.0, 55.0, 30.0], [75.0, 85.0, 40.0], [72.0, 82.0, 92.0]]
+    (place / "results.json").write_text(json.dumps(results))
+    metrics = summarize(suite, tmp_path).entries["digits-5", "magmax"].metrics
+    for prefix, key in (("", "matrix"), ("task_aware_", "matrix_task_aware")):
+        rows, tasks = method[key], range(len(method[key]))
+        before = [sum(rows[i][j] for i in range(j)) / j for j in tasks if j]
+        assert metrics[f"{prefix}transfer"].mean == pytest.approx(sum(before) / len(before))
+        every = [x for row in rows for x in row]
+        assert metrics[f"{prefix}matrix_average"].mean == pytest.approx(sum(every) / len(every))
+    last = method["matrix_task_aware"][-1]
+    assert metrics["task_aware_last"].mean == pytest.approx(sum(last) / len(last))
+
+
 def test_every_metric_is_explained():
     assert all(metric.title and metric.about for metric in METRICS.values())
 
