@@ -35,8 +35,13 @@ class StreamConfig:
         None, "share of the training images to choose merge.scale=auto on; null: 0.1 for that"
     )
     batch_size: int = _key(128, "images per batch and process")
-    num_workers: int = _key(0, "processes that load images")
+    num_workers: int | None = _key(
+        None, "processes that load images; null: on a GPU its share of the cores, up to 16, else 0"
+    )
     cache: Any = _key("auto", "keep images in memory: true, false or auto")
+    unreadable: str = _key(
+        "stop", "images that cannot be read: stop at the first, or skip, after a look at all"
+    )
     image: str = _key("image", "column of the images")
     label: str = _key("label", "column of the labels")
     domain: str | None = _key(None, "column of the domains")
