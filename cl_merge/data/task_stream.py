@@ -89,8 +89,8 @@ class TaskStream(L.LightningDataModule):
         train_transform: Turns a PIL image into a float tensor [3, H, W] for training.
         test_transform: The same for testing; draws no random numbers.
         batch_size: Images per batch and process.
-        num_workers: Processes that load images; None for as many as a GPU needs, see
-            `automatic_workers`.
+        num_workers: Processes that load images; None for a GPU's share of the cores, up to 16, and
+            none on a CPU.
         cache: Keep decoded training images and transformed test images in memory: True, False, or
             ``"auto"`` for sets that take less than a gibibyte.
         unreadable: ``"skip"`` looks at every image before anything trains, and leaves out and names
