@@ -248,7 +248,9 @@ def read_hub(
     some: dict[str, Any] = {}
     if splits is not None:
         files = {split: list(described.files[split]) for split in chosen}
+        # Older versions of `datasets` miss the splits that are left out, if they may check.
         some = {"data_files": files, "features": described.features}
+        some["verification_mode"] = "no_checks"
     options = {"revision": described.commit, **some}
     try:
         loaded: Mapping[str, datasets.Dataset] = asked(
@@ -258,6 +260,11 @@ def read_hub(
         raise HubError(explained(error, revision)) from error
     if cached_commit(loaded) not in (described.commit, None):
         raise HubError(f"the hub has stopped answering for commit {described.commit}")
+    for split, images in loaded.items():
+        told = described.rows.get(split, len(images))
+        if told != len(images):
+            message = "%s: split '%s' has %d images, but the hub says %d"
+            log.warning(message, source, split, len(images), told)
     return loaded
 
 
@@ -285,15 +292,16 @@ _REASONS = {
 
 
 def asked(question: Callable[[], T]) -> T:
-    """Ask the hub, again where it says that it is busy, after as long as it says."""
+    """Ask the hub, again where it says that it is busy, or where the connection broke."""
     for left in reversed(range(_TRIES)):
         try:
             return question()
         except Exception as error:
-            seconds = _told_to_wait(error)
-            if seconds is None or not left:
+            wait = _wait_after(error)
+            if wait is None or not left:
                 raise
-            log.info("the hub is busy: it is asked again in %.0f s", seconds)
+            why, seconds = wait
+            log.info("%s: it is asked again in %.0f s", why, seconds)
             time.sleep(seconds)
     raise AssertionError
 
@@ -334,15 +342,21 @@ def _path(url: str) -> str:
     return re.sub(r"^hf://datasets/[^/]+/[^/]+?(@[^/]+)?/", "", str(url))
 
 
-def _told_to_wait(error: BaseException) -> float | None:
-    """How many seconds a busy hub says to wait; None for any other error."""
+def _wait_after(error: BaseException) -> tuple[str, float] | None:
+    """Why the hub is to be asked again, and after how many seconds; None if it is not."""
     for cause in _causes(error):
         response: Any = getattr(cause, "response", None)
-        if getattr(response, "status_code", None) != 429:
-            continue
-        told = str(response.headers.get("Retry-After", ""))
-        return min(float(told) if told.isdecimal() else 30.0, _LONGEST_WAIT)
+        if getattr(response, "status_code", None) == 429:
+            told = str(response.headers.get("Retry-After", ""))
+            seconds = float(told) if told.isdecimal() else 30.0
+            return "the hub is busy", min(seconds, _LONGEST_WAIT)
+        if type(cause).__name__ in _BROKEN:
+            return "the connection to the hub broke", 5.0
     return None
+
+
+# Of requests, of httpx, and of what is below them.
+_BROKEN = ("ChunkedEncodingError", "RemoteProtocolError", "ReadError", "IncompleteRead")
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

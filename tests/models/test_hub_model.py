@@ -1,9 +1,8 @@
 """The model of the paper, loaded by open_clip from a hub that is laid out as the real one."""
 
-import huggingface_hub
 import pytest
 import torch
-from fake_hub import FakeHub, use_hub
+from fake_hub import FakeHub, set_offline, use_hub
 from hub_repositories import MODEL, model_repository, tiny_model
 from safetensors.torch import load
 
@@ -37,7 +36,7 @@ def test_the_model_is_downloaded_once_and_then_read_from_the_cache(hub, reposito
         torch.testing.assert_close(value, weights[name])
     assert model_download(NAME) == 0
     hub.sent.clear()
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    set_offline(monkeypatch)
     load_clip(NAME)
     assert not hub.sent
 

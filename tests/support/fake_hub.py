@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 import threading
 import urllib.parse
 from collections.abc import Iterator
@@ -107,41 +108,45 @@ class FakeHub:
 def use_hub(monkeypatch: pytest.MonkeyPatch, endpoint: str, cache: Path) -> None:
     """Let the clients of this process ask another hub, with caches of their own.
 
-    They have read the environment when they were imported.
+    They have read the environment when they were imported, older ones into several modules.
     """
     import datasets
     import huggingface_hub
     from huggingface_hub import constants
 
-    url = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    for owner, values in (
-        (
-            constants,
-            {
-                "ENDPOINT": endpoint,
-                "HUGGINGFACE_CO_URL_TEMPLATE": url,
-                "HF_HUB_OFFLINE": False,
-                "HF_HUB_CACHE": str(cache / "hub"),
-                "HUGGINGFACE_HUB_CACHE": str(cache / "hub"),
-                "HF_HUB_ETAG_TIMEOUT": 5,
-            },
-        ),
-        (
-            datasets.config,
-            {
-                "HF_ENDPOINT": endpoint,
-                "HUB_DATASETS_URL": endpoint + "/datasets/{repo_id}/resolve/{revision}/{path}",
-                "HF_HUB_OFFLINE": False,
-                "HF_DATASETS_OFFLINE": False,
-                "HF_DATASETS_CACHE": cache / "datasets",
-                "DOWNLOADED_DATASETS_PATH": cache / "datasets" / "downloads",
-            },
-        ),
-    ):
-        for name, value in values.items():
-            monkeypatch.setattr(owner, name, value, raising=False)
+    values = {
+        "ENDPOINT": endpoint,
+        "HF_ENDPOINT": endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        "HUB_DATASETS_URL": endpoint + "/datasets/{repo_id}/resolve/{revision}/{path}",
+        "HF_HUB_CACHE": str(cache / "hub"),
+        "HUGGINGFACE_HUB_CACHE": str(cache / "hub"),
+        "HF_HUB_ETAG_TIMEOUT": 5,
+        "HF_DATASETS_CACHE": cache / "datasets",
+        "DOWNLOADED_DATASETS_PATH": cache / "datasets" / "downloads",
+    }
+    clients = [
+        module
+        for name, module in list(sys.modules.items())
+        if name.split(".")[0] == "huggingface_hub" or module in (constants, datasets.config)
+    ]
+    for module in clients:
+        for name in values.keys() & vars(module).keys():
+            monkeypatch.setattr(module, name, values[name])
+    set_offline(monkeypatch, False)
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", endpoint)
     huggingface_hub.HfFileSystem.clear_instance_cache()
+
+
+def set_offline(monkeypatch: pytest.MonkeyPatch, offline: bool = True) -> None:
+    """Take the network away from the clients, as ``HF_HUB_OFFLINE`` does, or give it back."""
+    import datasets
+    from huggingface_hub import constants, utils
+
+    for owner in (constants, datasets.config):
+        monkeypatch.setattr(owner, "HF_HUB_OFFLINE", offline)
+    # Connections of older clients are made for one or the other.
+    getattr(utils._http, "reset_sessions", lambda: None)()
 
 
 def sha256(content: bytes) -> str:
