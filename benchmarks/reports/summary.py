@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -63,7 +63,7 @@ class CellResult:
 class SeedValues:
     """The values of a metric, by seed."""
 
-    values: Mapping[int, float]
+    values: Mapping[int, float]  # or by number of the order
 
     @property
     def mean(self) -> float:
@@ -95,6 +95,7 @@ class Summary:
     suite: Suite
     folder: Path
     entries: Mapping[tuple[str, str], Entry]
+    axis: str = "seeds"  # what its values differ in, or "orders"
 
     @property
     def groups(self) -> dict[str, list[str]]:
@@ -127,10 +128,49 @@ def summarize(suite: Suite, folder: str | Path, cells: Sequence[Cell] | None = N
                 method,
                 metrics[method.name],
                 paper_accuracy(suite, setting, method),
-                {name: best[method.name] for name, best in ranks.items() if method.name in best},
+                _ranks_of(method, ranks),
                 tuple(found[key]),
             )
     return Summary(suite, folder, entries)
+
+
+def over_orders(summary: Summary) -> Summary | None:
+    """Put the orders of each data set together: what was a mean over seeds is a value of its order.
+
+    None if none has several.
+    """
+    groups: dict[str, list[Setting]] = {}
+    for setting in summary.suite.settings:
+        groups.setdefault(setting.name_of_all_orders, []).append(setting)
+    if all(len(group) == 1 for group in groups.values()):
+        return None
+    entries = {}
+    for name, group in groups.items():
+        found: dict[str, dict[str, SeedValues]] = {}
+        for method in summary.suite.rows:
+            own = [summary.entries[setting.name, method.name].metrics for setting in group]
+            values = {
+                metric: {order: of[metric].mean for order, of in enumerate(own) if metric in of}
+                for metric in METRICS
+            }
+            found[method.name] = {m: SeedValues(by) for m, by in values.items() if by}
+        ranks = {metric: _ranked(metric, summary.suite.rows, found) for metric in METRICS}
+        for method in summary.suite.rows:
+            entries[name, method.name] = Entry(
+                replace(group[0], order=None),
+                method,
+                found[method.name],
+                None,
+                {
+                    metric: best[method.name]
+                    for metric, best in ranks.items()
+                    if method.name in best
+                },
+                tuple(summary.entries[s.name, method.name].cells[0] for s in group),
+            )
+    settings = tuple(replace(group[0], order=None) for group in groups.values())
+    suite = replace(summary.suite, settings=settings)
+    return Summary(suite, summary.folder, entries, axis="orders")
 
 
 def _ranked(
@@ -147,6 +187,10 @@ def _ranked(
     return {name: rank for rank, name in enumerate(best, start=1)}
 
 
+def _ranks_of(method: Method, ranks: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+    return {metric: best[method.name] for metric, best in ranks.items() if method.name in best}
+
+
 def paper_accuracy(suite: Suite, setting: Setting, method: Method) -> float | None:
     """The accuracy in per cent that the paper reports; None if it does not have it.
 
@@ -160,7 +204,7 @@ def paper_accuracy(suite: Suite, setting: Setting, method: Method) -> float | No
         Marczak et al., MagMax: Leveraging Model Merging for Seamless Continual Learning, ECCV 2024,
         tables 1 and 2.
     """
-    if suite.paper is None:
+    if suite.paper is None or setting.order is not None:
         return None
     row = _PAPER.get(method.paper or "", {}).get(setting.data)
     value = row.get(setting.tasks) if isinstance(row, Mapping) else row
@@ -185,7 +229,8 @@ def _read(cell: Cell, folder: Path, results: Mapping[str, Any]) -> CellResult:
         vectors = run_folder.glob(f"task_vectors/{result['training']}/*.safetensors")
         metrics["stored_bytes"] = sum(file.stat().st_size for file in vectors)
     joint = TRAININGS[job.training].joint
-    if joint and cell.setting.tasks != job.setting.tasks:
+    own, here = cell.setting, job.setting
+    if joint and (own.tasks, own.order) != (here.tasks, here.order):
         metrics = {name: x for name, x in metrics.items() if name in _WITHOUT_TASKS}
     return CellResult(cell, DONE, job.path, metrics, result)
 

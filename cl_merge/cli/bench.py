@@ -45,6 +45,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     about = "only these methods, with commas; any that cl-merge run knows"
     add("--methods", **several, help=about)
     add("--seeds", metavar="N", help="how many, or a list with commas")
+    about = "so many orders of classes, domains or data sets: the recipe's, the others drawn"
+    add("--orders", type=int, metavar="N", help=about)
     add("--out", metavar="FOLDER", help="folder of the suite [runs/SUITE]")
     about = "show what would be done and downloaded, and how long it takes if earlier runs tell"
     add("--dry-run", action="store_true", help=about)
@@ -77,6 +79,7 @@ def bench(parsed: argparse.Namespace) -> int:
         tasks=_numbers(parsed.tasks),
         methods=_words(parsed.methods),
         seeds=parsed.seeds,
+        orders=parsed.orders,
         run=parsed.settings,
     )
     folder = Path(parsed.out or Path("runs") / suite.name).expanduser()
