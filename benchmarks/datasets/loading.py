@@ -20,10 +20,12 @@ from cl_merge.benchmarks.datasets.catalog import (
     is_on_hub,
     open_data,
 )
+from cl_merge.benchmarks.datasets.wordnet import wordnet_names
 from cl_merge.config.reading import read_config, settings_named
 from cl_merge.config.schema import RunConfig, StreamConfig
 from cl_merge.data.concat import NamedSplits, concat
-from cl_merge.data.sources import cached_commit, hub_commit
+from cl_merge.data.hub_cache import cached_commit
+from cl_merge.data.tables import parts_of, splits_read
 from cl_merge.data.task_stream import TaskStream
 from cl_merge.errors import InputError, nearest
 from cl_merge.models.classifier import CLIPClassifier
@@ -89,7 +91,8 @@ def load_data(config: RunConfig) -> LoadedData:
         return _load_joined(config, entry)
     if not (config.stream.revision is None or isinstance(config.stream.revision, str)):
         raise InputError(f"stream.revision={config.stream.revision}; expected a commit")
-    splits, revision = _read(config.source or find_source(entry), config.stream.revision, entry)
+    stream = config.stream
+    splits, revision = _read(config.source or find_source(entry), stream.revision, entry, stream)
     return LoadedData(splits, {}, [ClassPrompts(config.prompts, config.class_names)], revision)
 
 
@@ -171,8 +174,8 @@ def read_prompts(value: Any) -> list[str]:
 def read_class_names(value: Any, names: Sequence[str]) -> list[str]:
     """Read the setting ``class_names``, over the data set's own names.
 
-    It is None; a list with one name for each class; or regular expressions with what replaces their
-    matches, applied one after another.
+    It is None; a list with one name for each class; regular expressions with what replaces their
+    matches, applied one after another; or ``wordnet``, where the names are WordNet ids.
 
     Example:
         >>> read_class_names({"^[0-9]+[.]": "", "_": " "}, ["001.Crested_Auklet"])
@@ -180,6 +183,8 @@ def read_class_names(value: Any, names: Sequence[str]) -> list[str]:
     """
     if value is None:
         return list(names)
+    if value == "wordnet":
+        return wordnet_names(names)
     if isinstance(value, Mapping):
         found = list(names)
         for pattern, replacement in value.items():
@@ -198,7 +203,8 @@ def read_class_names(value: Any, names: Sequence[str]) -> list[str]:
         return found
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise InputError(
-            f"class_names={value}; expected a list of names, or patterns with their replacements"
+            f"class_names={value}; expected a list of names, patterns with their replacements, or "
+            "wordnet"
         )
     if len(value) != len(names):
         raise InputError(
@@ -231,7 +237,7 @@ def _load_joined(config: RunConfig, entry: DataEntry) -> LoadedData:
             raise InputError(f"'{entry.name}' joins '{name}', which is itself joined")
         recipe = settings_of(one)
         pinned = revisions.get(one.name, recipe.stream.revision)
-        splits, commit = _read(find_source(one), pinned, one, joined=True)
+        splits, commit = _read(find_source(one), pinned, one, recipe.stream, joined=True)
         own = {key: getattr(recipe.stream, key) for key in _READ}
         data.append(NamedSplits(one.name, splits, split_seed=recipe.stream.split_seed or 0, **own))
         recipes.append(recipe)
@@ -269,21 +275,26 @@ def settings_of(entry: DataEntry) -> RunConfig:
 
 
 def _read(
-    source: str, revision: str | None, entry: DataEntry, *, joined: bool = False
+    source: str,
+    revision: str | None,
+    entry: DataEntry,
+    stream: StreamConfig,
+    *,
+    joined: bool = False,
 ) -> tuple[Mapping[str, datasets.Dataset], str | None]:
-    """Read one data set, and find out which commit that is."""
+    """Read the splits of one data set that a stream needs, and find out which commit that is."""
     if not is_on_hub(source):
         return open_data(source), revision
-    options: dict[str, Any] = {}
+    needed = splits_read(stream.train_split, stream.test_split, stream.test_fraction)
+    options: dict[str, Any] = {"revision": revision, "splits": parts_of(needed)}
     if source != entry.name:
         alone = "" if joined else f"give source=/path/to/{entry.name} or "
         options["local_copy"] = (
             f"{alone}set CL_MERGE_DATA to the folder that holds {entry.name}/, for data set "
             f"'{entry.name}'"
         )
-    commit = revision or hub_commit(source)
-    splits = open_data(source, revision=commit, **options)
-    commit = commit or cached_commit(splits)
+    splits = open_data(source, **options)
+    commit = cached_commit(splits) or revision
     if commit is None:
         log.warning(
             "the hub does not say which commit of %s this is, so that another run may read "

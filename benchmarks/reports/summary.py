@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+import torch
 
 from cl_merge.benchmarks.formatting import data_label
 from cl_merge.benchmarks.methods.method import TRAININGS, Method, find_method, grouped_methods
@@ -18,6 +20,7 @@ from cl_merge.benchmarks.suites.execution import LOG
 from cl_merge.benchmarks.suites.plan import DONE, Cell, Job
 from cl_merge.config.reading import read_yaml
 from cl_merge.mergers.registry import is_location
+from cl_merge.training.metrics import average_accuracy, transfer
 
 _FOLDER = Path(__file__).parent
 
@@ -61,7 +64,7 @@ class CellResult:
 class SeedValues:
     """The values of a metric, by seed."""
 
-    values: Mapping[int, float]
+    values: Mapping[int, float]  # or by number of the order
 
     @property
     def mean(self) -> float:
@@ -93,6 +96,7 @@ class Summary:
     suite: Suite
     folder: Path
     entries: Mapping[tuple[str, str], Entry]
+    axis: str = "seeds"  # what its values differ in, or "orders"
 
     @property
     def groups(self) -> dict[str, list[str]]:
@@ -125,10 +129,49 @@ def summarize(suite: Suite, folder: str | Path, cells: Sequence[Cell] | None = N
                 method,
                 metrics[method.name],
                 paper_accuracy(suite, setting, method),
-                {name: best[method.name] for name, best in ranks.items() if method.name in best},
+                _ranks_of(method, ranks),
                 tuple(found[key]),
             )
     return Summary(suite, folder, entries)
+
+
+def over_orders(summary: Summary) -> Summary | None:
+    """Put the orders of each data set together: what was a mean over seeds is a value of its order.
+
+    None if none has several.
+    """
+    groups: dict[str, list[Setting]] = {}
+    for setting in summary.suite.settings:
+        groups.setdefault(setting.name_of_all_orders, []).append(setting)
+    if all(len(group) == 1 for group in groups.values()):
+        return None
+    entries = {}
+    for name, group in groups.items():
+        found: dict[str, dict[str, SeedValues]] = {}
+        for method in summary.suite.rows:
+            own = [summary.entries[setting.name, method.name].metrics for setting in group]
+            values = {
+                metric: {order: of[metric].mean for order, of in enumerate(own) if metric in of}
+                for metric in METRICS
+            }
+            found[method.name] = {m: SeedValues(by) for m, by in values.items() if by}
+        ranks = {metric: _ranked(metric, summary.suite.rows, found) for metric in METRICS}
+        for method in summary.suite.rows:
+            entries[name, method.name] = Entry(
+                replace(group[0], order=None),
+                method,
+                found[method.name],
+                None,
+                {
+                    metric: best[method.name]
+                    for metric, best in ranks.items()
+                    if method.name in best
+                },
+                tuple(summary.entries[s.name, method.name].cells[0] for s in group),
+            )
+    settings = tuple(replace(group[0], order=None) for group in groups.values())
+    suite = replace(summary.suite, settings=settings)
+    return Summary(suite, summary.folder, entries, axis="orders")
 
 
 def _ranked(
@@ -145,6 +188,10 @@ def _ranked(
     return {name: rank for rank, name in enumerate(best, start=1)}
 
 
+def _ranks_of(method: Method, ranks: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+    return {metric: best[method.name] for metric, best in ranks.items() if method.name in best}
+
+
 def paper_accuracy(suite: Suite, setting: Setting, method: Method) -> float | None:
     """The accuracy in per cent that the paper reports; None if it does not have it.
 
@@ -158,7 +205,7 @@ def paper_accuracy(suite: Suite, setting: Setting, method: Method) -> float | No
         Marczak et al., MagMax: Leveraging Model Merging for Seamless Continual Learning, ECCV 2024,
         tables 1 and 2.
     """
-    if suite.paper is None:
+    if suite.paper is None or setting.order is not None:
         return None
     row = PAPER.get(method.paper or "", {}).get(setting.data)
     value = row.get(setting.tasks) if isinstance(row, Mapping) else row
@@ -176,15 +223,32 @@ def _read(cell: Cell, folder: Path, results: Mapping[str, Any]) -> CellResult:
         return CellResult(cell, plan.BEGUN if state == DONE else state, job.path, reason=reason)
     total = results["total"]
     metrics = {name: x for name, x in result["metrics"].items() if x is not None}
+    metrics |= _multi_domain(result)
     metrics["seconds"] = total["seconds"]
     metrics["peak_memory"] = max(total["peak_memory"], total["peak_device_memory"])
     if result["merger"]:
         vectors = run_folder.glob(f"task_vectors/{result['training']}/*.safetensors")
         metrics["stored_bytes"] = sum(file.stat().st_size for file in vectors)
     joint = TRAININGS[job.training].joint
-    if joint and cell.setting.tasks != job.setting.tasks:
+    own, here = cell.setting, job.setting
+    if joint and (own.tasks, own.order) != (here.tasks, here.order):
         metrics = {name: x for name, x in metrics.items() if name in WITHOUT_TASKS}
     return CellResult(cell, DONE, job.path, metrics, result)
+
+
+def _multi_domain(result: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of multi-domain streams: of both matrices, if all their rows were evaluated."""
+    found = {}
+    for prefix, key in (("", "matrix"), ("task_aware_", "matrix_task_aware")):
+        given = [[math.nan if x is None else x for x in row] for row in result[key]]
+        rows = torch.tensor(given, dtype=torch.float64)
+        if len(rows) < 2 or len(rows) != rows.shape[1]:
+            continue
+        found[f"{prefix}transfer"] = transfer(rows)
+        found[f"{prefix}matrix_average"] = float(rows.mean())
+        if prefix:
+            found[f"{prefix}last"] = average_accuracy(rows)
+    return {name: x for name, x in found.items() if math.isfinite(x)}
 
 
 def _over_seeds(cells: Sequence[CellResult]) -> dict[str, SeedValues]:

@@ -92,6 +92,7 @@ def _part(summary: Summary, rows: Sequence[Row], columns: Sequence[int]) -> Tabl
     for index in columns:
         setting = summary.suite.settings[index]
         tasks = "" if setting.tasks is None else f"\n{setting.tasks}"
+        tasks += "" if setting.order is None else f"\norder {setting.order}"
         table.add_column(escape(setting.data_name + tasks), justify="right", no_wrap=True)
     for group, of_group in groupby(rows, key=itemgetter(0)):
         table.add_section()
@@ -105,6 +106,7 @@ def title_of(summary: Summary, metric: str) -> str:
     """The line over a table: suite, metric with its unit, and seeds."""
     seeds = summary.suite.seeds
     which = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
+    which = f"over orders, {which}" if summary.axis == "orders" else which
     return f"{summary.suite.name}: {METRICS[metric].title} ({which})"
 
 
@@ -112,7 +114,8 @@ def legend_of(summary: Summary, metric: str) -> str:
     """Explain the metric and the marks that a table has."""
     every = [cell for _, _, cells in rows_of(summary, metric) for cell in cells]
     seen = [said for mark, said in _MARKS.items() if any(getattr(cell, mark) for cell in every)]
-    return "; ".join([METRICS[metric].about, *seen])
+    legend = "; ".join([METRICS[metric].about, *seen])
+    return legend.replace("seeds", summary.axis)
 
 
 def markdown(summary: Summary, metric: str = "accuracy") -> str:

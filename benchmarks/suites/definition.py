@@ -31,6 +31,7 @@ class Setting:
 
     data: str  # as for `cl-merge run data=`
     tasks: int | None = None  # None leaves it to the data set, as with domains
+    order: Annotated[int, Meta(ge=0)] | None = None  # a seed of the order; None for the recipe's
     run: Mapping[str, Any] = field(default_factory=dict, compare=False)  # settings of its runs
     # By how many tasks the run of joint training counts its test images. That run is the same for
     # any number, and serves all settings of the data set.
@@ -44,6 +45,12 @@ class Setting:
     @property
     def name(self) -> str:
         """The setting in a word that can name a folder, such as ``cifar100-10``."""
+        order = "" if self.order is None else f"-order{self.order}"
+        return self.name_of_all_orders + order
+
+    @property
+    def name_of_all_orders(self) -> str:
+        """The same for its data set in so many tasks, whatever their order."""
         return self.data_name if self.tasks is None else f"{self.data_name}-{self.tasks}"
 
 
@@ -105,12 +112,14 @@ def narrowed(
     tasks: Sequence[int] = (),
     methods: Sequence[str] = (),
     seeds: str | None = None,
+    orders: int | None = None,
     run: Sequence[str] = (),
 ) -> Suite:
     """Choose a part of a suite; what is not given stays, and a data set it does not have is added.
 
-    `seeds` is how many, counted from the suite's first, or a list with commas; `run` has settings
-    of every run, as ``key=value``.
+    `seeds` is how many, counted from the suite's first, or a list with commas; `orders` how many
+    orders of classes, domains or data sets, of which the first is the recipe's and the others are
+    drawn; `run` has settings of every run, as ``key=value``.
 
     Example:
         >>> part = narrowed(find_suite("table1"), data=["cars"], tasks=[10], seeds="3")
@@ -132,6 +141,8 @@ def narrowed(
     if not settings:
         has = ", ".join(s.name for s in suite.settings)
         raise InputError(f"nothing is left of suite '{suite.name}', which has {has}")
+    if orders is not None:
+        settings = [replace(s, order=order) for s in settings for order in _orders(orders)]
     names = _checked_methods(methods)
     return replace(
         suite,
@@ -204,6 +215,12 @@ def _seeds(text: str | None, default: tuple[int, ...]) -> tuple[int, ...]:
     if listed:
         return tuple(dict.fromkeys(map(int, words)))
     return tuple(range(default[0], default[0] + int(text)))
+
+
+def _orders(number: int) -> list[int | None]:
+    if number < 1:
+        raise InputError(f"orders {number}; expected how many, 1 or more")
+    return [None, *range(1, number)]
 
 
 def _run_settings(words: Sequence[str]) -> Mapping[str, Any]:

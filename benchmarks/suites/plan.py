@@ -11,11 +11,13 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from cl_merge.benchmarks.datasets.catalog import find_data
+from cl_merge.benchmarks.datasets.loading import task_epochs
 from cl_merge.benchmarks.methods.method import TRAININGS, Method, find_method
 from cl_merge.benchmarks.runs.settings import finished_methods
 from cl_merge.benchmarks.suites.definition import Setting, Suite
 from cl_merge.config.reading import read_config
 from cl_merge.config.schema import RunConfig
+from cl_merge.data.tasks import resolve_order
 from cl_merge.errors import InputError
 
 DONE, FAILED, BEGUN, NEW = "done", "failed", "begun", "new"
@@ -124,6 +126,25 @@ def _training(method: Method, suite: Suite) -> str:
     return next((name for name in others if name and name != "joint"), "sequential")
 
 
+def _in_order(suite: Suite, setting: Setting) -> dict[str, Any]:
+    """The settings of a run in a drawn order: each joined data set keeps its own epochs."""
+    found: dict[str, Any] = {"stream": {"order": setting.order}}
+    entry = find_data(setting.data)
+    recipe = read_config([], _merged(entry.recipe, suite.run, setting.run), origin=setting.name)
+    if recipe.epochs is None:
+        return found
+    if not entry.sources:
+        raise InputError(
+            f"orders: '{setting.data}' has epochs for each task, {recipe.epochs}, which do not say "
+            "what they are for in another order; give epochs=null"
+        )
+    names = [find_data(source).name for source in entry.sources]
+    own = resolve_order(recipe.stream.order, names, "source")
+    epochs = dict(zip(own, task_epochs(recipe, len(names)), strict=True))
+    order = resolve_order(int(setting.order or 0), names, "source")
+    return found | {"epochs": [epochs[index] for index in order]}
+
+
 def _job(
     suite: Suite,
     words: Mapping[Method, str],
@@ -134,7 +155,7 @@ def _job(
 ) -> Job:
     """The job of a training, or that of a method which has one of its own."""
     if TRAININGS[training].joint:
-        setting = replace(setting, tasks=setting.joint_tasks)
+        setting = replace(setting, tasks=setting.joint_tasks, order=None)
     shared = [m for m in words if m.training == training and not m.weighted]
     methods = [alone] if alone else shared or [find_method("sequential")]
     own = next((m for m in methods if m.merger), methods[0])
@@ -154,6 +175,8 @@ def _job(
         }
         found = {"options": dict(own.published), "beside": options}
         config["merge"] = {key: value for key, value in found.items() if value}
+    if setting.order is not None:
+        config = _merged(config, _in_order(suite, setting))
     config = _merged(suite.run, setting.run, config)
     names = (own.name, *(m.name for m in others))
     return Job(setting, seed, training, names, config, f"-{own.name}" if alone else "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -16,6 +16,7 @@ from cl_merge.benchmarks.runs.results import finished_results, read_results
 from cl_merge.benchmarks.suites.definition import Suite
 from cl_merge.benchmarks.suites.execution import LOG, Ended
 from cl_merge.benchmarks.suites.plan import DONE, FAILED, Job, state_of
+from cl_merge.data.hub import Needs, size
 
 
 def show_plan(console: Console, suite: Suite, jobs: Sequence[Job], folder: Path) -> None:
@@ -42,6 +43,21 @@ def show_plan(console: Console, suite: Suite, jobs: Sequence[Job], folder: Path)
         soft_wrap=True,
         markup=False,
     )
+
+
+def show_downloads(console: Console, needs: Mapping[str, Needs | str]) -> None:
+    """Say what is to be downloaded before the runs, of each data set of the hub and together."""
+    known = {name: found for name, found in needs.items() if isinstance(found, Needs)}
+    for name, found in needs.items():
+        told = found if name in known else f"how much is to be downloaded is not known: {found}"
+        console.print(f"{name}: {told}", markup=False, soft_wrap=True)
+    for path, number, free in sum(known.values(), Needs(0, 0)).by_disk() if known else ():
+        console.print(
+            f"together {size(number)} at {path}, where {size(free)} are free; the weights of "
+            "models and what runs write come on top",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def expected_seconds(jobs: Sequence[Job], folder: Path) -> dict[Job, float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_merge.cli.process import StoppedError
-from cl_merge.cli.terminal import show_messages
+from cl_merge.cli.terminal import quieten, show_findings, show_messages
 from cl_merge.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ once more what failed. It leaves a folder with all runs, tables, figures and rep
 """
 EPILOG = """\
 examples:
+  cl-merge bench table1 --check
   cl-merge bench offline --dry-run
   cl-merge bench offline --data digits,characters --seeds 3
   CL_MERGE_DATA=/photos cl-merge bench offline --data caltech101 --tasks 10 --parallel 2
@@ -44,9 +45,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     about = "only these methods, with commas; any that cl-merge run knows"
     add("--methods", **several, help=about)
     add("--seeds", metavar="N", help="how many, or a list with commas")
+    about = "so many orders of classes, domains or data sets: the recipe's, the others drawn"
+    add("--orders", type=int, metavar="N", help=about)
     add("--out", metavar="FOLDER", help="folder of the suite [runs/SUITE]")
-    about = "show what would be done, and how long it takes if earlier runs tell"
+    about = "show what would be done and downloaded, and how long it takes if earlier runs tell"
     add("--dry-run", action="store_true", help=about)
+    about = "compare data sets, models, disk and folders with what the runs need; trains nothing"
+    add("--check", action="store_true", help=about)
     add("--parallel", type=int, metavar="N", help="runs side by side [one for each GPU]")
     add("--ddp", type=int, metavar="N", help="one run at a time, on N devices together")
     about = "through submitit: cluster=slurm or local, and its parameters"
@@ -57,7 +62,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def bench(parsed: argparse.Namespace) -> int:
-    """Run what a suite lacks and write its report, or say what would be run; 1 if a run failed."""
+    """Run what a suite lacks and write its report, or say what would be run.
+
+    Returns 1 if a run failed, or a check found that something differs or is missing.
+    """
     from rich.console import Console
 
     from cl_merge.benchmarks.suites import plan, terminal
@@ -71,20 +79,32 @@ def bench(parsed: argparse.Namespace) -> int:
         tasks=_numbers(parsed.tasks),
         methods=_words(parsed.methods),
         seeds=parsed.seeds,
+        orders=parsed.orders,
         run=parsed.settings,
     )
     folder = Path(parsed.out or Path("runs") / suite.name).expanduser()
     jobs = plan.jobs_of(plan.make_plan(with_former_methods(suite, folder)))
-    for job in jobs:
-        plan.job_config(job)  # a wrong setting shows before anything runs
+    configs = [plan.job_config(job) for job in jobs]  # a wrong setting shows before anything runs
     console = Console(highlight=False)
+    if parsed.check:
+        from cl_merge.benchmarks.datasets.checking import check_runs
+
+        quieten()
+        with console.status("looking at what the runs need"):
+            findings = check_runs(configs, folder)
+        return show_findings(console, findings)
     if parsed.dry_run:
+        from cl_merge.benchmarks.datasets.checking import data_needs
+
         terminal.show_plan(console, suite, jobs, folder)
+        to_run = [c for job, c in zip(jobs, configs, strict=True) if not _is_done(job, folder)]
+        quieten()
+        terminal.show_downloads(console, data_needs(to_run))
         return 0
     show_messages(console)
     with hold(folder):
         remember(suite, folder)
-        left = [job for job in jobs if plan.state_of(job, folder) != plan.DONE]
+        left = [job for job in jobs if not _is_done(job, folder)]
         terminal.show_begin(console, suite, len(jobs), len(left), folder)
         failed = []
         try:
@@ -96,6 +116,12 @@ def bench(parsed: argparse.Namespace) -> int:
             raise StoppedError("the same command", stop) from stop
     terminal.show_failures(console, failed, folder)
     return 1 if failed else 0
+
+
+def _is_done(job: Job, folder: Path) -> bool:
+    from cl_merge.benchmarks.suites import plan
+
+    return plan.state_of(job, folder) == plan.DONE
 
 
 def _run(jobs: list[Job], folder: Path, parsed: argparse.Namespace) -> Iterator[Ended]:

@@ -77,14 +77,17 @@ def make_report(
     Figures are ``"all"``, which measures what has not been measured, ``"measured"`` or ``"none"``.
     """
     from cl_merge.benchmarks.reports.html import write_report
+    from cl_merge.benchmarks.reports.summary import over_orders
     from cl_merge.benchmarks.reports.tables import legend_of, rich_tables, title_of
     from cl_merge.storage.files import atomic_write
 
     summary = _summary(folder)
-    console.print(f"\n{title_of(summary, metric)}", style="italic", markup=False)
-    for part in rich_tables(summary, metric, console.width):
-        console.print(part)
-    console.print(legend_of(summary, metric), style="dim", markup=False)
+    together = over_orders(summary)
+    for shown in (summary, together) if together else (summary,):
+        console.print(f"\n{title_of(shown, metric)}", style="italic", markup=False)
+        for part in rich_tables(shown, metric, console.width):
+            console.print(part)
+        console.print(legend_of(shown, metric), style="dim", markup=False)
     page = folder / "report.html"
     write_report(summary, _drawings(console, summary, folder, figures), page)
     for ending, form in (("md", "markdown"), ("tex", "latex"), ("csv", "csv")):
@@ -133,11 +136,14 @@ def _summary(folder: Path) -> Summary:
 
 
 def _table(summary: Summary, form: str, metric: str) -> str:
+    from cl_merge.benchmarks.reports.summary import over_orders
     from cl_merge.benchmarks.reports.tables import csv_text, latex, markdown
 
     if form == "csv":
         return csv_text(summary)
-    return (markdown if form == "markdown" else latex)(summary, metric)
+    write, together = markdown if form == "markdown" else latex, over_orders(summary)
+    orders = f"\n{write(together, metric)}" if together else ""
+    return write(summary, metric) + orders
 
 
 def _drawings(console: Console, summary: Summary, folder: Path, figures: str) -> list[Drawing]:

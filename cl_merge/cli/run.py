@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import textwrap
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from cl_merge.cli.process import StoppedError
-from cl_merge.cli.terminal import show_messages
+from cl_merge.cli.terminal import quieten, show_findings, show_messages
 from cl_merge.errors import InputError
 
 HELP = "learn a stream of tasks and show what merging gives"
@@ -37,7 +35,33 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("settings", nargs="*", metavar="KEY=VALUE", help="settings, see below")
     add("--config", metavar="FILE", help="YAML file of settings")
-    command.set_defaults(execute=lambda parsed: run(parsed.settings, parsed.config))
+    about = "compare data, model, disk and folders with what the run needs; trains nothing"
+    add("--check", action="store_true", help=about)
+    command.set_defaults(execute=execute)
+
+
+def execute(parsed: argparse.Namespace) -> int | None:
+    """Run, or say whether all that the run needs is there: 1 if not."""
+    if parsed.check:
+        return check(parsed.settings, parsed.config)
+    run(parsed.settings, parsed.config)
+    return None
+
+
+def check(settings: Sequence[str], file: str | None = None) -> int:
+    """Compare what a run needs with what there is; 1 if something differs or is missing."""
+    from rich.console import Console
+
+    from cl_merge.benchmarks.datasets.checking import check_runs
+    from cl_merge.benchmarks.runs.settings import read_settings
+
+    config = read_settings(settings, file)
+    quieten()
+    out = Path(config.out or "runs").expanduser()
+    console = Console(highlight=False)
+    with console.status("looking at what the run needs"):
+        findings = check_runs([config], out)
+    return show_findings(console, findings)
 
 
 def run(settings: Sequence[str], file: str | None = None) -> None:
@@ -58,7 +82,7 @@ def run(settings: Sequence[str], file: str | None = None) -> None:
         console.print(f"{folder} holds this run, finished; nothing is left to do", markup=False)
         show_results(console, folder)
         return
-    _quieten()
+    quieten()
     show_messages(console)
     # What follows loads torch's libraries and a model, which takes seconds: wrong settings first.
     from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -110,19 +134,3 @@ def _key_help() -> str:
     ):
         lines += ["", *wrapped(text, subsequent_indent="  ")]
     return "\n".join(lines) + "\n"
-
-
-def _quieten() -> None:
-    """Keep out of the way of the progress bar what a library says to its own developers."""
-    for name in ("lightning.pytorch", "lightning.fabric", "httpx", "datasets"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for message in (
-        ".*does not have many workers.*",
-        ".*is smaller than the logging interval.*",
-        ".*tensorboardX.*",
-        # What the library does on purpose: no validation data, frozen batch norms.
-        ".*but have no `val_dataloader`.*",
-        ".*in eval mode at the start of training.*",
-        ".*treespec, LeafSpec.*",
-    ):
-        warnings.filterwarnings("ignore", message)

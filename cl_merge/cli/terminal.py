@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from cl_merge.benchmarks.datasets.checking import Finding
 
 
 def say(message: str) -> None:
@@ -27,6 +31,44 @@ def show_messages(console: Console) -> None:
     library = logging.getLogger("cl_merge")
     library.handlers, library.propagate = [plain], False
     library.setLevel(logging.INFO)
+
+
+def quieten() -> None:
+    """Keep out of the way of the progress bar what a library says to its own developers."""
+    for name in ("lightning.pytorch", "lightning.fabric", "httpx", "httpx2", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (
+        ".*does not have many workers.*",
+        ".*is smaller than the logging interval.*",
+        ".*tensorboardX.*",
+        # What the library does on purpose: no validation data, frozen batch norms.
+        ".*but have no `val_dataloader`.*",
+        ".*in eval mode at the start of training.*",
+        ".*treespec, LeafSpec.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def show_findings(console: Console, findings: Sequence[Finding]) -> int:
+    """Show what a run needs and what there is of it; 1 if something differs or is missing."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for name in ("", "what", "expected", "found"):
+        table.add_column(name, overflow="fold")
+    table.add_column("", no_wrap=True)
+    colours, before = {"ok": "green", "differs": "yellow", "missing": "red"}, ""
+    for one in findings:
+        subject, before = "" if one.subject == before else one.subject, one.subject
+        state = Text(one.state, style=colours[one.state])
+        table.add_row(*map(Text, (subject, one.what, one.expected, one.found)), state)
+    console.print(table)
+    counts = Counter(one.state for one in findings)
+    told = ", ".join(f"{counts[state]} {state}" for state in colours if counts[state])
+    console.print(f"{len(findings)} checks: {told}; nothing was trained", markup=False)
+    return int(counts["ok"] < len(findings))
 
 
 @contextmanager

@@ -155,7 +155,7 @@ def _merged(config: DictConfig, layer: Mapping[str, Any], origin: str) -> DictCo
     """Put a layer over a configuration, key by key, so that an error can name the key."""
     for key, value in layer.items():
         try:
-            config = OmegaConf.merge(config, {str(key): value})  # type: ignore[assignment]
+            config = OmegaConf.unsafe_merge(config, {str(key): value})  # type: ignore[assignment]
         except TypeError as error:
             raise InputError(
                 f"{origin}: a list stands where keys and values are expected, or the other way "

@@ -35,15 +35,20 @@ class StreamConfig:
         None, "share of the training images to choose merge.scale=auto on; null: 0.1 for that"
     )
     batch_size: int = _key(128, "images per batch and process")
-    num_workers: int = _key(0, "processes that load images")
+    num_workers: int | None = _key(
+        None, "processes that load images; null: on a GPU its share of the cores, up to 16, else 0"
+    )
     cache: Any = _key("auto", "keep images in memory: true, false or auto")
+    unreadable: str = _key(
+        "stop", "images that cannot be read: stop at the first, or skip, after a look at all"
+    )
     image: str = _key("image", "column of the images")
     label: str = _key("label", "column of the labels")
     domain: str | None = _key(None, "column of the domains")
     domain_pattern: str | None = _key(
         None, "of the file name of an image, with the domain as its group, where no column has it"
     )
-    train_split: str = _key("train", "split to train on")
+    train_split: str = _key("train", "split to train on, or several: train+validation")
     test_split: str = _key("test", "split to test on")
     test_fraction: float | None = _key(None, "share of the training split to hold out for testing")
     split_seed: int | None = _key(None, "which share that is; null: drawn from seed")
@@ -120,7 +125,9 @@ class RunConfig:
         "prompts, with {} for the class name, or open_clip:NAME; null: those of joined data sets",
     )
     class_names: Any = _key(
-        None, "names for the prompts: a list, or patterns to replace in the data set's names"
+        None,
+        "names for the prompts: a list, patterns to replace in the data set's names, or wordnet, "
+        "where those are ids of it",
     )
     method: str = _key("magmax", "what merges the tasks, or classifies without merging")
     compare: Any = _key(True, "methods beside it: true (plain fine-tuning), all, false, or a list")

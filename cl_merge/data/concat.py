@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from cl_merge.data.images import ImageTable
 from cl_merge.data.sources import without_bars
-from cl_merge.data.tables import indices_of, two_splits
+from cl_merge.data.tables import indices_of, splits_read, two_splits, with_unions
 from cl_merge.data.tasks import Indices
 from cl_merge.errors import InputError, listing
 
@@ -67,6 +67,7 @@ def concat(data: Sequence[NamedSplits]) -> tuple[dict[str, datasets.Dataset], li
             f"data sets to put together: {listing(d.name for d in data)}; expected at least one, "
             "and each once"
         )
+    data = [_with_unions(own) for own in data]
     labels, names = zip(*map(_labels, data), strict=True)
     classes = [f"{d.name}: {c}" for d, own in zip(data, names, strict=True) for c in own]
     label = datasets.ClassLabel(names=classes)
@@ -84,6 +85,11 @@ def concat(data: Sequence[NamedSplits]) -> tuple[dict[str, datasets.Dataset], li
         parts.append(own.divided(labelled))
     train, test = (datasets.concatenate_datasets(list(own)) for own in zip(*parts, strict=True))
     return {"train": train, "test": test}, list(names)
+
+
+def _with_unions(data: NamedSplits) -> NamedSplits:
+    wanted = splits_read(data.train_split, data.test_split, data.test_fraction)
+    return replace(data, splits=with_unions(data.splits, wanted))
 
 
 def _labels(data: NamedSplits) -> tuple[dict[str, Indices], list[str]]:

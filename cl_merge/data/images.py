@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
@@ -95,7 +95,8 @@ class ImageTable:
         except Exception as error:
             raise InputError(
                 f"row {row} of the {self.where} split, column '{column}', is no readable "
-                f"image ({error}); remove the row or replace the file"
+                f"image ({error}); remove the row, replace the file, or leave out what cannot be "
+                "read with unreadable=skip"
             ) from error
 
     def keep_decoded(self, rows: Indices) -> None:
@@ -104,7 +105,10 @@ class ImageTable:
 
     def decoded_bytes(self, count: int) -> int:
         """Estimate how many bytes so many decoded images take, from the first few of the split."""
-        first = [self.image(row) for row in range(min(len(self), 8))]
+        first = []
+        for row in range(min(len(self), 8)):
+            with suppress(InputError):  # one that cannot be read may be left out of all tasks
+                first.append(self.image(row))
         return sum(3 * i.width * i.height for i in first) * count // max(len(first), 1)
 
 

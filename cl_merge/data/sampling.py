@@ -8,12 +8,17 @@ from contextlib import contextmanager
 from itertools import cycle, islice
 from typing import Any, NamedTuple, TypeVar
 
+import lightning as L
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from typing_extensions import override
 
+from cl_merge.kernels.parallel import usable_cores
 from cl_merge.seeds import derive_seed
+
+# Processes that load images for one that trains: as many as the authors of MagMax have.
+_MOST_WORKERS = 16
 
 T = TypeVar("T")
 
@@ -112,3 +117,13 @@ def seed_generators(seed: int) -> None:
     # own, or a transform that draws from both would draw the same numbers twice.
     np.random.seed(seed >> 32)
     torch.default_generator.manual_seed(seed)
+
+
+def automatic_workers(trainer: L.Trainer | None) -> int:
+    """How many processes load images if nobody says: on a GPU its share of the cores, up to 16.
+
+    On a CPU none: it has work enough. What is loaded, and in which order, is the same with any.
+    """
+    on_gpu = trainer.strategy.root_device.type == "cuda" if trainer else torch.cuda.is_available()
+    processes = trainer.num_devices if trainer else 1
+    return min(usable_cores() // processes, _MOST_WORKERS) if on_gpu else 0

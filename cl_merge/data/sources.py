@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cl_merge.data.hub import HubError, read_hub
 from cl_merge.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ def read_images(
     source: str | Path,
     *,
     revision: str | None = None,
+    splits: Sequence[str] | None = None,
     local_copy: str = "give its folder: data=/path/to/folder",
 ) -> Mapping[str, datasets.Dataset]:
     """Read a data set with its splits from disk or from the hub.
@@ -26,7 +27,8 @@ def read_images(
         source: A parquet file; a folder of parquet files, of images (``train/CLASS/x.jpg``), or
             written by ``DatasetDict.save_to_disk``; or a hub id such as ``uoft-cs/cifar100``, where
             needed with its configuration, as in ``ufldl-stanford/svhn:cropped_digits``.
-        revision: Which commit of a hub data set.
+        revision: Which commit of a hub data set; the newest if None.
+        splits: Of a hub data set, which splits to download; all if None.
         local_copy: How the user says where a local copy is, for messages.
 
     Returns:
@@ -44,15 +46,13 @@ def read_images(
         return _read_local(path)
     if not is_hub_id(source):
         raise InputError(f"'{source}', to read images from: no such file or folder")
-    hub_id, _, configuration = str(source).partition(":")
     try:
-        return _load(hub_id, configuration or None, revision=revision)
-    # Which error comes depends on what failed: the name, the network, the offline switch.
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        with without_bars():
+            return read_hub(str(source), revision, splits)
+    except HubError as error:
         raise InputError(
             f"'{source}', to read images from: neither a folder here nor to be had from the hub "
-            f"({reason}); to use a local copy (parquet files, folders of images, or written by "
+            f"({error}); to use a local copy (parquet files, folders of images, or written by "
             f"save_to_disk), {local_copy}"
         ) from error
 
@@ -67,24 +67,6 @@ def is_hub_id(source: str | Path) -> bool:
     path = Path(source).expanduser()
     local = path.is_absolute() or str(source).startswith((".", "~")) or path.suffix == ".parquet"
     return not (local or path.exists())
-
-
-def hub_commit(source: str) -> str | None:
-    """Ask the hub which commit of a data set it would hand out now; None if it does not say."""
-    from huggingface_hub import HfApi
-
-    try:
-        return HfApi().dataset_info(source.partition(":")[0], timeout=20).sha
-    # No network, no such data set, no access: reading it says which, or finds it in the cache.
-    except Exception:
-        return None
-
-
-def cached_commit(splits: Mapping[str, datasets.Dataset]) -> str | None:
-    """Find out which commit of a hub data set was read, if what was read from its cache says so."""
-    files = [file for split in splits.values() for file in split.info.download_checksums or ()]
-    commits = {found[1] for file in files if (found := re.search(r"@([0-9a-f]{40})/", file))}
-    return commits.pop() if len(commits) == 1 else None
 
 
 @contextmanager

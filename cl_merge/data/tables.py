@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +15,43 @@ from cl_merge.errors import InputError, listing, unknown_name
 
 if TYPE_CHECKING:
     import datasets
+
+
+def splits_read(train: str, test: str, test_fraction: float | None) -> list[str]:
+    """The names of the splits that a stream reads, which may be unions.
+
+    Example:
+        >>> splits_read("train+validation", "test", None)
+        ['train+validation', 'test']
+    """
+    return [train] if test_fraction is not None else [train, test]
+
+
+def parts_of(splits: Iterable[str]) -> list[str]:
+    """The splits that unions are made of, each once.
+
+    Example:
+        >>> parts_of(["train+validation", "test"])
+        ['train', 'validation', 'test']
+    """
+    return list(dict.fromkeys(part for split in splits for part in split.split("+")))
+
+
+def with_unions(
+    splits: Mapping[str, datasets.Dataset], wanted: Iterable[str]
+) -> Mapping[str, datasets.Dataset]:
+    """Add the unions of splits that are wanted, such as ``train+validation``; copies no image."""
+    import datasets
+
+    found = dict(splits)
+    for name in wanted:
+        parts = name.split("+")
+        if name not in found and len(parts) > 1 and set(parts) <= set(splits):
+            try:
+                found[name] = datasets.concatenate_datasets([splits[part] for part in parts])
+            except ValueError as error:
+                raise InputError(f"split '{name}': its parts differ in their columns") from error
+    return found
 
 
 def two_splits(
@@ -81,6 +118,18 @@ def with_domains(rows: datasets.Dataset, image: str, pattern: str) -> datasets.D
     """
     import datasets
 
+    expression, domains = domain_expression(pattern), []
+    if image not in rows.column_names:
+        raise unknown_name("column of images", image, rows.column_names)
+    files = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+    for row, path in enumerate(files.flatten()[f"{image}.path"]):
+        domains.append(file_domain(expression, path, f"row {row}, column '{image}'"))
+    with without_bars():
+        return rows.add_column("domain", domains)
+
+
+def domain_expression(pattern: str) -> re.Pattern[str]:
+    """Compile the pattern of `with_domains`; `InputError` if it cannot say a domain."""
     try:
         expression = re.compile(pattern)
     except re.error as error:
@@ -90,22 +139,20 @@ def with_domains(rows: datasets.Dataset, image: str, pattern: str) -> datasets.D
             f"domain_pattern={pattern} has no group; put the part that is the domain in "
             "parentheses, as in ([a-z]+)_[0-9]+"
         )
-    if image not in rows.column_names:
-        raise unknown_name("column of images", image, rows.column_names)
-    files = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-    domains = []
-    for row, path in enumerate(files.flatten()[f"{image}.path"]):
-        found = expression.match(re.split(r"[/\\]", path or "")[-1])
-        if found is None:
-            file = f"the file name {path}" if path else "no file name"
-            raise InputError(
-                f"row {row}, column '{image}', has {file}, which says no domain: "
-                f"domain_pattern={pattern} does not match; use a copy that keeps the names of its "
-                "files, or name a column of domains with domain=..."
-            )
-        domains.append(found[1])
-    with without_bars():
-        return rows.add_column("domain", domains)
+    return expression
+
+
+def file_domain(expression: re.Pattern[str], path: str | None, where: str) -> str:
+    """Read the domain off the name of an image's file."""
+    found = expression.match(re.split(r"[/\\]", path or "")[-1])
+    if found is None:
+        file = f"the file name {path}" if path else "no file name"
+        raise InputError(
+            f"{where}, has {file}, which says no domain: domain_pattern={expression.pattern} does "
+            "not match; use a copy that keeps the names of its files, or name a column of domains "
+            "with domain=..."
+        )
+    return found[1]
 
 
 def _indices(table: ImageTable, column: str, names: list[str]) -> Indices:

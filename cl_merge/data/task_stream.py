@@ -15,9 +15,16 @@ from torchvision.transforms.functional import to_tensor
 from typing_extensions import override
 
 from cl_merge.data.images import ImageDataset, ImageTable, Sample, TensorSamples, Transform
-from cl_merge.data.sampling import ShareSampler, StreamLoader, StreamSampler
+from cl_merge.data.sampling import ShareSampler, StreamLoader, StreamSampler, automatic_workers
 from cl_merge.data.sources import read_images
-from cl_merge.data.tables import indices_of, two_splits, with_domains
+from cl_merge.data.tables import (
+    indices_of,
+    parts_of,
+    splits_read,
+    two_splits,
+    with_domains,
+    with_unions,
+)
 from cl_merge.data.tasks import (
     SCENARIOS,
     Indices,
@@ -32,6 +39,7 @@ from cl_merge.data.tasks import (
     split_by_domain,
     split_by_source,
 )
+from cl_merge.data.unreadable import UNREADABLE, without_unreadable
 from cl_merge.errors import InputError, listing, unknown_name
 from cl_merge.seeds import derive_seed
 
@@ -69,7 +77,7 @@ class TaskStream(L.LightningDataModule):
             needed in the domain and source scenarios only.
         domain_pattern: A regular expression that reads the domain off the name of an image's file
             where no column has it, see `with_domains`.
-        train_split: Name of the split to train on.
+        train_split: Name of the split to train on; ``"train+validation"`` for several as one.
         test_split: Name of the split to test on.
         test_fraction: Share of the training split to hold out as test images where the data set has
             no test split.
@@ -81,9 +89,12 @@ class TaskStream(L.LightningDataModule):
         train_transform: Turns a PIL image into a float tensor [3, H, W] for training.
         test_transform: The same for testing; draws no random numbers.
         batch_size: Images per batch and process.
-        num_workers: Processes that load images.
+        num_workers: Processes that load images; None for a GPU's share of the cores, up to 16, and
+            none on a CPU.
         cache: Keep decoded training images and transformed test images in memory: True, False, or
             ``"auto"`` for sets that take less than a gibibyte.
+        unreadable: ``"skip"`` looks at every image before anything trains, and leaves out and names
+            what cannot be read; with ``"stop"`` the first one that is met raises `InputError`.
         sampler: Makes the sampler of a training loader from its data set; if None, `StreamSampler`,
             which shuffles. With any other, augmentation draws from the global generators.
         seed: For everything drawn here.
@@ -130,8 +141,9 @@ class TaskStream(L.LightningDataModule):
         train_transform: Transform = to_tensor,
         test_transform: Transform = to_tensor,
         batch_size: int = 128,
-        num_workers: int = 0,
+        num_workers: int | None = 0,
         cache: bool | Literal["auto"] = "auto",
+        unreadable: Literal["stop", "skip"] = "stop",
         sampler: Callable[[ImageDataset], Sampler[int]] | None = None,
         seed: int = 0,
     ) -> None:
@@ -139,12 +151,17 @@ class TaskStream(L.LightningDataModule):
         if scenario not in SCENARIOS:
             raise unknown_name("scenario", scenario, SCENARIOS)
         check_loading(batch_size, num_workers, cache)
+        if unreadable not in UNREADABLE:
+            raise unknown_name("value of unreadable", unreadable, UNREADABLE)
         if not isinstance(data, (str, Path, Mapping)):
             raise InputError(
                 f"data is of type {type(data).__name__}; expected a folder, a parquet file, a hub "
                 "id, or data sets by split, as in {'train': ..., 'test': ...}"
             )
-        splits = data if isinstance(data, Mapping) else read_images(data, revision=revision)
+        wanted = splits_read(train_split, test_split, test_fraction)
+        if not isinstance(data, Mapping):
+            data = read_images(data, revision=revision, splits=parts_of(wanted))
+        splits = with_unions(data, wanted)
         if domain is None and domain_pattern is not None:
             used = {train_split, test_split} & set(splits)
             read = {name: with_domains(splits[name], image, domain_pattern) for name in used}
@@ -171,6 +188,9 @@ class TaskStream(L.LightningDataModule):
             self.tasks = limited_tasks(self.tasks, self._train_labels, images_per_class, seed)
         if held_out != 0:
             self.tasks = held_out_tasks(self.tasks, self._train_labels, held_out, seed)
+        if unreadable == "skip":
+            tables = self._train, self._test
+            self.tasks = without_unreadable(self.tasks, *tables, self._workers)
         self.test_tasks = self.tasks
         self._current = 0
         self._test_samples: ImageDataset | TensorSamples | None = None
@@ -228,7 +248,7 @@ class TaskStream(L.LightningDataModule):
             dataset,
             batch_size=self.batch_size,
             sampler=sampler,
-            num_workers=self.num_workers,
+            num_workers=self._workers,
             pin_memory=torch.cuda.is_available(),
             # For the seeds of workers: the task's own, so that what came before changes nothing.
             generator=torch.Generator().manual_seed(derive_seed("workers", self._seed, task)),
@@ -318,12 +338,16 @@ class TaskStream(L.LightningDataModule):
             samples,
             batch_size=self.batch_size,
             sampler=ShareSampler(samples, world, rank) if world > 1 else None,
-            num_workers=0 if in_memory else self.num_workers,
+            num_workers=0 if in_memory else self._workers,
             pin_memory=torch.cuda.is_available(),
             # A generator of its own: to make an iterator draws a number, and that must not come
             # from the global generator, or an evaluation would change the training after it.
             generator=torch.Generator().manual_seed(self._seed),
         )
+
+    @property
+    def _workers(self) -> int:
+        return automatic_workers(self.trainer) if self.num_workers is None else self.num_workers
 
     def _rank_and_world(self) -> tuple[int, int]:
         """This process's rank, and how many processes there are."""
@@ -344,18 +368,18 @@ class TaskStream(L.LightningDataModule):
     def _in_memory(self, dataset: ImageDataset, images: int) -> ImageDataset | TensorSamples:
         """Transform the images once, if so many of them fit in memory."""
         if len(dataset) and self._fits(lambda: dataset[0].image.nbytes * images):
-            return TensorSamples(dataset, self.num_workers)
+            return TensorSamples(dataset, self._workers)
         return dataset
 
     def _fits(self, needed: Callable[[], int]) -> bool:
         return needed() <= CACHE_BYTES if self._cache == "auto" else self._cache
 
 
-def check_loading(batch_size: int, num_workers: int, cache: Any) -> None:
+def check_loading(batch_size: int, num_workers: int | None, cache: Any) -> None:
     """Check how images are loaded, which would otherwise show when the first loader is made."""
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size}; expected 1 or more")
-    if num_workers < 0:
+    if num_workers is not None and num_workers < 0:
         raise InputError(f"num_workers={num_workers}; expected 0 or more")
     if not (isinstance(cache, bool) or cache == "auto"):
         raise InputError(f"cache={cache}; expected true, false or auto")

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from cl_merge.data.hub import explained
 from cl_merge.errors import InputError, nearest, unknown_name
 
 log = logging.getLogger(__name__)
@@ -147,6 +148,60 @@ def resolve(model: str) -> Source:
         quick_gelu = open_clip.get_pretrained_cfg(architecture, weights).get("quick_gelu", False)
         return Source(architecture, weights, quick_gelu)
     return _file_source(architecture, weights, tags)
+
+
+def model_download(model: str) -> int:
+    """Find out how much is to be downloaded before a model can be loaded; downloads nothing.
+
+    Args:
+        model: As for `load_clip`.
+
+    Returns:
+        Bytes; 0 if it is here.
+
+    Raises:
+        InputError: If there is no such model, here or on the hub, or the hub does not say.
+    """
+    if model == "lite":
+        from cl_merge.models.lite import packaged_weights
+
+        packaged_weights()
+        return 0
+    source = resolve(model)
+    place = _hub_place(source)
+    if place is None:
+        return 0
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    repository, names = place
+    if any(isinstance(try_to_load_from_cache(repository, name), str) for name in names):
+        return 0
+    try:
+        files = HfApi().model_info(repository, files_metadata=True, timeout=20).siblings
+    except Exception as error:
+        raise InputError(f"'{repository}', of the hub: {explained(error)}") from error
+    sizes = {file.rfilename: file.size for file in files or []}
+    for name in names:
+        if name in sizes:
+            return int(sizes[name] or 0)
+    raise InputError(f"'{repository}' on the hub has none of {', '.join(names)}")
+
+
+def _hub_place(source: Source) -> tuple[str, list[str]] | None:
+    """The repository that open_clip reads weights from, and the names that their file may have."""
+    import open_clip
+
+    default = ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
+    if source.config.startswith(_HUB):
+        return source.config.removeprefix(_HUB), default
+    if source.weights is None or not open_clip.is_pretrained_cfg(source.config, source.weights):
+        return None
+    config = open_clip.get_pretrained_cfg(source.config, source.weights)
+    repository, _, name = str(config.get("hf_hub", "")).rpartition("/")
+    if not repository:
+        return None
+    safe = f"{Path(name).stem}.safetensors"
+    return repository, [safe, name] if name else default
 
 
 def _folder_source(folder: Path) -> Source:

@@ -89,6 +89,21 @@ def forgetting(accuracy: Tensor) -> float:
     return _mean((accuracy[:-1].amax(dim=0) - accuracy[-1])[:-1])
 
 
+def transfer(accuracy: Tensor) -> float:
+    """What learning leaves of tasks to come: mean over j > 1 of the mean over i < j of R[i, j].
+
+    NaN for a single task. Zheng et al., Preventing Zero-Shot Transfer Degradation in Continual
+    Learning of Vision-Language Models, ICCV 2023, section 5, who call the mean of all R "average"
+    and the mean of the last row "last".
+
+    Example:
+        >>> transfer(torch.tensor([[90.0, 50.0, 10.0], [70.0, 80.0, 20.0], [70.0, 80.0, 90.0]]))
+        32.5
+    """
+    before = [accuracy[:j, j].mean() for j in range(1, len(accuracy))]
+    return _mean(torch.stack(before)) if before else float("nan")
+
+
 class AccuracyMatrix(Metric):
     """Count correct predictions by task, a row of the accuracy matrix at a time.
 

@@ -15,6 +15,7 @@ from cl_merge.training.metrics import (
     forward_transfer,
     micro_accuracy,
     seen_accuracies,
+    transfer,
 )
 
 # Three tasks with 10, 20 and 70 test images.
@@ -44,8 +45,19 @@ def test_a_single_task_has_no_transfer_and_no_forgetting():
     one = torch.tensor([[50.0]])
     assert all(
         math.isnan(value)
-        for value in (backward_transfer(one), forgetting(one), forward_transfer(one, one[0]))
+        for value in (
+            backward_transfer(one),
+            forgetting(one),
+            forward_transfer(one, one[0]),
+            transfer(one),
+        )
     )
+
+
+def test_transfer_is_what_the_definition_says_on_random_matrices():
+    matrix = 100 * torch.rand(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    by_task = [sum(float(matrix[i, j]) for i in range(j)) / j for j in range(1, 6)]
+    assert transfer(matrix) == pytest.approx(sum(by_task) / 5)
 
 
 @pytest.fixture

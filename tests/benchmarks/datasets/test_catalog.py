@@ -53,11 +53,11 @@ def test_every_recipe_is_a_valid_configuration(name):
 def test_what_is_known_of_a_data_set_fits_its_recipe(name):
     config, entry = read_settings([f"data={name}"]), find_data(name)
     facts = entry.facts
-    assert facts["train"] >= facts["classes"] > 1
-    assert facts["test"] >= facts["classes"]
+    for images in ("train", "test"):
+        assert facts.get(images, facts["classes"]) >= facts["classes"] > 1
     order, scenario = config.stream.order, config.stream.scenario
     if isinstance(order, list):
-        expected = facts["domains" if scenario == "domain" else "classes"]
+        expected = facts[{"domain": "domains", "source": "tasks"}.get(scenario, "classes")]
         assert len(order) == len(set(order)) == expected
         assert all(isinstance(item, str) for item in order) or set(order) == set(range(len(order)))
     if scenario == "class":
@@ -66,7 +66,10 @@ def test_what_is_known_of_a_data_set_fits_its_recipe(name):
 
 @pytest.mark.parametrize("name", [n for n in catalog() if is_on_hub(find_data(n).source or "/")])
 def test_a_data_set_of_the_hub_is_pinned_to_a_commit(name):
-    assert re.fullmatch("[0-9a-f]{40}", find_data(name).recipe["stream"]["revision"])
+    # Of these no commit was ever seen.
+    found = find_data(name).recipe["stream"].get("revision")
+    assert (found is None) == (name in ("food101", "tiny-imagenet"))
+    assert found is None or re.fullmatch("[0-9a-f]{7,40}", found)
 
 
 @pytest.mark.parametrize("name", PAPER)

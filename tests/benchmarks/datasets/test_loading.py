@@ -1,17 +1,18 @@
 """What a run reads before it starts: images and their commit, words for the classes, epochs."""
 
+import io
 import json
 import logging
 import re
 from dataclasses import asdict
-from types import SimpleNamespace
 
 import datasets
-import huggingface_hub
 import numpy as np
 import open_clip
 import pytest
 import torch
+from fake_hub import FakeHub, Repository, use_hub
+from hub_repositories import card
 from PIL import Image
 
 from cl_merge import cli, load_clip
@@ -172,22 +173,22 @@ def test_without_the_hub_one_line_says_how_to_use_a_local_copy(tmp_path, monkeyp
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    """A hub with one data set, whose commit changes between two questions."""
-    asked = []
-    commits = iter([COMMIT, "f" * 40])
+def hub(tmp_path, monkeypatch):
+    """A hub with one data set."""
+    features = photos().features
+    files = {f"data/{split}-0.parquet": as_parquet(photos(8)) for split in ("train", "test")}
+    files["README.md"] = card([("default", "data", {"train": 8, "test": 8}, features)])
+    made = FakeHub()
+    made.add(Repository("datasets", "owner/photos", files, COMMIT))
+    with made.serving():
+        use_hub(monkeypatch, made.endpoint, tmp_path / "cache")
+        yield made
 
-    def load(name, configuration, *, revision):
-        asked.append(revision)
-        return datasets.DatasetDict({"train": photos(8), "test": photos(4)})
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(
-        huggingface_hub.HfApi,
-        "dataset_info",
-        lambda self, name, **_: SimpleNamespace(sha=next(commits)),
-    )
-    return asked
+def as_parquet(rows):
+    file = io.BytesIO()
+    rows.to_parquet(file)
+    return file.getvalue()
 
 
 @pytest.mark.slow
@@ -198,12 +199,12 @@ def test_a_run_writes_down_the_commit_it_reads_and_goes_on_with_that(tmp_path, h
     run.folder.release()
     assert run.config.stream.revision == COMMIT
     assert read_yaml(tmp_path / "run" / "config.yaml")["stream"]["revision"] == COMMIT
-    again = start_run(read_settings([out]))
-    again.folder.release()
-    same = start_run(read_settings(words))
-    same.folder.release()
     # Read at that commit every time: the newer one is not asked for.
-    assert hub == [COMMIT] * 3
+    hub.repositories["datasets", "owner/photos"].commit = "f" * 40
+    for settings in ([out], words):
+        again = start_run(read_settings(settings))
+        again.folder.release()
+        assert again.config.stream.revision == COMMIT
 
 
 @pytest.mark.slow
@@ -213,13 +214,13 @@ def test_the_commits_of_joined_data_sets_are_written_down_by_name(tmp_path, hub)
     words = [f"data={tmp_path}/both.yaml", f"out={tmp_path}/run", "trainer.accelerator=cpu"]
     start_run(read_settings(words)).folder.release()
     assert read_yaml(tmp_path / "run" / "config.yaml")["stream"]["revision"] == {"far": COMMIT}
+    hub.repositories["datasets", "owner/photos"].commit = "f" * 40
     start_run(read_settings(words)).folder.release()
-    assert hub == [COMMIT] * 2
 
 
-def test_a_commit_that_is_given_is_read_without_asking(tmp_path, hub):
-    loaded = load_data(read_settings(["data=owner/photos", "stream.revision=abc"]))
-    assert (loaded.revision, hub) == ("abc", ["abc"])
+def test_a_name_for_a_commit_is_written_down_as_the_commit(hub):
+    loaded = load_data(read_settings(["data=owner/photos", "stream.revision=main"]))
+    assert loaded.revision == COMMIT
 
 
 @pytest.mark.slow
@@ -311,6 +312,26 @@ def test_the_recipes_of_the_paper_split_a_copy_as_the_hub_has_it(
         assert config.stream.order in (classes, ordered)
 
 
+@pytest.mark.parametrize("name", ["mtil-offline", "mtil-offline-2"])
+def test_the_offline_twin_of_mtil_is_joined_from_local_copies(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("CL_MERGE_DATA", str(tmp_path))
+    sources = find_data(name).sources
+    for index, source in enumerate(sources):
+        (tmp_path / source).mkdir()
+        classes = [f"{source} {number}" for number in range(2 + index)]
+        for split in ("train", "test"):
+            photos(8 + index, classes).to_parquet(tmp_path / source / f"{split}.parquet")
+    config = read_settings([f"data={name}"])
+    loaded = load_data(config)
+    stream = TaskStream(
+        loaded.splits, scenario="source", order=config.stream.order, domain="source"
+    )
+    order = config.stream.order
+    assert [task.name for task in stream.tasks] == list(sources if order == "natural" else order)
+    assert [len(own.own_names) for own in loaded.prompts] == [2 + i for i in range(len(sources))]
+    assert loaded.prompts[list(sources).index("trashnet")].prompts[0] == "a photo of {}."
+
+
 def test_every_task_has_its_own_epochs_or_all_have_those_of_the_trainer():
     assert task_epochs(RunConfig(epochs=[3, 1]), 2) == [3, 1]
     assert task_epochs(RunConfig(trainer={"max_epochs": 4}), 3) == [4, 4, 4]
@@ -369,10 +390,20 @@ def test_class_names_are_replaced_by_a_list_or_by_patterns_in_order():
     ("value", "message"),
     [
         (["x"], "class_names has 1 names, but the data set has 2 classes"),
-        ("x", "class_names=x; expected a list of names, or patterns with their replacements"),
+        ("x", "class_names=x; expected a list of names, patterns with their replacements"),
         ({"(": ""}, "class_names: '(' is no regular expression"),
     ],
 )
 def test_wrong_class_names_are_named(value, message):
     with pytest.raises(InputError, match=f"^{re.escape(message)}"):
         read_class_names(value, ["a", "b"])
+
+
+def test_ids_of_wordnet_are_named_as_clip_names_them_or_by_their_first_synonym():
+    known = {"n02123394": "Persian cat", "n01641577": "American bullfrog"}
+    assert read_class_names("wordnet", list(known)) == list(known.values())
+    # No class of ImageNet's thousand; and two that CLIP calls alike, sunglasses.
+    assert read_class_names("wordnet", ["n00006024"]) == ["heterotroph"]
+    assert read_class_names("wordnet", ["n04355933", "n04356056"]) == ["sunglass", "sunglasses"]
+    with pytest.raises(InputError, match="^class_names=wordnet, but a class is called 'cat'; exp"):
+        read_class_names("wordnet", ["cat"])

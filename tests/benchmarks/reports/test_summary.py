@@ -3,11 +3,13 @@
 import json
 import math
 from pathlib import Path
+from statistics import stdev
 
 import pytest
 
 from cl_merge.benchmarks.methods.method import METHODS, find_method
-from cl_merge.benchmarks.reports.summary import METRICS, paper_accuracy, summarize
+from cl_merge.benchmarks.reports.summary import METRICS, over_orders, paper_accuracy, summarize
+from cl_merge.benchmarks.reports.tables import markdown
 from cl_merge.benchmarks.suites.definition import Setting, find_suite, narrowed
 from cl_merge.benchmarks.suites.plan import BEGUN, DONE, FAILED, NEW, jobs_of, make_plan
 
@@ -82,6 +84,50 @@ def test_stored_bytes_are_those_of_the_task_vectors(two_seeds, write_results, tm
     entries = summarize(suite, tmp_path).entries
     assert entries["digits-5", "magmax"].metrics["stored_bytes"].mean == 1234
     assert "stored_bytes" not in entries["digits-5", "zero-shot"].metrics
+
+
+def test_the_figures_of_multi_domain_streams_are_read_off_both_matrices(
+    two_seeds, write_results, tmp_path
+):
+    suite, jobs = two_seeds
+    place = write_results(jobs["sequential", 0], {"magmax": 50.0, "zero-shot": 30.0}, tasks=3)
+    results = json.loads((place / "results.json").read_text())
+    method = results["methods"]["magmax"]
+    method["matrix"] = [[90.0, 50.0, 10.0], [70.0, 80.0, 20.0], [71.0, 81.0, 91.0]]
+    method["matrix_task_aware"] = [[92.0, 55.0, 30.0], [75.0, 85.0, 40.0], [72.0, 82.0, 92.0]]
+    (place / "results.json").write_text(json.dumps(results))
+    metrics = summarize(suite, tmp_path).entries["digits-5", "magmax"].metrics
+    for prefix, key in (("", "matrix"), ("task_aware_", "matrix_task_aware")):
+        rows, tasks = method[key], range(len(method[key]))
+        before = [sum(rows[i][j] for i in range(j)) / j for j in tasks if j]
+        assert metrics[f"{prefix}transfer"].mean == pytest.approx(sum(before) / len(before))
+        every = [x for row in rows for x in row]
+        assert metrics[f"{prefix}matrix_average"].mean == pytest.approx(sum(every) / len(every))
+    last = method["matrix_task_aware"][-1]
+    assert metrics["task_aware_last"].mean == pytest.approx(sum(last) / len(last))
+
+
+def test_orders_are_an_axis_beside_the_seeds(write_results, tmp_path):
+    methods = ["zero-shot", "joint", "magmax", "average-sequential"]
+    suite = narrowed(find_suite("offline"), data=["digits"], methods=methods, seeds="2", orders=3)
+    accuracies = iter([50.0, 60.0, 52.0, 62.0, 54.0, 64.0])
+    for job in jobs_of(make_plan(suite)):
+        own = next(accuracies) if job.training == "sequential" else 90.0
+        found = {"magmax": own, "average-sequential": own - 1, "zero-shot": 30.0}
+        write_results(job, {"joint": own} if job.training == "joint" else found)
+    summary = summarize(suite, tmp_path)
+    together = over_orders(summary)
+    magmax = together.entries["digits-5", "magmax"].metrics["accuracy"]
+    # The jobs come seed by seed, and in each order by order.
+    assert magmax.values == {0: (50 + 62) / 2, 1: (60 + 54) / 2, 2: (52 + 64) / 2}
+    assert magmax.spread == pytest.approx(stdev(magmax.values.values()))
+    assert together.entries["digits-5", "joint"].metrics["accuracy"].spread == 0
+    assert together.entries["digits-5", "magmax"].ranks["accuracy"] == 1
+    text = markdown(together)
+    assert "(over orders, seeds 0, 1)" in text
+    assert "± standard deviation over orders" in text
+    alone = narrowed(find_suite("offline"), data=["digits"], methods=methods)
+    assert over_orders(summarize(alone, tmp_path)) is None
 
 
 def test_every_metric_is_explained():

@@ -5,8 +5,9 @@ import re
 import pytest
 from results_files import write_results_file
 
+from cl_merge.benchmarks.datasets.catalog import find_data
 from cl_merge.benchmarks.methods.method import find_method
-from cl_merge.benchmarks.suites.definition import find_suite, narrowed
+from cl_merge.benchmarks.suites.definition import find_suite, narrowed, to_yaml
 from cl_merge.benchmarks.suites.plan import (
     BEGUN,
     DONE,
@@ -18,6 +19,7 @@ from cl_merge.benchmarks.suites.plan import (
     on_devices,
     state_of,
 )
+from cl_merge.data.tasks import resolve_order
 from cl_merge.errors import InputError
 
 pytestmark = pytest.mark.slow
@@ -126,3 +128,39 @@ def test_a_wrong_setting_names_the_run():
     message = "digits/seed0/joint: unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?"
     with pytest.raises(InputError, match=re.escape(message)):
         job_config(job)
+
+
+def test_orders_have_runs_of_their_own_and_joint_training_serves_all():
+    jobs = jobs_of(plan(data=["digits"], methods=["magmax", "joint"], orders=3))
+    assert [job.path for job in jobs] == [
+        "digits-5/seed0/sequential",
+        "digits/seed0/joint",
+        "digits-5-order1/seed0/sequential",
+        "digits-5-order2/seed0/sequential",
+    ]
+    assert [job_config(job).stream.order for job in jobs] == ["natural", "natural", 1, 2]
+    with pytest.raises(InputError, match="^orders 0; expected how many, 1 or more"):
+        plan(data=["digits"], orders=0)
+
+
+@pytest.mark.parametrize("data", ["mtil", "mtil-2"])
+def test_joined_data_sets_keep_their_epochs_in_any_order(data):
+    sources = find_data(data).sources
+    by_source = dict(zip(sources, find_data("mtil").recipe["epochs"], strict=True))
+    for job in jobs_of(plan("mtil", data=[data], methods=["magmax"], orders=3)):
+        config = job_config(job)
+        order = resolve_order(config.stream.order, sources, "source")
+        assert config.epochs == [by_source[sources[index]] for index in order]
+
+
+def test_epochs_by_task_that_say_no_data_set_are_refused_in_other_orders():
+    words = ["epochs=[1,2,3,4,5]"]
+    plan(data=["digits"], methods=["magmax"], run=words)
+    with pytest.raises(InputError, match="^orders: 'digits' has epochs for each task"):
+        plan(data=["digits"], methods=["magmax"], run=words, orders=2)
+
+
+def test_a_suite_with_orders_is_read_back_from_its_file(tmp_path):
+    suite = narrowed(find_suite("offline"), data=["digits"], orders=2)
+    (tmp_path / "suite.yaml").write_text(to_yaml(suite))
+    assert find_suite(str(tmp_path / "suite.yaml")).settings == suite.settings
