@@ -38,10 +38,11 @@ METRICS: dict[str, Metric] = {
 }
 """What a cell can tell, by name; shares are in per cent."""
 
-_PAPER = read_yaml(_FOLDER / "paper" / "results.yaml")
+PAPER = read_yaml(_FOLDER / "paper" / "results.yaml")
+"""Accuracies in per cent, by the paper's names of methods and data sets, some by tasks."""
 
-# Of joint training, which is one run for any number of tasks, only what does not depend on it.
-_WITHOUT_TASKS = ("accuracy", "seconds", "peak_memory", "stored_bytes")
+WITHOUT_TASKS = ("accuracy", "seconds", "peak_memory", "stored_bytes")
+"""What does not depend on the number of tasks of joint training, which is one run for any."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def paper_accuracy(suite: Suite, setting: Setting, method: Method) -> float | No
     """
     if suite.paper is None:
         return None
-    row = _PAPER.get(method.paper or "", {}).get(setting.data)
+    row = PAPER.get(method.paper or "", {}).get(setting.data)
     value = row.get(setting.tasks) if isinstance(row, Mapping) else row
     return None if value is None else float(value)
 
@@ -182,7 +183,7 @@ def _read(cell: Cell, folder: Path, results: Mapping[str, Any]) -> CellResult:
         metrics["stored_bytes"] = sum(file.stat().st_size for file in vectors)
     joint = TRAININGS[job.training].joint
     if joint and cell.setting.tasks != job.setting.tasks:
-        metrics = {name: x for name, x in metrics.items() if name in _WITHOUT_TASKS}
+        metrics = {name: x for name, x in metrics.items() if name in WITHOUT_TASKS}
     return CellResult(cell, DONE, job.path, metrics, result)
 
 

@@ -70,6 +70,8 @@ class Results(Struct, omit_defaults=True):
     training: dict[str, Annotated[list[CostResults], Meta(min_length=1)]]
     total: CostResults
     finished: str | None = None
+    command: str | None = None  # that does the run again; older runs did not say
+    commit: str | None = None  # of the code
     versions: dict[str, str] = {}
     machine: dict[str, Any] = {}
 

@@ -22,6 +22,7 @@ from cl_merge.benchmarks.formatting import data_label
 from cl_merge.benchmarks.methods.method import TRAININGS, Method, compared_methods, find_method
 from cl_merge.benchmarks.runs.loggers import check_loggers
 from cl_merge.benchmarks.runs.progress import TRAIN_COST
+from cl_merge.benchmarks.runs.provenance import command_of, source_commit
 from cl_merge.benchmarks.runs.results import Results
 from cl_merge.benchmarks.runs.run_folder import RunFolder
 from cl_merge.callbacks import EWC, LwF, MergeCallback
@@ -150,6 +151,8 @@ def collect_results(run: Run) -> dict[str, Any]:
         "training": run.costs,
         "total": run.cost,
         "finished": datetime.now(UTC).isoformat(timespec="minutes"),
+        "command": command_of(run.config),
+        "commit": source_commit(),
         "versions": {"python": platform.python_version()} | {n: version(n) for n in PACKAGES},
         "machine": {
             "platform": platform.platform(),

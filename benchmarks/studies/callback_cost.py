@@ -4,8 +4,8 @@
     torchrun --nproc-per-node=2 -m cl_merge.benchmarks.studies.callback_cost --model ViT-B-16
 
 Times the steps of `StreamMerger`, of which the callback is made, on the image encoder of a CLIP
-model with random weights, and counts the bytes that stay from task to task. Started on several
-processes, the parameters are sharded block by block with FSDP2.
+model with random weights, and counts the bytes that stay from task to task. Started by torchrun,
+the parameters are sharded block by block with FSDP2.
 """
 
 from __future__ import annotations
@@ -39,19 +39,22 @@ def main() -> None:
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group()
     processes = dist.get_world_size() if dist.is_initialized() else 1
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
     rows = []
     for method in words.methods:
         torch.manual_seed(0)
         visual = open_clip.create_model(words.model).visual.to(device)
-        if processes > 1:
+        if dist.is_initialized():
             shard(visual)
         rows.append([method, *measure(visual, method, words.tasks)])
     if processes == 1 or dist.get_rank() == 0:
         where = f"{words.model}, {processes} processes, {torch.get_num_threads()} threads, {device}"
         columns = ["method", *(f"{step}, s" for step in STEPS), "model, MiB", "kept, MiB"]
         harness.show(where, columns, rows)
-    if processes > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cl_merge.cli.terminal import show_messages
-from cl_merge.errors import InputError
+from cl_merge.errors import InputError, listing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,6 +21,7 @@ HELP = "tables, figures and a page to look at, of a suite or a run"
 DESCRIPTION = """\
 Read what a suite or a run has found so far, and write its report: report.html, one file that needs
 no network, with the figures that have been measured. --format prints the table instead.
+--leaderboard joins any number of suites and runs, also from other machines, into one page.
 """
 FORMATS = ("markdown", "csv", "latex")
 
@@ -28,12 +29,15 @@ FORMATS = ("markdown", "csv", "latex")
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare what the command can be told."""
     add = command.add_argument
-    add("folder", metavar="FOLDER", help="of a suite or a run")
+    add("folders", metavar="FOLDER", nargs="+", help="of a suite or a run; several: --leaderboard")
     add("--open", action="store_true", help="show the page in a browser")
     add("--format", choices=FORMATS, help="print the table instead")
     add("--metric", default="accuracy", help="of the table [accuracy]")
     add("--measure", action="store_true", help="also what figures need that was not measured yet")
     add("--no-figures", action="store_true", help="without the figures")
+    leaderboard = "join every results.json in FOLDERs into one page [leaderboard.html]"
+    add("--leaderboard", metavar="PAGE", nargs="?", const="leaderboard.html", help=leaderboard)
+    add("--published", metavar="FILE", help="YAML of figures of others, shown in a leaderboard")
     command.set_defaults(execute=report)
 
 
@@ -41,11 +45,21 @@ def report(parsed: argparse.Namespace) -> None:
     """Write the report of a folder, or print its table."""
     from rich.console import Console
 
-    folder = Path(parsed.folder).expanduser()
-    if not folder.is_dir():
-        raise InputError(f"'{folder}' is no folder")
+    folders = [Path(folder).expanduser() for folder in parsed.folders]
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputError(f"'{folder}' is no folder")
     console = Console(highlight=False)
     show_messages(console)
+    if parsed.leaderboard:
+        page = _make_leaderboard(console, folders, Path(parsed.leaderboard), parsed.published)
+        if parsed.open:
+            webbrowser.open(page.resolve().as_uri())
+        return
+    if len(folders) > 1 or parsed.published:
+        what = "several folders" if len(folders) > 1 else "--published"
+        raise InputError(f"{what}: only with --leaderboard, which joins them")
+    folder = folders[0]
     if parsed.format:
         sys.stdout.write(_table(_summary(folder), parsed.format, parsed.metric))
         return
@@ -78,6 +92,34 @@ def make_report(
             temporary.write_text(_table(summary, form, "accuracy"), encoding="utf-8")
     said = f"{page} is the report; table.md, table.tex and table.csv lie beside it"
     console.print(said, soft_wrap=True, markup=False)
+    return page
+
+
+def _make_leaderboard(
+    console: Console, folders: list[Path], page: Path, published: str | None
+) -> Path:
+    """Join the results below folders into one page, and give its path."""
+    from cl_merge.benchmarks.formatting import counted
+    from cl_merge.benchmarks.reports.html import write_leaderboard
+    from cl_merge.benchmarks.reports.leaderboard import read_leaderboard
+
+    if page.suffix != ".html":
+        raise InputError(
+            f"--leaderboard {page}: expected a page to write, as in leaderboard.html; folders "
+            "stand before the option"
+        )
+    board = read_leaderboard(folders, Path(published).expanduser() if published else None)
+    write_leaderboard(board, page)
+    said = (
+        f"{page}: {counted(len(board.rows), 'method')} on {counted(len(board.streams), 'stream')}"
+    )
+    console.print(said, soft_wrap=True, markup=False)
+    if board.refused:
+        console.print(
+            f"left out, for they do not say the command that found them: {listing(board.refused)}",
+            soft_wrap=True,
+            markup=False,
+        )
     return page
 
 

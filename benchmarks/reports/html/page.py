@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cl_merge.benchmarks.formatting import counted, duration, rounded
 from cl_merge.benchmarks.reports.figures.style import Drawing
-from cl_merge.benchmarks.reports.summary import METRICS, CellResult, Entry, Summary
+from cl_merge.benchmarks.reports.summary import METRICS, CellResult, Entry, Metric, Summary
 from cl_merge.benchmarks.reports.tables import shown
 from cl_merge.benchmarks.runs.results import read_results
 from cl_merge.benchmarks.suites.definition import Setting
@@ -31,6 +31,14 @@ _Run = dict[str, Any]  # as `_read_runs` makes it
 
 def write_report(summary: Summary, drawings: Sequence[Drawing], path: str | Path) -> None:
     """Write the report of a suite or a run as one file, whose links to the runs are relative."""
+    content = _content(summary, Path(path)) | {"figures": drawings}
+    page = html_templates().get_template("report.html").render(content)
+    with atomic_write(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def html_templates() -> Environment:
+    """The templates of this folder, strict, with the filters that they use."""
     environment = Environment(
         loader=PackageLoader("cl_merge.benchmarks.reports.html", ""),
         autoescape=True,
@@ -41,10 +49,17 @@ def write_report(summary: Summary, drawings: Sequence[Drawing], path: str | Path
     environment.filters |= {"counted": counted, "duration": duration, "number": _number}
     compact = {"ensure_ascii": False, "separators": (",", ":"), "allow_nan": False}
     environment.policies["json.dumps_kwargs"] = compact
-    content = _content(summary, Path(path)) | {"figures": drawings}
-    page = environment.get_template("report.html").render(content)
-    with atomic_write(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    return environment
+
+
+def element_id(*words: str) -> str:
+    """The id of an element, which an address can hold as it is."""
+    return quote("-".join(words), safe="")
+
+
+def metric_text(value: float, metric: Metric, more: int = 0) -> str:
+    """Write a value of a metric in its unit, with so many more digits than usual."""
+    return rounded(value / metric.unit, metric.digits + more).replace("-", _MINUS)
 
 
 def _content(summary: Summary, page: Path) -> dict[str, Any]:
@@ -89,11 +104,6 @@ def _content(summary: Summary, page: Path) -> dict[str, Any]:
     }
 
 
-def _id(*words: str) -> str:
-    """The id of an element, which an address can hold as it is."""
-    return quote("-".join(words), safe="")
-
-
 def _column(setting: Setting, summary: Summary, runs: Mapping[str, _Run]) -> dict[str, Any]:
     """A setting: a column of the table, and a section of the page."""
     entries = [entry for (name, _), entry in summary.entries.items() if name == setting.name]
@@ -103,7 +113,7 @@ def _column(setting: Setting, summary: Summary, runs: Mapping[str, _Run]) -> dic
     like = [run for run in own if run["tasks"] and setting.tasks in (None, len(run["tasks"]))]
     number = setting.tasks or (len(like[0]["tasks"]) if like else 0)
     return {
-        "id": _id("setting", setting.name),
+        "id": element_id("setting", setting.name),
         "name": setting.name,
         "data": setting.data_name,
         "label": counted(number, "task") if number else "own tasks",
@@ -117,7 +127,7 @@ def _cell(entry: Entry, runs: Sequence[str]) -> dict[str, Any]:
     states = {cell.state for cell in entry.cells}
     waiting = (word for state, word in _STATES.items() if state in states)
     return {
-        "id": _id("at", entry.setting.name, entry.method.name),
+        "id": element_id("at", entry.setting.name, entry.method.name),
         "figures": {name: _metric(entry, name) for name in METRICS if name in entry.metrics},
         "gap": _DASH if DONE in states else next(waiting),
         "begun": states != {NEW},
@@ -145,10 +155,7 @@ def _metric(entry: Entry, metric: str) -> dict[str, Any]:
         "spread": words.spread,
         "seeds": words.seeds,
         "rank": words.rank,
-        "values": [
-            "" if v is None else rounded(v / kind.unit, kind.digits + 1).replace("-", _MINUS)
-            for v in values
-        ],
+        "values": ["" if v is None else metric_text(v, kind, more=1) for v in values],
     }
 
 
