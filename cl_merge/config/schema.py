@@ -36,7 +36,7 @@ class StreamConfig:
     )
     batch_size: int = _key(128, "images per batch and process")
     num_workers: int = _key(0, "processes that load images")
-    cache: Any = _key("auto", "keep images in memory: true, false or auto")
+    cache: Any = _key("auto", "keep decoded images: true, false or auto, where there is room")
     image: str = _key("image", "column of the images")
     label: str = _key("label", "column of the labels")
     domain: str | None = _key(None, "column of the domains")
