@@ -38,10 +38,10 @@ class StreamConfig:
     num_workers: int | None = _key(
         None, "processes that load images; null: on a GPU its share of the cores, up to 16, else 0"
     )
-    cache: Any = _key("auto", "keep images in memory: true, false or auto")
     unreadable: str = _key(
         "stop", "images that cannot be read: stop at the first, or skip, after a look at all"
     )
+    cache: Any = _key("auto", "keep decoded images: true, false or auto, where there is room")
     image: str = _key("image", "column of the images")
     label: str = _key("label", "column of the labels")
     domain: str | None = _key(None, "column of the domains")

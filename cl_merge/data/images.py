@@ -7,10 +7,9 @@ from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from cl_merge.data.sampling import Draw, generators_kept, seed_generators
 from cl_merge.data.tasks import Indices
@@ -155,7 +154,16 @@ class ImageDataset(Dataset[Sample]):
         self._table = table
         self._labels = labels
         self._tasks = tasks
-        self._transform = transform
+        self.transform = transform
+
+    def picture(self, index: int) -> Image.Image:
+        """Decode an image, before it is transformed."""
+        return self._table.image(int(self.rows[index]))
+
+    def label_and_task(self, index: int) -> tuple[int, int]:
+        """The global label of an image, and the index of its task."""
+        row = int(self.rows[index])
+        return int(self._labels[row]), int(self._tasks[row])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -174,22 +182,4 @@ class ImageDataset(Dataset[Sample]):
         if isinstance(index, Draw):
             seed_generators(index.seed)
             index = index.index
-        row = int(self.rows[index])
-        image = self._transform(self._table.image(row))
-        return Sample(image, int(self._labels[row]), int(self._tasks[row]))
-
-
-class TensorSamples(Dataset[Sample]):
-    """The samples of a data set in memory; its transform draws no random numbers."""
-
-    def __init__(self, dataset: ImageDataset, num_workers: int) -> None:
-        # Making an iterator draws a number; not from the global generator, which training uses.
-        own = torch.Generator()
-        loader = DataLoader(dataset, batch_size=64, num_workers=num_workers, generator=own)
-        self._columns = [torch.cat(batches) for batches in zip(*loader, strict=True)]
-
-    def __len__(self) -> int:
-        return len(self._columns[0])
-
-    def __getitem__(self, index: int) -> Sample:
-        return Sample(*(column[index] for column in self._columns))
+        return Sample(self.transform(self.picture(index)), *self.label_and_task(index))

@@ -14,7 +14,8 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 from torchvision.transforms.functional import to_tensor
 from typing_extensions import override
 
-from cl_merge.data.images import ImageDataset, ImageTable, Sample, TensorSamples, Transform
+from cl_merge.data.images import ImageDataset, ImageTable, Sample, Transform
+from cl_merge.data.kept_images import KeptImages, keep_images
 from cl_merge.data.sampling import ShareSampler, StreamLoader, StreamSampler, automatic_workers
 from cl_merge.data.sources import read_images
 from cl_merge.data.tables import (
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     import datasets
 
 
-# Images are kept in memory up to this many bytes, unless the user says otherwise.
+# Decoded training images are kept in memory up to this many bytes, unless the user says otherwise.
 CACHE_BYTES = 1 << 30
 
 
@@ -91,8 +92,9 @@ class TaskStream(L.LightningDataModule):
         batch_size: Images per batch and process.
         num_workers: Processes that load images; None for a GPU's share of the cores, up to 16, and
             none on a CPU.
-        cache: Keep decoded training images and transformed test images in memory: True, False, or
-            ``"auto"`` for sets that take less than a gibibyte.
+        cache: Keep decoded training images in memory, and test images at the size of the model in a
+            temporary file: True, False, or ``"auto"`` for training images of less than a gibibyte,
+            and test images that take at most a quarter of the free disk.
         unreadable: ``"skip"`` looks at every image before anything trains, and leaves out and names
             what cannot be read; with ``"stop"`` the first one that is met raises `InputError`.
         sampler: Makes the sampler of a training loader from its data set; if None, `StreamSampler`,
@@ -193,9 +195,9 @@ class TaskStream(L.LightningDataModule):
             self.tasks = without_unreadable(self.tasks, *tables, self._workers)
         self.test_tasks = self.tasks
         self._current = 0
-        self._test_samples: ImageDataset | TensorSamples | None = None
+        self._test_samples: ImageDataset | KeptImages | None = None
         # By task; a joint stream has its own.
-        self._held_out: dict[int, ImageDataset | TensorSamples] = {}
+        self._held_out: dict[int, ImageDataset | KeptImages] = {}
 
     @property
     def task(self) -> Task:
@@ -264,7 +266,7 @@ class TaskStream(L.LightningDataModule):
             rows = np.flatnonzero(tasks >= 0)
             transform = self._test_transform
             dataset = ImageDataset(self._test, rows, self._test_labels, tasks, transform)
-            self._test_samples = self._in_memory(dataset, len(rows))
+            self._test_samples = self._kept(dataset)
         return self._ordered_loader(self._test_samples)
 
     def held_out_dataloader(self) -> DataLoader[Sample]:
@@ -285,10 +287,8 @@ class TaskStream(L.LightningDataModule):
             )
         for task in seen:
             if task.index not in self._held_out:
-                # The limit is for the images of all tasks, which are in memory together at the end.
-                images = sum(len(other.held_out) for other in self.tasks)
                 dataset = self._dataset(task.held_out, task, self._test_transform)
-                self._held_out[task.index] = self._in_memory(dataset, images)
+                self._held_out[task.index] = self._kept(dataset)
         return self._ordered_loader(ConcatDataset([self._held_out[t.index] for t in seen]))
 
     def task_dataloader(self) -> DataLoader[Sample]:
@@ -333,12 +333,13 @@ class TaskStream(L.LightningDataModule):
         """Load in a fixed order this process's share; `Trainer` would repeat images to pad it."""
         rank, world = self._rank_and_world()
         parts = samples.datasets if isinstance(samples, ConcatDataset) else [samples]
-        in_memory = all(isinstance(part, TensorSamples) for part in parts)
+        kept = sum(part.kept for part in parts if isinstance(part, KeptImages))
         return DataLoader(
             samples,
             batch_size=self.batch_size,
             sampler=ShareSampler(samples, world, rank) if world > 1 else None,
-            num_workers=0 if in_memory else self._workers,
+            # To read what is kept takes less than to hand it from one process to another.
+            num_workers=0 if kept >= len(samples) // world else self._workers,  # type: ignore[arg-type]
             pin_memory=torch.cuda.is_available(),
             # A generator of its own: to make an iterator draws a number, and that must not come
             # from the global generator, or an evaluation would change the training after it.
@@ -365,11 +366,11 @@ class TaskStream(L.LightningDataModule):
         tasks = np.full(len(self._train), task.index)
         return ImageDataset(self._train, rows, self._train_labels, tasks, transform)
 
-    def _in_memory(self, dataset: ImageDataset, images: int) -> ImageDataset | TensorSamples:
-        """Transform the images once, if so many of them fit in memory."""
-        if len(dataset) and self._fits(lambda: dataset[0].image.nbytes * images):
-            return TensorSamples(dataset, self._workers)
-        return dataset
+    def _kept(self, dataset: ImageDataset) -> ImageDataset | KeptImages:
+        """Transform the images once, if there is room for them."""
+        if not self._cache or not len(dataset):
+            return dataset
+        return keep_images(dataset, self._rank_and_world()[1] if self._cache == "auto" else None)
 
     def _fits(self, needed: Callable[[], int]) -> bool:
         return needed() <= CACHE_BYTES if self._cache == "auto" else self._cache
