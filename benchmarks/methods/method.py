@@ -35,6 +35,8 @@ class Method:
     merger: str | None = None  # what reduces its task vectors; None for the weights as trained
     statistics: str | None = field(default=None, repr=False)  # a kind of ClassStatistics
     text: bool = field(default=True, repr=False)  # whether the text head votes with them
+    # Of ClassStatistics; None for its default.
+    rank: int | None = field(default=None, repr=False)
     about: str = field(default="", compare=False, repr=False)  # one line for people
     paper: str | None = field(default=None, compare=False, repr=False)  # its name in the paper
     # Options of the merger as in the paper's runs, where they differ from its defaults.

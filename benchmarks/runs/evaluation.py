@@ -185,7 +185,8 @@ class Evaluation:
 
     def _class_statistics(self, method: Method, kind: str) -> ClassStatistics:
         images = self.stream.task_dataloader
-        made = ClassStatistics(kind, text=method.text, images=images)
+        options = {} if method.rank is None else {"rank": method.rank}
+        made = ClassStatistics(kind, text=method.text, images=images, **options)
         if method.merger is not None:  # otherwise the model holds the pre-trained weights
             made.base, made.base_buffers = self._run.base, self._run.buffers
         file = self._run.folder.statistics(method.name)
