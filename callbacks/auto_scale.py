@@ -14,7 +14,6 @@ from torch import Tensor
 
 from cl_merge.callbacks.batches import LOGITS, Logits, all_logits, sum_over_processes, to_module
 from cl_merge.errors import InputError
-from cl_merge.stream_merger import StreamMerger
 from cl_merge.task_vectors.module_weights import (
     evaluating,
     install,
@@ -75,6 +74,18 @@ class AutoScale:
         for pattern in self.groups if isinstance(self.groups, tuple) else ():
             check_fits("groups", pattern, names)
 
+    def prepare(
+        self, trainer: L.Trainer, module: L.LightningModule, held_out: Loader | None
+    ) -> None:
+        """Raise `InputError` before the training if there are no held-out images."""
+        held_out_batches(trainer, held_out)
+
+    def batches(
+        self, trainer: L.Trainer, module: L.LightningModule, held_out: Loader | None
+    ) -> Iterable[Any]:
+        """The held-out images of the tasks so far."""
+        return held_out_batches(trainer, held_out)
+
     def choose(
         self,
         trainer: L.Trainer,
@@ -82,11 +93,13 @@ class AutoScale:
         batches: Iterable[Any],
         names: Sequence[str],
         values: Callable[[Scales], Iterable[tuple[str, Tensor]]],
+        published: float,
     ) -> Scales:
         """Find the scale of a task that ended, leaving the module as it is.
 
         The batches are the held-out images, the names those of the parameters that are merged;
-        values makes what parameters and buffers of an evaluation hold at a scale.
+        values makes what parameters and buffers of an evaluation hold at a scale, of which the
+        published one plays no part.
 
         Raises:
             InputError: If there is no held-out image, or the logits cannot be found.
@@ -131,22 +144,6 @@ class AutoScale:
         if not total:
             raise InputError("there is no held-out image to choose the scale on")
         return correct, total
-
-
-def choose_scale(
-    auto: AutoScale,
-    stream: StreamMerger,
-    trainer: L.Trainer,
-    module: L.LightningModule,
-    batches: Iterable[Any],
-) -> Scales:
-    """The scale of what a stream has merged so far, chosen on held-out images."""
-    changes, live = dict(stream.model.changes()), weights_of(module)
-
-    def values(scales: Scales) -> Iterable[tuple[str, Tensor]]:
-        return stream.model.values(live, scales, changes.items())
-
-    return auto.choose(trainer, module, batches, list(changes), values)
 
 
 def held_out_batches(trainer: L.Trainer, own: Loader | None) -> Iterable[Any]:

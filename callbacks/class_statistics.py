@@ -20,12 +20,15 @@ from cl_merge.callbacks.voting import (
     TWO_ENCODERS,
     Classifier,
     check_text_head,
+    lets_others_classify,
     number_of_classes,
     text_head,
     text_logits,
 )
 from cl_merge.class_statistics import StreamStatistics, fused_projection
-from cl_merge.class_statistics.drift import RIDGE
+from cl_merge.class_statistics.class_scatters import RANK
+from cl_merge.class_statistics.drift import HOLD, RIDGE
+from cl_merge.class_statistics.stream_statistics import FORMER_OPTIONS
 from cl_merge.errors import InputError, unknown_name
 from cl_merge.stream_merger.base_weights import BaseWeights
 from cl_merge.task_vectors.module_weights import (
@@ -48,8 +51,8 @@ class ClassStatistics(EvaluationCallback):
 
     Merging holds on to what the weights of each task knew, but the model never sees two tasks
     together, and mixes their classes up. What tells them apart needs no image: a mean for each
-    class and one covariance, which make a linear discriminant. They take a few megabytes, whatever
-    the number of tasks and images.
+    class, one covariance, and a few directions in which each class varies more than that, which
+    make a discriminant. They take a few megabytes, whatever the number of tasks and images.
 
     After each task one pass over its images reads their features under the base weights, whose
     statistics stay true for ever, and under the merged ones, whose statistics
@@ -61,7 +64,7 @@ class ClassStatistics(EvaluationCallback):
     Works beside `MergeCallback`, after which it must run, or alone, where the merged weights are
     those that training left. Use one instance for the whole stream. In a `CLIPClassifier` the vote
     replaces the head in every evaluation outside a fit; any other module may call `classify` in its
-    ``test_step``.
+    ``test_step``. A stream that is resumed keeps the `ridge`, `hold` and `rank` that it began with.
 
     Args:
         kind: ``"both"``: the text head and statistics of base and merged features, two encoders.
@@ -80,6 +83,9 @@ class ClassStatistics(EvaluationCallback):
             the training data where it has none.
         classes: Number of classes, for modules whose ``head`` does not tell.
         ridge: See `DriftCompensation`.
+        hold: See `DriftCompensation`.
+        rank: In how many directions each class may vary in its own way under the base weights;
+            each takes C x D numbers. 0 gives all classes the same covariance.
 
     Attributes:
         tasks: Number of tasks learned so far.
@@ -116,6 +122,8 @@ class ClassStatistics(EvaluationCallback):
         images: Images | None = None,
         classes: int | None = None,
         ridge: float = RIDGE,
+        hold: float = HOLD,
+        rank: int = RANK,
     ) -> None:
         super().__init__()
         if kind not in KINDS:
@@ -130,8 +138,8 @@ class ClassStatistics(EvaluationCallback):
         self._features = features or own_features
         self._images = images
         self._classes = classes
-        self._ridge = ridge
-        self._new_statistics(1, 1)  # checks the ridge
+        self._options: dict[str, Any] = {"ridge": ridge, "hold": hold, "rank": rank}
+        self._new_statistics(1, 1)  # checks the options
         # Whether the base is a MergeCallback's, which has it in its own state.
         self._shares_base = False
         self._own_base = BaseWeights(None, keep_frozen=False)  # where there is no MergeCallback
@@ -304,7 +312,7 @@ class ClassStatistics(EvaluationCallback):
                 "statistics yet; evaluate after the fit, without ckpt_path"
             )
         self._share_base(trainer)
-        if _lets_others_classify(module):
+        if lets_others_classify(module):
             if module.classify is not None:
                 raise InputError(
                     "something else classifies instead of the module's head: a second "
@@ -320,7 +328,7 @@ class ClassStatistics(EvaluationCallback):
     def end_evaluation(
         self, trainer: L.Trainer, module: L.LightningModule, *, failed: bool
     ) -> None:
-        if self._evaluating and _lets_others_classify(module):
+        if self._evaluating and lets_others_classify(module):
             vars(module)["classify"] = None
         self._evaluating, self._unfinished, self._classifier = False, False, None
 
@@ -330,6 +338,7 @@ class ClassStatistics(EvaluationCallback):
         return {
             "kind": self.kind,
             "shape": [statistics.classes, statistics.features] if statistics else None,
+            "options": statistics.options if statistics else self._options,
             "statistics": statistics.state_dict() if statistics else {},
             "borrowed": self._shares_base,
             "base": {} if self._shares_base else self.base,
@@ -347,12 +356,13 @@ class ClassStatistics(EvaluationCallback):
         self.base, self.base_buffers = copies(state["base"]), copies(state["base_buffers"])
         self.statistics, self._classifier = None, None
         if state["shape"] is not None:
-            self.statistics = self._new_statistics(*state["shape"])
+            options = state.get("options", FORMER_OPTIONS)
+            self.statistics = self._new_statistics(*state["shape"], **options)
             self.statistics.load_state_dict(state["statistics"])
 
-    def _new_statistics(self, classes: int, features: int) -> StreamStatistics:
+    def _new_statistics(self, classes: int, features: int, **saved: Any) -> StreamStatistics:
         encoders = "merged" if self.kind == "aligned" else self.kind
-        return StreamStatistics(classes, features, encoders, self._ridge)
+        return StreamStatistics(classes, features, encoders, **self._options | saved)
 
     def _share_base(self, trainer: L.Trainer) -> None:
         """Use the base of the MergeCallback, if there is one, which has moved it to the module."""
@@ -376,17 +386,7 @@ class ClassStatistics(EvaluationCallback):
             check_own_features(module)
         if self.kind == "aligned":
             check_text_head(module)
-        classes = number_of_classes(module, self._classes)
-        if self.statistics is not None and self.statistics.classes != classes:
-            raise InputError(
-                f"the class statistics are of {self.statistics.classes} classes, but "
-                f"{type(module).__name__} has {classes}; use a new ClassStatistics"
-            )
-
-
-def _lets_others_classify(module: nn.Module) -> bool:
-    """Whether a module asks its attribute `classify` instead of its head, as `CLIPClassifier`."""
-    return "classify" in vars(module) and text_head(module) is not None
+        number_of_classes(module, self._classes, self.statistics)
 
 
 def _merge_callback(trainer: L.Trainer) -> MergeCallback | None:

@@ -13,8 +13,10 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor, nn
 from typing_extensions import override
 
-from cl_merge.callbacks.auto_scale import AutoScale, Loader, choose_scale, held_out_batches
+from cl_merge.callbacks.auto_scale import AutoScale, Loader
 from cl_merge.callbacks.batches import Logits, logits_of
+from cl_merge.callbacks.chosen_scale import as_choice, choose_scale
+from cl_merge.callbacks.drift_scale import DriftScale
 from cl_merge.callbacks.fisher import task_importance, try_logits
 from cl_merge.callbacks.others import (
     INTERRUPTED,
@@ -68,7 +70,8 @@ class MergeCallback(EvaluationCallback):
         scale: Factor of the merged task vector; None takes the one that the method was published
             with. A mapping from patterns on parameter names to numbers gives each layer its own:
             ``{"*attn*": 0.3, "*": 0.5}``, the first that fits counts. ``"auto"`` chooses it after
-            each task, on images that were held out of the training; see `AutoScale`.
+            each task, on images that were held out of the training; see `AutoScale`. ``"drift"``
+            is the published one, but less where features would drift too far; see `DriftScale`.
         start: Where the training of a task starts: ``"sequential"`` at the weights that the last
             task left, ``"independent"`` at the base, ``"merged"`` at the merged model.
         weights: Which weights of a fit count: ``"last"``, those that it leaves, or ``"best"``,
@@ -103,7 +106,7 @@ class MergeCallback(EvaluationCallback):
 
     Attributes:
         stream: What merges, in plain torch.
-        chosen: The scales that were chosen, one for each task, if the scale is ``"auto"``.
+        chosen: The scales that were chosen, one for each task, if the scale is chosen.
 
     Raises:
         InputError: If the method, an option, a pattern or a value is wrong, a task vector is not
@@ -132,7 +135,7 @@ class MergeCallback(EvaluationCallback):
         self,
         method: str | Merger | type[Merger] = "magmax",
         *,
-        scale: float | Mapping[str, float] | str | AutoScale | None = None,
+        scale: float | Mapping[str, float] | str | AutoScale | DriftScale | None = None,
         start: str = "sequential",
         weights: str = "last",
         buffers: str | None = None,
@@ -150,12 +153,11 @@ class MergeCallback(EvaluationCallback):
         **options: Any,
     ) -> None:
         super().__init__()
-        scale = AutoScale() if scale == "auto" else scale
-        self._auto = scale if isinstance(scale, AutoScale) else None
+        self._choice = as_choice(scale)
         self.stream = StreamMerger(
             None,
             as_merger(method, options),
-            scale=None if isinstance(scale, AutoScale | str) else scale,
+            scale=None if self._choice else scale,  # type: ignore[arg-type]  # checked there
             start=start,
             buffers=buffers,
             left_out=left_out,
@@ -167,7 +169,7 @@ class MergeCallback(EvaluationCallback):
         )
         if weights not in WEIGHTS:
             raise unknown_name("choice of weights", weights, WEIGHTS)
-        if held_out is not None and self._auto is None:
+        if held_out is not None and not isinstance(self._choice, AutoScale):
             raise InputError(f"held_out is for scale='auto', but the scale is {self.scale}")
         if importance_samples is not None and importance_samples < 1:
             raise InputError(f"importance_samples={importance_samples}; expected 1 or more")
@@ -232,8 +234,8 @@ class MergeCallback(EvaluationCallback):
         """Make sure that all patterns fit names of parameters, or raise `InputError`."""
         names = list(names)
         self.stream.check_names(names)
-        if self._auto is not None:
-            self._auto.check(names)
+        if self._choice is not None:
+            self._choice.check(names)
 
     def install(self, module: nn.Module) -> None:
         """Put the merged weights into a module, to stay; see `StreamMerger.install`."""
@@ -267,8 +269,8 @@ class MergeCallback(EvaluationCallback):
         check_sharding(trainer, self.merger, self._weights)
         self.stream.module = module
         self.stream.move_state_to(module.device)
-        if self._auto is not None:
-            held_out_batches(trainer, self._held_out)  # if there are none, it shows before the work
+        if self._choice is not None:
+            self._choice.prepare(trainer, module, self._held_out)
         # Weights from a checkpoint within a task are where that task stood, and stay.
         if (checkpoint or not self._has_start) and not self._resumed:
             self.stream.restore_start()
@@ -297,14 +299,13 @@ class MergeCallback(EvaluationCallback):
             importance = task_importance(
                 trainer, module, list(self.base), task=self.tasks, **self._importance
             )
-        if self._auto is None:
+        if self._choice is None:
             stream.end_task(importance)
             return
         undo = self.backup()
         try:
             stream.end_task(importance)
-            batches = held_out_batches(trainer, self._held_out)
-            stream.scales = choose_scale(self._auto, stream, trainer, module, batches)
+            stream.scales = choose_scale(self._choice, stream, trainer, module, self._held_out)
         except BaseException:
             undo()
             raise
@@ -395,5 +396,5 @@ class MergeCallback(EvaluationCallback):
     def load_task_state(self, state: dict[str, Any]) -> None:
         self.stream.load_state_dict(state)
         self.chosen = [Scales.read(scale, 0.0) for scale in state.get("chosen", [])]
-        if self._auto is not None and self.chosen:
+        if self._choice is not None and self.chosen:
             self.stream.scales = self.chosen[-1]

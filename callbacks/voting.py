@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl_merge.callbacks.features import Features, features_under
@@ -66,7 +66,7 @@ class Classifier:
             self.fused_map = fused_map(merged, head.weight, statistics.vote)
             self._map = self.fused_map.to(device=device, dtype=torch.float32)
         self._discriminants = {
-            encoder: (found.weight.float().to(device), found.bias.float().to(device))
+            encoder: copy.deepcopy(found).float().to(device)
             for encoder, found in statistics.discriminants().items()
         }
 
@@ -116,11 +116,15 @@ class Classifier:
     def _scores(
         self, encoder: str, features: Tensor, classes: Tensor | Sequence[int] | None
     ) -> Tensor:
-        weight, bias = self._discriminants[encoder]
-        if classes is not None:
-            rows = torch.as_tensor(classes, dtype=torch.long, device=weight.device)
-            weight, bias = weight[rows], bias[rows]
-        return F.linear(unit(features), weight, bias)
+        scores = self._discriminants[encoder].scores(unit(features))
+        if classes is None:
+            return scores
+        return scores[:, torch.as_tensor(classes, dtype=torch.long, device=scores.device)]
+
+
+def lets_others_classify(module: nn.Module) -> bool:
+    """Whether a module asks its attribute `classify` instead of its head, as `CLIPClassifier`."""
+    return "classify" in vars(module) and text_head(module) is not None
 
 
 def text_head(module: nn.Module) -> ZeroShotHead | None:
@@ -138,8 +142,13 @@ def check_text_head(module: nn.Module) -> None:
         )
 
 
-def number_of_classes(module: nn.Module, given: int | None) -> int:
-    """How many classes a module knows, by its text head or else by what its user gave."""
+def number_of_classes(
+    module: nn.Module, given: int | None, kept: StreamStatistics | None = None
+) -> int:
+    """How many classes a module knows, by its text head or else by what its user gave.
+
+    `InputError` if it does not tell, or what is kept already is of another number.
+    """
     head = text_head(module)
     known = given if head is None else len(head.class_names)
     if known is None:
@@ -151,6 +160,11 @@ def number_of_classes(module: nn.Module, given: int | None) -> int:
         raise InputError(
             f"classes={given}, but the text head of {type(module).__name__} has {known}; leave "
             "classes out"
+        )
+    if kept is not None and kept.classes != known:
+        raise InputError(
+            f"the class statistics are of {kept.classes} classes, but {type(module).__name__} has "
+            f"{known}; use a new ClassStatistics"
         )
     return known
 

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cl_merge.benchmarks.runs.trained_run import load
-    from cl_merge.callbacks import EWC, AutoScale, ClassStatistics, EWCPenalty, LwF, MergeCallback
+    from cl_merge.callbacks import (
+        EWC,
+        AutoScale,
+        ClassStatistics,
+        DriftScale,
+        EWCPenalty,
+        LwF,
+        MergeCallback,
+    )
     from cl_merge.data.task_stream import TaskStream
     from cl_merge.data.tasks import Task
     from cl_merge.errors import InputError
@@ -36,6 +44,7 @@ _HOMES = {
     "CLIPClassifier": "models.classifier",
     "ClassStatistics": "callbacks",
     "Clip": "models.pretrained",
+    "DriftScale": "callbacks",
     "EWCPenalty": "callbacks",
     "ImageClassifier": "models.predictor",
     "InputError": "errors",
@@ -67,6 +76,7 @@ __all__ = [
     "CLIPClassifier",
     "ClassStatistics",
     "Clip",
+    "DriftScale",
     "EWCPenalty",
     "ImageClassifier",
     "InputError",

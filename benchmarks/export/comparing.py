@@ -66,5 +66,5 @@ def _steepness(restored: Restored) -> float:
     found = restored.voting.statistics if restored.voting is not None else None
     if found is None:
         return 0.0
-    lengths = [float(d.weight.norm(dim=1).max()) for d in found.discriminants().values()]
+    lengths = [each.steepness for each in found.discriminants().values()]
     return found.vote.statistics * max(lengths)

@@ -67,8 +67,6 @@ class Network(nn.Module):
     """
 
     text: Tensor
-    weights: Tensor
-    biases: Tensor
     seen: Tensor
 
     def __init__(self, restored: Restored) -> None:
@@ -76,11 +74,11 @@ class Network(nn.Module):
         self.visual = _plain_copy(restored.model.visual)
         self.base: nn.Module | None = None
         self.register_buffer("text", restored.model.head.weight.detach().clone())
-        self._encoders: tuple[str, ...] = ()
+        self.discriminants = nn.ModuleDict()
         voting = restored.voting
         if voting is not None and voting.statistics is not None:
             found = voting.statistics.discriminants()
-            self._encoders = tuple(found)
+            self.discriminants.update({encoder: one.float() for encoder, one in found.items()})
             self._vote = voting.statistics.vote
             if "base" in found and voting.base:
                 self.base = _plain_copy(restored.model.visual)
@@ -88,27 +86,22 @@ class Network(nn.Module):
                 prefix = "visual."
                 own = {n.removeprefix(prefix): t for n, t in given.items() if n.startswith(prefix)}
                 install(self.base.state_dict(), copies(own))
-            weights = torch.stack([d.weight.float() for d in found.values()])
-            biases = torch.stack([d.bias.float() for d in found.values()])
-            seen = biases[0] > -torch.inf
-            self.register_buffer("weights", weights)
-            # Of classes not seen nothing is used; zeros keep infinities out of the arithmetic.
-            self.register_buffer("biases", biases.masked_fill(~seen, 0.0))
-            self.register_buffer("seen", seen)
+            self.register_buffer("seen", voting.statistics.base.counts > 0)
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Classify images [B, 3, H, W]: logits, or log-probabilities after a vote."""
         merged = F.normalize(self.visual(images), dim=-1)
         text = F.linear(merged, self.text)
-        if not self._encoders:
+        if not self.discriminants:
             return text
         features = {"merged": merged, "base": merged}
         if self.base is not None:
             features["base"] = F.normalize(self.base(images), dim=-1)
+        # Of classes not seen nothing is used; zeros keep infinities out of the arithmetic.
         scores = [
-            F.linear(features[name], self.weights[index], self.biases[index])
-            for index, name in enumerate(self._encoders)
+            found.scores(features[name]).masked_fill(~self.seen, 0.0)  # type: ignore[operator]
+            for name, found in self.discriminants.items()
         ]
         return self._vote.combine(text, torch.stack(scores).mean(dim=0), self.seen)
 

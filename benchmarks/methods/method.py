@@ -35,6 +35,10 @@ class Method:
     merger: str | None = None  # what reduces its task vectors; None for the weights as trained
     statistics: str | None = field(default=None, repr=False)  # a kind of ClassStatistics
     text: bool = field(default=True, repr=False)  # whether the text head votes with them
+    # Of ClassStatistics; None for its default.
+    rank: int | None = field(default=None, repr=False)
+    # Of its merged task vector, if not the published one: a number, or "drift".
+    scale: Any = field(default=None, repr=False)
     about: str = field(default="", compare=False, repr=False)  # one line for people
     paper: str | None = field(default=None, compare=False, repr=False)  # its name in the paper
     # Options of the merger as in the paper's runs, where they differ from its defaults.
@@ -46,6 +50,11 @@ class Method:
     def plain(self) -> Method:
         """The method that merges the same with the text head alone; itself where nothing merges."""
         return self.without_statistics or self
+
+    @property
+    def merging(self) -> str:
+        """The name of the method that merges the same at the published scale."""
+        return self.plain.name.removesuffix(_DRIFT)
 
     @property
     def options(self) -> list[str]:
@@ -75,11 +84,14 @@ _USUAL = {"ema": "sequential", "opcm": "sequential"}
 # What a name ends in when class statistics vote, and which.
 _STATISTICS = {"-statistics": "both", "-aligned": "aligned"}
 
+# What a name ends in when the scale is the published one, but less where features drift too far.
+_DRIFT = "-drift"
+
 # In the order of the tables. With every method but MagMax the paper merges independent
 # fine-tunings; the same mergers of sequential task vectors come close, so they are shown too.
 GROUPS: dict[str, tuple[str, ...]] = {
     "without merging": ("zero-shot", "joint", "sequential", "independent", "lwf", "ewc"),
-    "sequential training": ("magmax", "lwf-magmax", "ewc-magmax"),
+    "sequential training": ("magmax", "magmax-drift", "lwf-magmax", "ewc-magmax"),
     "independent training": ("max-abs", "average", "task-arithmetic", "random-mix", "ties"),
     "sequential, other mergers": (
         "average-sequential",
@@ -111,8 +123,9 @@ def find_method(name: str) -> Method:
 
     A merger's name, or where to import one from, may end in ``-sequential`` or ``-independent``:
     the training that it merges, without which it is independent fine-tunings but for mergers made
-    for sequences. What merges may then end in ``-statistics`` or ``-aligned``: class statistics
-    beside the text head or inside the projection.
+    for sequences. What merges may then end in ``-drift``: a scale that is lowered where features
+    drift too far; and in ``-statistics`` or ``-aligned``: class statistics beside the text head, or
+    inside the projection at such a scale.
 
     Example:
         >>> find_method("ties").training
@@ -125,6 +138,8 @@ def find_method(name: str) -> Method:
     before, dash, last = name.rpartition("-")
     if before and dash + last in _STATISTICS:
         return _with_statistics(name, find_method(before), dash + last)
+    if before and dash + last == _DRIFT:
+        return _with_drift(name, find_method(before))
     merger, training = (before, last) if before and last in _PLAIN else (name, None)
     if not is_location(merger) and merger not in MERGERS:
         raise unknown_name("method", name, dict.fromkeys([*METHODS, *MERGERS]))
@@ -215,7 +230,9 @@ def _with_statistics(name: str, plain: Method, ending: str) -> Method:
             f"method={name}: class statistics stand beside a merged model, and '{plain.name}' "
             "merges nothing; expected a method that merges, as in magmax-statistics"
         )
-    own = f"{plain.name}{ending}"
+    if ending == "-aligned":
+        plain = _with_drift(plain.name, plain)
+    own = f"{plain.name.removesuffix(_DRIFT) if ending == '-aligned' else plain.name}{ending}"
     return METHODS.get(own) or replace(
         plain,
         name=own,
@@ -226,13 +243,26 @@ def _with_statistics(name: str, plain: Method, ending: str) -> Method:
     )
 
 
+def _with_drift(name: str, plain: Method) -> Method:
+    if plain.scale == "drift" and not plain.statistics:
+        return plain
+    if plain.statistics or not plain.merger:
+        raise InputError(
+            f"method={name}: '{plain.name}' does not end with a merge, whose scale -drift lowers; "
+            "expected it right behind what merges, as in ties-drift or magmax-drift-statistics"
+        )
+    own = f"{plain.name}{_DRIFT}"
+    about = f"{plain.about}, at a scale that is lower where features drift too far"
+    return METHODS.get(own) or replace(plain, name=own, scale="drift", about=about, paper=None)
+
+
 def _label(merger: str) -> str:
     """What a merger is called in tables: a user's own one by its own name, not by its file."""
     if not is_location(merger):
         return merger
     label = find_merger(merger).name
     other = label in METHODS or (label in MERGERS and MERGERS[label] is not find_merger(merger))
-    if other or label.endswith(tuple(_STATISTICS)):
+    if other or label.endswith((*_STATISTICS, _DRIFT)):
         raise InputError(
             f"'{merger}' calls itself '{label}', which is the name of another method; give it "
             "another name"

@@ -19,6 +19,7 @@ from cl_merge.benchmarks.runs.run import Run, make_merger
 from cl_merge.benchmarks.runs.run_log import RunLog
 from cl_merge.callbacks import ClassStatistics
 from cl_merge.callbacks.auto_scale import AutoScale
+from cl_merge.callbacks.drift_scale import DriftScale
 from cl_merge.class_statistics import StreamStatistics
 from cl_merge.mergers import Average, Merger
 from cl_merge.storage.files import load_tensors
@@ -76,15 +77,15 @@ class Evaluation:
         run, voting = self._run, self._statistics.get(method.name)
         self.stream.select(task)
         row, matrix = self.stream.row, run.matrices[method.name]
-        choose = run.scale(method, task) is None and method.merger is not None
+        choice = run.choice(method) if run.scale(method, task) is None else None
         learn = voting is not None and voting.tasks <= task
         test = task in self._tested and row not in matrix.rows
-        if not (choose or learn or test):
+        if not (choice or learn or test):
             return
         where = f"task {task + 1}/{len(self.stream.tasks)}, " if self.training else ""
         self.progress.describe(f"{where}evaluating {method.name}")
-        if choose:
-            self._choose_scale(method, task)
+        if choice:
+            self._choose_scale(method, task, choice)
         kept = copies(self._live())  # those of the training, which goes on with them
         try:
             install(self._live(), self._weights(method, task))
@@ -129,10 +130,12 @@ class Evaluation:
 
     def _merged(self, method: Method, task: int) -> Merger:
         """The merger of a method with the task vectors up to a task; methods may share it."""
-        plain = method.plain
-        if plain.name not in self._mergers:
-            self._mergers[plain.name] = make_merger(self._run.config, plain)[0]
-        merger = self._mergers[plain.name]
+        # At another scale the same is merged, unless it has options of its own.
+        config, plain = self._run.config, method.plain
+        name = plain.name if plain.name in config.merge.beside else method.merging
+        if name not in self._mergers:
+            self._mergers[name] = make_merger(config, plain)[0]
+        merger = self._mergers[name]
         while merger.tasks <= task:
             following = merger.tasks
             vector, importance = TaskVector.load(self._stored("task", following)), None
@@ -166,7 +169,7 @@ class Evaluation:
                 average.update({name: then.get(name, b) for name, b in run.buffers.items()})
             yield from average.items()
 
-    def _choose_scale(self, method: Method, task: int) -> None:
+    def _choose_scale(self, method: Method, task: int, choice: AutoScale | DriftScale) -> None:
         run, stream = self._run, self.stream
 
         def choose(trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -176,16 +179,20 @@ class Evaluation:
             def values(scales: Scales) -> Iterator[tuple[str, Tensor]]:
                 return chain(scaled(base, changes.items(), scales), beside.items())
 
-            found = AutoScale(run.config.merge.groups).choose(
-                trainer, module, stream.held_out_dataloader(), list(changes), values
-            )
+            if isinstance(choice, AutoScale):
+                images = stream.held_out_dataloader()
+            else:
+                images = stream.sample_dataloader(choice.images)
+            published = self._merged(method, task).published_scale
+            found = choice.choose(trainer, module, images, list(changes), values, published)
             run.folder.add_chosen_scale(method.plain.name, task, found.plain())
 
         self._within_trainer(choose)
 
     def _class_statistics(self, method: Method, kind: str) -> ClassStatistics:
         images = self.stream.task_dataloader
-        made = ClassStatistics(kind, text=method.text, images=images)
+        options: dict[str, Any] = {} if method.rank is None else {"rank": method.rank}
+        made = ClassStatistics(kind, text=method.text, images=images, **options)
         if method.merger is not None:  # otherwise the model holds the pre-trained weights
             made.base, made.base_buffers = self._run.base, self._run.buffers
         file = self._run.folder.statistics(method.name)

@@ -27,6 +27,8 @@ from cl_merge.benchmarks.runs.results import Results
 from cl_merge.benchmarks.runs.run_folder import RunFolder
 from cl_merge.callbacks import EWC, LwF, MergeCallback
 from cl_merge.callbacks.auto_scale import AutoScale
+from cl_merge.callbacks.chosen_scale import as_choice
+from cl_merge.callbacks.drift_scale import DriftScale
 from cl_merge.callbacks.regularizer import Regularizer
 from cl_merge.config.reading import settings_named
 from cl_merge.config.schema import HELD_OUT, RunConfig
@@ -95,15 +97,17 @@ class Run:
         tasks = range(len(self.stream_of(training).tasks))
         return list(tasks if self.config.evaluate == "every" else tasks[-1:])
 
-    def chooses_scale(self, method: Method) -> bool:
-        """Whether a method chooses its scale after each task, on held-out images."""
-        return self.config.merge.scale == "auto" and method.plain == self.own.plain
+    def choice(self, method: Method) -> AutoScale | DriftScale | None:
+        """What chooses a method's scale after each task; None if it is given, or nothing merges."""
+        if not method.merger:
+            return None
+        return as_choice(make_merger(self.config, method)[1], self.config.merge.groups)
 
     def scale(self, method: Method, task: int = -1) -> Scales | None:
         """The scale of a method after a task; None if it merges nothing or has not chosen yet."""
         if not method.merger:
             return None
-        if not self.chooses_scale(method):
+        if self.choice(method) is None:
             merger, scale = make_merger(self.config, method)
             return Scales.read(scale, merger.published_scale)
         chosen = self.folder.chosen_scales(method.plain.name)
@@ -198,15 +202,21 @@ def make_regularizer(config: RunConfig, name: str) -> Regularizer:
 def make_merger(config: RunConfig, method: Method) -> tuple[Merger, Any]:
     """Make a method's merger, and say which scale is asked for, None for the published one.
 
-    The options of ``merge`` are for the run's own method, those of ``merge.beside`` for the others.
+    The options of ``merge`` are for what merges as the run's own method does, those of
+    ``merge.beside`` for the others. A scale is for the method alone, with and without statistics.
     """
-    options = config.merge
-    if method.plain != find_method(config.method).plain:
-        given = dict(options.beside.get(method.plain.name) or {})
+    options, own = config.merge, find_method(config.method)
+    beside = options.beside.get(method.plain.name)
+    if method.merging != own.merging or beside is not None:
+        given = dict(beside if beside is not None else options.beside.get(method.merging) or {})
         scale = given.pop("scale", None)
-        Scales.read(scale, 1.0)
+        if beside is None:
+            scale = None
+        elif scale != "drift":
+            Scales.read(scale, 1.0)
     else:
-        given, scale = dict(options.options), options.scale
+        given = dict(options.options)
+        scale = options.scale if method.plain == own.plain else None
         if "seed" in method.options:
             given.setdefault("seed", options.seed)
         if options.density is not None:
@@ -215,6 +225,7 @@ def make_merger(config: RunConfig, method: Method) -> tuple[Merger, Any]:
                     f"merge.density={options.density}, but method '{method.name}' has no density"
                 )
             given.setdefault("density", options.density)
+    scale = method.plain.scale if scale is None else scale
     return get_merger(str(method.merger), **given), scale
 
 
@@ -295,7 +306,7 @@ def _try_merge(config: RunConfig, method: Method) -> MergeCallback:
     with settings_named("merge"):
         return MergeCallback(
             merger,
-            scale=AutoScale(options.groups) if scale == "auto" else scale,
+            scale=as_choice(scale, options.groups) or scale,
             buffers=options.buffers,
             include=options.include,
             exclude=options.exclude,
@@ -309,7 +320,7 @@ def _method_results(run: Run, method: Method) -> dict[str, Any]:
     matrix = run.matrices[method.name]
     metrics, seen = matrix.metrics(run.matrices["zero-shot"]), matrix.seen()
     scale = run.scale(method)
-    chosen = run.folder.chosen_scales(method.plain.name) if run.chooses_scale(method) else {}
+    chosen = run.folder.chosen_scales(method.plain.name) if run.choice(method) else {}
     return {
         "accuracy": metrics["accuracy"],
         "metrics": metrics,

@@ -162,6 +162,11 @@ class ClassGaussians:
         weighted = self.means * self.counts[:, None]
         return weighted.sum(dim=0) / total, (self.scatter + weighted.T @ self.means) / total
 
+    def total_covariance(self) -> tuple[Tensor, Tensor]:
+        """Mean vector, float64 [D], and the covariance of all vectors around it, float64 [D, D]."""
+        mean, second = self.second_moment()
+        return mean, second - mean[:, None] * mean
+
 
 def oas_shrinkage(covariance: Tensor, freedom: float) -> float:
     """How much of the identity to mix into a sample covariance: oracle approximating shrinkage.

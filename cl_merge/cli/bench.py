@@ -37,7 +37,11 @@ examples:
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Declare what the command can be told."""
     add = command.add_argument
-    add("suite", metavar="SUITE", help="offline, table1, table2, domains, eight, or FILE.yaml")
+    add(
+        "suite",
+        metavar="SUITE",
+        help="offline, held-out, table1, table2, domains, eight, or FILE.yaml",
+    )
     add("settings", nargs="*", metavar="KEY=VALUE", help="settings of every run, see cl-merge run")
     several: dict[str, Any] = {"metavar": "A,B", "default": ""}
     add("--data", **several, help="only these data sets, with commas; others are added")

@@ -193,14 +193,14 @@ def _check_values(config: RunConfig) -> None:
     check_trainer(config.trainer)
     logger_options(config.loggers)
     merge, seed = config.merge, config.seed
-    if merge.scale != "auto":
+    if merge.scale not in ("auto", "drift"):
         try:
             Scales.read(merge.scale, 1.0)
         except InputError as error:
-            hint = "expected a finite number, finite numbers by pattern, or auto"
+            hint = "expected a finite number, finite numbers by pattern, auto or drift"
             raise InputError(f"merge.scale={merge.scale}; {hint}") from error
-        if merge.groups:
-            raise InputError(f"merge.groups={merge.groups}; only for merge.scale=auto")
+    if merge.groups and merge.scale != "auto":
+        raise InputError(f"merge.groups={merge.groups}; only for merge.scale=auto")
     if merge.density is not None and not 0 < merge.density <= 1:
         raise InputError(f"merge.density={merge.density}; expected more than 0, at most 1")
     if merge.store not in STORES:

@@ -74,7 +74,8 @@ class MergeConfig:
     """How the method of the run merges, and in `beside` the methods beside it."""
 
     scale: Any = _key(
-        None, "factor of the merged task vector, or one by pattern, or auto; null: the published"
+        None,
+        "factor of the merged task vector, or one by pattern, auto or drift; null: the method's",
     )
     groups: Any = _key(None, "of layers, a scale=auto for each: block, or a list of patterns")
     options: dict[str, Any] = _key(dict, "any options of the method")

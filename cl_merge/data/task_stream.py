@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning as L
 import numpy as np
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 from torchvision.transforms.functional import to_tensor
 from typing_extensions import override
 
@@ -297,6 +297,16 @@ class TaskStream(L.LightningDataModule):
         Each is shown exactly once over all processes, in a fixed order.
         """
         return self._ordered_loader(self._images_of(self.task, self._test_transform))
+
+    def sample_dataloader(self, images: int) -> DataLoader[Sample]:
+        """Load at most so many of the current task's training images, evenly spread over them.
+
+        As if for a test, each exactly once over all processes, in a fixed order.
+        """
+        every = self._images_of(self.task, self._test_transform)
+        count = min(images, len(every))
+        spread = [index * len(every) // count for index in range(count)]
+        return self._ordered_loader(Subset(every, spread))
 
     predict_dataloader = test_dataloader
 

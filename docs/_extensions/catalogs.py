@@ -62,7 +62,7 @@ def methods() -> str:
                 (
                     f"`{name}`",
                     _sentence(method.about),
-                    "" if scale is None else f"{scale:g}",
+                    "" if scale is None else str(method.scale or f"{scale:g}"),
                     ", ".join(f"`{key}={value}`" for key, value in method.published.items()),
                     method.paper or "",
                 )

@@ -498,6 +498,21 @@ def test_an_evaluation_of_a_checkpoint_votes_as_it_did_when_it_was_written(make,
         evaluated(make(), fresh, ckpt_path=tmp_path / "second.ckpt", **SAFE)
 
 
+def test_a_state_of_before_there_were_options_goes_on_as_it_began():
+    callbacks = [MergeCallback(), ClassStatistics(ridge=2.0, hold=0.0, rank=0)]
+    model = learn(clip(), *callbacks, tasks=1)
+    state = callbacks[1].state_dict()
+    del state["options"]
+    again = ClassStatistics()
+    again.load_state_dict(state)
+    for name, tensor in again.statistics.state_dict().items():
+        assert torch.equal(tensor, callbacks[1].statistics.state_dict()[name]), name
+    assert again.statistics.options == callbacks[1].statistics.options
+    callbacks[1] = again
+    learn(model, *callbacks, tasks=1)
+    assert again.tasks == 2
+
+
 def test_without_the_merge_callback_that_has_the_base_a_saved_state_is_refused():
     merge, statistics = MergeCallback(), ClassStatistics()
     model = learn(clip(), merge, statistics, tasks=1)

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from cl_merge.callbacks import EWC, ClassStatistics, LwF, MergeCallback
-from cl_merge.class_statistics import ClassGaussians, Discriminant, FeatureMoments, Vote, unit
+from cl_merge.class_statistics import ClassGaussians, FeatureMoments, Vote, unit
 from cl_merge.errors import InputError
 from cl_merge.task_vectors.module_weights import trained_parameters
 
@@ -73,8 +73,8 @@ def test_an_evaluation_shows_the_vote(kind, text):
         merged = model.features(images)
     of = {"base": base, "merged": merged}
     scores = [
-        Discriminant.of(gaussians).scores(unit(of[name]))
-        for name, gaussians in statistics.statistics.gaussians().items()
+        discriminant.scores(unit(of[name]))
+        for name, discriminant in statistics.statistics.discriminants().items()
     ]
     vote = statistics.statistics.vote
     assert text or vote == Vote(text=0.0)
@@ -215,6 +215,7 @@ def hidden(module, batch):
 
 
 def test_any_module_that_gives_features_can_use_it():
+    torch.manual_seed(0)
     model, merge = Plain(), MergeCallback("magmax")
     statistics = ClassStatistics("both", features=hidden, classes=CLASSES)
     for task in range(2):

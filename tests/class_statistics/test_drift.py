@@ -20,16 +20,17 @@ def draw_task(seed, classes, images=80):
     return *(on_grid(x / x.norm(dim=1, keepdim=True)) for x in (base, merged)), labels
 
 
-def compensate(tasks, ridge):
+def compensate(tasks, ridge, hold=0.5):
     """What is under test, and the moments of base features that go with it."""
-    drift, before = DriftCompensation(CLASSES, FEATURES, ridge), FeatureMoments(CLASSES, FEATURES)
+    before = FeatureMoments(CLASSES, FEATURES)
+    drift = DriftCompensation(CLASSES, FEATURES, ridge, hold)
     for base, merged, labels in tasks:
         drift.update(before, moments_of(torch.cat([base, merged], dim=1), labels, CLASSES))
         before.add(moments_of(base, labels, CLASSES))
     return drift, before
 
 
-def naive(tasks, ridge):
+def naive(tasks, ridge, hold=0.5):
     """Merged vectors of all tasks, each moved by every later task's correction."""
     weight, bias = np.eye(FEATURES), np.zeros(FEATURES)
     olds = []
@@ -38,8 +39,11 @@ def naive(tasks, ridge):
         x = base - base.mean(axis=0)
         rest = merged - base @ weight
         y = rest - rest.mean(axis=0)
-        penalty = ridge * x.var(axis=0).mean() * len(x)
-        change = np.linalg.inv(x.T @ x + penalty * np.eye(FEATURES)) @ x.T @ y
+        penalty = ridge * x.var(axis=0).mean() * np.eye(FEATURES)
+        if olds:
+            earlier = np.concatenate([old for old, _, _ in olds])
+            penalty += hold * np.cov(earlier.T, bias=True)
+        change = np.linalg.inv(x.T @ x + len(x) * penalty) @ x.T @ y
         shift = merged.mean(axis=0) - base.mean(axis=0) @ (weight + change) - bias
         olds = [(b, m + b @ change + shift, of) for b, m, of in olds]
         weight, bias = weight + change, bias + shift
@@ -65,12 +69,13 @@ STREAMS = {
 }
 
 
+@pytest.mark.parametrize("hold", [0.0, 0.5])
 @pytest.mark.parametrize("ridge", [1e-3, 2.0])
 @pytest.mark.parametrize("stream", STREAMS.values(), ids=STREAMS)
-def test_every_old_vector_moves_with_the_map(stream, ridge):
+def test_every_old_vector_moves_with_the_map(stream, ridge, hold):
     tasks = [draw_task(seed, classes) for seed, classes in enumerate(stream)]
-    drift, before = compensate(tasks, ridge)
-    base, merged, labels, weight, bias = naive(tasks, ridge)
+    drift, before = compensate(tasks, ridge, hold)
+    base, merged, labels, weight, bias = naive(tasks, ridge, hold)
     found = drift.gaussians(before.counts)
     for label in range(CLASSES):
         own = merged[labels == label]
@@ -94,7 +99,7 @@ def test_what_moves_linearly_is_followed_truly(stream):
         generator = torch.Generator().manual_seed(10 + seed)
         map_ = on_grid(0.2 * torch.randn(FEATURES, FEATURES, generator=generator).double(), 2**10)
         tasks.append((base, base @ map_, labels))
-    drift, before = compensate(tasks, ridge=1e-9)
+    drift, before = compensate(tasks, ridge=1e-9, hold=0.0)
     base, labels = (torch.cat([task[part] for task in tasks]) for part in (0, 2))
     true = (base @ map_).numpy()  # all images under the last model
     found = drift.gaussians(before.counts)

@@ -11,9 +11,11 @@ from feature_vectors import moments_of
 from cl_merge.class_statistics import (
     ENCODERS,
     ClassGaussians,
+    ClassScatters,
     Discriminant,
     DriftCompensation,
     FeatureMoments,
+    QuadraticDiscriminant,
     StreamStatistics,
     Vote,
     choose_vote,
@@ -56,8 +58,8 @@ def assert_same_bits(one, other):
 
 @pytest.mark.parametrize("encoders", ENCODERS)
 def test_learning_is_moments_and_drift_compensation_and_a_vote(encoders):
-    base, drift = FeatureMoments(CLASSES, FEATURES), DriftCompensation(CLASSES, FEATURES, 0.5)
-    found = StreamStatistics(CLASSES, FEATURES, encoders, ridge=0.5)
+    base, drift = FeatureMoments(CLASSES, FEATURES), DriftCompensation(CLASSES, FEATURES, 0.25, 2.0)
+    found = StreamStatistics(CLASSES, FEATURES, encoders, ridge=0.25, hold=2.0, rank=0)
     for task in range(3):
         vectors, merged, labels, text = draw_task(task)
         both = moments_of(torch.cat([vectors, merged], dim=1), labels, CLASSES)
@@ -86,6 +88,29 @@ def test_learning_is_moments_and_drift_compensation_and_a_vote(encoders):
     assert (found.classes, found.features) == (CLASSES, FEATURES)
 
 
+@pytest.mark.parametrize("encoders", ["both", "base"])
+def test_classes_have_covariances_of_their_own_under_the_base_encoder(encoders):
+    found, linear = (StreamStatistics(CLASSES, FEATURES, encoders, rank=r) for r in (3, 0))
+    scatters = ClassScatters(CLASSES, FEATURES, 3)
+    for task in range(3):
+        base, merged, labels, text = draw_task(task)
+        before = linear.gaussians()["base"]
+        linear.learn(base, merged, labels, text)
+        shared = linear.gaussians()["base"].covariance()[0]
+        for label in labels.unique().tolist():
+            own = base[labels == label]
+            one = ClassGaussians.of(moments_of(own, torch.zeros(len(own), dtype=torch.int64), 1))
+            scatters.update(label, one, before, shared)
+        quadratic = QuadraticDiscriminant(linear.gaussians()["base"], scatters)
+        scores = [quadratic.leave_one_out_scores(base, labels)]
+        if encoders == "both":
+            merged_ones = linear.gaussians()["merged"]
+            scores.append(leave_one_out_scores(merged, labels, merged_ones))
+        found.learn(base, merged, labels, text)
+        assert found.vote == choose_vote(text, sum(scores) / len(scores), labels)
+        assert torch.equal(found.discriminants()["base"].scores(base), quadratic.scores(base))
+
+
 def test_without_logits_the_text_head_has_no_say_among_classes_seen():
     found = StreamStatistics(CLASSES, FEATURES)
     found.learn(*draw_task(0)[:3])
@@ -97,7 +122,7 @@ def test_an_only_image_of_its_class_does_not_take_part_in_the_choice():
     strange = torch.cat([labels, torch.tensor([5])])
     wrong = torch.full((1, CLASSES), 50.0)
     wrong[0, 5] = -50.0
-    found = StreamStatistics(CLASSES, FEATURES, "base")
+    found = StreamStatistics(CLASSES, FEATURES, "base", rank=0)
     found.learn(torch.cat([base, base[:1]]), None, strange, torch.cat([text, wrong]))
     assert found.base.counts[5] == 1
     gaussians = found.gaussians()["base"]
@@ -163,15 +188,44 @@ def test_a_ridge_is_a_finite_number_above_zero(ridge):
         StreamStatistics(CLASSES, FEATURES, ridge=ridge)
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"hold": -1.0}, "hold=-1.0; expected a finite number from 0"),
+        ({"hold": math.nan}, "hold=nan; expected a finite number from 0"),
+        ({"rank": -1}, "rank=-1; expected a whole number from 0"),
+        ({"rank": 2.5}, "rank=2.5; expected a whole number from 0"),
+    ],
+    ids=str,
+)
+def test_hold_and_rank_are_checked(option, message):
+    with pytest.raises(InputError, match=message):
+        StreamStatistics(CLASSES, FEATURES, **option)
+
+
+@pytest.mark.parametrize("encoders", ENCODERS)
+def test_files_of_before_there_were_options_go_on_as_they_began(encoders, tmp_path):
+    made = learned(encoders, tasks=2, ridge=2.0, hold=0.0, rank=0)
+    made.save(tmp_path / "new.safetensors")
+    tensors, metadata = load_tensors(tmp_path / "new.safetensors")
+    kept = {name: metadata[name] for name in ("format", "encoders")}
+    kept["ridge"] = "null" if encoders == "base" else "2.0"
+    save_tensors(tmp_path / "old.safetensors", tensors, kept)
+    found = StreamStatistics.load(tmp_path / "old.safetensors")
+    assert found.options == {"ridge": 2.0, "hold": 0.0, "rank": 0}
+    found.learn(*draw_task(2))
+    assert_same_bits(found, learned(encoders, ridge=2.0, hold=0.0, rank=0))
+
+
 @pytest.mark.parametrize("encoders", ENCODERS)
 def test_statistics_go_to_a_file_and_back_and_go_on_alike(encoders, tmp_path):
-    made = learned(encoders, tasks=2, ridge=0.25)
+    made = learned(encoders, tasks=2, ridge=0.25, hold=0.125, rank=2)
     made.save(tmp_path / "kept.safetensors", {"model": "tiny", "format": "another"})
     found = StreamStatistics.load(tmp_path / "kept.safetensors")
     assert (found.encoders, found.tasks, found.vote) == (encoders, 2, made.vote)
     assert_same_bits(found, made)
     found.learn(*draw_task(2))
-    assert_same_bits(found, learned(encoders, ridge=0.25))
+    assert_same_bits(found, learned(encoders, ridge=0.25, hold=0.125, rank=2))
     assert load_tensors(tmp_path / "kept.safetensors")[1]["model"] == "tiny"
 
 

@@ -117,11 +117,11 @@ def test_every_key_says_what_it_means():
         ("merge.density=1.5", "merge.density=1.5; expected more than 0, at most 1"),
         (
             "merge.scale=.nan",
-            "merge.scale=nan; expected a finite number, finite numbers by pattern, or auto",
+            "merge.scale=nan; expected a finite number, finite numbers by pattern, auto or drift",
         ),
         (
             "merge.scale=much",
-            "merge.scale=much; expected a finite number, finite numbers by pattern, or auto",
+            "merge.scale=much; expected a finite number, finite numbers by pattern, auto or drift",
         ),
         ("merge.groups=block", "merge.groups=block; only for merge.scale=auto"),
         (

@@ -230,6 +230,18 @@ def test_the_images_of_a_task_are_shown_as_in_a_test(splits, cache):
     assert rows_of(joint.task_dataloader()) == joint.task.train.tolist()
 
 
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("images", [1, 4, 999])
+def test_some_images_of_a_task_are_spread_over_it_whatever_the_processes(splits, world, images):
+    stream = TaskStream(splits, tasks=2, batch_size=2)
+    every, shares = stream.task.train.tolist(), []
+    for rank in range(world):
+        stream.trainer = SimpleNamespace(world_size=world, global_rank=rank)
+        shares += rows_of(stream.sample_dataloader(images))
+    count = min(images, len(every))
+    assert sorted(shares) == [every[index * len(every) // count] for index in range(count)]
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 64])
 def test_processes_share_the_images_of_a_task_also_if_there_are_fewer(splits, world):
     stream = TaskStream(splits, tasks=2, batch_size=2)

@@ -279,6 +279,7 @@ def test_the_methods_of_the_table_are_those_of_the_paper_their_twins_and_class_s
         "lwf",
         "ewc",
         "magmax",
+        "magmax-drift",
         "lwf-magmax",
         "ewc-magmax",
         "max-abs",

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from cl_merge import ImageClassifier, InputError, load, load_clip
 from cl_merge.benchmarks.datasets.digits import digits as all_digits
-from cl_merge.class_statistics import Discriminant, StreamStatistics
+from cl_merge.class_statistics import StreamStatistics
 
 pytestmark = pytest.mark.slow
 
@@ -62,8 +62,7 @@ def test_the_vote_is_that_of_both_encoders(glyph, digits):
     statistics = StreamStatistics.load(glyph / "statistics/magmax-statistics.safetensors")
     scores = 0.0
     for name, features in (("base", b), ("merged", m)):
-        found = Discriminant.of(statistics.gaussians()[name])
-        scores = scores + (features @ found.weight.T + found.bias) / 2
+        scores = scores + statistics.discriminants()[name].scores(features) / 2
     text = m @ merged["head.weight"].double().T
     mixed = statistics.vote.text * text + statistics.vote.statistics * scores
     expected = mixed.log_softmax(dim=1)
