@@ -289,7 +289,9 @@ def _with_dtype(config: Any, dtype: str) -> Any:
     if not isinstance(config, dict):
         return config
     return {
-        key: dtype if key in ("dtype", "torch_dtype") and value else _with_dtype(value, dtype)
+        key: dtype
+        if key in ("dtype", "torch_dtype") and isinstance(value, str)
+        else _with_dtype(value, dtype)
         for key, value in config.items()
     }
 
