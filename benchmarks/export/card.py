@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
@@ -16,6 +15,7 @@ from cl_merge.benchmarks.datasets.catalog import is_data_file
 from cl_merge.benchmarks.export.side_files import preprocessing
 from cl_merge.benchmarks.formatting import rounded
 from cl_merge.benchmarks.runs.trained_run import Restored
+from cl_merge.merge_files.card import licence_of
 
 # Of what the package carries or builds on; where a package says nothing, neither does the card.
 _PARTS = {
@@ -53,11 +53,8 @@ def write_card(
 def _licences(model: str) -> list[tuple[str, str]]:
     """What the packages that a model is made of say; of a folder, what its own card says."""
     if model.startswith("local-dir:"):
-        card = Path(model.removeprefix("local-dir:")).expanduser() / "README.md"
-        text = card.read_text(encoding="utf-8") if card.is_file() else ""
-        head = re.match(r"---\n(.*?)\n---", text, flags=re.DOTALL)
-        said = re.search(r"^license: *(\S+) *$", head[1], flags=re.MULTILINE) if head else None
-        return [("licence of the base model", said[1])] if said else []
+        said = licence_of(Path(model.removeprefix("local-dir:")).expanduser())
+        return [("licence of the base model", said)] if said else []
     rows = []
     for package in _PARTS.get(model, ()):
         try:

@@ -66,14 +66,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the words; settings may stand before and behind options."""
+    """Parse the words; settings and files may stand before and behind options."""
     made = parser()
     parsed, rest = made.parse_known_args(arguments)
-    unknown = [word for word in rest if word.startswith("-") or "settings" not in parsed]
+    several = next((name for name in ("settings", "files") if name in parsed), None)
+    unknown = [word for word in rest if word.startswith("-") or several is None]
     if unknown:
         made.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if rest:
-        parsed.settings += rest
+    if rest and several is not None:
+        setattr(parsed, several, [*getattr(parsed, several), *rest])
     return parsed
 
 

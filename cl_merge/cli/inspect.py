@@ -46,6 +46,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     fit = "the parameters whose names fit, as in 'visual.*'"
     add("--include", **several, metavar="PATTERN", help=f"look only at {fit}")
     add("--exclude", **several, metavar="PATTERN", help=f"do not look at {fit}")
+    about = "take this off the names of files that begin with it, but for those of the base"
+    add("--strip-prefix", metavar="PREFIX", help=about)
     add("--layers", action="store_true", help="show the norm of every tensor, too")
     add("--json", action="store_true", help="print everything as JSON")
     command.set_defaults(execute=inspect)
@@ -66,6 +68,7 @@ def inspect(parsed: argparse.Namespace) -> int:
             include=parsed.include,
             exclude=parsed.exclude,
             density=parsed.density,
+            strip_prefix=parsed.strip_prefix,
             progress=progress,
         )
     if parsed.json:

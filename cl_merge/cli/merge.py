@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from cl_merge.benchmarks.formatting import counted
-from cl_merge.errors import InputError, unknown_name
+from cl_merge.errors import InputError, listing, unknown_name
 
 if TYPE_CHECKING:
     from cl_merge.merge_files import Merged
@@ -22,10 +22,10 @@ DESCRIPTION = """\
 Merge fine-tuned checkpoints into the base that they were fine-tuned from.
 
 The base and each task are a safetensors file, a folder with shards, a Hugging Face or open_clip
-folder, or a checkpoint of PyTorch or Lightning (file.pt:KEY for one of several in it); a task may
-also be a LoRA adapter of peft, or a task vector that cl-merge run wrote. Files may be larger than
-memory. The output is one file if its name ends in .safetensors, else a folder that loads as the
-base's does.
+folder, a checkpoint of PyTorch or Lightning (file.pt:KEY for one of several in it), or a model of
+the Hugging Face hub (org/name or org/name@revision); a task may also be a LoRA adapter of peft, or
+a task vector that cl-merge run wrote. Files may be larger than memory. The output is one file if
+its name ends in .safetensors, else a folder that loads as the base's does.
 """
 _EXAMPLES = """\
 examples:
@@ -56,16 +56,19 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.epilog = _EXAMPLES + "\n" + _method_help()
     add = command.add_argument
     several: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
-    add(
-        "base", metavar="BASE", help="the weights before fine-tuning; with --no-base the first file"
+    about = "the weights before fine-tuning; with --no-base the first file"
+    add("base", nargs="?", metavar="BASE", help=about)
+    add("files", nargs="*", metavar="TASK", help="fine-tuned weights, or task vectors, in order")
+    about = (
+        "a YAML file of mergekit with models, method and its parameters, in place of all of these"
     )
-    add("tasks", nargs="+", metavar="TASK", help="fine-tuned weights, or task vectors, in order")
+    add("--config", metavar="FILE", help=about)
     about = "merge weights as they are, by average, slerp, karcher or fisher"
     add("--no-base", action="store_true", help=about)
     # --output was its name before.
     names, about = ("-o", "--out", "--output"), "file.safetensors, or a folder"
     add(*names, dest="out", required=True, metavar="OUT", help=about)
-    add("--method", default="magmax", metavar="NAME", help="see below, or FILE.py:NAME [magmax]")
+    add("--method", metavar="NAME", help="see below, or FILE.py:NAME [magmax]")
     add(
         "--scale",
         action="append",
@@ -87,6 +90,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "tasks [trained, with a message]",
     )
     add("--dtype", metavar="DTYPE", help="of the output: float32, bfloat16 or float16 [the base's]")
+    about = "take this off the names of tasks that begin with it and that the base has not"
+    add("--strip-prefix", metavar="PREFIX", help=f"{about}, as in model.")
     about = "for methods that weigh, as fisher and regmean: one file for each task"
     add("--importance", **several, metavar="FILE", help=about)
     add(
@@ -105,35 +110,56 @@ def merge(parsed: argparse.Namespace) -> None:
     from rich.console import Console
 
     from cl_merge.cli.terminal import byte_progress, show_messages
-    from cl_merge.config.reading import parse_arguments
     from cl_merge.merge_files import merge_checkpoints
 
-    scale, shard_bytes = read_scale(parsed.scale), read_size(parsed.shard_size)
-    options = parse_arguments(parsed.set)
-    _check_options(parsed.method, options)
-    tasks = [parsed.base, *parsed.tasks] if parsed.no_base else parsed.tasks
+    arguments, shard_bytes = _arguments(parsed), read_size(parsed.shard_size)
     console = Console(stderr=True, highlight=False)
     show_messages(console)
     with byte_progress(console, "merging") as progress:
         done = merge_checkpoints(
-            None if parsed.no_base else parsed.base,
-            tasks,
-            parsed.out,
-            method=parsed.method,
-            scale=scale,
-            weights=parsed.weight,
+            output=parsed.out,
             include=parsed.include,
             exclude=parsed.exclude,
             importances=parsed.importance,
             buffers=parsed.buffers,
             lora_rank=read_rank(parsed.lora_rank),
-            dtype=parsed.dtype,
+            strip_prefix=parsed.strip_prefix,
             shard_bytes=shard_bytes,
             overwrite=parsed.overwrite,
             progress=progress,
-            **options,
+            **arguments,
         )
-    sys.stdout.write(_summary(done, len(tasks), "first file" if parsed.no_base else "base") + "\n")
+    base = "base" if arguments["base"] is not None else "first file"
+    sys.stdout.write(_summary(done, len(arguments["tasks"]), base) + "\n")
+
+
+def _arguments(parsed: argparse.Namespace) -> dict[str, Any]:
+    """What is merged and how: as the words say, or a file of mergekit."""
+    from cl_merge.cli.mergekit import read_mergekit
+    from cl_merge.config.reading import parse_arguments
+
+    own = {
+        **{"BASE": parsed.base, "--no-base": parsed.no_base, "--method": parsed.method},
+        **{"--scale": parsed.scale, "--weight": parsed.weight, "--set": parsed.set},
+    }
+    if parsed.config is not None:
+        if beside := [word for word, value in own.items() if value]:
+            raise InputError(f"--config says what {listing(beside)} would say; give one of the two")
+        found = read_mergekit(parsed.config)
+        return found | ({"dtype": parsed.dtype} if parsed.dtype is not None else {})
+    if not parsed.files:
+        raise InputError("give BASE and at least one TASK, or --config FILE")
+    options, method = parse_arguments(parsed.set), parsed.method or "magmax"
+    _check_options(method, options)
+    return {
+        "base": None if parsed.no_base else parsed.base,
+        "tasks": [parsed.base, *parsed.files] if parsed.no_base else parsed.files,
+        "method": method,
+        "scale": read_scale(parsed.scale),
+        "weights": parsed.weight,
+        "dtype": parsed.dtype,
+        **options,
+    }
 
 
 def _check_options(method: str, options: Any) -> None:
@@ -156,8 +182,9 @@ def _summary(done: Merged, tasks: int, base: str) -> str:
     if done.buffers:
         whose = _BUFFERS[made["cl_merge.buffers"]].replace("base", base)
         copied += f", {counted(done.buffers, 'buffer')} {whose}"
-    given = json.loads(made["cl_merge.options"])
-    options = f" ({', '.join(f'{key}={value}' for key, value in given.items())})" if given else ""
+    options = json.loads(made["cl_merge.options"])
+    given = {key: value for key, value in options.items() if value is not None}
+    words = f" ({', '.join(f'{key}={value}' for key, value in given.items())})" if given else ""
     size, speed = done.bytes_read, done.bytes_read / max(done.seconds, 1e-9)
     if fit := done.adapter:
         of_tasks += (
@@ -166,7 +193,7 @@ def _summary(done: Merged, tasks: int, base: str) -> str:
         )
     return (
         f"{done.path}: {merged} merged from {of_tasks}{copied}\n"
-        f"method {made['cl_merge.method']}{options}, scale "
+        f"method {made['cl_merge.method']}{words}, scale "
         f"{made['cl_merge.scale']}; read {_bytes(size)} in {done.seconds:.1f} s, {_bytes(speed)}/s"
     )
 

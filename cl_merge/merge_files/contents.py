@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -78,6 +79,24 @@ def check_mergeable(weights: Weights) -> None:
             f"'{weights.path}' is quantised: {sign}. Merge the weights before quantisation, or "
             "dequantise them first, as transformers' model.dequantize() does"
         )
+
+
+def take_off(prefix: str, base: Weights | None, others: Sequence[Weights]) -> None:
+    """Take a prefix off the names of all checkpoints but the base, where the base has not the name.
+
+    Raises:
+        InputError: If no name begins with it, or two tensors would have one name.
+    """
+    kept = set(base.names) if base is not None else set()
+    if not prefix or not any([weights.strip(prefix, kept) for weights in others]):
+        than = " and is none of the base's" if base is not None else ""
+        raise InputError(
+            f"strip_prefix '{prefix}': no name in {_paths(others)} begins with it{than}"
+        )
+
+
+def _paths(every: Sequence[Weights]) -> str:
+    return listing(f"'{weights.path}'" for weights in every)
 
 
 def is_twin(weights: Weights, name: str, other: str) -> bool:

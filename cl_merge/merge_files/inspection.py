@@ -16,7 +16,7 @@ from cl_merge.errors import InputError
 from cl_merge.kernels import subtract
 from cl_merge.kernels.finite import is_finite
 from cl_merge.kernels.parallel import in_threads
-from cl_merge.merge_files.contents import parameters, quantised
+from cl_merge.merge_files.contents import parameters, quantised, take_off
 from cl_merge.merge_files.hashing import BLOCK
 from cl_merge.merge_files.inputs import ByteCount, Progress, bytes_of
 from cl_merge.merge_files.plan import Chosen, check_base, dtype_name, unmatched
@@ -115,6 +115,7 @@ def inspect_checkpoints(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     density: float = 0.2,
+    strip_prefix: str | None = None,
     progress: Progress | None = None,
     block_size: int = BLOCK,
 ) -> Inspection:
@@ -129,6 +130,7 @@ def inspect_checkpoints(
         include: Patterns of the parameters to look at; empty for all.
         exclude: Patterns of parameters not to look at.
         density: Share of each task vector that counts as its largest values.
+        strip_prefix: What to take off names, as for `merge_checkpoints`.
         progress: Given the number of bytes to be read; returns what is told of bytes that were.
         block_size: Elements that a thread works on at a time.
 
@@ -148,6 +150,8 @@ def inspect_checkpoints(
         before = stack.enter_context(open_weights(base)) if base is not None else None
         if before is not None:
             check_base(before)
+        if strip_prefix is not None:
+            take_off(strip_prefix, before, opened)
         every = opened if before is None else [before, *opened]
         chosen = Chosen(Selection(include, exclude), every)
         return _Look(opened, before, chosen, density, progress).run(block_size)

@@ -23,6 +23,8 @@ from cl_merge.merge_files.adapter import (
     adapter_plan,
     write_adapter,
 )
+from cl_merge.merge_files.card import CARD, model_card
+from cl_merge.merge_files.contents import take_off
 from cl_merge.merge_files.hashing import BLOCK
 from cl_merge.merge_files.inputs import Inputs, Progress
 from cl_merge.merge_files.plan import Plan, make_plan
@@ -32,6 +34,7 @@ from cl_merge.mergers.importances import needed_of
 from cl_merge.mergers.options import check_per_task
 from cl_merge.mergers.registry import fresh_merger
 from cl_merge.storage import Weights, Writer, check_output, open_weights, write_weights
+from cl_merge.storage.hub import is_hub_id, short_name
 from cl_merge.stream_merger.buffers import BUFFERS
 from cl_merge.task_vectors.scales import Scales
 from cl_merge.task_vectors.selection import Selection
@@ -85,6 +88,7 @@ def merge_checkpoints(
     buffers: str | None = None,
     dtype: str | None = None,
     lora_rank: LoraRank | None = None,
+    strip_prefix: str | None = None,
     shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -106,11 +110,11 @@ def merge_checkpoints(
 
     Args:
         base: The weights before fine-tuning. None merges the weights of the tasks as they are, by a
-            method that needs no base, such as ``"average"`` and ``"slerp"``; what is not merged is
-            that of the first.
+            method that needs no base, such as ``"average"`` and ``"slerp"``, in float32; what is
+            not merged is that of the first.
         tasks: Fine-tuned weights or task vectors, in the order of the tasks.
         output: A name that ends in ``.safetensors`` for one file, any other for a folder with the
-            base's configuration files in it.
+            base's configuration files in it, and a model card in place of the base's.
         method: A name that `get_merger` knows, or a fresh `Merger`.
         scale: Factor of the merged task vector; a mapping from patterns to factors for layers; a
             function that makes one of the names of all that is merged, such as
@@ -135,6 +139,9 @@ def merge_checkpoints(
             factors are the nearest ones to each merged matrix; ``adapter`` of the result says how
             near. ``"auto"`` is the largest sum of the ranks of the tasks, with which methods that
             average or add up lose nothing. With it, any method and scale goes without a base.
+        strip_prefix: What to take off the names of tasks and importances that begin with it and
+            that the base has not, such as ``"model."`` of a Lightning module; without a base, off
+            all names.
         shard_bytes: In a folder, the most bytes of one file.
         overwrite: Whether an output file that exists may be replaced.
         progress: Given the number of bytes to be read; returns what is told of bytes that were.
@@ -159,6 +166,8 @@ def merge_checkpoints(
     begin = time.perf_counter()
     merger = fresh_merger(method, options)
     adapters = lora_rank is not None
+    if adapters and strip_prefix is not None:
+        raise InputError("lora_rank keeps the names of adapters; leave strip_prefix out")
     if base is None and not adapters:
         _check_without_base(merger, tasks, scale)
     no_base, first = base is None, tasks[0] if base is None else base
@@ -179,8 +188,14 @@ def merge_checkpoints(
         raise InputError(f"'{merger.name}' takes no importances; leave them out")
     selection = Selection(include, exclude)
     with ExitStack() as stack:
-        opened = [stack.enter_context(open_weights(path)) for path in (first, *tasks, *importances)]
+        paths = [Path(path) for path in (first, *tasks, *importances)]
+        # What is here first, so that nothing is downloaded in vain.
+        order = sorted(range(len(paths)), key=lambda index: is_hub_id(paths[index]))
+        found = {index: stack.enter_context(open_weights(paths[index])) for index in order}
+        opened = [found[index] for index in range(len(paths))]
         vectors, weighing = opened[1 : len(tasks) + 1], opened[len(tasks) + 1 :]
+        if strip_prefix is not None:
+            take_off(strip_prefix, None if no_base else opened[0], opened[0 if no_base else 1 :])
         written = DTYPES[dtype] if dtype is not None else None
         plan = make_plan(
             opened[0],
@@ -213,15 +228,17 @@ def merge_checkpoints(
             "cl_merge.exclude": json.dumps(list(selection.exclude)),
             "cl_merge.buffers": of_buffers,
             "cl_merge.weights": json.dumps(factors),
+            "cl_merge.strip_prefix": strip_prefix or "",
             "cl_merge.inputs": _described(plan, [_NO_HASH] * len(opened)),
         }
+        card = model_card(Path(os.path.abspath(output)).name, plan, merger, made)
         entries = {n: (plan.written(n), plan.base.shape(n)) for n in plan.base.names}
         writing: AbstractContextManager[Writer | AdapterWriter] = write_weights(
             output,
             entries,
             {**plan.base.metadata, **made},
             like=plan.base,
-            texts=_config(plan.base, dtype),
+            texts={CARD: card, **_config(plan.base, dtype)},
             shard_bytes=shard_bytes,
             overwrite=overwrite,
         )
@@ -256,8 +273,7 @@ def _described(plan: Plan, hashes: Sequence[str]) -> str:
     described = list(zip(inputs, roles, hashes, strict=True))[plan.no_base :]
     entries = [
         {
-            # Of "." and "..", too, the name is that of the folder.
-            "file": Path(os.path.abspath(weights.path)).name,
+            "file": short_name(weights.path),
             "kind": weights.kind,
             "role": role,
             **({"xxh3_128": of_content} if of_content else {}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cl_merge.errors import InputError
+from cl_merge.storage.hub import download, is_hub_id
 from cl_merge.storage.layouts import (
     INDEX,
     PICKLE_INDEX,
@@ -40,7 +41,9 @@ def open_weights(path: str | Path) -> Weights:
             - a ``.pt``, ``.pth``, ``.ckpt`` or ``.bin`` file of `torch.save`: a state dict, or a
               training checkpoint of Lightning, open_clip or others. Only tensors and plain values
               are read from it, never code. ``"file.pt:KEY"`` is the state dict under that key,
-              with dots for keys within keys, where the file holds several.
+              with dots for keys within keys, where the file holds several;
+            - an id of the Hugging Face hub, ``"org/name"`` or ``"org/name@revision"``, where there
+              is no such path: its weights, configuration and tokenizer are downloaded.
 
     Returns:
         The opened checkpoint, to be closed after use.
@@ -58,13 +61,16 @@ def open_weights(path: str | Path) -> Weights:
     path = Path(path)
     try:
         file, key = split_key(path)
+        if is_hub_id(file):
+            file = download(file)
         if not file.is_dir():
             weights = _open_file(file, key)
         else:
             weights = _open_file(find_weights(file), key)
             if is_adapter(file):
-                return adapter_weights(file, weights)
-            weights.folder = file
+                weights = adapter_weights(file, weights)
+            else:
+                weights.folder = file
         weights.path = path
         return weights
     except OSError as error:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from cl_merge.errors import InputError
+from cl_merge.errors import InputError, listing
 
 TASK_VECTOR = "cl_merge.task_vector"
 """Metadata key that marks a file as a task vector; its value is the version of the format."""
@@ -69,6 +69,23 @@ class Weights:
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a tensor."""
         return self._entries[name][0]
+
+    def strip(self, prefix: str, but: Collection[str] = ()) -> bool:
+        """Take a prefix off the names that begin with it, but for some; tells whether any did.
+
+        Raises:
+            InputError: If two tensors would have one name.
+        """
+        new = {name: name if name in but else name.removeprefix(prefix) for name in self.names}
+        if len(set(new.values())) < len(new):
+            twice = [n for n, short in new.items() if n != short and short in new]
+            raise InputError(
+                f"'{self.path}' has two tensors of one name without '{prefix}': {listing(twice)}"
+            )
+        self.names = list(new.values())
+        self._entries = {new[name]: entry for name, entry in self._entries.items()}
+        self._readers = {new[name]: reader for name, reader in self._readers.items()}
+        return any(name != short for name, short in new.items())
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Map a stretch of a tensor.

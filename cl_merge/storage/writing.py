@@ -86,7 +86,8 @@ def write_weights(
     files, sides, texts = {path.name: list(entries)}, dict[Path, Path](), texts or {}
     if not _is_file(path):
         if like is not None and folder is not None:
-            sides = {side: folder / side for side in side_files(folder, like.file_name)}
+            found, own = side_files(folder, like.file_name), {text.lower() for text in texts}
+            sides = {s: folder / s for s in found if s.as_posix().lower() not in own}
         files = output_files(like.file_name if like and folder else file_name, sizes, shard_bytes)
     headers = {
         file: Header({n: entries[n] for n in names}, metadata) for file, names in files.items()

@@ -267,15 +267,17 @@ def check_same_layout(
     than: str,
     *,
     partly: bool = False,
+    remedy: str = "",
 ) -> None:
     """Make sure that two sets of tensors have the same names and shapes.
 
-    `what` and `than` are how the error calls them; `partly` allows the first to lack names.
+    `what` and `than` are how the error calls them; `partly` allows the first to lack names;
+    `remedy` is what else can be done about a prefix of the first.
     """
     missing = [] if partly else [name for name in like if name not in tensors]
     extra = [name for name in tensors if name not in like]
     if missing or extra:
-        hint = _prefix_hint(tensors, like, what) or _prefix_hint(like, tensors, than)
+        hint = _prefix_hint(tensors, like, what, remedy) or _prefix_hint(like, tensors, than)
         raise InputError(
             f"{what} has other tensors than {than}; missing: {listing(missing)}; "
             f"extra: {listing(extra)}.{hint} Both must come from one architecture"
@@ -304,13 +306,13 @@ def check_same_dtypes(
         )
 
 
-def _prefix_hint(wrapped: Iterable[str], bare: Iterable[str], what: str) -> str:
-    """Tell if names differ by a prefix only, the usual mark of a wrapper around the model."""
+def _prefix_hint(wrapped: Iterable[str], bare: Iterable[str], what: str, remedy: str = "") -> str:
+    """Tell if names differ by a prefix, the usual mark of a wrapper around the model."""
     wrapped, bare = list(wrapped), list(bare)
-    for short in bare if wrapped else []:
-        prefix = wrapped[0].removesuffix(short)
-        if prefix != wrapped[0] and {prefix + name for name in bare} == set(wrapped):
-            return f" Names in {what} begin with '{prefix}': save both in one way."
+    for name in wrapped if bare else []:
+        prefix = name.removesuffix(bare[0])
+        if prefix and prefix != name and {prefix + other for other in bare} <= set(wrapped):
+            return f" Names in {what} begin with '{prefix}': save both in one way{remedy}."
     return ""
 
 

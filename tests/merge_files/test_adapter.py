@@ -193,6 +193,8 @@ def test_what_is_no_adapter_is_refused_by_name(base, adapters, tmp_path):
     wrong = "only LoRA adapters merge into one, but .*tuned.safetensors holds weights or changes"
     with pytest.raises(InputError, match=wrong):
         merge_checkpoints(base, [tmp_path / "tuned.safetensors"], tmp_path / "m", lora_rank=2)
+    with pytest.raises(InputError, match="lora_rank keeps the names of adapters"):
+        merge_checkpoints(base, adapters, tmp_path / "m", lora_rank=2, strip_prefix="layers.")
     with pytest.raises(InputError, match="is a file, but an adapter is a folder; name one"):
         merge_checkpoints(base, adapters, tmp_path / "m.safetensors", lora_rank=2)
 

@@ -50,12 +50,22 @@ def test_names_that_differ_by_a_prefix_only(tmp_path, out, small):
     assert refused(tmp_path, out, base, task) == (
         "'task.safetensors' has other tensors than the base 'base.safetensors'; missing: b, w; "
         "extra: model.b, model.w. Names in 'task.safetensors' begin with 'model.': save "
-        "both in one way. Both must come from one architecture"
+        "both in one way, or give strip_prefix. Both must come from one architecture"
     )
     message = refused(tmp_path, out, task, base)
     assert (
         "Names in the base 'task.safetensors' begin with 'model.': save both in one way." in message
     )
+
+
+def test_a_prefix_beside_other_names_is_noticed_too(tmp_path, out, small):
+    base = write(tmp_path, "base", small, "safetensors")
+    wrapped = {f"model.{name}": tensor for name, tensor in small.items()}
+    task = write(tmp_path, "task", {"loss.weight": small["w"], **wrapped}, "safetensors")
+    message = refused(tmp_path, out, base, task)
+    assert "Names in 'task.safetensors' begin with 'model.': save both in one way, or " in message
+    message = refused(tmp_path, out, base, task, strip_prefix="model.")
+    assert "missing: none; extra: loss.weight. Both must" in message
 
 
 def test_other_shapes(tmp_path, out, small):

@@ -55,6 +55,7 @@ def test_the_output_tells_how_it_was_made(files, out):
         "cl_merge.exclude": '["wide"]',
         "cl_merge.buffers": "trained",
         "cl_merge.weights": "[1.0, 1.0]",
+        "cl_merge.strip_prefix": "",
     }
     assert {**found, "cl_merge.inputs": json.dumps(inputs)} == done.provenance
     assert [(entry["file"], entry["kind"], entry["role"]) for entry in inputs] == [

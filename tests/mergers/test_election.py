@@ -154,6 +154,16 @@ def test_files_merge_as_memory_does_with_these_options(tmp_path, method):
     assert not (tmp_path / "none").exists()
 
 
+def test_what_is_kept_does_not_grow_with_the_tasks():
+    merger = get_merger("ties", task_weights=WEIGHTS * 2, density=[0.5] * 8, sign="count")
+    kept = []
+    for vector in vectors(7, 8):
+        merger.update(vector)
+        state = merger.state_dict()["accumulators"]["row"]
+        kept.append(sum(tensor.nbytes for tensor in state.values()) / 31)
+    assert set(kept) == {4 * 4 + 2 * 2}
+
+
 def test_a_merger_can_be_stopped_and_goes_on_with_its_weights():
     stack, options = vectors(5), {"task_weights": WEIGHTS, "density": [0.5, 0.5, 0.2, 0.9]}
     first, second = (get_merger("ties", **options) for _ in range(2))
