@@ -199,6 +199,14 @@ def test_what_is_no_adapter_is_refused_by_name(base, adapters, tmp_path):
         merge_checkpoints(base, adapters, tmp_path / "m.safetensors", lora_rank=2)
 
 
+def test_factors_that_the_dtype_cannot_hold_are_an_error(base, adapters, tmp_path):
+    with pytest.raises(
+        InputError, match=r"the factors of 'layers.*' overflow float16; use a wider"
+    ):
+        merge_checkpoints(base, adapters, tmp_path / "m", scale=1e12, lora_rank=2, dtype="float16")
+    assert not (tmp_path / "m").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("transposed", [False, True])
 def test_peft_computes_with_it_what_the_merged_model_computes(tmp_path, transposed):
