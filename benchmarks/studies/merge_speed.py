@@ -63,15 +63,15 @@ def _compare(files: list[Path], arguments: argparse.Namespace) -> None:
     for method in arguments.only:
         works = {name: partial(harness.alone, measure, name, files) for name in ("floor", method)}
         turns = harness.alternated(works, arguments.repeat)
-        took, memory = zip(*turns[method], strict=True)
-        least = median(seconds for seconds, _ in turns["floor"])
-        speed = (size + files[0].stat().st_size) / median(took) / 1e9
-        figures = [f"{speed:.1f}", f"{least:.2f}", f"{median(took) / least:.2f}"]
-        rows.append([method, harness.spread(took, 2), *figures, f"{max(memory):.0f}"])
+        took, busy, memory = zip(*turns[method], strict=True)
+        least, least_busy, _ = (median(part) for part in zip(*turns["floor"], strict=True))
+        figures = [f"{median(took) / least:.2f}", harness.spread(busy, 2)]
+        figures += [f"{median(busy) / least_busy:.2f}", f"{max(memory):.0f}"]
+        rows.append([method, harness.spread(took, 2), *figures])
     harness.show(
         f"{arguments.tasks} tasks of {size / len(files) / 1e9:.2f} GB, {arguments.dtype}, "
         f"{torch.get_num_threads()} threads, warm cache",
-        ["method", "seconds (range)", "GB/s", "floor, s", "x floor", "memory, MiB"],
+        ["method", "seconds", "x floor", "of processors", "x floor", "memory, MiB"],
         rows,
     )
 
@@ -130,8 +130,11 @@ def llm_shapes(values: float) -> dict[str, torch.Size]:
     return found
 
 
-def measure(name: str, files: list[Path]) -> tuple[float, float]:
-    """Do one piece of work in this process; seconds, and peak memory beside maps in MiB."""
+def measure(name: str, files: list[Path]) -> tuple[float, float, float]:
+    """Do one piece of work in this process.
+
+    Returns seconds on the clock, those of all processors, and peak memory beside maps in MiB.
+    """
     output, (base, *tuned) = files[0].with_name("merged.safetensors"), files
     floor_output = output.with_name("floor.bin")
     for old in (output, floor_output):
@@ -142,10 +145,10 @@ def measure(name: str, files: list[Path]) -> tuple[float, float]:
     elif name.startswith("naive "):
         work = partial(naive, name.removeprefix("naive "), files, output)
     with _peak_memory() as peak:
-        begin = time.perf_counter()
+        begin, busy = time.perf_counter(), time.process_time()
         work()
-        seconds = time.perf_counter() - begin
-    return seconds, peak()
+        seconds, busy = time.perf_counter() - begin, time.process_time() - busy
+    return seconds, busy, peak()
 
 
 def floor(files: list[Path], output: Path) -> None:

@@ -19,7 +19,7 @@ from cl_merge.kernels.finite import is_finite
 from cl_merge.kernels.random_bits import random_bits
 
 _ENDINGS = {torch.float32: "_float32", torch.bfloat16: "_bfloat16"}
-_BLOCK = 64  # more than the loop of `bracket` writes beyond what counts
+_BLOCK = 64  # as much as the loop of `bracket` writes beyond what counts
 _LOCAL = threading.local()
 
 
@@ -47,13 +47,13 @@ class Difference:
 
     def values(self) -> Tensor:
         """Subtract: float32 [n], valid until this thread's next call."""
-        # Memory that the thread uses again and again stays in its cache.
-        size, buffer = self.tuned.numel(), getattr(_LOCAL, "buffer", torch.empty(0))
-        if buffer.numel() < size:
-            buffer = _LOCAL.buffer = torch.empty(size, dtype=torch.float32)
-        out = buffer[:size]
+        out = _buffer("values", self.tuned.numel())
         self.note(subtract(self.tuned, self.base, out))
         return out
+
+    def numel(self) -> int:
+        """Number of values."""
+        return self.tuned.numel()
 
     def note(self, finite: bool) -> None:
         """Take down whether all values are finite; raises the error of those that are not."""
@@ -166,48 +166,65 @@ def elect(
 
 
 def bracket(
-    vector: Tensor, low: float, high: float, room: int
+    chunk: Chunk, low: float, high: float, room: int
 ) -> tuple[tuple[int, int, int], Tensor | None]:
-    """Count the magnitudes of a float32 [n] around a bracket, and collect those within.
+    """Count the magnitudes of a chunk around a bracket, and collect those within.
 
     Tells how many lie below, how many at the lower and how many at the upper end; and, in their
-    order, those between, or None where there are more than `room`.
+    order, those between, float32, or None where there are more than `room`.
     """
-    compiled = _usable(vector)
-    if compiled is not None and vector.dtype == torch.float32:
-        room = min(room, vector.numel())
-        between, counts = torch.empty(room + _BLOCK), torch.empty(3, dtype=torch.int64)
+    given = (chunk,) if isinstance(chunk, Tensor) else (chunk.tuned, chunk.base)
+    compiled, loop = _usable(*given), _loop("bracket", chunk)
+    if compiled is not None and loop is not None:
+        size = chunk.numel()
+        room = min(room, size)
+        between, counts = _buffer("between", room + _BLOCK), torch.empty(4, dtype=torch.int64)
         to, ends = _pointers(between, counts)
-        found = compiled.bracket(vector.data_ptr(), vector.numel(), low, high, to, room, ends)
+        found = getattr(compiled, loop)(*_pointers(*given), size, low, high, to, room, ends)
+        if isinstance(chunk, Difference) and found >= 0:
+            chunk.note(bool(counts[3]))
         between = between[:found].clone()
         is_full = found < 0
     else:
-        magnitude = vector.abs()
+        magnitude = values_of(chunk).abs()
         between = magnitude[(magnitude > low) & (magnitude < high)]
         is_full = len(between) > room
         masks = (magnitude < low, magnitude == low, magnitude == high)
         counts = torch.stack([mask.count_nonzero() for mask in masks])
     if is_full:
         return (0, 0, 0), None
-    below, at_low, at_high = counts.tolist()
+    below, at_low, at_high = counts[:3].tolist()
     return (below, at_low, at_high), between
 
 
 def _folded(name: str, state: tuple[Tensor, ...], numbers: tuple[Any, ...], chunk: Chunk) -> bool:
     """Run a compiled loop, and note whether a difference is finite; False if there is none."""
     given = (chunk,) if isinstance(chunk, Tensor) else (chunk.tuned, chunk.base)
-    compiled = _usable(*state, *given)
-    dtypes = {tensor.dtype for tensor in given}
-    if compiled is None or state[0].dtype != torch.float32 or len(dtypes) > 1:
+    compiled, loop = _usable(*state, *given), _loop(name, chunk)
+    if compiled is None or loop is None or state[0].dtype != torch.float32:
         return False
-    endings = {torch.float32: ""} if isinstance(chunk, Tensor) else _ENDINGS
-    if given[0].dtype not in endings:
-        return False
-    loop = getattr(compiled, name + endings[given[0].dtype])
-    finite = loop(*_pointers(*state), *numbers, *_pointers(*given), given[0].numel())
+    ends = (*_pointers(*given), chunk.numel())
+    finite = getattr(compiled, loop)(*_pointers(*state), *numbers, *ends)
     if isinstance(chunk, Difference):
         chunk.note(bool(finite))
     return True
+
+
+def _loop(name: str, chunk: Chunk) -> str | None:
+    """Name of the compiled loop of a kind for a chunk's dtype; None if there is none."""
+    if isinstance(chunk, Tensor):
+        return name if chunk.dtype == torch.float32 else None
+    ending = _ENDINGS.get(chunk.tuned.dtype)
+    return f"{name}{ending}" if ending and chunk.base.dtype == chunk.tuned.dtype else None
+
+
+def _buffer(name: str, size: int) -> Tensor:
+    """Memory of this thread that stays in its cache, float32 [size]: valid until the next call."""
+    buffer: Tensor = getattr(_LOCAL, name, torch.empty(0))
+    if buffer.numel() < size:
+        buffer = torch.empty(size, dtype=torch.float32)
+        setattr(_LOCAL, name, buffer)
+    return buffer[:size]
 
 
 def _usable(*tensors: Tensor) -> ctypes.CDLL | None:

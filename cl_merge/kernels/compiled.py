@@ -27,7 +27,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         return _declared(ctypes.CDLL(found.origin))
-    except OSError as error:
+    except (OSError, AttributeError) as error:  # not there, or of another version
         log.info("merging without compiled loops, which takes longer: %s", error)
         return None
 
@@ -52,6 +52,12 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.count_signs.restype = ctypes.c_int64
     library.elect.argtypes = [pointer] * 5 + [size, number]
     library.elect.restype = None
-    library.bracket.argtypes = [pointer, size, number, number, pointer, size, pointer]
-    library.bracket.restype = ctypes.c_int64
+    for ending, given in (
+        ("", [pointer]),
+        ("_float32", [pointer] * 2),
+        ("_bfloat16", [pointer] * 2),
+    ):
+        bracket = getattr(library, f"bracket{ending}")
+        bracket.argtypes = [*given, size, number, number, pointer, size, pointer]
+        bracket.restype = size
     return library

@@ -151,35 +151,75 @@ LOOP void elect(const float *restrict positive_sum, const float *restrict negati
   }
 }
 
-/* Count the magnitudes below `low`, at `low` and at `high`, and collect those between; returns how many
-   are collected, or -1 if they are more than there is room for. `between` has room for a block more. */
-LOOP int64_t bracket(const float *restrict vector, int64_t n, float low, float high,
-                float *restrict between, int64_t room, int64_t *restrict counts) {
-  enum { BLOCK = 32 };
-  int64_t found = 0, below = 0, at_low = 0, at_high = 0;
-  for (int64_t begin = 0; begin < n; begin += BLOCK) {
-    int64_t end = n - begin < BLOCK ? n : begin + BLOCK;
-    int32_t under = 0, upto = 0, from = 0, over = 0;
-    for (int64_t i = begin; i < end; i++) {
-      float magnitude = fabsf(vector[i]);
-      under += magnitude < low;
-      upto += magnitude <= low;
-      from += magnitude >= high;
-      over += magnitude > high;
+/* Of a block of magnitudes, of which some are neither below `low` nor above `high`: count those at the
+   ends and collect those between. They are rare, so that groups without any are passed over. `between`
+   has room for a block more; returns how many it holds then. */
+enum { BLOCK = 64, GROUP = 8 };
+
+static inline int64_t collect(const float *restrict block, float low, float high,
+                              float *restrict between, int64_t found, int64_t *restrict counts) {
+  int32_t at_low = 0, at_high = 0, inside[BLOCK / GROUP];
+  for (int group = 0; group < BLOCK / GROUP; group++) {
+    int32_t in = 0;
+    for (int i = 0; i < GROUP; i++) {
+      float magnitude = block[group * GROUP + i];
+      at_low += magnitude == low;
+      at_high += magnitude == high;
+      in += (magnitude > low) & (magnitude < high);
     }
-    below += under;
-    at_low += upto - under;
-    at_high += from - over;
-    if (upto + from >= end - begin) continue;
-    if (found > room) return -1;
-    for (int64_t i = begin; i < end; i++) {
-      float magnitude = fabsf(vector[i]);
+    inside[group] = in;
+  }
+  counts[1] += at_low;
+  counts[2] += at_high;
+  for (int group = 0; group < BLOCK / GROUP; group++) {
+    if (!inside[group]) continue;
+    for (int i = 0; i < GROUP; i++) {
+      float magnitude = block[group * GROUP + i];
       between[found] = magnitude; /* and the next one goes over it, unless this one counts */
       found += (magnitude > low) & (magnitude < high);
     }
   }
-  counts[0] = below;
-  counts[1] = at_low;
-  counts[2] = at_high;
-  return found <= room ? found : -1;
+  return found;
 }
+
+/* Count the magnitudes below `low`, at `low` and at `high`, and collect those between; returns how many
+   are collected, or -1 if they are more than there is room for. Last in `counts` is whether all values
+   are finite. */
+#define LOOK(LENGTH, VALUE)                                                                         \
+  for (int64_t i = 0; i < (LENGTH); i++) {                                                          \
+    float value = VALUE;                                                                            \
+    FINITE(value)                                                                                   \
+    block[i] = fabsf(value);                                                                        \
+    under += block[i] < low;                                                                        \
+    over += block[i] > high;                                                                        \
+  }
+
+#define BRACKET(NAME, INPUTS, VALUE)                                                                \
+  LOOP int64_t NAME(INPUTS, int64_t n, float low, float high, float *restrict between, int64_t room,     \
+               int64_t *restrict counts) {                                                          \
+    float block[BLOCK];                                                                             \
+    uint32_t largest = 0;                                                                           \
+    int64_t found = 0;                                                                              \
+    counts[0] = counts[1] = counts[2] = 0;                                                          \
+    for (int64_t begin = 0; begin < n && found <= room; begin += BLOCK) {                           \
+      int64_t length = n - begin < BLOCK ? n - begin : BLOCK;                                       \
+      int32_t under = 0, over = 0;                                                                  \
+      if (length == BLOCK) {                                                                        \
+        LOOK(BLOCK, VALUE)                                                                          \
+      } else {                                                                                      \
+        LOOK(length, VALUE)                                                                         \
+        for (int64_t i = length; i < BLOCK; i++) block[i] = -1.0f; /* which is nowhere */           \
+      }                                                                                             \
+      counts[0] += under;                                                                           \
+      if (under + over < length)                                                                    \
+        found = collect(block, low, high, between, found, counts);                          \
+    }                                                                                               \
+    counts[3] = largest < INFINITE;                                                                 \
+    return found <= room ? found : -1;                                                              \
+  }
+
+BRACKET(bracket, const float *restrict vector, vector[begin + i])
+BRACKET(bracket_float32, const float *restrict tuned COMMA const float *restrict base,
+        tuned[begin + i] - base[begin + i])
+BRACKET(bracket_bfloat16, const uint16_t *restrict tuned COMMA const uint16_t *restrict base,
+        bfloat16(tuned[begin + i]) - bfloat16(base[begin + i]))

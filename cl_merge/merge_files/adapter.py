@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cl_merge.errors import InputError, listing
+from cl_merge.kernels.finite import is_finite
 from cl_merge.merge_files.plan import Plan
 from cl_merge.mergers.matrices import on_one_thread
 from cl_merge.mergers.options import checked_count
@@ -139,6 +140,9 @@ class AdapterWriter:
         matrix = values.view(self._plan.base.shape(name))
         matrix = matrix.T if self._transposed else matrix
         left, right = (part.to(self._dtype) for part in factors(matrix, self._rank))
+        if not (is_finite(left) and is_finite(right)):
+            dtype = str(self._dtype).removeprefix("torch.")
+            raise InputError(f"the factors of '{name}' overflow {dtype}; use a wider dtype")
         with on_one_thread():
             missing = matrix - left.float() @ right.float()
             squares = _square(missing), _square(matrix)

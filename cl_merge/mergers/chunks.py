@@ -133,7 +133,7 @@ class Reader:
 
     def only(self, name: str) -> Reader:
         """Read nothing but the parameter of this name."""
-        return replace(self, shapes={name: self.shapes[name]}, chunk=self.read, importance=None)
+        return replace(self, shapes={name: self.shapes[name]}, importance=None)
 
     def read(self, name: str, part: slice) -> Tensor:
         """Read a stretch of a flattened parameter.
@@ -162,7 +162,13 @@ class Reader:
             The results in the order of parameters and chunks, or of processes where parameters
             are sharded.
         """
-        found = over(lambda piece: function(self.read(*piece)), self.pieces(unit), self.device)
+        return self.map_chunks(lambda chunk: function(values_of(chunk)), unit)
+
+    def map_chunks(
+        self, function: Callable[[Chunk], Result], unit: Unit = "element"
+    ) -> list[Result]:
+        """Do as `map` with a function that takes differences of weights too."""
+        found = over(lambda piece: function(self.chunk(*piece)), self.pieces(unit), self.device)
         return found if self.shards is None else self.shards.everywhere(found)
 
     def sample(self, count: int, run: int = 256) -> Tensor:

@@ -13,9 +13,11 @@ from torch import Tensor
 from cl_merge.kernels import bracket
 from cl_merge.mergers.chunks import Reader
 
-# Values from which the bracket of the threshold is read: a thousandth, but within limits.
-_SMALL_SAMPLE = 1 << 17
+# Values from which the bracket of the threshold is read: of n values about n ** (2 / 3), with which
+# reading them takes as long as collecting what lies in the bracket; short runs where they are few.
+_SMALL_SAMPLE = 1 << 12
 _LARGE_SAMPLE = 1 << 22
+_FEW = 1 << 16
 _ROOM = 1 << 24
 
 
@@ -59,11 +61,12 @@ def magnitude_of_rank(vector: Reader, rank: int, room: int = _ROOM) -> float:
     Reference:
         The bracket from a sample: Floyd & Rivest, Expected Time Bounds for Selection, CACM 1975.
     """
-    sample = vector.sample(min(max(vector.size >> 10, _SMALL_SAMPLE), _LARGE_SAMPLE))
+    count = min(max(round(0.5 * vector.size ** (2 / 3)), _SMALL_SAMPLE), _LARGE_SAMPLE)
+    sample = vector.sample(count, run=256 if count > _FEW else 32)
     low, high, share = _sampled_bracket(sample, rank / vector.size)
     # Values of few bits are often equal: those at the two ends are counted, not collected.
     if share * vector.size <= room:
-        parts = vector.map(lambda chunk: bracket(chunk, low, high, chunk.numel() // 8 + 64))
+        parts = vector.map_chunks(lambda chunk: bracket(chunk, low, high, chunk.numel() // 4 + 64))
         found = _in_bracket(rank, low, high, parts)
         if found is not None:
             return found

@@ -220,14 +220,14 @@ def _source(merger: type[Merger]) -> str:
 
 def _kept(merger: type[Merger]) -> tuple[str, bool]:
     """Bytes for each value, of all or of each task, as it is when one is run; whether it folds."""
-    made, value = merger(), {"weight": torch.eye(4)}
+    made, value = merger(), {"weight": torch.eye(64)}
     sizes = []
     for _ in range(3):
         made.update(value, value if merger.weighted else None)
         kept = made.state_dict()["accumulators"]["weight"].values()
-        sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in kept) / 16)
+        sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in kept) / 64**2)
     grows = sizes[2] - sizes[1]
-    return f"{grows or sizes[2]:g}", not grows
+    return f"{grows or sizes[2]:.3g}", not grows
 
 
 def _shortened(recipe: Any) -> Any:

@@ -101,6 +101,26 @@ def test_a_bracket_counts_and_collects_exactly(pairs, ends, room, data):
 
 
 @compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 1000])
+def test_a_bracket_of_weights_is_that_of_their_difference(dtype, size):
+    generator = torch.Generator().manual_seed(size)
+    base = torch.randn(size, generator=generator).to(dtype)
+    tuned = (base.float() + torch.randn(size, generator=generator)).to(dtype)
+    values = tuned.float() - base.float()
+    low, high = 0.5, max(0.6, float(values.abs().max()) if size else 0.0)
+    expected, held = kernels.bracket(values, low, high, size)
+    counts, found = kernels.bracket(kernels.Difference(tuned, base), low, high, size)
+    assert counts == expected
+    assert torch.equal(found, held)
+    if size and dtype != torch.float16:
+        tuned[size // 2] = float("nan")
+        broken = kernels.Difference(tuned, base, lambda: ValueError("broken"))
+        with pytest.raises(ValueError, match="broken"):
+            kernels.bracket(broken, low, high, size)
+
+
+@compiled
 @pytest.mark.parametrize("method", ["magmax", "random-mix", "ties"])
 @pytest.mark.parametrize("kind", ["normal", "ties and zeros", "subnormal", "huge"])
 def test_mergers_give_the_same_bits_without_kernels(method, kind, without_kernels):

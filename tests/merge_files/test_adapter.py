@@ -193,8 +193,18 @@ def test_what_is_no_adapter_is_refused_by_name(base, adapters, tmp_path):
     wrong = "only LoRA adapters merge into one, but .*tuned.safetensors holds weights or changes"
     with pytest.raises(InputError, match=wrong):
         merge_checkpoints(base, [tmp_path / "tuned.safetensors"], tmp_path / "m", lora_rank=2)
+    with pytest.raises(InputError, match="lora_rank keeps the names of adapters"):
+        merge_checkpoints(base, adapters, tmp_path / "m", lora_rank=2, strip_prefix="layers.")
     with pytest.raises(InputError, match="is a file, but an adapter is a folder; name one"):
         merge_checkpoints(base, adapters, tmp_path / "m.safetensors", lora_rank=2)
+
+
+def test_factors_that_the_dtype_cannot_hold_are_an_error(base, adapters, tmp_path):
+    with pytest.raises(
+        InputError, match=r"the factors of 'layers.*' overflow float16; use a wider"
+    ):
+        merge_checkpoints(base, adapters, tmp_path / "m", scale=1e12, lora_rank=2, dtype="float16")
+    assert not (tmp_path / "m").exists()
 
 
 @pytest.mark.slow
