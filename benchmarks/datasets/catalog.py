@@ -63,7 +63,7 @@ def find_data(name: str) -> DataEntry:
     path = Path(name).expanduser()
     if not ("/" in name or path.suffix == ".parquet" or path.exists()):
         others = ["a folder", "a YAML file", "OWNER/NAME on the hub"]
-        raise unknown_name("data set", name, [*known, *others])
+        raise unknown_name("data set", name, [*others, *known])
     return DataEntry(name, name, "", {})
 
 

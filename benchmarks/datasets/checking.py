@@ -209,6 +209,10 @@ def _classes(use: DataUse, found: _Found) -> Iterator[_Told]:
     names = _names(found.features, stream.label)
     if names is None:
         yield "classes", number or "any", "not told before the labels are read", OK
+        if isinstance(stream.order, list) and stream.scenario == "class":
+            first = str(found.first(parts_of([stream.train_split])[0])[stream.label])
+            state = OK if first in stream.order else DIFFERS
+            yield "class of one image", f"one of {len(stream.order)} listed", first, state
         return
     state = OK if number in (None, len(names)) else DIFFERS
     yield "classes", number or "any", f"{len(names)}: {listing(names, limit=2)}", state

@@ -35,7 +35,8 @@ def show_messages(console: Console) -> None:
 
 def quieten() -> None:
     """Keep out of the way of the progress bar what a library says to its own developers."""
-    for name in ("lightning.pytorch", "lightning.fabric", "httpx", "httpx2", "datasets"):
+    clients = "httpx", "httpx2", "datasets", "huggingface_hub"
+    for name in ("lightning.pytorch", "lightning.fabric", *clients):
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in (
         ".*does not have many workers.*",

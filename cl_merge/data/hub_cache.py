@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import datasets
 
+_COMMIT = "[0-9a-f]{40}"
+
 
 def read_cached(
     source: str, commit: str | None, splits: Sequence[str] | None
@@ -35,6 +37,8 @@ def read_cached(
     home = Path(datasets.config.HF_DATASETS_CACHE).expanduser() / folder
     found = sorted(home.glob(f"*/*/{commit or ''}*/dataset_info.json"), key=os.path.getmtime)
     for file in reversed(found):
+        if not re.fullmatch(_COMMIT, file.parent.name):
+            continue  # one that is being written
         info = datasets.DatasetInfo.from_directory(str(file.parent))
         has = dict(info.splits or {})
         # All splits of a configuration are there only where its folder has its plain name.
@@ -54,7 +58,7 @@ def read_cached(
 def cached_commit(splits: Mapping[str, datasets.Dataset]) -> str | None:
     """Find out which commit of a hub data set was read, from where its files lie in the cache."""
     folders = {Path(f["filename"]).parent.name for s in splits.values() for f in s.cache_files}
-    commits = {name for name in folders if re.fullmatch("[0-9a-f]{40}", name)}
+    commits = {name for name in folders if re.fullmatch(_COMMIT, name)}
     return commits.pop() if len(commits) == 1 else None
 
 

@@ -87,13 +87,8 @@ def merge_checkpoints(
     importances: Sequence[str | Path] = (),
     buffers: str | None = None,
     dtype: str | None = None,
-<<<<<<< HEAD
     strip_prefix: str | None = None,
     lora_rank: LoraRank | None = None,
-=======
-    lora_rank: LoraRank | None = None,
-    strip_prefix: str | None = None,
->>>>>>> peers
     shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -139,23 +134,14 @@ def merge_checkpoints(
         dtype: Of all floating-point tensors of the output, buffers and those that are not merged
             included: ``"float32"``, ``"bfloat16"`` or ``"float16"``; None for those of the base. In
             a folder, ``config.json`` names it.
-<<<<<<< HEAD
         strip_prefix: What to take off the names of tasks and importances that begin with it and
             that the base has not, such as ``"model."`` of a Lightning module; without a base, off
             all names.
-=======
->>>>>>> peers
         lora_rank: Where all tasks are LoRA adapters: merge them into one of this rank, a folder of
             peft, instead of into the base; in the dtype of the first if `dtype` names no other. Its
             factors are the nearest ones to each merged matrix; ``adapter`` of the result says how
             near. ``"auto"`` is the largest sum of the ranks of the tasks, with which methods that
             average or add up lose nothing. With it, any method and scale goes without a base.
-<<<<<<< HEAD
-=======
-        strip_prefix: What to take off the names of tasks and importances that begin with it and
-            that the base has not, such as ``"model."`` of a Lightning module; without a base, off
-            all names.
->>>>>>> peers
         shard_bytes: In a folder, the most bytes of one file.
         overwrite: Whether an output file that exists may be replaced.
         progress: Given the number of bytes to be read; returns what is told of bytes that were.

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from cl_merge.data.hub import explained
+from cl_merge.data.hub import HubError, Needs, asked, explained, size
 from cl_merge.errors import InputError, nearest, unknown_name
 
 log = logging.getLogger(__name__)
@@ -167,7 +167,11 @@ def model_download(model: str) -> int:
 
         packaged_weights()
         return 0
-    source = resolve(model)
+    return _missing_bytes(resolve(model))
+
+
+def _missing_bytes(source: Source) -> int:
+    """How many bytes of a source are on the hub and not here; `HubError` if it does not say."""
     place = _hub_place(source)
     if place is None:
         return 0
@@ -176,15 +180,17 @@ def model_download(model: str) -> int:
     repository, names = place
     if any(isinstance(try_to_load_from_cache(repository, name), str) for name in names):
         return 0
+    hub = HfApi()
     try:
-        files = HfApi().model_info(repository, files_metadata=True, timeout=20).siblings
+        info = asked(lambda: hub.model_info(repository, files_metadata=True, timeout=20))
+    # The clients raise errors of a dozen kinds, with those of several packages below them.
     except Exception as error:
-        raise InputError(f"'{repository}', of the hub: {explained(error)}") from error
-    sizes = {file.rfilename: file.size for file in files or []}
+        raise HubError(f"'{repository}': {explained(error)}.") from error
+    sizes = {file.rfilename: file.size for file in info.siblings or []}
     for name in names:
         if name in sizes:
             return int(sizes[name] or 0)
-    raise InputError(f"'{repository}' on the hub has none of {', '.join(names)}")
+    raise HubError(f"'{repository}' on the hub has none of {', '.join(names)}.")
 
 
 def _hub_place(source: Source) -> tuple[str, list[str]] | None:
@@ -271,9 +277,13 @@ def _weights_files(name: str, source: Source) -> list[Path]:
     if not open_clip.is_pretrained_cfg(source.config, source.weights):
         return [Path(source.weights)]
     try:
+        # open_clip would try for a minute where there is no network.
+        if download := _missing_bytes(source):
+            log.info("%s: %s to download", name, size(download))
+            Needs(download, 0).check_disk(f"model '{name}'")
         config = open_clip.get_pretrained_cfg(source.config, source.weights)
         return [Path(open_clip.download_pretrained(config))]
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, HubError) as error:
         raise InputError(
             f"cannot download the weights of '{name}': {_one_line(error)} Without a connection, "
             f"fetch the file elsewhere and load it as '{source.config}:/folder/FILE'"

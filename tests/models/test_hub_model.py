@@ -1,5 +1,8 @@
 """The model of the paper, loaded by open_clip from a hub that is laid out as the real one."""
 
+import time
+from types import SimpleNamespace
+
 import pytest
 import torch
 from fake_hub import FakeHub, set_offline, use_hub
@@ -51,11 +54,25 @@ def test_a_connection_that_breaks_leaves_no_half_weights(hub, monkeypatch):
     assert load_clip(NAME).image_size == 32
 
 
+def test_without_a_network_the_hub_is_asked_once(hub, tmp_path, monkeypatch):
+    use_hub(monkeypatch, "http://127.0.0.1:9", tmp_path / "other")
+    began = time.monotonic()
+    message = f"cannot download the weights of '{NAME}': '{MODEL}': the hub cannot be reached. With"
+    with pytest.raises(InputError, match=f"^{message}"):
+        load_clip(NAME)
+    assert time.monotonic() - began < 2
+
+
+def test_a_disk_without_room_is_named_before_the_download(hub, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1 << 20))
+    with pytest.raises(InputError, match=f"^model '{NAME}' needs .* MB at .*, where 1.0 MB are"):
+        load_clip(NAME)
+    assert FILE not in hub.sent
+
+
 def test_what_the_hub_does_not_have_is_said(hub):
     del hub.repositories["models", MODEL]
-    with pytest.raises(
-        InputError, match=f"^'{MODEL}', of the hub: the hub has nothing of this name"
-    ):
+    with pytest.raises(InputError, match=f"^'{MODEL}': the hub has nothing of this name"):
         model_download(NAME)
     hub.add(model_repository())
     del hub.repositories["models", MODEL].files[FILE]

@@ -167,7 +167,7 @@ def test_unknown_methods_data_sets_and_keys(here, capsys):
         ),
         (
             "data=cifar10",
-            "unknown data set 'cifar10'; did you mean 'cifar100'? Known: caltech101, ",
+            "unknown data set 'cifar10'; did you mean 'cifar100'? Known: a folder, ",
         ),
         (
             "stream.task=5",

@@ -43,6 +43,7 @@ class Layout:
     domains: str = "names"  # or text
     other_configuration: str | None = None
     names: str = "thing {}"  # of classes, where the recipe does not list them
+    legacy: bool = False  # as pushed before 2023: no card, names of files with a hash
     wordnet: bool = False  # whether classes are called by ids of WordNet
     renditions: str | None = None  # the recipe whose domains the names of files begin with
 
@@ -63,15 +64,17 @@ LAYOUTS = {
     "dtd": Layout(),
     "gtsrb": Layout(others=dict.fromkeys(CORRUPTED, 12630)),
     "cub200": Layout(names="{0:03}.A_thing_{0}"),
-    "domainnet": Layout(parts=2, columns=("image_path",), names="thing_{}"),
-    "imagenet-r": Layout("test", columns=("wnid",), renditions="imagenet-r-domains"),
-    "food101": Layout(names="a_dish_{}", parts=2),
+    "domainnet": Layout(parts=3, columns=("image_path",), names="thing_{}"),
+    "imagenet-r": Layout(
+        "test", "test", parts=5, columns=("wnid",), renditions="imagenet-r-domains"
+    ),
+    "food101": Layout(names="a_dish_{}", parts=8),
     "pets": Layout(names="a_breed_{}"),
     "flowers102": Layout(),
     "aircraft": Layout(columns=("family", "manufacturer")),
     "caltech101-hub": Layout(names="a_thing_{}"),
     "dogs": Layout(),
-    "tiny-imagenet": Layout(wordnet=True),
+    "tiny-imagenet": Layout(wordnet=True, legacy=True),
     "imagenet-100": Layout(names="thing {0}, other {0}", parts=2),
     "imagenet-a": Layout(wordnet=True),
     "office-home": Layout(names="A_Thing_{}", domains="text"),
@@ -168,7 +171,8 @@ def repository(name: str) -> Repository:
         parts = layout.parts if split == stream.train_split else 1
         counts[split] = _told(entry.facts, split, stream, layout)
         for part in range(parts):
-            path = f"{layout.folder}/{split}-{part:05}-of-{parts:05}.parquet"
+            ending = f"-1359597a978bc4f{part}" if layout.legacy else ""
+            path = f"{layout.folder}/{split}-{part:05}-of-{parts:05}{ending}.parquet"
             files[path] = parquet(rows[part::parts], features)
     configurations = [(layout.configuration or "default", layout.folder, counts, features)]
     if layout.other_configuration:
@@ -176,7 +180,11 @@ def repository(name: str) -> Repository:
         folder = layout.other_configuration
         files[f"{folder}/train-00000-of-00001.parquet"] = parquet([], other)
         configurations.insert(0, (folder, folder, {"train": 33402}, other))
-    files["README.md"] = card(configurations)
+    if layout.legacy:
+        files["README.md"] = b"# A card\n"
+        files["dataset_infos.json"] = legacy_infos(entry.source, counts, features)
+    else:
+        files["README.md"] = card(configurations)
     hub_id = str(entry.source).partition(":")[0]
     commit = f"{stream.revision or '':1<40}"  # of some the recipe has the first digits alone
     return Repository("datasets", hub_id, files, commit)
@@ -198,6 +206,16 @@ def card(
         infos.append(info | {"download_size": 1000, "dataset_size": 1000})
     head = {"dataset_info": infos[0] if len(infos) == 1 else infos, "configs": configs}
     return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n# A card\n".encode()
+
+
+def legacy_infos(source: str | None, counts: dict[str, int], features: datasets.Features) -> bytes:
+    """What stood beside the files of a repository in place of its card."""
+    splits = {
+        split: {"name": split, "num_bytes": 1000 * n, "num_examples": n, "dataset_name": "x"}
+        for split, n in counts.items()
+    }
+    name = str(source).replace("/", "--")
+    return json.dumps({name: {"features": features.to_dict(), "splits": splits}}).encode()
 
 
 def parquet(rows: Sequence[dict[str, Any]], features: datasets.Features) -> bytes:

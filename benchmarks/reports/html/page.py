@@ -112,11 +112,12 @@ def _column(setting: Setting, summary: Summary, runs: Mapping[str, _Run]) -> dic
     # Joint training may have counted its images by another number of tasks.
     like = [run for run in own if run["tasks"] and setting.tasks in (None, len(run["tasks"]))]
     number = setting.tasks or (len(like[0]["tasks"]) if like else 0)
+    order = "" if setting.order is None else f", order {setting.order}"
     return {
         "id": element_id("setting", setting.name),
         "name": setting.name,
         "data": setting.data_name,
-        "label": counted(number, "task") if number else "own tasks",
+        "label": (counted(number, "task") if number else "own tasks") + order,
         "example": like[0] if like else None,  # a run that tells what the tasks are
         "runs": own,
     }

@@ -59,6 +59,8 @@ def test_domains_are_looked_at_in_a_column_or_in_the_name_of_a_file(hub, tmp_pat
     assert (found["domains"][0], found["domains"][2]) == ("6", OK)
     found = of(check(["data=imagenet-r-domains"], tmp_path), "imagenet-r-domains")
     assert found["domain of one image"][1:] == ("tattoo", OK)
+    found = of(check(["data=imagenet-r"], tmp_path), "imagenet-r")
+    assert found["class of one image"] == ("one of 200 listed", "African_chameleon", OK)
     # A copy whose files have lost their names.
     lost = repository("imagenet-r")
     files = {p: b.replace(b"tattoo_", b"image__") for p, b in lost.files.items()}

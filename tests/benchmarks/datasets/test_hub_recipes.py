@@ -53,14 +53,25 @@ def test_domains_are_read_off_the_names_of_files(hub):
     assert [task.name for task in stream.tasks] == config.stream.order
 
 
+def test_mtil_has_the_same_sets_in_two_orders_each_with_its_own_epochs():
+    first, second = find_data("mtil"), find_data("mtil-2")
+    order = second.recipe["stream"]["order"]
+    assert set(first.sources) == set(second.sources) == set(order)
+    epochs = dict(zip(first.sources, first.recipe["epochs"], strict=True))
+    assert second.recipe["epochs"] == [epochs[name] for name in order]
+    assert set(find_data("x-tail").sources) == {*first.sources} - {"cifar100"}
+    for name in ("mtil", "x-tail"):
+        entry = find_data(name)
+        classes = sum(find_data(source).facts["classes"] for source in entry.sources)
+        assert entry.facts == {"classes": classes, "tasks": len(entry.sources)}
+
+
 @pytest.mark.slow
-def test_the_eleven_sets_of_mtil_are_joined_in_both_orders(hub):
-    entry = find_data("mtil")
-    for name in entry.sources:
+def test_recipes_are_joined_with_their_columns_and_unions_of_splits(hub, tmp_path):
+    for name in ("flowers102", "svhn"):
         hub.add(repository(name))
-    loaded = load_data(read_settings(["data=mtil"]))
+    (tmp_path / "two.yaml").write_text("sources: [flowers102, svhn]\nstream: {scenario: source}\n")
+    loaded = load_data(read_settings([f"data={tmp_path}/two.yaml"]))
     stream = TaskStream(loaded.splits, scenario="source", **dict(loaded.columns))
-    assert [task.name for task in stream.tasks] == list(entry.sources)
-    assert len(stream.class_names) == entry.facts["classes"]
-    second = read_settings(["data=mtil-2"]).stream.order
-    assert sorted(second) == sorted(entry.sources)
+    assert [len(task.train) for task in stream.tasks] == [2 * 102, 10]
+    assert set(loaded.revision) == {"flowers102", "svhn"}
