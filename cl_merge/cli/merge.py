@@ -59,9 +59,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     about = "the weights before fine-tuning; with --no-base the first file"
     add("base", nargs="?", metavar="BASE", help=about)
     add("files", nargs="*", metavar="TASK", help="fine-tuned weights, or task vectors, in order")
-    about = (
-        "a YAML file of mergekit with models, method and its parameters, in place of all of these"
-    )
+    about = "a YAML file of mergekit, in place of files, method, scale, weights and options"
     add("--config", metavar="FILE", help=about)
     about = "merge weights as they are, by average, slerp, karcher or fisher"
     add("--no-base", action="store_true", help=about)

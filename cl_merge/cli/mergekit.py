@@ -223,7 +223,7 @@ class _File:
         is_zero = "weight" in each and abs(sum(each["weight"])) < _SMALL
         if is_zero and values.get("normalize") and name not in _ELECTING:
             self._wrong.append("parameters.weight: they add up to 0, by which normalize divides")
-        return {} if self._wrong else _options(name, each, values)
+        return {} if self._wrong else _translated(name, each, values)
 
     def _check_keys(
         self,
@@ -252,7 +252,7 @@ def _layers(path: Any) -> int | None:
     return layers
 
 
-def _options(name: str, each: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
+def _translated(name: str, each: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
     """Scale, weights and options of a method here, from its parameters there."""
     weights, scale = each.get("weight", []), shared.get("lambda", 1.0)
     normalize, total = shared.get("normalize", False), sum(weights)

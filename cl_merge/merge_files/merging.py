@@ -188,11 +188,7 @@ def merge_checkpoints(
         raise InputError(f"'{merger.name}' takes no importances; leave them out")
     selection = Selection(include, exclude)
     with ExitStack() as stack:
-        paths = [Path(path) for path in (first, *tasks, *importances)]
-        # What is here first, so that nothing is downloaded in vain.
-        order = sorted(range(len(paths)), key=lambda index: is_hub_id(paths[index]))
-        found = {index: stack.enter_context(open_weights(paths[index])) for index in order}
-        opened = [found[index] for index in range(len(paths))]
+        opened = _opened(stack, [Path(path) for path in (first, *tasks, *importances)])
         vectors, weighing = opened[1 : len(tasks) + 1], opened[len(tasks) + 1 :]
         if strip_prefix is not None:
             take_off(strip_prefix, None if no_base else opened[0], opened[0 if no_base else 1 :])
@@ -266,6 +262,13 @@ def merge_checkpoints(
     )
 
 
+def _opened(stack: ExitStack, paths: list[Path]) -> list[Weights]:
+    """Open all inputs: what is here first, so that nothing is downloaded in vain."""
+    order = sorted(range(len(paths)), key=lambda index: is_hub_id(paths[index]))
+    opened = {index: stack.enter_context(open_weights(paths[index])) for index in order}
+    return [opened[index] for index in range(len(paths))]
+
+
 def _described(plan: Plan, hashes: Sequence[str]) -> str:
     """What the metadata say of the inputs."""
     roles = ["base", *["task"] * len(plan.tasks), *["importance"] * len(plan.importances)]
@@ -330,7 +333,9 @@ def _with_dtype(config: Any, dtype: str) -> Any:
     if not isinstance(config, dict):
         return config
     return {
-        key: dtype if key in ("dtype", "torch_dtype") and value else _with_dtype(value, dtype)
+        key: dtype
+        if key in ("dtype", "torch_dtype") and isinstance(value, str)
+        else _with_dtype(value, dtype)
         for key, value in config.items()
     }
 

@@ -51,6 +51,11 @@ def checked_shares(name: str, value: Any) -> float | list[float]:
     """Make sure that an option is a number above 0 and at most 1, or a list of them."""
     if isinstance(value, (list, tuple)) and value:
         return [checked_share(name, each) for each in value]
+    if isinstance(value, str):
+        raise InputError(
+            f"{name} must be a number above 0 and at most 1, or a list of them, as in [0.5,0.3], "
+            f"not {value!r}"
+        )
     return checked_share(name, value)
 
 

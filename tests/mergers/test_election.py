@@ -188,6 +188,11 @@ def test_a_merger_can_be_stopped_and_goes_on_with_its_weights():
         ({"task_weights": []}, "task_weights must be a list of numbers, one for each task, not []"),
         ({"task_weights": [1, "a"]}, "task_weights must be a number from -1e+06 to 1e+06, not 'a'"),
         ({"density": [0.5, 0]}, "density must be a number above 0 and at most 1, not 0"),
+        (
+            {"density": "0.5,0.3"},
+            "density must be a number above 0 and at most 1, or a list of them, as in [0.5,0.3], "
+            "not '0.5,0.3'",
+        ),
         ({"density": []}, "density must be a number above 0 and at most 1, not []"),
     ],
 )
