@@ -149,7 +149,7 @@ def lines_scales(names: Iterable[str], low: float, high: float) -> dict[str, flo
         first, last = min(numbers), max(numbers)
         for number in sorted(numbers) if first < last else ():
             depth = (number - first) / (last - first)
-            found[f"{place}{number}.*"] = low + (high - low) * depth
+            found[f"{place}{number}.*"] = round(low + (high - low) * depth, 12)
     if not found:
         raise InputError(
             "lines: no name has a number that counts blocks, as in 'layers.3.weight'; give scales "

@@ -209,7 +209,7 @@ WRONG = {
     "no setting": (["--set", "density"], "'density' is no setting; expected key=value"),
     "value of an option": (
         ["--method", "ties", "--set", "density=high"],
-        "density must be a number above 0 and at most 1, not 'high'",
+        "density must be a number above 0 and at most 1, or a list",
     ),
     "scale": (
         ["--scale", "big"],
