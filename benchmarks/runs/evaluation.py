@@ -21,6 +21,7 @@ from cl_merge.callbacks import ClassStatistics
 from cl_merge.callbacks.auto_scale import AutoScale
 from cl_merge.callbacks.drift_scale import DriftScale
 from cl_merge.class_statistics import StreamStatistics
+from cl_merge.errors import InputError
 from cl_merge.mergers import Average, Merger
 from cl_merge.storage.files import load_tensors
 from cl_merge.task_vectors.module_weights import (
@@ -196,7 +197,14 @@ class Evaluation:
         if method.merger is not None:  # otherwise the model holds the pre-trained weights
             made.base, made.base_buffers = self._run.base, self._run.buffers
         file = self._run.folder.statistics(method.name)
-        made.statistics = StreamStatistics.load(file) if file.exists() else None
+        if file.exists():
+            made.statistics = StreamStatistics.load(file)
+            chosen = self._run.folder.chosen_scales(method.plain.name)
+            if self._run.choice(method) is not None and len(chosen) < made.statistics.tasks:
+                raise InputError(
+                    f"'{file}' was begun when method '{method.name}' had a fixed scale, which it "
+                    "now chooses after each task; remove the file to learn its statistics anew"
+                )
         return made
 
     def _learn(self, method: Method, statistics: ClassStatistics) -> None:

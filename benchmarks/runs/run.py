@@ -99,7 +99,10 @@ class Run:
 
     def choice(self, method: Method) -> AutoScale | DriftScale | None:
         """What chooses a method's scale after each task; None if it is given, or nothing merges."""
-        if not method.merger:
+        former = self.folder.results().get("methods", {}).get(method.name)
+        # Of a run that finished before the method chose its scale.
+        fixed = former is not None and not former.get("chosen_scales")
+        if not method.merger or fixed:
             return None
         return as_choice(make_merger(self.config, method)[1], self.config.merge.groups)
 
@@ -109,6 +112,8 @@ class Run:
             return None
         if self.choice(method) is None:
             merger, scale = make_merger(self.config, method)
+            if scale == "drift":  # it had finished
+                scale = self.folder.results()["methods"][method.name]["scale"]
             return Scales.read(scale, merger.published_scale)
         chosen = self.folder.chosen_scales(method.plain.name)
         task = max(chosen, default=0) if task == -1 else task

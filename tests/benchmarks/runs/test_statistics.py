@@ -156,7 +156,7 @@ def test_methods_that_differ_in_what_classifies_share_a_merger(tmp_path, monkeyp
     monkeypatch.setattr(Merger, "update", counted)
     words = [
         "method=ties-sequential-statistics",
-        "compare=[ties-sequential,magmax,magmax-aligned]",
+        "compare=[ties-sequential,magmax,magmax-statistics,magmax-aligned]",
         "merge.density=0.5",
         "merge.scale=0.3",
         "merge.beside.magmax.scale=0.7",
@@ -165,13 +165,17 @@ def test_methods_that_differ_in_what_classifies_share_a_merger(tmp_path, monkeyp
     ]
     assert run(tmp_path / "run", *SETTINGS, *words) == 0
     assert sorted(updates.values()) == [3, 3]
-    scales = {name: m["scale"] for name, m in results(tmp_path / "run")["methods"].items()}
+    found = results(tmp_path / "run")["methods"]
+    scales = {name: m["scale"] for name, m in found.items()}
+    # Where features drift too far is another one, chosen after each task.
+    assert 0.0 < scales.pop("magmax-aligned") <= 0.5
+    assert len(found["magmax-aligned"]["chosen_scales"]) == 3
     assert scales == {
         "zero-shot": None,
         "ties-sequential": 0.3,
         "ties-sequential-statistics": 0.3,
         "magmax": 0.7,
-        "magmax-aligned": 0.7,
+        "magmax-statistics": 0.7,
     }
     vectors = [
         TaskVector.load(tmp_path / f"run/task_vectors/sequential/task{task}.safetensors")
@@ -265,6 +269,24 @@ def test_statistics_join_a_run_that_was_stopped(whole, auto, tmp_path, settings,
         assert run(tmp_path / "run", *words, "compare=false") == 130
     assert run(tmp_path / "run", ALL) == 0
     same(tmp_path / "run", (auto if settings else whole) / "all")
+
+
+def test_a_run_from_before_a_method_chose_its_scale_stays_at_the_fixed_one(whole, tmp_path, capsys):
+    shutil.copytree(whole / "all", tmp_path / "run")
+    file = tmp_path / "run" / "results.json"
+    former = json.loads(file.read_text())
+    former["methods"]["magmax-aligned"] |= {"scale": 0.5, "chosen_scales": None}
+    former["methods"].pop("magmax-drift", None)
+    file.write_text(json.dumps(former))
+    journal = tmp_path / "run" / "journal.jsonl"
+    kept = [line for line in journal.read_text().splitlines() if "magmax-drift" not in line]
+    journal.write_text("\n".join(kept) + "\n")
+    assert run(tmp_path / "run") == 0
+    assert results(tmp_path / "run")["methods"]["magmax-aligned"]["scale"] == 0.5
+    # One that had not finished would mix statistics of two scales.
+    file.unlink()
+    assert run(tmp_path / "run") == 2
+    assert "was begun when method 'magmax-aligned' had a fixed" in capsys.readouterr().err
 
 
 def test_a_method_that_weighs_elements_is_joined_by_its_own_statistics(tmp_path):
