@@ -61,7 +61,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("files", nargs="*", metavar="TASK", help="fine-tuned weights, or task vectors, in order")
     about = "a YAML file of mergekit, in place of files, method, scale, weights and options"
     add("--config", metavar="FILE", help=about)
-    about = "merge weights as they are, by average, slerp, karcher or fisher"
+    about = "merge weights as they are, by average, slerp, karcher, fisher or regmean"
     add("--no-base", action="store_true", help=about)
     # --output was its name before.
     names, about = ("-o", "--out", "--output"), "file.safetensors, or a folder"
