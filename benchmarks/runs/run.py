@@ -248,7 +248,8 @@ def _try_settings(config: RunConfig, method: Method) -> MergeCallback:
 
 
 def _try_compared(config: RunConfig, methods: list[Method]) -> None:
-    # Methods with class statistics merge with the options of those without.
+    # Methods with class statistics merge with the options of those without, and those at a lowered
+    # scale with the options of those at the published one.
     own = find_method(config.method).plain
     merging = {m.plain.name: m.plain for m in methods if m.merger and m.plain != own}
     for name in config.merge.beside:
@@ -256,6 +257,8 @@ def _try_compared(config: RunConfig, methods: list[Method]) -> None:
             kind = "method beside the run's own in merge.beside"
             raise unknown_name(kind, str(name), list(merging))
     for name, method in merging.items():
+        if method.merging == own.merging and name not in config.merge.beside:
+            continue  # with the options of the own method
         try:
             make_merger(config, method)
         except InputError as error:
