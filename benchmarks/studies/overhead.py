@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -142,8 +141,7 @@ def measure_test(run: Run, repeat: int) -> Found:
     callback = MergeCallback("magmax")
     run.config.trainer |= {"max_epochs": 1, "limit_train_batches": 1}
     _fit(run, callback, run.folder.path / "test")
-    tested: Any = run.stream.test_dataloader().dataset
-    samples = tested[:]
+    samples = [torch.cat(parts) for parts in zip(*run.stream.test_dataloader(), strict=True)]
     tower = copy.deepcopy(run.model.visual)
     callback.install(CLIPClassifier(tower, run.model.head))
     outside = torch.ones(len(run.stream.tasks), len(run.stream.class_names), dtype=torch.bool)

@@ -187,8 +187,9 @@ def test_an_unknown_option_is_an_error_that_names_the_nearest():
 
 @pytest.mark.parametrize("density", [0, -0.1, 1.1, math.nan, math.inf, "0.2", None, True])
 def test_a_density_outside_its_range_is_an_error(density):
+    or_a_list = ", or a list of them, as in [0.5,0.3]" if isinstance(density, str) else ""
     assert error_of(Ties, density=density) == (
-        f"density must be a number above 0 and at most 1, not {density!r}"
+        f"density must be a number above 0 and at most 1{or_a_list}, not {density!r}"
     )
 
 

@@ -137,7 +137,7 @@ def test_a_scale_that_is_not_finite(here, capsys):
     assert error_of(MergeCallback, "magmax", scale=float("nan")) == message
     assert error_of(TaskVector(weights()).apply_to, weights(), float("nan")) == message
     assert said(["run", "merge.scale=.nan", "out=run"], capsys) == (
-        "merge.scale=nan; expected a finite number, finite numbers by pattern, or auto"
+        "merge.scale=nan; expected a finite number, finite numbers by pattern, auto or drift"
     )
 
 

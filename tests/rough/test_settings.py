@@ -36,7 +36,7 @@ pytestmark = pytest.mark.slow
         ("stream.order=[null]", "the class order names index None, but they run from 0 to 9"),
         ("merge.include=[[1]]", "include: [1] is no pattern, such as 'visual.*'"),
         ("class_names={a: {b: c}}", "class_names: 'a' is replaced by {'b': 'c'}; expected text, "),
-        ("data=${seed}", "unknown data set '${seed}'. Known: caltech101, "),
+        ("data=${seed}", "unknown data set '${seed}'. Known: a folder, "),
         ("source=/no/where", "'/no/where', to read images from: no such file or folder"),
         ("trainer.callbacks=[x]", "trainer.callbacks=['x']; expected a list or null"),
         ("=value", "'=value' is no setting; expected key=value, such as stream.tasks=5"),

@@ -28,7 +28,6 @@ TASKS = 3
 MESHES = [
     pytest.param("fsdp", 2, marks=fsdp2_needs_gpu),
     ("tensor", 2),
-    pytest.param("fsdp", 4, marks=fsdp2_needs_gpu),
     pytest.param("both", 4, marks=fsdp2_needs_gpu),
 ]
 

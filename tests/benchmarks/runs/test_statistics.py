@@ -306,9 +306,9 @@ def test_a_method_that_weighs_elements_is_joined_by_its_own_statistics(tmp_path)
         (["method=magmax-statistics-aligned"], "'magmax-statistics' has class statistics already"),
         (["method=streaming-lda", "merge.scale=auto"], "'streaming-lda' merges nothing"),
         (["method=magmax-aligned", "merge.density=0.3"], "method 'magmax-aligned' has no density"),
-        (["method=magmax-aligned", "merge.beside.magmax.scale=1"], "method beside the run's own"),
-        (["compare=[ties-aligned]", "merge.beside.ties-aligned.density=1"], "did you mean 'ties'?"),
-        (["compare=[ties-aligned]", "merge.beside.ties.density=2"], "merge.beside.ties: density"),
+        (["method=magmax-aligned", "merge.beside.magmax-drift.scale=1"], "beside the run's own"),
+        (["compare=[ties-aligned]", "merge.beside.ties-aligned.density=1"], "mean 'ties-drift'?"),
+        (["compare=[ties-aligned]", "merge.beside.ties-drift.density=2"], "ties-drift: density"),
     ],
 )
 def test_wrong_words_are_one_line_and_nothing_is_written(words, message, tmp_path, capsys):
