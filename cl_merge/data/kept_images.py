@@ -91,8 +91,9 @@ class KeptImages(Dataset[Sample]):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__ | {"_values": None, "_is_kept": None, "_file": None}
-        # A worker that is started anew gets the same file; a copy for another use has its own.
-        if get_spawning_popen() is not None:
+        # A worker that is started anew gets the same file, but on Windows; a copy for another use
+        # has its own.
+        if get_spawning_popen() is not None and hasattr(reduction, "DupFd"):
             state["_file"] = reduction.DupFd(self._file.fileno())
         return state
 

@@ -74,7 +74,7 @@ LAYOUTS = {
     "aircraft": Layout(columns=("family", "manufacturer")),
     "caltech101-hub": Layout(names="a_thing_{}"),
     "dogs": Layout(),
-    "tiny-imagenet": Layout(wordnet=True, legacy=True),
+    "tiny-imagenet-hub": Layout(wordnet=True, legacy=True),
     "imagenet-100": Layout(names="thing {0}, other {0}", parts=2),
     "imagenet-a": Layout(wordnet=True),
     "office-home": Layout(names="A_Thing_{}", domains="text"),

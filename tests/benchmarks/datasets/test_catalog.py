@@ -68,7 +68,7 @@ def test_what_is_known_of_a_data_set_fits_its_recipe(name):
 def test_a_data_set_of_the_hub_is_pinned_to_a_commit(name):
     # Of these no commit was ever seen.
     found = find_data(name).recipe["stream"].get("revision")
-    assert (found is None) == (name in ("food101", "tiny-imagenet"))
+    assert (found is None) == (name in ("food101", "tiny-imagenet-hub"))
     assert found is None or re.fullmatch("[0-9a-f]{7,40}", found)
 
 
