@@ -15,7 +15,7 @@ from cl_merge.benchmarks.datasets.catalog import (
     is_on_hub,
     open_data,
 )
-from cl_merge.benchmarks.datasets.loading import read_class_names, settings_of
+from cl_merge.benchmarks.datasets.loading import probe_configs, read_class_names, settings_of
 from cl_merge.config.schema import RunConfig, StreamConfig
 from cl_merge.data.hub import SPARE, Needs, describe_hub, existing, size
 from cl_merge.data.hub_cache import read_cached
@@ -117,7 +117,8 @@ def data_needs(configs: Iterable[RunConfig]) -> dict[str, Needs | str]:
 def data_uses(configs: Iterable[RunConfig]) -> list[DataUse]:
     """The data sets that runs read, each once."""
     # A suite has many runs of the same data.
-    differing = {repr((c.data, c.source, c.stream, c.class_names)): c for c in configs}
+    every = [each for config in configs for each in (config, *probe_configs(config).values())]
+    differing = {repr((c.data, c.source, c.stream, c.class_names)): c for c in every}
     found = [use for config in differing.values() for use in _uses(config)]
     return list({_key(use): use for use in found}.values())
 

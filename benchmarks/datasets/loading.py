@@ -96,6 +96,28 @@ def load_data(config: RunConfig) -> LoadedData:
     return LoadedData(splits, {}, [ClassPrompts(config.prompts, config.class_names)], revision)
 
 
+def probe_configs(config: RunConfig) -> dict[str, RunConfig]:
+    """The configuration that each of a run's probes is read by."""
+    words = [
+        f"model={config.model}",
+        f"image_size={'null' if config.image_size is None else config.image_size}",
+        f"stream.batch_size={config.stream.batch_size}",
+        f"stream.cache={str(config.stream.cache).lower()}",
+    ]
+    if config.stream.num_workers is not None:
+        words.append(f"stream.num_workers={config.stream.num_workers}")
+    found = {}
+    for name in config.probe:
+        if name == config.data:
+            raise InputError(f"probe={name}: is the data of the stream; expected other data sets")
+        try:
+            entry = find_data(name)
+            found[name] = read_config([f"data={name}", *words], entry.recipe)
+        except InputError as error:
+            raise InputError(f"probe={name}: {error}") from error
+    return found
+
+
 def make_head(clip: Clip, data: LoadedData, stream: TaskStream) -> ZeroShotHead:
     """Make the classifier, the classes of each data set with its own names and prompts."""
     heads = []

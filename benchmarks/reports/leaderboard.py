@@ -19,7 +19,16 @@ from cl_merge.config.reading import read_yaml
 from cl_merge.errors import InputError, listing
 
 # Settings that say who ran it and how often, not what: all else makes another stream.
-_AXES = {"seed", "stream.order", "method", "compare", "source", "evaluate", "checkpoint_seconds"}
+_AXES = {
+    "seed",
+    "stream.order",
+    "method",
+    "compare",
+    "source",
+    "evaluate",
+    "probe",
+    "checkpoint_seconds",
+}
 _AXES |= {"stream.num_workers", "stream.cache", "trainer.accelerator", "trainer.strategy"}
 _AXES |= {"data", "model", "stream.tasks"}  # what the name of a stream says
 # Settings of methods: of all that merge, of the run's own, of one beside it, of a training.

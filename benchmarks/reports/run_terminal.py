@@ -29,6 +29,7 @@ _COLUMNS = {
     "task_aware_accuracy": "aware",
     "average_incremental_accuracy": "incr.",
     "forgetting": "forgetting",
+    "probe_accuracy": "probes",  # only where there are some
 }
 
 
@@ -37,6 +38,8 @@ def results_table(results: Mapping[str, Any]) -> Table:
     methods = results["methods"]
     merging = [name for name in methods if methods[name]["merger"]]
     best = max(merging or methods, key=lambda name: methods[name]["accuracy"])
+    probed = any(method.get("probes") for method in methods.values())
+    columns = {key: title for key, title in _COLUMNS.items() if probed or key != "probe_accuracy"}
     table = Table(
         # Names of files may hold what rich takes for its markup.
         title=escape(
@@ -45,21 +48,22 @@ def results_table(results: Mapping[str, Any]) -> Table:
             "per cent after the last task"
         ),
         caption="accuracy: all test images, among all classes; aware: among the classes of "
-        "the image's own task; incr.: mean over tasks of the accuracy on everything seen so far",
+        "the image's own task; incr.: mean over tasks of the accuracy on everything seen so far"
+        + ("; probes: data sets beside the stream" if probed else ""),
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE,
         pad_edge=False,
     )
     table.add_column("method", no_wrap=True)
-    for title in ("scale", *_COLUMNS.values()):
+    for title in ("scale", *columns.values()):
         table.add_column(title, justify="right", no_wrap=True)
     trainings = {name: method["training"] for name, method in methods.items()}
     for title, group in grouped_methods(trainings).items():
         table.add_section()
         table.add_row(title, style="dim italic")
         for name in group:
-            values = [methods[name]["metrics"][key] for key in _COLUMNS]
+            values = [methods[name]["metrics"].get(key) for key in columns]
             figures = ["-" if value is None else rounded(value) for value in values]
             style = "bold" if name == best else ""
             table.add_row(escape(name), _scale(methods[name]), *figures, style=style)

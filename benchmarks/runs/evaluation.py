@@ -81,7 +81,10 @@ class Evaluation:
         choice = run.choice(method) if run.scale(method, task) is None else None
         learn = voting is not None and voting.tasks <= task
         test = task in self._tested and row not in matrix.rows
-        if not (choice or learn or test):
+        probed = run.folder.probes(method.name)
+        probes = [name for name in run.probes if row not in probed.get(name, {})]
+        probes = probes if task in self._tested else []
+        if not (choice or learn or test or probes):
             return
         where = f"task {task + 1}/{len(self.stream.tasks)}, " if self.training else ""
         self.progress.describe(f"{where}evaluating {method.name}")
@@ -100,6 +103,10 @@ class Evaluation:
                 )
                 self.log.evaluation(method, row)
                 run.folder.add_row(method.name, row, matrix.rows[row])
+            for name in probes:
+                trainer = evaluation_trainer(run.config.trainer, [self.progress])
+                found = run.probes[name].accuracy(run.model.visual, trainer)
+                run.folder.add_probe(method.name, name, row, found)
         finally:
             install(self._live(), kept)  # looked up anew: to change devices makes new buffers
 

@@ -46,6 +46,8 @@ class MethodResults(Struct, omit_defaults=True):
     merger: str | None
     scale: Scale  # after the last task
     statistics: str | None = None
+    # By the name of a data set beside the stream, its accuracy after each evaluation.
+    probes: dict[str, Annotated[list[Percent], Meta(min_length=1)]] = {}
     chosen_scales: Annotated[list[Scale], Meta(min_length=1)] | None = None  # one for each task
 
 

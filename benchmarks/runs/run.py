@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import lightning as L
@@ -21,6 +23,7 @@ from cl_merge.benchmarks.datasets.loading import load_parts, task_epochs
 from cl_merge.benchmarks.formatting import data_label
 from cl_merge.benchmarks.methods.method import TRAININGS, Method, compared_methods, find_method
 from cl_merge.benchmarks.runs.loggers import check_loggers
+from cl_merge.benchmarks.runs.probes import Probe, load_probes
 from cl_merge.benchmarks.runs.progress import TRAIN_COST
 from cl_merge.benchmarks.runs.provenance import command_of, source_commit
 from cl_merge.benchmarks.runs.results import Results
@@ -55,6 +58,7 @@ class Run:
     model: CLIPClassifier  # with the weights of the moment
     base: dict[str, Tensor]  # the pre-trained weights of the parameters that train
     buffers: dict[str, Tensor]  # the floating-point buffers of the pre-trained model
+    probes: Mapping[str, Probe] = field(default_factory=dict)  # by the names of their data sets
     costs: dict[str, list[Cost]] = field(default_factory=dict)  # of tasks, by training
     cost: Cost = field(default_factory=Cost)  # of the run so far
 
@@ -127,12 +131,13 @@ def start_run(config: RunConfig) -> Run:
     """
     method = find_method(config.method)
     merge = _try_settings(config, method)
+    probes = load_probes(config)  # before the generators are seeded for the run
     stream, model = load_parts(config)
     merge.check_names(trained_parameters(model))
     name = f"{data_label(config.data)}-{method.name.replace('/', '-')}"
     folder = RunFolder.claim(config, name)
     base, buffers = copies(trained_parameters(model)), copies(floating_buffers(model))
-    return Run(config, folder, stream, model, base, buffers)
+    return Run(config, folder, stream, model, base, buffers, probes)
 
 
 def collect_results(run: Run) -> dict[str, Any]:
@@ -325,8 +330,10 @@ def _try_merge(config: RunConfig, method: Method) -> MergeCallback:
 
 
 def _method_results(run: Run, method: Method) -> dict[str, Any]:
-    matrix = run.matrices[method.name]
+    matrix, probes = run.matrices[method.name], run.folder.probes(method.name)
     metrics, seen = matrix.metrics(run.matrices["zero-shot"]), matrix.seen()
+    if probes:
+        metrics["probe_accuracy"] = mean(rows[max(rows)] for rows in probes.values())
     scale = run.scale(method)
     chosen = run.folder.chosen_scales(method.plain.name) if run.choice(method) else {}
     return {
@@ -340,5 +347,6 @@ def _method_results(run: Run, method: Method) -> dict[str, Any]:
         "merger": method.merger,
         "scale": scale.plain() if scale else None,
         "statistics": method.statistics,
+        "probes": {name: [rows[row] for row in sorted(rows)] for name, rows in probes.items()},
         "chosen_scales": [chosen[task] for task in sorted(chosen)] or None,
     }

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from msgspec import Meta, Struct
 from torch import Tensor
 
-from cl_merge.benchmarks.runs.results import Amount, Count, Scale, read_results
+from cl_merge.benchmarks.runs.results import Amount, Count, Percent, Scale, read_results
 from cl_merge.benchmarks.runs.settings import check_same_run
 from cl_merge.config.reading import to_yaml
 from cl_merge.config.schema import RunConfig
@@ -43,11 +43,21 @@ class _Row(_Session):
     counts: Annotated[list[list[Count]], Meta(min_length=3, max_length=3)]
 
 
+class _Probed(_Session):
+    probe: str
+    of: str
+    task: Count
+    accuracy: Percent
+
+
 class _ChosenScale(_Session):
     chose: str
     task: Count
     scale: Scale
 
+
+# What a record is, by a key that no other kind has.
+_KINDS: dict[str, type[_Session]] = {"method": _Row, "probe": _Probed, "chose": _ChosenScale}
 
 # Processes that Lightning launches for a run inherit the folder that the first one chose.
 _CHOSEN = "CL_MERGE_RUN_FOLDER"
@@ -118,6 +128,18 @@ class RunFolder:
         """Note that a row of a method's accuracy matrix is done: counts, int64 [3, T]."""
         self._note({"method": method, "task": row, "counts": counts.tolist()})
 
+    def probes(self, method: str) -> dict[str, dict[int, float]]:
+        """A method's accuracy on the data sets beside the stream, in per cent, by name and row."""
+        found: dict[str, dict[int, float]] = {}
+        for record in self._journal.records:
+            if "probe" in record and record["of"] == method:
+                found.setdefault(record["probe"], {})[record["task"]] = record["accuracy"]
+        return found
+
+    def add_probe(self, method: str, probe: str, row: int, accuracy: float) -> None:
+        """Note a method's accuracy on a data set beside the stream, in per cent."""
+        self._note({"probe": probe, "of": method, "task": row, "accuracy": accuracy})
+
     def chosen_scales(self, method: str) -> dict[int, Any]:
         """The scales that a method has chosen, by task, as of `Scales.plain`."""
         noted = {r["task"]: r["scale"] for r in self._journal.records if r.get("chose") == method}
@@ -155,7 +177,7 @@ class RunFolder:
         """Make sure of the types of what is read later."""
         tasks: set[int] = set()
         for number, record in enumerate(self._journal.records, start=1):
-            kind = _Row if "method" in record else _ChosenScale if "chose" in record else _Session
+            kind = next((kind for key, kind in _KINDS.items() if key in record), _Session)
             try:
                 checked = msgspec.convert(record, kind)
                 if isinstance(checked, _Row):

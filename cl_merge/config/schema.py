@@ -132,6 +132,9 @@ class RunConfig:
     )
     method: str = _key("magmax", "what merges the tasks, or classifies without merging")
     compare: Any = _key(True, "methods beside it: true (plain fine-tuning), all, false, or a list")
+    probe: list[str] = _key(
+        list, "data sets beside the stream to test on, too, each with its own classes and prompts"
+    )
     evaluate: str = _key("every", "test after every task, or after the last one only: every, last")
     seed: int = _key(0, "of everything random")
     out: str | None = _key(None, "folder of the run, which goes on there; null: a new one in runs/")
