@@ -96,7 +96,12 @@ class FakeHub:
             server.daemon_threads = True
             threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         # Large files come from another server, to which clients send no token.
-        self.endpoint, self.store = (f"http://127.0.0.1:{s.server_address[1]}" for s in servers)
+        # Of another host, by its name: clients follow redirections within a host by themselves.
+        hosts = ("127.0.0.1", "localhost")
+        self.endpoint, self.store = (
+            f"http://{host}:{server.server_address[1]}"
+            for host, server in zip(hosts, servers, strict=True)
+        )
         try:
             yield self
         finally:
