@@ -127,4 +127,4 @@ def _scale(method: Mapping[str, Any]) -> str:
         return ""
     numbers = sorted(set(scale.values())) if isinstance(scale, Mapping) else [scale]
     shown = "-".join(f"{number:g}" for number in dict.fromkeys((numbers[0], numbers[-1])))
-    return f"{shown} chosen" if "chosen_scales" in method else shown
+    return f"{shown} auto" if "chosen_scales" in method else shown
