@@ -227,18 +227,19 @@ def merge_checkpoints(
             "cl_merge.strip_prefix": strip_prefix or "",
             "cl_merge.inputs": _described(plan, [_NO_HASH] * len(opened)),
         }
-        card = model_card(Path(os.path.abspath(output)).name, plan, merger, made)
-        entries = {n: (plan.written(n), plan.base.shape(n)) for n in plan.base.names}
-        writing: AbstractContextManager[Writer | AdapterWriter] = write_weights(
-            output,
-            entries,
-            {**plan.base.metadata, **made},
-            like=plan.base,
-            texts={CARD: card, **_config(plan.base, dtype)},
-            shard_bytes=shard_bytes,
-            overwrite=overwrite,
-        )
-        if lora_rank is not None:
+        writing: AbstractContextManager[Writer | AdapterWriter]
+        if lora_rank is None:
+            card = model_card(Path(os.path.abspath(output)).name, plan, merger, made)
+            writing = write_weights(
+                output,
+                {n: (plan.written(n), plan.base.shape(n)) for n in plan.base.names},
+                {**plan.base.metadata, **made},
+                like=plan.base,
+                texts={CARD: card, **_config(plan.base, dtype)},
+                shard_bytes=shard_bytes,
+                overwrite=overwrite,
+            )
+        else:
             writing = write_adapter(
                 output, plan, rank, made, dtype=DTYPES.get(dtype or ""), overwrite=overwrite
             )
