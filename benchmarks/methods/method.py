@@ -124,8 +124,8 @@ def find_method(name: str) -> Method:
     A merger's name, or where to import one from, may end in ``-sequential`` or ``-independent``:
     the training that it merges, without which it is independent fine-tunings but for mergers made
     for sequences. What merges may then end in ``-drift``: a scale that is lowered where features
-    drift too far; and in ``-statistics`` or ``-aligned``: class statistics beside the text head, or
-    inside the projection at such a scale.
+    drift too far; or in ``-statistics`` or ``-aligned``: class statistics beside the text head, or
+    inside the projection, at such a scale.
 
     Example:
         >>> find_method("ties").training
@@ -230,9 +230,8 @@ def _with_statistics(name: str, plain: Method, ending: str) -> Method:
             f"method={name}: class statistics stand beside a merged model, and '{plain.name}' "
             "merges nothing; expected a method that merges, as in magmax-statistics"
         )
-    if ending == "-aligned":
-        plain = _with_drift(plain.name, plain)
-    own = f"{plain.name.removesuffix(_DRIFT) if ending == '-aligned' else plain.name}{ending}"
+    plain = _with_drift(plain.name, plain)
+    own = plain.name.removesuffix(_DRIFT) + ending
     return METHODS.get(own) or replace(
         plain,
         name=own,
@@ -249,7 +248,7 @@ def _with_drift(name: str, plain: Method) -> Method:
     if plain.statistics or not plain.merger:
         raise InputError(
             f"method={name}: '{plain.name}' does not end with a merge, whose scale -drift lowers; "
-            "expected it right behind what merges, as in ties-drift or magmax-drift-statistics"
+            "expected it right behind what merges, as in ties-drift"
         )
     own = f"{plain.name}{_DRIFT}"
     about = f"{plain.about}, at a scale that is lower where features drift too far"

@@ -13,7 +13,7 @@ from cl_merge.class_statistics.drift import DriftCompensation
 from cl_merge.class_statistics.fused_head import fused_map, fused_projection
 from cl_merge.class_statistics.moments import ClassGaussians, FeatureMoments, oas_shrinkage, unit
 from cl_merge.class_statistics.stream_statistics import ENCODERS, StreamStatistics
-from cl_merge.class_statistics.vote import Vote, choose_vote
+from cl_merge.class_statistics.vote import Vote, choose_vote, vote_losses
 
 __all__ = [
     "ENCODERS",
@@ -31,4 +31,5 @@ __all__ = [
     "leave_one_out_scores",
     "oas_shrinkage",
     "unit",
+    "vote_losses",
 ]

@@ -25,7 +25,7 @@ from cl_merge.class_statistics.drift import (
     DriftCompensation,
 )
 from cl_merge.class_statistics.moments import ClassGaussians, FeatureMoments
-from cl_merge.class_statistics.vote import Vote, choose_vote
+from cl_merge.class_statistics.vote import Vote, choose_vote, no_losses, vote_losses
 from cl_merge.errors import InputError, unknown_name
 from cl_merge.storage.files import load_tensors, save_tensors
 
@@ -54,6 +54,7 @@ class StreamStatistics:
         drift: Statistics of merged features, moved on as the merged model drifts; None with
             ``encoders="base"``.
         vote: How much text head and statistics count, as chosen after the last task.
+        losses: Of all votes on the images of all tasks, each when its task ended.
         tasks: Number of tasks in it.
 
     Raises:
@@ -91,6 +92,7 @@ class StreamStatistics:
         if encoders != "merged" and rank:
             self.scatters = ClassScatters(classes, features, rank)
         self.vote = Vote()
+        self.losses = no_losses()
         self.tasks = 0
 
     def learn(
@@ -148,7 +150,9 @@ class StreamStatistics:
                 else:
                     scores.append(leave_one_out_scores(*pair, gaussians[encoder]))
             mean = sum(scores[1:], start=scores[0]) / len(scores)
-            self.vote = choose_vote(text[usable], mean, labels[usable], total=total)
+            losses = vote_losses(text[usable], mean, labels[usable], total=total)
+            self.losses = self.losses + losses
+            self.vote = choose_vote(self.losses)
         self.tasks += 1
 
     def gaussians(self) -> dict[str, ClassGaussians]:
@@ -194,12 +198,14 @@ class StreamStatistics:
             state |= {f"carried.{name}": tensor for name, tensor in self.drift.tensors().items()}
         if self.scatters is not None:
             state |= {f"own.{name}": tensor for name, tensor in self.scatters.tensors().items()}
+        state["losses"] = self.losses
         state["vote"] = torch.tensor([self.vote.text, self.vote.statistics], dtype=torch.float64)
         state["tasks"] = torch.tensor(self.tasks)
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state_dict` returned, copied; `InputError` if it is of another shape."""
+        state = {"losses": no_losses()} | dict(state)  # former ones were of the last task only
         for name, own in self.state_dict().items():
             if name not in state:
                 raise InputError(f"no tensor '{name}' in the saved class statistics")
@@ -216,6 +222,7 @@ class StreamStatistics:
         if self.scatters is not None:
             self.scatters.load_tensors(parts)
         self.vote = Vote(*state["vote"].tolist())
+        self.losses = state["losses"].to(device="cpu", copy=True)
         self.tasks = int(state["tasks"])
 
     def save(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:

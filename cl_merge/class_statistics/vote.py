@@ -1,4 +1,4 @@
-"""How much the text head and the statistics count, chosen on the current task's images."""
+"""How much the text head and the statistics count, chosen on the images of all tasks."""
 
 from __future__ import annotations
 
@@ -58,18 +58,22 @@ class Vote:
         return torch.where(seen, share + within, prior)
 
 
-def choose_vote(
+def no_losses() -> Tensor:
+    """The losses of no image yet, int64 [weights, temperatures]."""
+    return torch.zeros(len(_WEIGHTS), len(_TEMPERATURES), dtype=torch.int64)
+
+
+def vote_losses(
     text: Tensor,
     scores: Tensor,
     labels: Tensor,
     *,
     total: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     elements_at_once: int = 2**16,
-) -> Vote:
-    """Choose both factors by the cross entropy on images, over the classes seen.
+) -> Tensor:
+    """Sum up the cross entropies of images, over the classes seen, for each vote there could be.
 
-    Their ratio decides what is predicted. With the text's factor fixed, the best factor of the
-    scores would be one that dampens them, since a discriminant is far too sure of itself.
+    Sums of several tasks may be added: the few classes of one say little about all others.
 
     Args:
         text: Logits of the text head, float [B, C].
@@ -80,15 +84,25 @@ def choose_vote(
         elements_at_once: Few enough for the processor's cache.
 
     Returns:
-        The vote; the default one if there is no image.
+        Sums in steps of 2^-24, int64 [weights, temperatures], on the CPU.
     """
-    losses = torch.zeros(len(_WEIGHTS), len(_TEMPERATURES), dtype=torch.int64)
-    seen = (scores > -torch.inf).any(dim=0)
+    losses, seen = no_losses(), (scores > -torch.inf).any(dim=0)
     rows = max(1, elements_at_once // max(1, int(seen.sum())))
     for start in range(0, len(scores), rows):
         part = slice(start, start + rows)
         losses += _losses(text[part].double(), scores[part].double(), labels[part, None], seen)
-    losses = total(losses).cpu()
+    return total(losses).cpu()
+
+
+def choose_vote(losses: Tensor) -> Vote:
+    """Choose both factors by the smallest sum of losses; the default vote if there is no image.
+
+    Their ratio decides what is predicted. With the text's factor fixed, the best factor of the
+    scores would be one that dampens them, since a discriminant is far too sure of itself.
+
+    Args:
+        losses: What `vote_losses` found.
+    """
     if not int(losses.max()):
         return Vote()
     row, column = divmod(int(losses.argmin()), len(_TEMPERATURES))
@@ -99,7 +113,7 @@ def _losses(text: Tensor, scores: Tensor, labels: Tensor, seen: Tensor) -> Tenso
     """Sums of cross entropies by weight and temperature, in steps; labels are [B, 1]."""
     own_text, own_scores = text.gather(1, labels), scores.gather(1, labels)
     text, scores = text[:, seen], scores[:, seen]
-    losses = torch.zeros(len(_WEIGHTS), len(_TEMPERATURES), dtype=torch.int64)
+    losses = no_losses()
     for row, weight in enumerate(_WEIGHTS):
         mixed = text + weight * scores
         highest = mixed.amax(dim=1, keepdim=True)

@@ -21,6 +21,7 @@ from cl_merge.class_statistics import (
     choose_vote,
     leave_one_out_scores,
     unit,
+    vote_losses,
 )
 from cl_merge.errors import InputError
 from cl_merge.storage.files import load_tensors, save_tensors
@@ -60,6 +61,7 @@ def assert_same_bits(one, other):
 def test_learning_is_moments_and_drift_compensation_and_a_vote(encoders):
     base, drift = FeatureMoments(CLASSES, FEATURES), DriftCompensation(CLASSES, FEATURES, 0.25, 2.0)
     found = StreamStatistics(CLASSES, FEATURES, encoders, ridge=0.25, hold=2.0, rank=0)
+    losses: torch.Tensor | int = 0
     for task in range(3):
         vectors, merged, labels, text = draw_task(task)
         both = moments_of(torch.cat([vectors, merged], dim=1), labels, CLASSES)
@@ -71,11 +73,11 @@ def test_learning_is_moments_and_drift_compensation_and_a_vote(encoders):
         }
         names = ["base", "merged"] if encoders == "both" else [encoders]
         scores = [leave_one_out_scores(pairs[n][0], labels, pairs[n][1]) for n in names]
-        expected = choose_vote(text, sum(scores) / len(scores), labels)
+        losses = losses + vote_losses(text, sum(scores) / len(scores), labels)
 
         found.learn(vectors, None if encoders == "base" else merged, labels, text)
         assert found.tasks == task + 1
-        assert found.vote == expected
+        assert found.vote == choose_vote(losses)  # of all tasks so far
         assert list(found.gaussians()) == list(found.discriminants()) == names
         for name in names:
             gaussians, ours = pairs[name][1], found.gaussians()[name]
@@ -91,7 +93,7 @@ def test_learning_is_moments_and_drift_compensation_and_a_vote(encoders):
 @pytest.mark.parametrize("encoders", ["both", "base"])
 def test_classes_have_covariances_of_their_own_under_the_base_encoder(encoders):
     found, linear = (StreamStatistics(CLASSES, FEATURES, encoders, rank=r) for r in (3, 0))
-    scatters = ClassScatters(CLASSES, FEATURES, 3)
+    scatters, losses = ClassScatters(CLASSES, FEATURES, 3), 0
     for task in range(3):
         base, merged, labels, text = draw_task(task)
         before = linear.gaussians()["base"]
@@ -107,7 +109,8 @@ def test_classes_have_covariances_of_their_own_under_the_base_encoder(encoders):
             merged_ones = linear.gaussians()["merged"]
             scores.append(leave_one_out_scores(merged, labels, merged_ones))
         found.learn(base, merged, labels, text)
-        assert found.vote == choose_vote(text, sum(scores) / len(scores), labels)
+        losses = losses + vote_losses(text, sum(scores) / len(scores), labels)
+        assert found.vote == choose_vote(losses)
         assert torch.equal(found.discriminants()["base"].scores(base), quadratic.scores(base))
 
 
@@ -126,7 +129,9 @@ def test_an_only_image_of_its_class_does_not_take_part_in_the_choice():
     found.learn(torch.cat([base, base[:1]]), None, strange, torch.cat([text, wrong]))
     assert found.base.counts[5] == 1
     gaussians = found.gaussians()["base"]
-    assert found.vote == choose_vote(text, leave_one_out_scores(base, labels, gaussians), labels)
+    assert found.vote == choose_vote(
+        vote_losses(text, leave_one_out_scores(base, labels, gaussians), labels)
+    )
     alone = StreamStatistics(CLASSES, FEATURES)
     alone.learn(base[:2], merged[:2], torch.tensor([0, 1]), text[:2])
     assert alone.vote == Vote()
@@ -215,6 +220,21 @@ def test_files_of_before_there_were_options_go_on_as_they_began(encoders, tmp_pa
     assert found.options == {"ridge": 2.0, "hold": 0.0, "rank": 0}
     found.learn(*draw_task(2))
     assert_same_bits(found, learned(encoders, ridge=2.0, hold=0.0, rank=0))
+
+
+def test_the_vote_of_a_file_without_losses_stays_until_the_next_task(tmp_path):
+    made = learned("base", tasks=2)
+    made.save(tmp_path / "new.safetensors")
+    tensors, metadata = load_tensors(tmp_path / "new.safetensors")
+    tensors = {name: tensor for name, tensor in tensors.items() if name != "losses"}
+    save_tensors(tmp_path / "old.safetensors", tensors, metadata)
+    found = StreamStatistics.load(tmp_path / "old.safetensors")
+    assert found.vote == made.vote
+    before = made.losses
+    for statistics in (made, found):
+        statistics.learn(*draw_task(2))
+    assert torch.equal(found.losses, made.losses - before)
+    assert found.vote == choose_vote(found.losses)
 
 
 @pytest.mark.parametrize("encoders", ENCODERS)

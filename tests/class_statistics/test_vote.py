@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from scipy.special import log_softmax, softmax
 
-from cl_merge.class_statistics import Vote, choose_vote
+from cl_merge.class_statistics import Vote, choose_vote, vote_losses
 
 VOTES = [Vote(), Vote(0.0, 0.7), Vote(0.3, 1.6), Vote(2.0, 0.0)]
 
@@ -100,13 +100,13 @@ def searched(text, scores, labels):
 @pytest.mark.parametrize("trust", [(2.0, 12.0), (30.0, 1.0), (0.1, 0.1), (90.0, 900.0)], ids=str)
 def test_the_choice_is_that_of_a_search_one_by_one(trust, unseen):
     text, scores, labels = draw_choice(150, trust=trust, unseen=unseen)
-    assert choose_vote(text, scores, labels) == searched(text, scores, labels.tolist())
+    assert choose_vote(vote_losses(text, scores, labels)) == searched(text, scores, labels.tolist())
 
 
 def test_the_choice_is_the_same_in_pieces():
     text, scores, labels = draw_choice(150)
-    whole = choose_vote(text, scores, labels)
-    assert choose_vote(text, scores, labels, elements_at_once=33) == whole
+    whole = choose_vote(vote_losses(text, scores, labels))
+    assert choose_vote(vote_losses(text, scores, labels, elements_at_once=33)) == whole
 
 
 @pytest.mark.parametrize("ends", [(0, 75, 150), (0, 149, 150), (0, 150, 150)], ids=str)
@@ -122,11 +122,18 @@ def test_the_choice_does_not_depend_on_how_images_are_spread_over_processes(ends
             return parts[0] + parts[1]
 
         own = order[ends[rank] : ends[rank + 1]]
-        return choose_vote(text[own], scores[own], labels[own], total=total)
+        return choose_vote(vote_losses(text[own], scores[own], labels[own], total=total))
 
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(process, range(2)))
-    assert found == [choose_vote(text, scores, labels)] * 2
+    assert found == [choose_vote(vote_losses(text, scores, labels))] * 2
+
+
+def test_what_tasks_lose_adds_up():
+    text, scores, labels = draw_choice(150)
+    parts = (slice(0, 40), slice(40, 150))
+    losses = sum(vote_losses(text[part], scores[part], labels[part]) for part in parts)
+    assert torch.equal(losses, vote_losses(text, scores, labels))
 
 
 def test_what_knows_nothing_gets_a_small_say():
@@ -134,7 +141,10 @@ def test_what_knows_nothing_gets_a_small_say():
     labels = torch.randint(6, (600,), generator=generator)
     knows = 8.0 * F.one_hot(labels, 6) + 2.0 * torch.randn(600, 6, generator=generator)
     noise = 8.0 * torch.randn(600, 6, generator=generator)
-    doubting, trusting = choose_vote(knows, noise, labels), choose_vote(noise, knows, labels)
+    doubting, trusting = (
+        choose_vote(vote_losses(knows, noise, labels)),
+        choose_vote(vote_losses(noise, knows, labels)),
+    )
     assert doubting.text > 8 * doubting.statistics
     assert trusting.statistics > 8 * trusting.text
 
@@ -146,9 +156,9 @@ def test_a_label_among_classes_not_seen_does_not_pass_for_another():
     scores[:, 4] = -torch.inf
     kept = labels != 4
     kept[0] = False
-    expected = choose_vote(text[kept], scores[kept], labels[kept])
+    expected = choose_vote(vote_losses(text[kept], scores[kept], labels[kept]))
     kept[0] = True
-    assert choose_vote(text[kept], scores[kept], with_stray[kept]) == expected
+    assert choose_vote(vote_losses(text[kept], scores[kept], with_stray[kept])) == expected
 
 
 @pytest.mark.parametrize("images", [0, 3], ids=["no image", "one class seen"])
@@ -156,4 +166,4 @@ def test_with_nothing_to_choose_by_both_count_as_they_are(images):
     scores = torch.full((images, 6), -torch.inf)
     scores[:, 2] = 1.0
     labels = torch.full((images,), 2)
-    assert choose_vote(torch.randn(images, 6), scores, labels) == Vote(1.0, 1.0)
+    assert choose_vote(vote_losses(torch.randn(images, 6), scores, labels)) == Vote(1.0, 1.0)

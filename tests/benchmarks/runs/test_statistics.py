@@ -167,15 +167,15 @@ def test_methods_that_differ_in_what_classifies_share_a_merger(tmp_path, monkeyp
     assert sorted(updates.values()) == [3, 3]
     found = results(tmp_path / "run")["methods"]
     scales = {name: m["scale"] for name, m in found.items()}
-    # Where features drift too far is another one, chosen after each task.
-    assert 0.0 < scales.pop("magmax-aligned") <= 0.5
-    assert len(found["magmax-aligned"]["chosen_scales"]) == 3
+    # Methods with statistics choose theirs after each task, but for the run's own, whose is given.
+    for name in ("magmax-aligned", "magmax-statistics"):
+        assert 0.0 < scales.pop(name) <= 0.5
+        assert len(found[name]["chosen_scales"]) == 3
     assert scales == {
         "zero-shot": None,
-        "ties-sequential": 0.3,
+        "ties-sequential": 0.55,
         "ties-sequential-statistics": 0.3,
         "magmax": 0.7,
-        "magmax-statistics": 0.7,
     }
     vectors = [
         TaskVector.load(tmp_path / f"run/task_vectors/sequential/task{task}.safetensors")
@@ -251,14 +251,12 @@ def test_statistics_join_a_finished_run(whole, tmp_path):
     assert run(tmp_path / "run") == 0
 
 
-def test_statistics_join_a_finished_run_at_the_scales_that_it_chose(auto, tmp_path):
-    chosen = results(auto / "alone")["methods"]["magmax"]["chosen_scales"]
-    assert len(set(chosen)) > 1, "a run that always chooses the same scale tells nothing"
+def test_statistics_join_a_finished_run_at_scales_that_they_choose(auto, tmp_path):
     shutil.copytree(auto / "alone", tmp_path / "run")
     assert run(tmp_path / "run", ALL) == 0
     same(tmp_path / "run", auto / "all")
     found = results(tmp_path / "run")["methods"]["magmax-statistics"]
-    assert (found["chosen_scales"], found["scale"]) == (chosen, chosen[-1])
+    assert (len(found["chosen_scales"]), found["scale"]) == (3, found["chosen_scales"][-1])
 
 
 @pytest.mark.parametrize("settings", [[], AUTO], ids=["every", "last, auto"])
