@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from cl_merge.benchmarks.studies.drift_compensation import WAYS, Streamed, measure
+from cl_merge.benchmarks.studies.drift_compensation import (
+    WAYS,
+    Streamed,
+    _crop,
+    _drifted,
+    measure,
+)
 from cl_merge.class_statistics import ClassGaussians, FeatureMoments, unit
 
 SIZE, CLASSES = 8, 6
@@ -29,6 +35,7 @@ def streamed(drift):
         before=base,
         merged=[base[0], drift(base[1])],
         final=[drift(features) for features in base],
+        crops=[[base[0]] * 3, [base[1], base[1], drift(base[1])]],
         test_base=test,
         test_final=drift(test),
         test_labels=test_labels,
@@ -54,6 +61,22 @@ def test_statistics_of_all_images_are_those_of_exact_moments():
     assert torch.equal(found.counts, expected.counts)
     torch.testing.assert_close(found.means, expected.means, atol=1e-6, rtol=0)
     torch.testing.assert_close(found.scatter, expected.scatter, atol=1e-4, rtol=0)
+
+
+def test_the_drift_map_image_by_image_is_that_of_the_statistics():
+    run = streamed(moved)
+    for name in ("drift map, with crops", "drift map"):  # the crops are the images once more
+        found, expected = _drifted(run, crops="crops" in name), WAYS["drift map"](run)
+        torch.testing.assert_close(found.means, expected.means, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found.scatter, expected.scatter, atol=1e-3, rtol=0)
+
+
+def test_a_crop_is_a_part_of_the_image():
+    ramp = torch.linspace(0, 1, 16).expand(3, 16, 16)
+    found = _crop(ramp, torch.Generator().manual_seed(0))
+    assert found.shape == (1, 3, 16, 16)
+    rise = float(found[0, 0, 0, -1] - found[0, 0, 0, 0])
+    assert 0.2 < rise < 0.76  # a side has 35 to 75 per cent of it
 
 
 def test_without_drift_all_ways_are_the_same():
