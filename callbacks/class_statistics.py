@@ -56,8 +56,9 @@ class ClassStatistics(EvaluationCallback):
 
     After each task one pass over its images reads their features under the base weights, whose
     statistics stay true for ever, and under the merged ones, whose statistics
-    `cl_merge.class_statistics.DriftCompensation` moves on as the merged model drifts. How much
-    statistics and text head count is chosen on these images too, leave-one-out. Sums are exact:
+    `cl_merge.class_statistics.DriftCompensation` moves on as the merged model drifts; the less
+    it does (``scale="drift"``), the truer they are. How much statistics and text head count is
+    chosen on the images of all tasks, each when its task ends and leave-one-out. Sums are exact:
     under DDP, in any order, they are the same bits. Nothing is drawn from the global random
     generators of the CPU, so that training is the same with and without it.
 
@@ -102,7 +103,7 @@ class ClassStatistics(EvaluationCallback):
 
     Example::
 
-        merge, statistics = MergeCallback("magmax"), ClassStatistics()
+        merge, statistics = MergeCallback("magmax", scale="drift"), ClassStatistics()
         for loader in tasks:
             trainer = L.Trainer(max_epochs=3, callbacks=[merge, statistics])
             trainer.fit(module, loader)

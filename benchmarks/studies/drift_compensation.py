@@ -105,7 +105,7 @@ def read_run(folder: Path, scales: Sequence[float | None]) -> Streamed:
         images = torch.cat([batch[0] for batch in stream.task_dataloader()])
         chosen = torch.randint(len(images), (_CROPS,), generator=generator)
         crops = torch.cat([_crop(images[index], generator) for index in chosen])
-        return [(part, part) for part in crops.split(64)]
+        return [(part, part) for part in torch.split(crops, 64)]
 
     tasks = range(len(stream.tasks))
     at_base = [training(task) for task in tasks]
