@@ -101,7 +101,10 @@ def choose_vote(losses: Tensor) -> Vote:
     scores would be one that dampens them, since a discriminant is far too sure of itself.
 
     Args:
-        losses: What `vote_losses` found.
+        losses: Sums of what `vote_losses` found, int64 [weights, temperatures].
+
+    Returns:
+        The vote.
     """
     if not int(losses.max()):
         return Vote()
