@@ -126,5 +126,5 @@ def _scale(method: Mapping[str, Any]) -> str:
     if scale is None:
         return ""
     numbers = sorted(set(scale.values())) if isinstance(scale, Mapping) else [scale]
-    shown = "-".join(f"{number:g}" for number in dict.fromkeys((numbers[0], numbers[-1])))
+    shown = "-".join(f"{number:.3g}" for number in dict.fromkeys((numbers[0], numbers[-1])))
     return f"{shown} auto" if "chosen_scales" in method else shown
