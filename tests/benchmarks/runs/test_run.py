@@ -174,7 +174,7 @@ def test_the_scale_is_chosen_on_training_images_and_written_down(tmp_path, capsy
     assert found["methods"]["ties-sequential"]["scale"] == 0.55
     assert "held_out: 0.1" in (tmp_path / "run" / "config.yaml").read_text()
     out = " ".join(capsys.readouterr().out.split())
-    assert re.search(rf"magmax +{method['scale']:g} auto", out)
+    assert re.search(rf"magmax +{method['scale']:.3g} auto", out)
     assert "of 40 held-out images right" in out
     vectors = [
         TaskVector.load(tmp_path / f"run/task_vectors/sequential/task{task}.safetensors")
