@@ -6,11 +6,13 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cl_merge import TaskVector, cli, merge
 from cl_merge.benchmarks.runs.evaluator import RunEvaluator
 from cl_merge.benchmarks.studies import harness
 from cl_merge.benchmarks.studies import text_head_only as text_head
+from cl_merge.benchmarks.studies.drift_penalty import DriftPenalty
 from cl_merge.benchmarks.studies.text_head_only import (
     MERGING,
     PLAIN,
@@ -146,6 +148,24 @@ def test_adapters_change_matrices_alone_and_leave_the_evaluator_as_it_was(run, w
         assert value.count_nonzero()
     live = trained_parameters(evaluator.model)
     assert all(torch.equal(live[name], weight) for name, weight in evaluator.base.items())
+
+
+def test_with_the_penalty_features_of_earlier_images_drift_less(run):
+    drifts = {}
+    for weight in (0.0, text_head.DRIFT_WEIGHT):
+        evaluator = RunEvaluator.of(run)
+        evaluator.config.trainer["max_epochs"] = 20  # of one step each
+        evaluator.stream.select(0)
+        images = torch.cat([batch[0] for batch in evaluator.stream.train_dataloader()])
+        model, found = text_head.new_model(evaluator), []
+
+        def look(_, model=model, found=found, images=images):
+            with torch.no_grad():
+                found.append(F.normalize(model.features(images), dim=-1))
+
+        text_head.fit(evaluator, model, [DriftPenalty(model, weight, seed=0)], look)
+        drifts[weight] = float((found[1] - found[0]).square().sum())
+    assert 0 < drifts[text_head.DRIFT_WEIGHT] < 0.5 * drifts[0.0]
 
 
 def test_p_and_m_of_the_first_task_is_the_task_itself(run):
