@@ -77,7 +77,7 @@ def test_every_image_is_counted_once_though_samplers_repeat_some(ran, name):
 def test_statistics_votes_and_weights_have_the_same_bits(ran, name):
     alone, *both = ran
     compared = [key for key in alone if key.startswith(name) and not key.endswith("votes")]
-    assert len(compared) == 13
+    assert len(compared) == 14
     for found in both:
         for key in compared:
             assert torch.equal(found[key], alone[key]), key
