@@ -171,7 +171,7 @@ def number_of_classes(
 
 @torch.no_grad()
 def text_logits(module: L.LightningModule, features: Tensor) -> Tensor | None:
-    """Logits [N, C] of features [N, D] on the CPU by a module's text head; None without one."""
+    """Logits [N, C] of unit features [N, D] on the CPU by a text head; None without one."""
     head = text_head(module)
     if head is None:
         return None
@@ -181,5 +181,7 @@ def text_logits(module: L.LightningModule, features: Tensor) -> Tensor | None:
             f"{type(module).__name__} takes {head.weight.shape[1]}; give "
             "ClassStatistics(features=...) those that the head takes"
         )
+    # In float64, where the bits hardly depend on how many are multiplied at once.
+    rows = head.weight.detach().cpu().double()
     parts = torch.split(features, _ROWS_AT_ONCE)
-    return torch.cat([head(part.to(module.device)).cpu() for part in parts])
+    return torch.cat([(part.double() @ rows.T).float() for part in parts])

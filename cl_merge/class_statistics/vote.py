@@ -11,8 +11,9 @@ from torch import Tensor
 # A point each half octave; beyond these ends one of the two decides alone.
 _WEIGHTS = tuple(2.0 ** (exponent / 2) for exponent in range(-10, 9))
 _TEMPERATURES = tuple(2.0 ** (exponent / 2) for exponent in range(-10, 7))
-# Losses are summed as whole multiples of this, so that any order gives the same bits.
-_STEP = 2.0**-24
+# Losses are summed as whole multiples of this, so that any order gives the same bits, and how many
+# images are scored at once changes hardly any.
+_STEP = 2.0**-12
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def vote_losses(
         elements_at_once: Few enough for the processor's cache.
 
     Returns:
-        Sums in steps of 2^-24, int64 [weights, temperatures], on the CPU.
+        Sums in steps of 2^-12, int64 [weights, temperatures], on the CPU.
     """
     losses, seen = no_losses(), (scores > -torch.inf).any(dim=0)
     rows = max(1, elements_at_once // max(1, int(seen.sum())))
