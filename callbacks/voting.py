@@ -17,7 +17,7 @@ from cl_merge.models.zero_shot import ZeroShotHead
 
 TWO_ENCODERS = ("both", "base")
 
-# Bounds the memory of the logits where the module is.
+# Bounds the memory of logits in float64.
 _ROWS_AT_ONCE = 8192
 
 
