@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class InputError(ValueError):
@@ -28,6 +28,19 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> InputError:
     return InputError(
         f"unknown {kind} '{name}'{nearest(name, names)} Known: {listing(names, limit=30)}"
     )
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, what it was raised for, and so on down to the first."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__ or found.__context__
+
+
+def was_interrupted(error: BaseException) -> bool:
+    """Whether an interruption comes with errors of its own: cleaning up what it cut may fail."""
+    return any(isinstance(cause, KeyboardInterrupt) for cause in causes(error))
 
 
 def task_name(index: int) -> str:

@@ -22,6 +22,7 @@ from cl_merge.benchmarks.runs.loggers import RunInfo, check_loggers, close_logge
 from cl_merge.benchmarks.runs.run import Run
 from cl_merge.config.reading import flat
 from cl_merge.data.tasks import Task
+from cl_merge.errors import was_interrupted
 from cl_merge.training.journal import Journal, is_first_process
 from cl_merge.training.metrics import AccuracyMatrix
 
@@ -144,6 +145,8 @@ class RunLog(Logger):
                 work(logger)
             # A server that is gone must not cost a training.
             except Exception as error:
+                if was_interrupted(error):
+                    raise
                 self._loggers.remove(logger)
                 log.warning(
                     "logger %s failed (%s) and gets nothing more until the run goes on",

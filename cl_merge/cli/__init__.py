@@ -10,7 +10,7 @@ from cl_merge import __version__
 from cl_merge.cli import bench, export, inspect, merge, predict, report, run
 from cl_merge.cli.process import Signals, StoppedError, share_cores, terminated_as_interrupted
 from cl_merge.cli.terminal import is_unread, own_terminal, say
-from cl_merge.errors import InputError
+from cl_merge.errors import InputError, was_interrupted
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,16 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parsed = _parse(arguments)
             code = int(parsed.execute(parsed) or 0)
             return 141 if is_unread() else code
-        except InputError as error:
-            say(str(error))
-            return 2
         except StoppedError as stopped:
             resume_command, reason = stopped.args
             code, why = _explain(reason, signals)
             kept = "what was finished is kept; " if code in (130, 143) else ""
             say(f"{why}; {kept}go on with: {resume_command}")
             return code
-        except (KeyboardInterrupt, SystemExit, OSError) as stop:
+        except (Exception, KeyboardInterrupt, SystemExit) as stop:
             code, why = _explain(stop, signals)
             if code != 141:
                 say(why)
@@ -80,11 +77,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _explain(reason: BaseException, signals: Signals) -> tuple[int, str]:
     """The exit code and the words for what stopped a command."""
-    if signals.terminated and isinstance(reason, (KeyboardInterrupt, SystemExit)):
+    if signals.terminated and isinstance(reason, SystemExit):
         return 143, "terminated"
     # Lightning answers Ctrl-C within a fit with an exit of its own.
-    if isinstance(reason, KeyboardInterrupt) or isinstance(reason.__context__, KeyboardInterrupt):
-        return 130, "interrupted"
+    if was_interrupted(reason):
+        return (143, "terminated") if signals.terminated else (130, "interrupted")
+    if isinstance(reason, InputError):
+        return 2, str(reason)
     # Rich makes an exit of a closed pipe.
     if any(isinstance(e, BrokenPipeError) for e in (reason, reason.__context__)):
         return 141, "nobody reads the output any more"

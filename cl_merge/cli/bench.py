@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cl_merge.cli.process import StoppedError
 from cl_merge.cli.terminal import quieten, show_findings, show_messages
-from cl_merge.errors import InputError
+from cl_merge.errors import InputError, was_interrupted
 
 if TYPE_CHECKING:
     from cl_merge.benchmarks.suites.execution import Ended
@@ -116,8 +116,10 @@ def bench(parsed: argparse.Namespace) -> int:
                 terminal.show_ended(console, ended, number, len(left), folder)
                 failed += [ended] if ended.state == plan.FAILED else []
             make_report(console, folder, figures="none" if parsed.no_figures else "all")
-        except KeyboardInterrupt as stop:
-            raise StoppedError("the same command", stop) from stop
+        except (Exception, KeyboardInterrupt) as stop:
+            if was_interrupted(stop):
+                raise StoppedError("the same command", stop) from stop
+            raise
     terminal.show_failures(console, failed, folder)
     return 1 if failed else 0
 

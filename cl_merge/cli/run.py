@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cl_merge.cli.process import StoppedError
 from cl_merge.cli.terminal import quieten, show_findings, show_messages
-from cl_merge.errors import InputError
+from cl_merge.errors import InputError, was_interrupted
 
 HELP = "learn a stream of tasks and show what merging gives"
 DESCRIPTION = """\
@@ -103,10 +103,12 @@ def run(settings: Sequence[str], file: str | None = None) -> None:
         started.folder.finish(found)
         if is_first_process():
             show_results(console, started.folder.path)
-    except MisconfigurationException as error:
-        raise InputError(f"trainer: {' '.join(str(error).split())}") from error
-    except (KeyboardInterrupt, SystemExit, OSError) as stop:
-        raise StoppedError(f"cl-merge run out={started.folder.path}", stop) from stop
+    except (Exception, KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, (SystemExit, OSError)) or was_interrupted(stop):
+            raise StoppedError(f"cl-merge run out={started.folder.path}", stop) from stop
+        if isinstance(stop, MisconfigurationException):
+            raise InputError(f"trainer: {' '.join(str(stop).split())}") from stop
+        raise
     finally:
         started.folder.release()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cl_merge.data.hub_cache import cached_commit, read_cached
-from cl_merge.errors import InputError, listing
+from cl_merge.errors import InputError, causes, listing, was_interrupted
 
 if TYPE_CHECKING:
     import datasets
@@ -270,7 +270,7 @@ def read_hub(
 
 def explained(error: BaseException, revision: str | None = None) -> str:
     """Say in one line why the hub does not give what it was asked for."""
-    for cause in _causes(error):
+    for cause in causes(error):
         kinds = {kind.__name__ for kind in type(cause).__mro__}
         for kind, words in _REASONS.items():
             if kind in kinds:
@@ -344,7 +344,9 @@ def _path(url: str) -> str:
 
 def _wait_after(error: BaseException) -> tuple[str, float] | None:
     """Why the hub is to be asked again, and after how many seconds; None if it is not."""
-    for cause in _causes(error):
+    if was_interrupted(error):
+        return None
+    for cause in causes(error):
         response: Any = getattr(cause, "response", None)
         if getattr(response, "status_code", None) == 429:
             told = str(response.headers.get("Retry-After", ""))
@@ -357,10 +359,3 @@ def _wait_after(error: BaseException) -> tuple[str, float] | None:
 
 # Of requests, of httpx, and of what is below them.
 _BROKEN = ("ChunkedEncodingError", "RemoteProtocolError", "ReadError", "IncompleteRead")
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    found: BaseException | None = error
-    while found is not None:
-        yield found
-        found = found.__cause__ or found.__context__

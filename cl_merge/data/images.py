@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from cl_merge.data.sampling import Draw, generators_kept, seed_generators
 from cl_merge.data.tasks import Indices
-from cl_merge.errors import InputError, unknown_name
+from cl_merge.errors import InputError, unknown_name, was_interrupted
 
 if TYPE_CHECKING:
     import datasets
@@ -92,6 +92,8 @@ class ImageTable:
             return as_rgb(self._rows[int(row)][column])
         # Readers of image formats raise whatever damaged bytes lead them to.
         except Exception as error:
+            if was_interrupted(error):
+                raise
             raise InputError(
                 f"row {row} of the {self.where} split, column '{column}', is no readable "
                 f"image ({error}); remove the row, replace the file, or leave out what cannot be "

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from cl_merge.data.images import as_rgb
-from cl_merge.errors import InputError
+from cl_merge.errors import InputError, was_interrupted
 from cl_merge.models.classifier import CLIPClassifier
 
 Picture: TypeAlias = Image.Image | Tensor | str | Path
@@ -121,5 +121,7 @@ def _opened(path: Path) -> Image.Image:
         raise InputError(f"there is no image '{path}'; check the path") from None
     # The readers behind PIL raise errors of their own for damaged files, with no common base.
     except Exception as error:
+        if was_interrupted(error):
+            raise
         reason = "no image" if "cannot identify" in str(error) else " ".join(str(error).split())
         raise InputError(f"'{path}' is no readable image ({reason})") from error

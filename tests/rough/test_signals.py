@@ -94,6 +94,34 @@ def test_an_interruption_within_a_destructor_is_not_lost():
     assert signals.terminated
 
 
+class Cut:
+    """Is asked to end at its last call, and fails at cleaning up what that has cut."""
+
+    def __init__(self, calls):
+        self.left = calls
+
+    def __call__(self, *_, **__):
+        self.left -= 1
+        if not self.left:
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            finally:
+                raise AttributeError("half of it is missing")
+
+
+@pytest.mark.parametrize(("name", "calls"), [("log_hyperparams", 1), ("save", 2)])
+def test_an_interruption_stays_one_where_cleaning_up_fails(
+    name, calls, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(f"lightning.pytorch.loggers.CSVLogger.{name}", Cut(calls))
+    words = ["stream.tasks=2", "stream.images_per_class=4", "compare=false", "loggers=csv"]
+    assert cli.main(["run", *words, "out=run"]) == 143
+    assert capsys.readouterr().err.endswith(
+        "cl-merge: terminated; what was finished is kept; go on with: cl-merge run out=run\n"
+    )
+
+
 def test_asking_twice_interrupts_once():
     with terminated_as_interrupted() as signals:
         with pytest.raises(KeyboardInterrupt):
