@@ -13,12 +13,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from cl_merge.callbacks.batches import (
-    inputs_and_targets,
     own_samples,
     sum_over_processes,
     to_module,
     training_batches,
 )
+from cl_merge.callbacks.features import check_own_features, give_features, image_features_of
 from cl_merge.callbacks.others import is_kind
 from cl_merge.class_statistics import unit
 from cl_merge.errors import InputError
@@ -27,13 +27,10 @@ from cl_merge.task_vectors.scales import Scales
 
 log = logging.getLogger(__name__)
 
+_ARGUMENT = "scale=DriftScale(features=...)"
 _STEPS = 4
 # Distances are summed as whole multiples of this, so that any order gives the same bits.
 _STEP = 2.0**-24
-_GIVE = (
-    "scale=DriftScale(features=...), a function of module and batch that returns image features "
-    "[batch, features]"
-)
 
 
 @dataclass(frozen=True)
@@ -83,10 +80,8 @@ class DriftScale:
         Raises:
             InputError: If the module has no features, or its parameters are sharded.
         """
-        if self.features is None and not callable(getattr(module, "features", None)):
-            raise InputError(
-                f"{type(module).__name__} has no method features(images); give {_GIVE}"
-            )
+        if self.features is None:
+            check_own_features(module, give_features(_ARGUMENT))
         if is_kind(trainer.strategy, "ModelParallelStrategy"):
             raise InputError(
                 "scale='drift' needs whole parameters, and ModelParallelStrategy shards them; give "
@@ -171,7 +166,5 @@ class DriftScale:
     def _features(self, trainer: L.Trainer, module: Any, batch: Any) -> Tensor:
         """Unit features [B, D] on the CPU."""
         with trainer.precision_plugin.forward_context():
-            if self.features is not None:
-                return unit(self.features(module, batch)).cpu()
-            images, _ = inputs_and_targets(batch, asking="MergeCallback", give=_GIVE)
-            return unit(module.features(images)).cpu()
+            features = image_features_of(self.features, "MergeCallback", _ARGUMENT)
+            return unit(features(module, batch)).cpu()

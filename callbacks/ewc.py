@@ -27,7 +27,7 @@ from cl_merge.callbacks.fisher import (
     zeros_for,
 )
 from cl_merge.callbacks.outputs import Loss, check_loss
-from cl_merge.callbacks.regularizer import Regularizer
+from cl_merge.callbacks.regularizer import Penalty
 from cl_merge.errors import InputError, unknown_name
 from cl_merge.task_vectors.growth import check_grown
 from cl_merge.task_vectors.module_weights import (
@@ -42,7 +42,7 @@ WEIGHTS = {"published": 1e6, "empirical": 1e4, "sampled": 1e4}
 _OTHERS = "choose fisher='empirical' or 'sampled'"
 
 
-class EWC(Regularizer):
+class EWC(Penalty):
     """Penalise moves away from the weights of the previous task, by how much that task needs them.
 
     Each ``trainer.fit`` is a task. When one ends, the diagonal F of its Fisher information is
@@ -96,6 +96,8 @@ class EWC(Regularizer):
         running average: Schwarz et al., Progress & Compress, ICML 2018.
     """
 
+    name = "ewc"
+
     def __init__(
         self,
         fisher: str = "empirical",
@@ -122,8 +124,6 @@ class EWC(Regularizer):
         if fisher == "published" and loss not in (None, "cross_entropy"):
             raise InputError(f"EWC('published') is of classes, not of loss='{loss}'; {_OTHERS}")
         self._logits, self._loss = logits_of(logits, "EWC"), loss
-        self._micro_batches = 0
-        self._scale = 1.0
 
     @property
     def fisher(self) -> dict[str, Tensor]:
@@ -139,10 +139,10 @@ class EWC(Regularizer):
 
     @override
     def prepare_task(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        super().prepare_task(trainer, module)
         live = parameters_of(module)
         check_grown(live, self.anchor, live.keys() & self.anchor.keys(), "the module")
         self.penalty.move_to(module.device)
-        self._micro_batches = 0
 
     @override
     def begin_task(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
@@ -163,25 +163,9 @@ class EWC(Regularizer):
             )
 
     @override
-    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._micro_batches += 1
-
-    @override
-    @torch.no_grad()
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        # Lightning divides every loss by the length of a whole accumulation, and so the last,
-        # shorter one of an epoch counts less: the penalty in the loss would, too.
-        share = self._micro_batches / trainer.accumulate_grad_batches
-        self._micro_batches = 0
-        self._scale = _gradient_scale(trainer, optimizer)
-        if not share:
-            return
+    def add_gradients(self, module: L.LightningModule, factor: float) -> Tensor | None:
         self.penalty.weight = self.weight  # which may be set at any time
-        penalty = self.penalty.add_gradients(pl_module, share * self._scale)
-        if penalty is not None:
-            pl_module.log("ewc/penalty", penalty)
+        return self.penalty.add_gradients(module, factor)
 
     @override
     def remember(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -256,17 +240,6 @@ class EWC(Regularizer):
             if parameter.grad is not None:
                 gradients[name].add_(parameter.grad, alpha=1.0 / self._scale)
         return gradients
-
-
-def _gradient_scale(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> float:
-    """By what the gradients are multiplied when ``on_before_optimizer_step`` fires.
-
-    Lightning unscales before that hook, except for optimizers that do it themselves, fused ones.
-    """
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
-        return 1.0
-    return float(scaler.get_scale())
 
 
 def _check_fresh_workers(trainer: L.Trainer) -> None:

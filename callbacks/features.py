@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -24,10 +25,18 @@ from cl_merge.task_vectors.module_weights import with_names_of
 Features = Callable[[Any, Any], tuple[Tensor, Tensor]]
 """Makes image features [B, D] and labels [B] of a module and a batch."""
 
-_GIVE = (
-    "ClassStatistics(features=...), a function of module and batch that returns image "
-    "features [batch, features] and labels [batch]"
-)
+ImageFeatures = Callable[[Any, Any], Tensor]
+"""Makes image features [B, D] of a module and a batch."""
+
+
+def give_features(argument: str) -> str:
+    """Say what to give where a module has no features of its own."""
+    return (
+        f"{argument}, a function of module and batch that returns image features [batch, features]"
+    )
+
+
+_GIVE = f"{give_features('ClassStatistics(features=...)')} and labels [batch]"
 
 
 class TaskFeatures(NamedTuple):
@@ -40,15 +49,27 @@ class TaskFeatures(NamedTuple):
 
 def own_features(module: Any, batch: Any) -> tuple[Tensor, Tensor]:
     """The features of a batch of images and labels by the module's own method ``features``."""
-    check_own_features(module)
+    check_own_features(module, _GIVE)
     images, labels = inputs_and_targets(batch, asking="ClassStatistics", give=_GIVE)
     return module.features(images), labels
 
 
-def check_own_features(module: Any) -> None:
-    """Raise `InputError` if a module has no method ``features``."""
+def check_own_features(module: Any, give: str = _GIVE) -> None:
+    """Raise `InputError` if a module has no method ``features``; it says what to give instead."""
     if not callable(getattr(module, "features", None)):
-        raise InputError(f"{type(module).__name__} has no method features(images); give {_GIVE}")
+        raise InputError(f"{type(module).__name__} has no method features(images); give {give}")
+
+
+def image_features_of(given: ImageFeatures | None, asking: str, argument: str) -> ImageFeatures:
+    """The function that was given to a callback as an argument, or else the module's own one."""
+    return given or partial(_image_features, asking=asking, give=give_features(argument))
+
+
+def _image_features(module: Any, batch: Any, *, asking: str, give: str) -> Tensor:
+    check_own_features(module, give)
+    images, _ = inputs_and_targets(batch, asking=asking, give=give)
+    found: Tensor = module.features(images)
+    return found
 
 
 def features_under(

@@ -116,7 +116,7 @@ def sample_fisher(
     """
     fisher = zeros_for(parameters)
     count = 0
-    for sample in itertools.islice(_singles(batches), limit):
+    for sample in itertools.islice(singles(batches), limit):
         logits, targets = classify(sample)
         if generator is not None:
             drawn = outputs.draw(logits.detach().float().cpu(), generator)
@@ -228,7 +228,7 @@ def _gradients(
         yield name, gradient.to(torch.promote_types(gradient.dtype, torch.float32))
 
 
-def _singles(batches: Iterable[Any]) -> Iterator[Any]:
+def singles(batches: Iterable[Any]) -> Iterator[Any]:
     """Cut batches, of whatever structure, into batches of one sample."""
     for batch in batches:
         for index in range(batch_size(batch)):

@@ -7,9 +7,10 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import lightning as L
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -70,6 +71,48 @@ class Regularizer(TaskCallback):
         """Keep what later tasks shall stay close to, of a module with the trained weights."""
 
 
+class Penalty(Regularizer):
+    """A regularizer whose gradient is added in closed form, before clipping: no graph.
+
+    Its value is logged as ``NAME/penalty``; the module's own loss does not contain it.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, weight: float, *, first_task: bool = False) -> None:
+        super().__init__(weight, first_task=first_task)
+        self._micro_batches = 0
+        self._scale = 1.0  # of gradients when they were last added to
+
+    @abstractmethod
+    def add_gradients(self, module: L.LightningModule, factor: float) -> Tensor | None:
+        """Add the gradient, times a factor; the penalty, or None where nothing is penalised."""
+
+    @override
+    def prepare_task(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._micro_batches = 0
+
+    @override
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._micro_batches += 1
+
+    @override
+    @torch.no_grad()
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        # Lightning divides every loss by the length of a whole accumulation, and so the last,
+        # shorter one of an epoch counts less: the penalty in the loss would, too.
+        share = self._micro_batches / trainer.accumulate_grad_batches
+        self._micro_batches = 0
+        self._scale = _gradient_scale(trainer, optimizer)
+        if not share:
+            return
+        penalty = self.add_gradients(pl_module, share * self._scale)
+        if penalty is not None:
+            pl_module.log(f"{self.name}/penalty", penalty)
+
+
 def extend_training_step(module: L.LightningModule, term: LossTerm) -> Callable[[], None]:
     """Add a term to the loss that a module's ``training_step`` returns.
 
@@ -125,3 +168,14 @@ class _ExtendedStep:
         del vars(self._module)["training_step"]
         if self._former is not None:
             vars(self._module)["training_step"] = self._former
+
+
+def _gradient_scale(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> float:
+    """By what the gradients are multiplied when ``on_before_optimizer_step`` fires.
+
+    Lightning unscales before that hook, except for optimizers that do it themselves, fused ones.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return 1.0
+    return float(scaler.get_scale())

@@ -22,7 +22,7 @@ class Training:
 
     name: str  # as in results and in the folder of a run
     start: str = "sequential"  # where a task starts to train, or "independent"
-    regularizer: str | None = None  # "lwf" or "ewc"
+    regularizer: str | None = None  # "lwf", "ewc" or "drift_penalty"
     joint: bool = False  # whether all tasks are one
 
 
@@ -72,6 +72,7 @@ TRAININGS: dict[str, Training] = {
     "independent": Training("independent", start="independent"),
     "lwf": Training("lwf", regularizer="lwf"),
     "ewc": Training("ewc", regularizer="ewc"),
+    "drift-penalty": Training("drift-penalty", regularizer="drift_penalty"),
     "joint": Training("joint", joint=True),
 }
 
@@ -90,8 +91,22 @@ _DRIFT = "-drift"
 # In the order of the tables. With every method but MagMax the paper merges independent
 # fine-tunings; the same mergers of sequential task vectors come close, so they are shown too.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "without merging": ("zero-shot", "joint", "sequential", "independent", "lwf", "ewc"),
-    "sequential training": ("magmax", "magmax-drift", "lwf-magmax", "ewc-magmax"),
+    "without merging": (
+        "zero-shot",
+        "joint",
+        "sequential",
+        "independent",
+        "lwf",
+        "ewc",
+        "drift-penalty",
+    ),
+    "sequential training": (
+        "magmax",
+        "magmax-drift",
+        "lwf-magmax",
+        "ewc-magmax",
+        "drift-penalty-magmax",
+    ),
     "independent training": ("max-abs", "average", "task-arithmetic", "random-mix", "ties"),
     "sequential, other mergers": (
         "average-sequential",

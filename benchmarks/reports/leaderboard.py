@@ -35,7 +35,7 @@ _AXES |= {"data", "model", "stream.tasks"}  # what the name of a stream says
 _OF_ALL = ("merge.store", "merge.include", "merge.exclude", "merge.buffers")
 _OF_OWN = ("merge.scale", "merge.groups", "merge.density", "merge.seed", "merge.options.")
 _BESIDE = "merge.beside."
-_TRAININGS = ("lwf.", "ewc.")
+_TRAININGS = ("lwf.", "ewc.", "drift_penalty.")
 _SOURCE = "Marczak et al., MagMax, ECCV 2024, tables 1 and 2"
 _MODEL = "ViT-B-16-quickgelu:openai"
 _STATISTICS = ("-statistics", "-aligned")
@@ -217,7 +217,7 @@ def _of_method(
 ) -> tuple[str, ...]:
     """The options of a method as words."""
     method, own = (_plain(name) for name in (method, own))
-    starts = [start for start in _TRAININGS if start == f"{found['training']}."]
+    starts = [start for start in _TRAININGS if start == f"{found['training']}.".replace("-", "_")]
     if found["merger"]:
         starts += [*_OF_ALL, *(_OF_OWN if method == own else (f"{_BESIDE}{method}.",))]
     words = {key: value for key, value in settings.items() if key.startswith(tuple(starts))}

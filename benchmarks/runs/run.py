@@ -28,7 +28,7 @@ from cl_merge.benchmarks.runs.progress import TRAIN_COST
 from cl_merge.benchmarks.runs.provenance import command_of, source_commit
 from cl_merge.benchmarks.runs.results import Results
 from cl_merge.benchmarks.runs.run_folder import RunFolder
-from cl_merge.callbacks import EWC, LwF, MergeCallback
+from cl_merge.callbacks import EWC, DriftPenalty, LwF, MergeCallback
 from cl_merge.callbacks.auto_scale import AutoScale
 from cl_merge.callbacks.chosen_scale import as_choice
 from cl_merge.callbacks.drift_scale import DriftScale
@@ -202,11 +202,13 @@ def count_batches(run: Run) -> int:
 
 
 def make_regularizer(config: RunConfig, name: str) -> Regularizer:
-    """Make the callback that a training is regularized with, ``"lwf"`` or ``"ewc"``."""
+    """Make the callback that a training is regularized with, by its group of settings."""
     with settings_named(name):
         if name == "lwf":
             return LwF(**asdict(config.lwf))
-        return EWC(**asdict(config.ewc), seed=config.seed)
+        if name == "ewc":
+            return EWC(**asdict(config.ewc), seed=config.seed)
+        return DriftPenalty(**asdict(config.drift_penalty), seed=config.seed)
 
 
 def make_merger(config: RunConfig, method: Method) -> tuple[Merger, Any]:
@@ -247,8 +249,9 @@ def _try_settings(config: RunConfig, method: Method) -> MergeCallback:
     _try_compared(config, compared_methods(config.method, config.compare))
     _try_trainer(config)
     merge = _try_merge(config, method)
-    for regularizer in ("lwf", "ewc"):
-        make_regularizer(config, regularizer)
+    for training in TRAININGS.values():
+        if training.regularizer is not None:
+            make_regularizer(config, training.regularizer)
     return merge
 
 

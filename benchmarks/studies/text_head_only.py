@@ -6,16 +6,12 @@ Each way is compared with MagMax of plain sequential fine-tunings at its publish
 accuracy of the merged model on all test images among all classes. Ways that merge differently use
 the task vectors that `cl-merge run` has left; ways that train differently train anew with the
 run's settings and seed. Scales are the published ones. 0.8 a layer was chosen for the learning rate
-on training images that the runs of Caltech-101 do not use, and taken over for the scale. Two
-constants were chosen on test images with seed 0: `ADAPTER_RATE`, of 1, 3 and 10, on digits, and
-`DRIFT_WEIGHT`, of 10, 50, 500 and 5000, on digits, characters, TrashNet in 3 tasks and Caltech-101
-in 20.
+on training images that the runs of Caltech-101 do not use, and taken over for the scale.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,7 +19,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from typing_extensions import override
 
@@ -31,28 +26,19 @@ from cl_merge.benchmarks.datasets.loading import task_epochs
 from cl_merge.benchmarks.runs.evaluator import RunEvaluator
 from cl_merge.benchmarks.runs.results import finished_results
 from cl_merge.benchmarks.studies import harness
-from cl_merge.benchmarks.studies.drift_penalty import DriftPenalty
-from cl_merge.benchmarks.studies.loss_model import LossModel, PerturbAndMerge, task_fisher
-from cl_merge.benchmarks.studies.low_rank import Perturbation, adapted, add_adapters
 from cl_merge.callbacks import MergeCallback
 from cl_merge.data.task_stream import TaskStream
 from cl_merge.data.tasks import Task
 from cl_merge.errors import InputError
-from cl_merge.mergers import Merger, get_merger, merge
+from cl_merge.mergers import get_merger, merge
 from cl_merge.models.classifier import CLIPClassifier, layer_depths
-from cl_merge.task_vectors.module_weights import install, swapped, trained_parameters
 from cl_merge.task_vectors.task_vector import TaskVector
-from cl_merge.training.fit import TaskEnd, fit_stream
+from cl_merge.training.fit import fit_stream
 
 DECAY = 0.8
-ADAPTER_RATE = 3.0  # the learning rate of adapters, in that of the run
-DRIFT_WEIGHT = 50.0  # of `DriftPenalty`
 PLAIN = "magmax"
 
 Vectors = list[TaskVector]
-Fishers = list[dict[str, Tensor]]
-"""By task, the diagonal of the Fisher information at the task's weights on its own images."""
-
 Change = dict[str, Tensor]
 """By parameter, what is added to the pre-trained weights, its scale in it."""
 
@@ -76,15 +62,8 @@ def measure(folder: Path, ways: Iterable[str] | None = None) -> dict[str, float]
     """Measure a finished sequential run in some ways, or in all; accuracies in per cent."""
     evaluator, found = RunEvaluator.of(folder), {}
     vectors: Vectors = list(harness.task_vectors(folder))
-    fishers: Fishers = []
     for name in WAYS if ways is None else ways:
-        if name in MERGING:
-            change = MERGING[name](vectors)
-        elif name in WEIGHING:
-            fishers = fishers or fishers_of(evaluator, vectors)
-            change = WEIGHING[name](vectors, fishers)
-        else:
-            change = TRAINING[name](evaluator)
+        change = MERGING[name](vectors) if name in MERGING else TRAINING[name](evaluator)
         found[name] = evaluator.accuracy(change.items(), 1.0)
         if name == PLAIN:
             expected = finished_results(folder)["methods"][PLAIN]["accuracy"]
@@ -147,43 +126,6 @@ MERGING: dict[str, Callable[[Vectors], Change]] = {
 }
 
 
-# Ways to merge that weigh by the Fisher information.
-
-
-def fishers_of(evaluator: RunEvaluator, vectors: Vectors) -> Fishers:
-    """Estimate the Fisher information of each task of a run, at the weights that it left."""
-    model, stream, found = evaluator.model, evaluator.stream, []
-    live = trained_parameters(model)
-    for task, vector in zip(stream.tasks, vectors, strict=True):
-        stream.select(task.index)
-        with swapped(live, vector.apply_to(evaluator.base)):
-            found.append(task_fisher(model, stream, live))
-    return found
-
-
-def perturb_and_merge(vectors: Vectors, fishers: Fishers) -> Change:
-    """Merge as P&M does, but fine-tunings that started from each other."""
-    merger = PerturbAndMerge()
-    for vector, fisher in zip(vectors, fishers, strict=True):
-        merger.update(vector, fisher)
-    return merger.merged
-
-
-def fisher_scale(vectors: Vectors, fishers: Fishers) -> Change:
-    """MagMax with the scale at which the loss model of P&M is least."""
-    loss, merged = LossModel(), dict(merge(vectors, PLAIN))
-    for vector, fisher in zip(vectors, fishers, strict=True):
-        loss.update(vector, fisher)
-    scale = loss.step({name: torch.zeros_like(value) for name, value in merged.items()}, merged)
-    return {name: scale * value for name, value in merged.items()}
-
-
-WEIGHING: dict[str, Callable[[Vectors, Fishers], Change]] = {
-    "MagMax at the scale of least Fisher loss": fisher_scale,
-    "P&M, sequential": perturb_and_merge,
-}
-
-
 # Ways to train.
 
 
@@ -209,17 +151,6 @@ def train(
     model = kind(evaluator.model.visual, evaluator.model.head, **options)
     model.load_state_dict(evaluator.base, strict=False)
     callback = MergeCallback(PLAIN, start=start)
-    fit(evaluator, model, [callback])
-    return callback
-
-
-def fit(
-    evaluator: RunEvaluator,
-    model: CLIPClassifier,
-    callbacks: Sequence[Callback] = (),
-    on_task_end: Callable[[TaskEnd], None] | None = None,
-) -> None:
-    """Train a model on a run's stream, with the run's seed and its arguments of trainers."""
     config, stream = evaluator.config, evaluator.stream
     epochs = task_epochs(config, len(stream.tasks))
 
@@ -227,14 +158,9 @@ def fit(
         return L.Trainer(**harness.QUIET | config.trainer | {"max_epochs": epochs[task.index]})
 
     fit_stream(
-        model,
-        stream,
-        callbacks=callbacks,
-        trainer=trainer,
-        evaluate=False,
-        seed=config.seed,
-        on_task_end=on_task_end,
+        model, stream, callbacks=[callback], trainer=trainer, evaluate=False, seed=config.seed
     )
+    return callback
 
 
 class SeenClasses(CLIPClassifier):
@@ -256,94 +182,13 @@ def seen_classes(stream: TaskStream) -> list[int]:
     return list(dict.fromkeys(label for task in tasks for label in task.classes))
 
 
-def new_model(evaluator: RunEvaluator, rate: float = 1.0) -> CLIPClassifier:
-    """Make a model of its own with the pre-trained weights, and a share of the learning rate."""
-    options = asdict(evaluator.config.optimizer)
-    visual = copy.deepcopy(evaluator.model.visual)
-    model = CLIPClassifier(visual, evaluator.model.head, **options | {"lr": rate * options["lr"]})
-    model.load_state_dict(evaluator.base, strict=False)
-    return model
-
-
-def merged_factors(evaluator: RunEvaluator) -> Change:
-    """MagMax of the factors of adapters, each task starting from the merged ones.
-
-    Reference:
-        Tran et al., LCA: Local Classifier Alignment for Continual Learning, ICLR 2026: the merging.
-    """
-    model = new_model(evaluator, ADAPTER_RATE)
-    torch.manual_seed(evaluator.config.seed)
-    adapters = add_adapters(model)
-    callback = MergeCallback(PLAIN, start="merged", scale=1.0)
-    fit(evaluator, model, [callback])
-    callback.install(model)
-    with torch.no_grad():
-        return {
-            name: adapter(torch.zeros_like(adapted(model, name)))
-            for name, adapter in adapters.items()
-        }
-
-
-def trained_from_merged(
-    evaluator: RunEvaluator,
-    merger: Merger | PerturbAndMerge,
-    *,
-    low_rank: bool = False,
-    perturbed: bool = False,
-) -> Change:
-    """Train each task from the merged model, all parameters or adapters, and merge the weights.
-
-    What a task's adapters add becomes part of the weights, and the next task has new ones.
-    """
-    model, base = new_model(evaluator, ADAPTER_RATE if low_rank else 1.0), evaluator.base
-    torch.manual_seed(evaluator.config.seed)
-    adapters = add_adapters(model) if low_rank else {}
-    weights = {name: adapted(model, name) for name in adapters} or trained_parameters(model)
-
-    def merge_task(_: TaskEnd) -> None:
-        with torch.no_grad():
-            for name, adapter in adapters.items():
-                weights[name].copy_(adapter(weights[name]))
-                adapter.reset()
-        vector = {name: value.detach() - base[name] for name, value in weights.items()}
-        if isinstance(merger, PerturbAndMerge):
-            merger.update(vector, task_fisher(model, evaluator.stream, weights))
-        else:
-            merger.update(vector)
-        install(weights, {name: base[name] + value for name, value in merger.items()})
-
-    callbacks = [Perturbation(adapters, evaluator.config.seed)] if perturbed else []
-    fit(evaluator, model, callbacks, merge_task)
-    return dict(merger.items())
-
-
-def drift_penalty(evaluator: RunEvaluator, *, merged: bool) -> Change:
-    """Train with a penalty on the drift of features, and merge by MagMax or not at all."""
-    model = new_model(evaluator)
-    penalty = DriftPenalty(model, DRIFT_WEIGHT, evaluator.config.seed)
-    callback = MergeCallback(PLAIN)
-    fit(evaluator, model, [penalty, callback])
-    if not merged:
-        return dict(callback.task_vector(model))
-    return {name: callback.merger.published_scale * v for name, v in callback.merger.items()}
-
-
 TRAINING: dict[str, Callable[[RunEvaluator], Change]] = {
     "start=merged": partial(trained_anew, start="merged"),
     "cross entropy over classes seen": partial(trained_anew, kind=SeenClasses),
     "layer_decay": partial(trained_anew, layer_decay=DECAY),
-    "P&M, merged": lambda run: trained_from_merged(run, PerturbAndMerge()),
-    "LoRA, factors": merged_factors,
-    "LoRA, products": lambda run: trained_from_merged(run, get_merger(PLAIN), low_rank=True),
-    "LoRA, P&M": lambda run: trained_from_merged(run, PerturbAndMerge(), low_rank=True),
-    "LoRA, P&M, perturbed": lambda run: trained_from_merged(
-        run, PerturbAndMerge(), low_rank=True, perturbed=True
-    ),
-    "drift penalty": partial(drift_penalty, merged=True),
-    "drift penalty, not merged": partial(drift_penalty, merged=False),
 }
 
-WAYS = (*MERGING, *WEIGHING, *TRAINING)
+WAYS = (*MERGING, *TRAINING)
 
 
 if __name__ == "__main__":

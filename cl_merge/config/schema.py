@@ -114,6 +114,14 @@ class EwcConfig:
 
 
 @dataclass
+class DriftPenaltyConfig:
+    """Options of the methods with a penalty on the drift of features; handed to `DriftPenalty`."""
+
+    weight: float = _key(50.0, "factor of the squared change of features")
+    samples: int | None = _key(200, "images of a task to estimate from; null: all")
+
+
+@dataclass
 class RunConfig:
     """Everything that a run depends on."""
 
@@ -148,6 +156,7 @@ class RunConfig:
     merge: MergeConfig = _key(MergeConfig, "options of the method")
     lwf: LwfConfig = _key(LwfConfig, "learning without forgetting")
     ewc: EwcConfig = _key(EwcConfig, "elastic weight consolidation")
+    drift_penalty: DriftPenaltyConfig = _key(DriftPenaltyConfig, "penalty on drift of features")
     trainer: dict[str, Any] = _key(
         lambda: {"max_epochs": 10, "gradient_clip_val": 1.0},
         "any argument of Lightning's Trainer",

@@ -6,7 +6,7 @@ from plain import loader, same, weights
 from torch import nn
 
 from cl_merge import TaskVector
-from cl_merge.callbacks import EWC, LwF, MergeCallback
+from cl_merge.callbacks import EWC, DriftPenalty, LwF, MergeCallback
 from cl_merge.errors import InputError
 
 pl = pytest.importorskip("pytorch_lightning", reason="pytorch_lightning is not installed")
@@ -50,8 +50,9 @@ def trainer(*callbacks, **options):
 
 
 def test_a_stream_is_merged_and_evaluated():
-    module, every = Module(), [LwF(target="net"), EWC(), MergeCallback("magmax")]
-    merge, base = every[2], weights(module)
+    held = DriftPenalty(features=lambda module, batch: module(batch[0]))
+    module, every = Module(), [LwF(target="net"), EWC(), held, MergeCallback("magmax")]
+    merge, base = every[-1], weights(module)
     for task in range(2):
         loop = trainer(*every, num_sanity_val_steps=1)
         loop.fit(module, loader(task), loader(task))
@@ -60,7 +61,7 @@ def test_a_stream_is_merged_and_evaluated():
     trainer(merge).test(module, loader(0), verbose=False)
     assert same(module.seen["test"], merge.merged().apply_to(base, 0.5))
     assert same(weights(module), trained)
-    assert [callback.tasks for callback in every] == [2, 2, 2]
+    assert [callback.tasks for callback in every] == [2, 2, 2, 2]
 
 
 def test_an_average_counts_once():

@@ -36,9 +36,11 @@ sys.meta_path.insert(0, Block())
 
 STREAM = """
 from plain import Plain, fit, loader, trainer
-from cl_merge import EWC, LwF, MergeCallback, TaskVector
+from cl_merge import EWC, DriftPenalty, LwF, MergeCallback, TaskVector
 
-for callback in (EWC(), EWC("published"), EWC("sampled"), LwF(target="net")):
+held = DriftPenalty(features=lambda module, batch: module(batch[0]))
+
+for callback in (EWC(), EWC("published"), EWC("sampled"), LwF(target="net"), held):
     module, merge = Plain(), MergeCallback("ties", directory={folder!r}, density=0.3)
     for task in range(2):
         fit(module, [callback, merge], task)

@@ -22,7 +22,7 @@ from plain import Plain, loader, trainer
 from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
 
-from cl_merge.callbacks import EWC, ClassStatistics, LwF, MergeCallback
+from cl_merge.callbacks import EWC, ClassStatistics, DriftPenalty, LwF, MergeCallback
 
 pytestmark = pytest.mark.slow
 
@@ -40,6 +40,7 @@ CALLBACKS = {
     "MergeCallback": MergeCallback,
     "LwF": lambda: LwF(target="net"),
     "EWC": EWC,
+    "DriftPenalty": lambda: DriftPenalty(features=lambda *given: features(*given)[0]),
     "ClassStatistics": lambda: ClassStatistics("base", features=features, classes=3),
 }
 

@@ -1,4 +1,4 @@
-"""LwF and EWC give what the same penalty gives when it is written inside the training step."""
+"""LwF, EWC and DriftPenalty give what the same penalty gives when it is written inside the training step."""
 
 import copy
 import itertools
@@ -12,7 +12,7 @@ from plain import ACCELERATOR, SAFE, Plain, fit, loader, same, trainer, weights
 from torch import nn
 
 from cl_merge import TaskVector, merge
-from cl_merge.callbacks import EWC, LwF, MergeCallback
+from cl_merge.callbacks import EWC, DriftPenalty, LwF, MergeCallback
 from cl_merge.callbacks.outputs import distillation
 from cl_merge.errors import InputError
 
@@ -69,6 +69,17 @@ def kept(tensors):
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
+def held_in_place(**options):
+    return DriftPenalty(features=lambda module, batch: module(batch[0]), **options)
+
+
+MAKERS = [
+    lambda: LwF(target="net"),
+    lambda: EWC("empirical", weight=30.0),
+    lambda: held_in_place(weight=3.0),
+]
+
+
 def distance(first, second):
     first, second = weights(first), weights(second)
     return max(float((first[name] - second[name]).abs().max()) for name in first)
@@ -96,6 +107,38 @@ def test_ewc_equals_the_penalty_inside_the_training_step(options, kind):
     trainer(**with_scaler(options)).fit(free, loader(1))
     assert distance(module, reference) < 1e-5
     assert distance(module, free) > 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", GRID, ids=name_of)
+def test_the_drift_penalty_equals_the_same_inside_the_training_step(options):
+    options = options | {"max_epochs": 2}
+    fused = options.pop("fused")
+    module, callback = Plain(fused=fused), held_in_place(weight=3.0)
+    fit(module, callback, 0, **with_scaler(options))
+    reference, free = WithTerm(fused=fused), Plain(fused=fused)
+    for other in (reference, free):
+        other.load_state_dict(module.state_dict())
+    drift, start = copy.deepcopy(callback.drift), weights(module)
+
+    def term(images, logits):
+        changes = {n: p - start[n].to(p) for n, p in reference.named_parameters() if n in start}
+        parts = [(d.to(images.device) * changes[n] ** 2).sum() for n, d in drift.elements.items()]
+        for name, b in drift.gradients.items():
+            a, b = drift.inputs[name].to(images.device), b.to(images.device)
+            parts.append(torch.trace(b @ changes[name] @ a @ changes[name].T))
+        return 3.0 * sum(parts)
+
+    def in_full_precision(images, logits):
+        with torch.autocast(images.device.type, enabled=False):
+            return term(images, logits)
+
+    reference.term = in_full_precision
+    fit(module, callback, 1, **with_scaler(options))
+    trainer(**with_scaler(options)).fit(reference, loader(1))
+    trainer(**with_scaler(options)).fit(free, loader(1))
+    assert distance(module, reference) < 1e-5
+    assert distance(module, free) > 1e-3
 
 
 @pytest.mark.slow
@@ -138,13 +181,15 @@ def test_accumulation_may_change_between_epochs():
     assert distance(module, reference) < 1e-5
 
 
-def test_the_three_compose_in_any_order():
+@pytest.mark.parametrize("penalty", ["ewc", "drift"])
+def test_they_compose_in_any_order(penalty):
     def run(order):
         module = Plain()
         base = weights(module)
         callbacks = {
             "lwf": LwF(target="net"),
             "ewc": EWC("empirical", weight=10.0),
+            "drift": held_in_place(),
             "merge": MergeCallback("magmax"),
         }
         vectors = []
@@ -155,8 +200,8 @@ def test_the_three_compose_in_any_order():
         assert same(dict(callbacks["merge"].merged()), dict(merge(vectors)))
         return weights(module)
 
-    first = run(["lwf", "ewc", "merge"])
-    assert same(first, run(["merge", "ewc", "lwf"]))
+    first = run(["lwf", penalty, "merge"])
+    assert same(first, run(["merge", penalty, "lwf"]))
     module = Plain()
     for task in range(3):
         fit(module, [], task)
@@ -202,7 +247,7 @@ def test_each_term_is_logged_apart_from_the_loss_of_the_module():
 
 
 def test_nothing_of_them_is_left_in_the_module_or_its_checkpoint(tmp_path):
-    module, callbacks = Plain(), [LwF(target="net"), EWC("empirical")]
+    module, callbacks = Plain(), [make() for make in MAKERS]
     fit(module, callbacks, 0)
     checkpoint = ModelCheckpoint(tmp_path)
     fit(module, [*callbacks, checkpoint], 1)
@@ -214,7 +259,7 @@ def test_nothing_of_them_is_left_in_the_module_or_its_checkpoint(tmp_path):
     copy.deepcopy(module)
 
 
-@pytest.mark.parametrize("make", [lambda: LwF(target="net"), lambda: EWC("empirical", weight=30.0)])
+@pytest.mark.parametrize("make", MAKERS, ids=["lwf", "ewc", "drift"])
 def test_a_task_that_stopped_goes_on_from_a_checkpoint(make, tmp_path):
     def first_task():
         module, callback = Plain(), make()
@@ -246,7 +291,7 @@ def test_a_task_that_stopped_goes_on_from_a_checkpoint(make, tmp_path):
     assert same(weights(fresh), weights(module))
 
 
-@pytest.mark.parametrize("make", [lambda: LwF(target="net"), lambda: EWC("empirical", weight=30.0)])
+@pytest.mark.parametrize("make", MAKERS, ids=["lwf", "ewc", "drift"])
 def test_a_checkpoint_of_the_last_step_ends_its_task(make, tmp_path):
     module, callback = Plain(), make()
     fit(module, callback, 0)
@@ -266,7 +311,7 @@ def test_a_checkpoint_of_the_last_step_ends_its_task(make, tmp_path):
 def test_manual_optimisation_is_refused():
     module = Plain()
     module.automatic_optimization = False
-    for callback in (LwF(target="net"), EWC()):
+    for callback in (make() for make in MAKERS):
         with pytest.raises(RuntimeError, match="but Plain sets automatic_optimization=False"):
             fit(module, callback, 0)
 
@@ -298,12 +343,11 @@ def test_a_step_that_returns_a_dictionary_or_skips_a_batch():
                 return None
             return {"loss": super().training_step(batch, batch_idx), "more": 1}
 
-    module, lwf, ewc = Odd(), LwF(2.0, target="net"), EWC("empirical", weight=30.0)
-    free = Odd()
-    fit(module, [lwf, ewc], 0)
+    module, free, callbacks = Odd(), Odd(), [make() for make in MAKERS]
+    fit(module, callbacks, 0)
     fit(free, [], 0)
     assert same(weights(module), weights(free))
-    fit(module, [lwf, ewc], 1)
+    fit(module, callbacks, 1)
     fit(free, [], 1)
     assert not same(weights(module), weights(free))
 
@@ -328,9 +372,9 @@ def test_a_module_that_extends_its_own_step_gets_it_back():
 
 
 def test_fast_dev_run_and_nothing_trained():
-    module, callbacks = Plain(), [LwF(target="net"), EWC("empirical")]
+    module, callbacks = Plain(), [make() for make in MAKERS]
     fit(module, callbacks, 0, max_epochs=0)
-    assert [callback.tasks for callback in callbacks] == [0, 0]
+    assert [callback.tasks for callback in callbacks] == [0, 0, 0]
     fit(module, callbacks, 0, fast_dev_run=True)
-    assert [callback.tasks for callback in callbacks] == [1, 1]
+    assert [callback.tasks for callback in callbacks] == [1, 1, 1]
     assert isinstance(module, L.LightningModule)

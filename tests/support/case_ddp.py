@@ -19,7 +19,7 @@ from tiny import QUIET, classifier, stream
 from torchvision.transforms import ColorJitter, Compose, ToTensor
 
 from cl_merge import cli, fit_stream
-from cl_merge.callbacks import EWC, ClassStatistics, LwF, MergeCallback
+from cl_merge.callbacks import EWC, ClassStatistics, DriftPenalty, LwF, MergeCallback
 
 
 def train(folder: Path, devices: int) -> None:
@@ -42,6 +42,9 @@ def train(folder: Path, devices: int) -> None:
         for callback in callbacks:
             for k, v in getattr(callback, "fisher", {}).items():
                 tensors[f"fisher.{k}"] = v
+            if isinstance(callback, DriftPenalty):
+                for k, v in callback.drift.gradients.items():
+                    tensors[f"moments.{k}"] = v
         for callback in behind:
             for k, v in callback.statistics.state_dict().items():
                 tensors[f"statistics.{k}"] = v
@@ -56,6 +59,7 @@ def train(folder: Path, devices: int) -> None:
         "lwf": run("lwf", LwF(3.0)),
         "published": run("published", EWC("published", weight=100.0)),
         "empirical": run("empirical", EWC("empirical", weight=30.0)),
+        "drift": run("drift", DriftPenalty(weight=30.0, samples=None)),
         "both": run("both", LwF(), EWC("empirical", weight=30.0)),
         "voting": run("voting", behind=[ClassStatistics()]),
     }

@@ -38,9 +38,9 @@ GREY = "#7f7f7f"
 
 PALETTE = (
     *("#a54a29", "#3a6ad7", "#07a978", "#974d8c", "#ac9106"),  # mergers of the tables
-    *("#2f97a8", "#d1458b", "#7a5fd0", "#86902a", "#7d7f9e"),  # all else
+    *("#2f97a8", "#d1458b", "#7a5fd0", "#86902a", "#7d7f9e", "#9c24fc"),  # all else
 )
-_MARKERS = "os^DvPXph*"
+_MARKERS = "os^DvPXph*<"
 # In pictures of what is merged, in those of what is not, and in those of class statistics.
 # On independent fine-tunings the rule of MagMax has a name of its own.
 _MERGERS = {
@@ -51,7 +51,14 @@ _MERGERS = {
     "random-mix": 3,
     "ties": 4,
 }
-_TRAININGS = {"independent": 5, "lwf": 6, "sequential": 7, "ewc": 8, "joint": 9}
+_TRAININGS = {
+    "drift-penalty": 10,
+    "independent": 5,
+    "lwf": 6,
+    "sequential": 7,
+    "ewc": 8,
+    "joint": 9,
+}
 _STATISTICS = {"base": 5, "both": 6, "aligned": 7}
 
 DASHED = (0, (5, 2))
@@ -61,6 +68,7 @@ _DASHES: dict[str | None, Any] = {
     "independent": DASHED,
     "lwf": (0, (6, 1.5, 1.5, 1.5)),
     "ewc": (0, (2, 1.2)),
+    "drift-penalty": (0, (8, 2)),
 }
 
 

@@ -278,10 +278,12 @@ def test_the_methods_of_the_table_are_those_of_the_paper_their_twins_and_class_s
         "independent",
         "lwf",
         "ewc",
+        "drift-penalty",
         "magmax",
         "magmax-drift",
         "lwf-magmax",
         "ewc-magmax",
+        "drift-penalty-magmax",
         "max-abs",
         "average",
         "task-arithmetic",
@@ -304,7 +306,9 @@ def test_what_is_shown_beside_a_method():
     def names(method, compare):
         return [found.name for found in compared_methods(method, compare)]
 
-    plain = [name for name in METHODS if METHODS[name].training not in ("lwf", "ewc", "joint")]
+    plain = [
+        name for name in METHODS if METHODS[name].training in ("sequential", "independent", None)
+    ]
     assert names("magmax", True) == plain
     assert names("magmax", False) == ["zero-shot", "magmax"]
     assert names("magmax", "all") == list(METHODS)

@@ -6,26 +6,20 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from cl_merge import TaskVector, cli, merge
 from cl_merge.benchmarks.runs.evaluator import RunEvaluator
 from cl_merge.benchmarks.studies import harness
 from cl_merge.benchmarks.studies import text_head_only as text_head
-from cl_merge.benchmarks.studies.drift_penalty import DriftPenalty
 from cl_merge.benchmarks.studies.text_head_only import (
     MERGING,
     PLAIN,
-    TRAINING,
     WAYS,
-    WEIGHING,
     SeenClasses,
-    fishers_of,
     measure,
     train,
 )
 from cl_merge.errors import InputError
-from cl_merge.task_vectors.module_weights import trained_parameters
 
 pytestmark = pytest.mark.slow
 
@@ -70,20 +64,6 @@ def test_the_mean_over_time_is_that_of_the_models_after_each_task(vectors):
         torch.testing.assert_close(found[name], expected)
 
 
-def test_the_scale_of_least_fisher_loss_is_that_of_the_sums_over_tasks(vectors):
-    generator = torch.Generator().manual_seed(1)
-    fishers = [{n: torch.rand(5, generator=generator) for n in NAMES} for _ in vectors]
-    merged, above, below = magmax(vectors), 0.0, 0.0
-    for vector, fisher in zip(vectors, fishers, strict=True):
-        for name in NAMES:
-            weighted = merged[name].double() * fisher[name].double()
-            above += float((weighted * vector[name].double()).sum())
-            below += float((weighted * merged[name].double()).sum())
-    found = WEIGHING["MagMax at the scale of least Fisher loss"](vectors, fishers)
-    for name in NAMES:
-        torch.testing.assert_close(found[name], above / below * merged[name])
-
-
 @pytest.mark.parametrize("way", ["magmax", "ema", "opcm"])
 def test_a_method_counts_with_its_published_scale(way):
     generator = torch.Generator().manual_seed(1)
@@ -120,61 +100,6 @@ def test_the_loss_over_seen_classes_changes_only_what_follows_the_first_task(run
         assert seen[-5:] == list(evaluator.stream.task.classes)
     plain, seen = train(RunEvaluator.of(run)), train(RunEvaluator.of(run), kind=SeenClasses)
     assert any(not torch.equal(plain.merged()[n], v) for n, v in seen.merged().items())
-
-
-def test_the_fisher_of_a_task_is_taken_at_its_weights_and_leaves_the_model_as_it_was(run):
-    evaluator = RunEvaluator.of(run)
-    first, second = fishers_of(evaluator, list(harness.task_vectors(run)))
-    live = trained_parameters(evaluator.model)
-    for name, weight in evaluator.base.items():
-        assert torch.equal(live[name], weight)
-        assert live[name].requires_grad
-        assert (first[name] >= 0).all()
-    assert any(not torch.equal(first[name], second[name]) for name in first)
-    zero = TaskVector({name: torch.zeros_like(value) for name, value in first.items()})
-    at_base, _ = fishers_of(evaluator, [zero, zero])
-    assert any(not torch.equal(first[name], at_base[name]) for name in first)
-
-
-@pytest.mark.parametrize("way", ["LoRA, factors", "LoRA, products", "LoRA, P&M, perturbed"])
-def test_adapters_change_matrices_alone_and_leave_the_evaluator_as_it_was(run, way):
-    evaluator = RunEvaluator.of(run)
-    change = TRAINING[way](evaluator)
-    assert set(change) < set(evaluator.base)
-    for name, value in change.items():
-        assert value.shape == evaluator.base[name].shape
-        assert value.flatten(1).shape[0] > 16
-        assert not value.requires_grad
-        assert value.count_nonzero()
-    live = trained_parameters(evaluator.model)
-    assert all(torch.equal(live[name], weight) for name, weight in evaluator.base.items())
-
-
-def test_with_the_penalty_features_of_earlier_images_drift_less(run):
-    drifts = {}
-    for weight in (0.0, text_head.DRIFT_WEIGHT):
-        evaluator = RunEvaluator.of(run)
-        evaluator.config.trainer["max_epochs"] = 20  # of one step each
-        evaluator.stream.select(0)
-        images = torch.cat([batch[0] for batch in evaluator.stream.train_dataloader()])
-        model, found = text_head.new_model(evaluator), []
-
-        def look(_, model=model, found=found, images=images):
-            with torch.no_grad():
-                found.append(F.normalize(model.features(images), dim=-1))
-
-        text_head.fit(evaluator, model, [DriftPenalty(model, weight, seed=0)], look)
-        drifts[weight] = float((found[1] - found[0]).square().sum())
-    assert 0 < drifts[text_head.DRIFT_WEIGHT] < 0.5 * drifts[0.0]
-
-
-def test_p_and_m_of_the_first_task_is_the_task_itself(run):
-    evaluator = RunEvaluator.of(run)
-    first, _ = harness.task_vectors(run)
-    evaluator.stream.tasks = evaluator.stream.tasks[:1]
-    merged = TRAINING["P&M, merged"](evaluator)
-    for name, value in merged.items():
-        torch.testing.assert_close(value, first[name])
 
 
 def test_the_command_shows_each_way_with_its_difference(run, capsys, monkeypatch):

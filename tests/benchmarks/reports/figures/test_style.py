@@ -64,7 +64,7 @@ def lab(rgb):
 
 
 MERGED = ("magmax", "average", "task-arithmetic", "random-mix", "ties")
-TRAININGS = ("sequential", "independent", "lwf", "ewc")
+TRAININGS = ("sequential", "independent", "lwf", "ewc", "drift-penalty")
 STATISTICS = ("base", "aligned", "both")
 
 
