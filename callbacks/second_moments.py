@@ -17,11 +17,11 @@ from cl_merge.callbacks.fisher import Reduce, requiring_gradients, singles, zero
 from cl_merge.errors import InputError
 from cl_merge.task_vectors.module_weights import evaluating
 
-Layers = Mapping[str, nn.Module]
-"""Layers by the names of their weights."""
+Layers = Sequence[tuple[str, nn.Module]]
+"""Names of weights, and layers that have them; tied layers have the same."""
 
-Calls = list[tuple[str, Tensor, Tensor]]
-"""Of every call of a layer the name of its weight, the input and the output."""
+Calls = list[tuple[str, nn.Module, Tensor, Tensor]]
+"""Of every call of a layer the name of its weight, the layer, the input and the output."""
 
 
 @dataclass
@@ -79,20 +79,22 @@ def second_moments(
         if first is None:
             raise InputError("the task has no image whose features could be kept in place")
         layers = _called(first, features, _layers(module, parameters), parameters)
-        others = {name: p for name, p in parameters.items() if name not in layers}
         sums = _zeros(layers, zeros_for(parameters))
+        others = {name: parameters[name] for name in sums.elements}
         count = torch.zeros((), device=next(iter(parameters.values())).device)
         for index, image in enumerate(itertools.islice(itertools.chain([first], images), limit)):
             calls, unit = _unit_features(image, features, layers)
+            count += 1
+            if not unit.requires_grad:
+                continue
             generator = torch.Generator().manual_seed(seed_of(index))
             drawn = torch.randn(unit.shape, generator=generator).to(unit)
             wanted = [*(output for *_, output in calls), *others.values()]
             found = torch.autograd.grad((unit * drawn).sum(), wanted, allow_unused=True)
-            _add_layers(sums, layers, calls, found)
+            _add_layers(sums, calls, found)
             for name, gradient in zip(others, found[len(calls) :], strict=True):
                 if gradient is not None:
                     sums.elements[name].add_(gradient.square())
-            count += 1
     return _means(sums, total, float(total(count)))
 
 
@@ -104,10 +106,12 @@ def _called(
 ) -> Layers:
     """Leave out layers whose weight is used in another way than by calling them."""
     calls, unit = _unit_features(image, features, layers)
+    if not unit.requires_grad:  # nothing that they depend on trains
+        return []
     used = torch.autograd.grad(unit.sum(), list(parameters.values()), allow_unused=True)
     elsewhere = {n for n, gradient in zip(parameters, used, strict=True) if gradient is not None}
     elsewhere -= {name for name, *_ in calls}
-    return {name: layer for name, layer in layers.items() if name not in elsewhere}
+    return [(name, layer) for name, layer in layers if name not in elsewhere]
 
 
 def _unit_features(
@@ -136,29 +140,23 @@ def _layers(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Layers
     """The linear layers and convolutions whose weights are among the parameters."""
     names = {id(parameter): name for name, parameter in parameters.items()}
     found = (layer for layer in module.modules() if _is_matrix(layer))
-    return {names[id(layer.weight)]: layer for layer in found if id(layer.weight) in names}
+    return [(names[id(layer.weight)], layer) for layer in found if id(layer.weight) in names]
 
 
 def _is_matrix(layer: nn.Module) -> bool:
     # Subclasses may do something else with their weight, or not be called at all.
     if type(layer) is nn.Conv2d:
-        return layer.groups == 1 and not isinstance(layer.padding, str)
+        padded = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+        return padded and layer.groups == 1
     return type(layer) is nn.Linear
 
 
 def _zeros(layers: Layers, like: Mapping[str, Tensor]) -> SecondMoments:
-    weights = {name: like[name].flatten(1) for name in layers}
-    return SecondMoments(
-        {
-            name: weight.new_zeros(weight.shape[1], weight.shape[1])
-            for name, weight in weights.items()
-        },
-        {
-            name: weight.new_zeros(weight.shape[0], weight.shape[0])
-            for name, weight in weights.items()
-        },
-        {name: zeros for name, zeros in like.items() if name not in layers},
-    )
+    weights = {name: like[name].flatten(1) for name, _ in layers}
+    found = SecondMoments({}, {}, {n: zeros for n, zeros in like.items() if n not in weights})
+    for name, weight in weights.items():
+        found.gradients[name], found.inputs[name] = (weight.new_zeros(n, n) for n in weight.shape)
+    return found
 
 
 @contextmanager
@@ -167,30 +165,28 @@ def _recording(layers: Layers) -> Iterator[Calls]:
     calls: Calls = []
 
     def record(
-        name: str, _: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Tensor
+        name: str, layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Tensor
     ) -> None:
         (inputs,) = (*given, *named.values())
-        calls.append((name, inputs.detach(), output))
+        calls.append((name, layer, inputs.detach(), output))
 
     with ExitStack() as hooks:
-        for name, layer in layers.items():
+        for name, layer in layers:
             hook = layer.register_forward_hook(partial(record, name), with_kwargs=True)
             hooks.callback(hook.remove)
         yield calls
 
 
-def _add_layers(
-    sums: SecondMoments, layers: Layers, calls: Calls, gradients: Sequence[Tensor | None]
-) -> None:
+def _add_layers(sums: SecondMoments, calls: Calls, gradients: Sequence[Tensor | None]) -> None:
     """Add what one image gives: a layer that is called again has more places."""
     places: dict[str, int] = {}
     of_image: dict[str, Tensor] = {}
-    for (name, inputs, _), gradient in zip(calls, gradients[: len(calls)], strict=True):
+    for (name, layer, inputs, _), gradient in zip(calls, gradients[: len(calls)], strict=True):
         if gradient is None:  # the features do not depend on this call
             continue
-        rows = _rows(layers[name], inputs).to(sums.inputs[name])
+        rows = _rows(layer, inputs).to(sums.inputs[name])
         sums.inputs[name].addmm_(rows.T, rows)
-        slopes = _channels_last(layers[name], gradient).to(rows)
+        slopes = _channels_last(layer, gradient).to(rows)
         of_image[name] = of_image.get(name, 0) + slopes.T @ slopes
         places[name] = places.get(name, 0) + len(slopes)
     for name, moment in of_image.items():

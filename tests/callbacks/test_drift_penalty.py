@@ -170,3 +170,23 @@ def test_bad_options_are_named():
         DriftPenalty(samples=0)
     with pytest.raises(InputError, match="weight=-1.0 of DriftPenalty; expected 0 or more, fin"):
         DriftPenalty(-1.0)
+
+
+def test_features_without_a_gradient_are_refused_before_the_first_step():
+    module = Plain()
+    before = weights(module)
+    callback = penalty(features=lambda module, batch: module.net(batch[0]).detach())
+    with pytest.raises(InputError, match="features have no gradient by any parameter"):
+        fit(module, callback, 0)
+    assert same(weights(module), before)
+
+
+def test_a_task_that_changes_no_features_leaves_nothing_to_hold():
+    module, callback = Backbone(), penalty(features=lambda module, batch: module.backbone(batch[0]))
+    module.backbone.requires_grad_(False)
+    fit(module, callback, 0)
+    assert callback.tasks == 1
+    assert not callback.drift.inputs
+    module.backbone.requires_grad_(True)
+    fit(module, callback, 1)
+    assert callback.drift.counts == {"backbone.0.weight": 1}

@@ -54,18 +54,14 @@ def distance(make, merge, scale, task):
 @pytest.mark.parametrize("limit", [0.05, 0.1, 0.3])
 def test_the_scale_is_where_features_are_as_far_as_the_limit_from_the_base(limit):
     _, merge = learned(clip, DriftScale(limit=limit))
-    published, resolution = 0.5, 0.5 / 16
+    published, step = 0.5, 0.5 / 32
     assert [str(scales) for scales in merge.chosen][-1] == str(merge.stream.scales)
-    far = distance(clip, merge, published, 1)
-    low, high = 0.0, published
-    for _ in range(4):
-        middle = (low + high) / 2
-        low, high = (low, middle) if distance(clip, merge, middle, 1) > limit else (middle, high)
-    expected = published if far <= limit else (low + high) / 2
-    assert merge.scale == pytest.approx(expected, abs=1e-12)
-    if expected < published:
-        below, above = (merge.scale - resolution / 2, merge.scale + resolution / 2)
-        assert distance(clip, merge, below, 1) <= limit < distance(clip, merge, above, 1)
+    if distance(clip, merge, published, 1) <= limit:
+        assert merge.scale == published
+        return
+    assert merge.scale % step == 0
+    below, above = (distance(clip, merge, merge.scale + by, 1) for by in (-step, step))
+    assert below <= limit < above
 
 
 def test_a_model_that_hardly_drifts_keeps_the_published_scale(caplog):
@@ -100,10 +96,10 @@ def test_without_such_images_the_first_ones_of_another_epoch_are_looked_at():
         seen.append(len(batch[0]))
         return module.features(batch[0])
 
-    model, merge = clip(), MergeCallback("magmax", scale=DriftScale(0.01, 10, features))
+    model, merge = clip(), MergeCallback("magmax", scale=DriftScale(0.1, 10, features))
     trainer_of(merge).fit(model, loader_of(0, count=COUNT, batch_size=4))
     assert merge.scale < 0.5
-    assert seen == [4] * 18  # of three batches, six times
+    assert seen == [4] * 12  # of three batches, four times
 
 
 def test_two_processes_choose_what_one_does(tmp_path):
@@ -146,3 +142,18 @@ def test_what_is_missing_shows_before_the_training():
     with pytest.raises(InputError, match="the task has no image to choose the scale on"):
         trainer_of(merge).fit(model, datamodule=Sampled(0, images=0))
     assert (merge.tasks, merge.chosen) == (0, [])
+
+
+@pytest.mark.parametrize("power", [0.7, 1.0, 1.5])
+@pytest.mark.parametrize("limit", [0.2, 0.4, 0.6, 1.1])
+def test_a_drift_that_bends_is_found_to_within_a_step(power, limit):
+    asked = []
+
+    def distance(scale):
+        asked.append(scale)
+        return 1.2 * (scale / 0.5) ** power
+
+    found = DriftScale(limit)._search(distance, 0.5, 1.2)
+    exact = 0.5 * (limit / 1.2) ** (1 / power)
+    assert len(asked) <= 2
+    assert abs(found - max(exact, 0.5 / 32)) <= 0.5 / 32

@@ -160,6 +160,35 @@ def test_a_weight_that_is_used_without_calling_its_layer_is_taken_by_elements():
     assert not found.inputs
 
 
+def test_layers_that_share_a_weight_are_one_layer_with_the_places_of_both():
+    class Shared(nn.Module):
+        def __init__(self, tied):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first = nn.Linear(4, 4, bias=False)
+            self.second = nn.Linear(4, 4, bias=False) if tied else self.first
+            self.second.weight = self.first.weight
+
+        def forward(self, rows):
+            return self.second(torch.tanh(self.first(rows)))
+
+    rows = images(3)[:, 0, 0, :4]
+    tied, same = (moments(Shared(tied).double(), [rows]) for tied in (True, False))
+    for mine, other in zip(tied, same, strict=True):
+        assert mine.keys() == other.keys()
+        for name in mine:
+            torch.testing.assert_close(mine[name], other[name])
+    assert set(tied.inputs) == {"first.weight"}
+
+
+@pytest.mark.parametrize("options", [{"padding_mode": "reflect"}, {"padding": "same"}])
+def test_convolutions_that_pad_otherwise_are_taken_by_elements(options):
+    net = Net()
+    torch.manual_seed(1)
+    net.conv = nn.Conv2d(3, 4, 3, **{"padding": 1} | options).double()
+    assert "conv.weight" in moments(net, [images(2)]).elements
+
+
 def test_a_compiled_part_hides_nothing():
     plain, compiled = Net(), Net()
     compiled.twice = torch.compile(compiled.twice, backend="eager")
