@@ -65,7 +65,7 @@ class DriftScale:
     """
 
     limit: float = 0.6
-    images: int = 128
+    images: int = 32
     features: Callable[[Any, Any], Tensor] | None = None
 
     def __post_init__(self) -> None:

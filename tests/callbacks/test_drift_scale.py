@@ -73,7 +73,7 @@ def test_a_model_that_hardly_drifts_keeps_the_published_scale(caplog):
 
 def test_the_name_drift_is_the_default_and_survives_a_checkpoint():
     model, merge = learned(Exact, "drift")
-    assert merge.scale == learned(Exact, DriftScale(0.6, 128))[1].scale
+    assert merge.scale == learned(Exact, DriftScale(0.6, 32))[1].scale
     fresh = MergeCallback("magmax", scale="drift", buffers="base")
     fresh.load_state_dict(merge.state_dict())
     assert (fresh.chosen, fresh.scale) == (merge.chosen, merge.scale)
