@@ -53,7 +53,7 @@ def needs(name: str) -> None:
 def whole(tmp_path_factory):
     """A run with every kind of training."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    assert run(folder, "method=magmax", "compare=[independent,lwf,ewc,joint]") == 0
+    assert run(folder, "method=magmax", "compare=[independent,lwf,ewc,drift-penalty,joint]") == 0
     return folder
 
 
@@ -78,7 +78,7 @@ def documented() -> dict[str, re.Pattern[str]]:
     """The names in the tables of the documentation, and what matches each."""
     text = (ROOT / "docs/howto/logging.md").read_text()
     names = re.findall(r"^\| `((?:train|eval)/[^`]+)` \|", text, flags=re.MULTILINE)
-    holes = {"<training>": "[a-z]+", "<method>": "[a-z-]+", "<task>": r"\d\d", "<group>": r"\d\d"}
+    holes = {"<training>": "[a-z-]+", "<method>": "[a-z-]+", "<task>": r"\d\d", "<group>": r"\d\d"}
     found = {}
     for name in names:
         pattern = name
@@ -107,7 +107,7 @@ def test_names_of_methods_of_ones_own_are_taken_by_every_logger():
 
 
 def test_the_axis_goes_on_from_task_to_task(logged):
-    for name in ("sequential", "independent", "lwf", "ewc"):
+    for name in ("sequential", "independent", "lwf", "ewc", "drift-penalty"):
         for value in ("loss", "lr", "task", "epoch"):
             assert steps(logged[f"train/{name}/{value}"]) == list(range(sum(STEPS))), (name, value)
         assert values(logged[f"train/{name}/task"]) == [0] * 4 + [1] * 4 + [2] * 4
@@ -128,7 +128,7 @@ def test_layers_log_their_rates_from_the_first(layered):
 
 
 def test_evaluations_stand_where_their_task_ended(logged):
-    for method in ("magmax", "independent", "lwf", "ewc"):
+    for method in ("magmax", "independent", "lwf", "ewc", "drift-penalty"):
         assert steps(logged[f"eval/{method}/accuracy"]) == [4, 8, 12]
         assert steps(logged[f"eval/{method}/task_02/accuracy"]) == [4, 8, 12]
         assert steps(logged[f"eval/{method}/forgetting"]) == [8, 12]
