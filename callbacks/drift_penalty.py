@@ -34,7 +34,7 @@ class DriftPenalty(Penalty):
 
     Kept are n² + m² numbers for a linear layer or convolution of n inputs, places of its kernel
     counted apart, and m outputs, and one number for each element of other parameters, whatever the
-    number of tasks.
+    number of tasks. Each step takes 2 n m (n + m) operations for such a layer, whatever the batch.
 
     Works with any module and loop under automatic optimisation, any precision, accumulation,
     clipping, and DDP; alone, with `MergeCallback`, `LwF` or `EWC`. The penalty is logged as

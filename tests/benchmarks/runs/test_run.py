@@ -345,6 +345,7 @@ def test_help_explains_every_setting(capsys):
         (["lwf.weight=-1"], "weight=-1.0 of LwF; expected 0 or more, finite"),
         (["lwf.temperatur=1"], "unknown key 'lwf.temperatur'; did you mean 'lwf.temperature'?"),
         (["ewc.fisher=emprical"], "unknown Fisher estimate 'emprical'; did you mean 'empirical'?"),
+        (["drift_penalty.samples=0"], "samples=0 of DriftPenalty; expected 1 or more"),
         (["ewc.decay=1"], "decay=1.0 of EWC; expected 0 or more, below 1"),
         (["checkpoint_seconds=-1"], "checkpoint_seconds=-1.0; expected 0 or more"),
     ],

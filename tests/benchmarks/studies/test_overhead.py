@@ -117,11 +117,11 @@ def test_steps_on_random_images_are_the_same_work(precision):
     assert all(figures["images_per_second"] > 0 for figures in (ours, bare))
 
 
-@pytest.mark.parametrize("kind", ["ewc-empirical", "lwf+ewc"])
+@pytest.mark.parametrize("kind", ["ewc-empirical", "drift-penalty", "lwf+ewc"])
 def test_steps_with_regularizers_are_measured_with_the_fisher_pass(kind):
     found = regularizer_cost.measure(kind, "32-true", "glyph", batch_size=4, steps=3, warmup=2)
     assert found["step_ms"] > 0
-    assert found["fisher_ms"] > 0
+    assert found["end_ms"] > 0
 
 
 def test_steps_are_measured_in_processes_of_their_own():
