@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from cl_merge.benchmarks.formatting import counted, data_label
+from cl_merge.benchmarks.methods.method import TRAININGS
 from cl_merge.benchmarks.reports.summary import METRICS, PAPER, WITHOUT_TASKS
 from cl_merge.benchmarks.runs.provenance import settings_of
 from cl_merge.benchmarks.runs.results import Percent, read_results
@@ -35,7 +36,7 @@ _AXES |= {"data", "model", "stream.tasks"}  # what the name of a stream says
 _OF_ALL = ("merge.store", "merge.include", "merge.exclude", "merge.buffers")
 _OF_OWN = ("merge.scale", "merge.groups", "merge.density", "merge.seed", "merge.options.")
 _BESIDE = "merge.beside."
-_TRAININGS = ("lwf.", "ewc.", "drift_penalty.")
+_TRAININGS = {t.name: f"{t.regularizer}." for t in TRAININGS.values() if t.regularizer}
 _SOURCE = "Marczak et al., MagMax, ECCV 2024, tables 1 and 2"
 _MODEL = "ViT-B-16-quickgelu:openai"
 _STATISTICS = ("-statistics", "-aligned")
@@ -208,7 +209,7 @@ def _of_stream(settings: Mapping[str, str]) -> tuple[str, ...]:
     if devices.isdecimal() and batch.isdecimal():
         # Several devices share a step; what counts is how many images it has.
         words["stream.batch_size"] = str(int(devices) * int(batch))
-    of_others = ("merge.", "loggers", *_TRAININGS)
+    of_others = ("merge.", "loggers", *_TRAININGS.values())
     return tuple(sorted(f"{k}={v}" for k, v in words.items() if not k.startswith(of_others)))
 
 
@@ -217,7 +218,7 @@ def _of_method(
 ) -> tuple[str, ...]:
     """The options of a method as words."""
     method, own = (_plain(name) for name in (method, own))
-    starts = [start for start in _TRAININGS if start == f"{found['training']}.".replace("-", "_")]
+    starts = [_TRAININGS[found["training"]]] if found["training"] in _TRAININGS else []
     if found["merger"]:
         starts += [*_OF_ALL, *(_OF_OWN if method == own else (f"{_BESIDE}{method}.",))]
     words = {key: value for key, value in settings.items() if key.startswith(tuple(starts))}
