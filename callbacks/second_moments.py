@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -197,8 +197,7 @@ def _rows(layer: nn.Module, inputs: Tensor) -> Tensor:
     """What a layer multiplies its weight with at each place, [places, n]."""
     if not isinstance(layer, nn.Conv2d):
         return inputs.flatten(0, -2)
-    padding = layer.padding
-    assert not isinstance(padding, str)  # noqa: S101 - see _is_matrix
+    padding = cast("tuple[int, ...]", layer.padding)  # no word, see _is_matrix
     patches = F.unfold(inputs, layer.kernel_size, layer.dilation, padding, layer.stride)
     return patches.mT.flatten(0, -2)
 
