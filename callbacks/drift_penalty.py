@@ -18,7 +18,6 @@ from cl_merge.callbacks.regularizer import Penalty
 from cl_merge.callbacks.second_moments import second_moments
 from cl_merge.errors import InputError
 from cl_merge.seeds import derive_seed
-from cl_merge.task_vectors.growth import check_grown
 from cl_merge.task_vectors.module_weights import parameters_of
 
 
@@ -48,7 +47,7 @@ class DriftPenalty(Penalty):
         seed: Of the directions in which changes of features are measured.
 
     Attributes:
-        drift: What computes it, in plain torch.
+        penalty: What computes it, in plain torch.
 
     Raises:
         InputError: If a value is out of its range, or the module has no features.
@@ -67,6 +66,7 @@ class DriftPenalty(Penalty):
     """
 
     name = "drift"
+    penalty: FeatureDrift
 
     def __init__(
         self,
@@ -76,22 +76,11 @@ class DriftPenalty(Penalty):
         samples: int | None = 200,
         seed: int = 0,
     ) -> None:
-        super().__init__(weight)
-        if samples is not None and samples < 1:
-            raise InputError(f"samples={samples} of DriftPenalty; expected 1 or more")
-        self.samples = samples
-        self.seed = seed
-        self.drift = FeatureDrift()
+        super().__init__(weight, samples=samples, seed=seed)
+        self.penalty = FeatureDrift()
         self._features = image_features_of(features, "DriftPenalty", "DriftPenalty(features=...)")
 
     # Hooks, in the order in which they fire.
-
-    @override
-    def prepare_task(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        super().prepare_task(trainer, module)
-        live, anchor = parameters_of(module), self.drift.anchor
-        check_grown(live, anchor, live.keys() & anchor.keys(), "the module")
-        self.drift.move_to(module.device)
 
     @override
     def begin_task(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
@@ -103,18 +92,16 @@ class DriftPenalty(Penalty):
                     "torch.no_grad() and detach()"
                 )
         if not self._resumed:
-            self.drift.start(module)
+            self.penalty.start(module)
 
     @override
     def add_gradients(self, module: L.LightningModule, factor: float) -> Tensor | None:
-        drift = self.drift.add_gradients(module, factor * self.weight)
+        drift = self.penalty.add_gradients(module, factor * self.weight)
         return None if drift is None else self.weight * drift
 
     @override
     def remember(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Take up what the features of the task at hand depend on."""
-        # A fit with nothing left to train has taken its module off the device by now.
-        self.drift.move_to(module.device)
 
         def seed_of(index: int) -> int:
             # Of the place in the epoch, which samplers deal out to the processes by turns.
@@ -124,27 +111,21 @@ class DriftPenalty(Penalty):
         with fisher_precision(trainer, module.device):
             task = second_moments(
                 module,
-                self.drift.parameters(module),
+                self.penalty.parameters(module),
                 training_batches(trainer, module),
                 partial(self._features, module),
                 seed_of=seed_of,
                 total=sum_over_processes(trainer, module),
                 limit=own_samples(trainer, self.samples),
             )
-        self.drift.end_task(task)
-        self.drift.start(module)
-
-    @override
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_fit_end(trainer, pl_module)
-        # Lightning takes the module off its device too.
-        self.drift.move_to(torch.device("cpu"))
+        self.penalty.end_task(task)
+        self.penalty.start(module)
 
     @override
     def task_state(self) -> dict[str, Any]:
-        return {"tasks": self._tasks, **self.drift.state_dict()}
+        return {"tasks": self._tasks, **self.penalty.state_dict()}
 
     @override
     def load_task_state(self, state: dict[str, Any]) -> None:
         self._tasks = state["tasks"]
-        self.drift.load_state_dict(state)
+        self.penalty.load_state_dict(state)

@@ -29,11 +29,9 @@ from cl_merge.callbacks.fisher import (
 from cl_merge.callbacks.outputs import Loss, check_loss
 from cl_merge.callbacks.regularizer import Penalty
 from cl_merge.errors import InputError, unknown_name
-from cl_merge.task_vectors.growth import check_grown
 from cl_merge.task_vectors.module_weights import (
     copies,
     install,
-    parameters_of,
 )
 
 # The size of a Fisher depends on its kind, so each needs a weight of its own.
@@ -97,6 +95,7 @@ class EWC(Penalty):
     """
 
     name = "ewc"
+    penalty: EWCPenalty
 
     def __init__(
         self,
@@ -113,12 +112,9 @@ class EWC(Penalty):
     ) -> None:
         if fisher not in WEIGHTS:
             raise unknown_name("Fisher estimate", fisher, WEIGHTS)
-        super().__init__(WEIGHTS[fisher] if weight is None else weight, first_task=first_task)
-        if samples is not None and samples < 1:
-            raise InputError(f"samples={samples} of EWC; expected 1 or more")
+        weight = WEIGHTS[fisher] if weight is None else weight
+        super().__init__(weight, samples=samples, seed=seed, first_task=first_task)
         self.kind = fisher
-        self.samples = samples
-        self.seed = seed
         self.penalty = EWCPenalty(self.weight, decay=decay, from_zero=from_zero)
         check_loss(loss)
         if fisher == "published" and loss not in (None, "cross_entropy"):
@@ -136,13 +132,6 @@ class EWC(Penalty):
         return self.penalty.anchor
 
     # Hooks, in the order in which they fire.
-
-    @override
-    def prepare_task(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        super().prepare_task(trainer, module)
-        live = parameters_of(module)
-        check_grown(live, self.anchor, live.keys() & self.anchor.keys(), "the module")
-        self.penalty.move_to(module.device)
 
     @override
     def begin_task(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
@@ -170,18 +159,10 @@ class EWC(Penalty):
     @override
     def remember(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Fold the Fisher of the task at hand into the running average, and move the anchor."""
-        # A fit with nothing left to train has taken its module off the device by now.
-        self.penalty.move_to(module.device)
         trained = self.penalty.parameters(module)
         with requiring_gradients(trained):
             estimate = self._estimate(trainer, module, trained)
         self.penalty.remember(trained, estimate)
-
-    @override
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_fit_end(trainer, pl_module)
-        # Lightning takes the module off its device too.
-        self.penalty.move_to(torch.device("cpu"))
 
     @override
     def task_state(self) -> dict[str, Any]:

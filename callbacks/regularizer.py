@@ -7,7 +7,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import lightning as L
 import torch
@@ -16,6 +16,8 @@ from typing_extensions import override
 
 from cl_merge.callbacks.task import TaskCallback
 from cl_merge.errors import InputError
+from cl_merge.task_vectors.growth import check_grown
+from cl_merge.task_vectors.module_weights import parameters_of
 
 LossTerm: TypeAlias = Callable[[], AbstractContextManager[Callable[[], Tensor]]]
 """Watches a training step inside a context, whose value then makes the term, a scalar."""
@@ -71,16 +73,44 @@ class Regularizer(TaskCallback):
         """Keep what later tasks shall stay close to, of a module with the trained weights."""
 
 
+class Anchored(Protocol):
+    """What a `Penalty` keeps of earlier tasks: weights by name, and whatever else."""
+
+    anchor: dict[str, Tensor]
+
+    def move_to(self, device: torch.device) -> None:
+        """Move all of it to a device."""
+
+
 class Penalty(Regularizer):
     """A regularizer whose gradient is added in closed form, before clipping: no graph.
 
     Its value is logged as ``NAME/penalty``; the module's own loss does not contain it.
+
+    Args:
+        weight: Factor of the penalty.
+        samples: Estimate from at most so many samples of a task; None uses all.
+        seed: Of what an estimate draws.
+        first_task: As of `Regularizer`.
+
+    Attributes:
+        penalty: What computes it, in plain torch.
+
+    Raises:
+        InputError: If a value is out of its range, or parameters of earlier tasks have shrunk.
     """
 
     name: ClassVar[str]
+    penalty: Anchored
 
-    def __init__(self, weight: float, *, first_task: bool = False) -> None:
+    def __init__(
+        self, weight: float, *, samples: int | None, seed: int, first_task: bool = False
+    ) -> None:
         super().__init__(weight, first_task=first_task)
+        if samples is not None and samples < 1:
+            raise InputError(f"samples={samples} of {type(self).__name__}; expected 1 or more")
+        self.samples = samples
+        self.seed = seed
         self._micro_batches = 0
         self._scale = 1.0  # of gradients when they were last added to
 
@@ -90,6 +120,9 @@ class Penalty(Regularizer):
 
     @override
     def prepare_task(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        live, anchor = parameters_of(module), self.penalty.anchor
+        check_grown(live, anchor, live.keys() & anchor.keys(), "the module")
+        self.penalty.move_to(module.device)
         self._micro_batches = 0
 
     @override
@@ -111,6 +144,18 @@ class Penalty(Regularizer):
         penalty = self.add_gradients(pl_module, share * self._scale)
         if penalty is not None:
             pl_module.log(f"{self.name}/penalty", penalty)
+
+    @override
+    def end_task(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        # A fit with nothing left to train has taken its module off the device by now.
+        self.penalty.move_to(module.device)
+        super().end_task(trainer, module)
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_fit_end(trainer, pl_module)
+        # Lightning takes the module off its device too.
+        self.penalty.move_to(torch.device("cpu"))
 
 
 def extend_training_step(module: L.LightningModule, term: LossTerm) -> Callable[[], None]:

@@ -117,8 +117,8 @@ def test_the_first_task_is_free_and_later_ones_stay_closer():
 def test_what_the_features_do_not_depend_on_is_free():
     module, callback = Backbone(), penalty(features=lambda module, batch: module.backbone(batch[0]))
     fit(module, callback, 0)
-    assert set(callback.drift.inputs) == {"backbone.0.weight"}
-    assert set(callback.drift.elements) == {"backbone.0.bias"}
+    assert set(callback.penalty.inputs) == {"backbone.0.weight"}
+    assert set(callback.penalty.elements) == {"backbone.0.bias"}
 
 
 def test_a_layer_that_is_frozen_for_a_task_is_held_by_all_tasks_when_it_trains_again():
@@ -126,17 +126,17 @@ def test_a_layer_that_is_frozen_for_a_task_is_held_by_all_tasks_when_it_trains_a
     for task, trains in enumerate((True, False, True)):
         module.net[0].weight.requires_grad_(trains)
         fit(module, callback, task)
-    assert callback.drift.counts == {"net.0.weight": 3, "net.2.weight": 3}
+    assert callback.penalty.counts == {"net.0.weight": 3, "net.2.weight": 3}
 
 
 def test_a_head_that_grows():
     module, callback = Plain(), penalty()
     fit(module, callback, 0)
-    before = callback.drift.gradients["net.2.weight"]
+    before = callback.penalty.gradients["net.2.weight"]
     grow(module, 5)
     fit(module, callback, 1)
     assert before.shape == (3, 3)
-    assert callback.drift.gradients["net.2.weight"].shape == (5, 5)
+    assert callback.penalty.gradients["net.2.weight"].shape == (5, 5)
 
 
 def test_the_clip_classifier_needs_no_hint_and_a_seed_gives_the_same_bits():
@@ -153,7 +153,7 @@ def test_moments_of_a_limited_number_of_images():
     module, callback = Plain(), penalty(samples=5)
     fit(module, callback, 0)
     images = loader(0).dataset.tensors[0][:5]
-    torch.testing.assert_close(callback.drift.inputs["net.0.weight"], images.T @ images / 5)
+    torch.testing.assert_close(callback.penalty.inputs["net.0.weight"], images.T @ images / 5)
 
 
 def test_a_module_without_features_is_refused_before_it_trains():
@@ -186,7 +186,7 @@ def test_a_task_that_changes_no_features_leaves_nothing_to_hold():
     module.backbone.requires_grad_(False)
     fit(module, callback, 0)
     assert callback.tasks == 1
-    assert not callback.drift.inputs
+    assert not callback.penalty.inputs
     module.backbone.requires_grad_(True)
     fit(module, callback, 1)
-    assert callback.drift.counts == {"backbone.0.weight": 1}
+    assert callback.penalty.counts == {"backbone.0.weight": 1}

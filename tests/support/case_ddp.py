@@ -43,7 +43,7 @@ def train(folder: Path, devices: int) -> None:
             for k, v in getattr(callback, "fisher", {}).items():
                 tensors[f"fisher.{k}"] = v
             if isinstance(callback, DriftPenalty):
-                for k, v in callback.drift.gradients.items():
+                for k, v in callback.penalty.gradients.items():
                     tensors[f"moments.{k}"] = v
         for callback in behind:
             for k, v in callback.statistics.state_dict().items():
