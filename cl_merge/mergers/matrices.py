@@ -8,6 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+# A singular value that is no larger, as a share of the Frobenius norm, is zero: task vectors are
+# float32, whose rounding errors reach about 1e-7 of it, whatever dtype a rule computes in. What
+# `torch.linalg.matrix_rank` leaves out of a float32 matrix grows with its size, to 5e-4.
+_ZERO = 1e-6
+
 
 def as_matrix(values: Tensor, flatten: bool) -> Tensor | None:
     """View a parameter as a matrix [rows, columns]; None if it is none or holds nothing.
@@ -26,7 +31,7 @@ def singular_triplets(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Decompose a matrix, and leave out what belongs to singular values of zero.
 
     Which vectors belong to a singular value of zero is up to rounding errors, so that no rule may
-    depend on them. Of a matrix [m, n] of rank r, as far as its dtype tells, returns left vectors
+    depend on them. Of a matrix [m, n] of rank r, as far as float32 tells, returns left vectors
     [m, r], descending singular values [r] and right vectors [r, n], in float64.
     """
     with on_one_thread():
@@ -36,9 +41,7 @@ def singular_triplets(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             left, right = left.T, right.T
         else:
             left, values, right = torch.linalg.svd(double, full_matrices=False)
-    # As in `torch.linalg.matrix_rank`.
-    smallest = max(matrix.shape) * torch.finfo(matrix.dtype).eps * values[:1]
-    rank = int((values > smallest).count_nonzero())
+    rank = int((values > _ZERO * torch.linalg.vector_norm(double)).count_nonzero())
     return left[:, :rank], values[:rank], right[:rank]
 
 
