@@ -13,6 +13,8 @@ from cl_merge.mergers.stack import StackMerger
 _STEPS = 100
 _NEAR = 1e-12
 """Length of a step with which the mean counts as found, and sine of no angle."""
+_SAME = 1e-6
+"""Distance of directions that count as one."""
 _NO_DIRECTION = 1e-6
 """Length below which the straight mean vanishes."""
 
@@ -60,32 +62,34 @@ class Karcher(StackMerger):
             if not bool(changed.any()):
                 return values[0]
             units = vectors[changed] / lengths[changed, None]
-            shares = _middle(units @ units.T)
+            # The mean lies in what the T directions span: it is searched there, with T coordinates
+            # or fewer. Two directions that float32 cannot tell apart are one.
+            squares, axes = torch.linalg.eigh(units @ units.T)
+            told = squares > _SAME**2
+            roots, axes = squares[told].sqrt(), axes[:, told]
+            shares = axes / roots @ _middle(axes * roots)
             return (lengths.mean() * (shares @ units)).view(values.shape[1:])
 
 
-def _middle(cosines: Tensor) -> Tensor:
-    """Find the Karcher mean of directions of these cosines [T, T], as factors [T] of each."""
-    # The mean is always made of the directions, so that their cosines are all that is needed.
-    count = len(cosines)
-    shares = torch.full_like(cosines[0], 1 / count)
-    if _length(shares, cosines) < _NO_DIRECTION:
-        shares = torch.eye(count, dtype=cosines.dtype, device=cosines.device)[0]
-    shares = shares / _length(shares, cosines)
+def _middle(directions: Tensor) -> Tensor:
+    """Find the Karcher mean [R] of vectors of length 1, [T, R]."""
+    mean = directions.mean(dim=0)
+    if _length(mean) < _NO_DIRECTION:
+        mean = directions[0]
+    mean = mean / _length(mean)
     for _ in range(_STEPS):
-        towards = (cosines @ shares).clamp(-1, 1)
+        towards = (directions @ mean).clamp(-1, 1)
         # The logarithm map: angle / sine, of what a direction has beside its part along the mean.
         sines = (1 - towards.square()).sqrt()
         none = sines < _NEAR
-        pulls = torch.where(none, towards > 0, towards.acos() / sines.masked_fill(none, 1)) / count
-        step = pulls - (pulls @ towards) * shares
-        size = _length(step, cosines)
+        pulls = torch.where(none, towards > 0, towards.acos() / sines.masked_fill(none, 1))
+        step = (pulls @ directions - (pulls @ towards) * mean) / len(directions)
+        size = _length(step)
         if size < _NEAR:
             break
-        shares = size.cos() * shares + size.sin() / size * step
-        shares = shares / _length(shares, cosines)
-    return shares
+        mean = size.cos() * mean + size.sin() / size * step
+        mean = mean / _length(mean)
+    return mean
 
 
-def _length(shares: Tensor, cosines: Tensor) -> Tensor:
-    return (shares @ cosines @ shares).clamp(min=0).sqrt()
+_length = torch.linalg.vector_norm

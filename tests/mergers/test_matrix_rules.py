@@ -442,6 +442,17 @@ def test_large_values_do_not_overflow(rule):
     assert bool(run(rule(), vectors)["w"].isfinite().all())
 
 
+@RULES
+def test_task_vectors_that_cancel_leave_finite_values(rule):
+    """Opposite, nearly dependent and unchanged ones, of very different lengths."""
+    rows = [[1, 8.914e13, 0.0], [0, 0, 0.0], [-1, 0, 0.0], [2.0**75, 2.0**63, 0.0], [0, -1, 0.0]]
+    for count in range(2, len(rows) + 1):
+        vectors = [{"w": torch.tensor([row]), "b": torch.tensor(row)} for row in rows[:count]]
+        if rule is Slerp:
+            vectors = vectors[-2:]
+        assert all(bool(value.isfinite().all()) for value in run(rule(), vectors).values())
+
+
 def test_singular_triplets_leave_out_what_is_zero():
     matrix = torch.outer(torch.arange(1.0, 4), torch.ones(5))
     left, values, right = singular_triplets(matrix)
