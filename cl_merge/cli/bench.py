@@ -40,13 +40,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add(
         "suite",
         metavar="SUITE",
-        help="offline, held-out, table1, table2, domains, eight, or FILE.yaml",
+        help="offline, held-out, table1, table2, domains, eight, mtil, mtil-offline, or FILE.yaml",
     )
     add("settings", nargs="*", metavar="KEY=VALUE", help="settings of every run, see cl-merge run")
     several: dict[str, Any] = {"metavar": "A,B", "default": ""}
     add("--data", **several, help="only these data sets, with commas; others are added")
     add("--tasks", **several, help="only these numbers of tasks, with commas")
-    about = "only these methods, with commas; any that cl-merge run knows"
+    about = "show only these methods, with commas; others of their training are evaluated too"
     add("--methods", **several, help=about)
     add("--seeds", metavar="N", help="how many, or a list with commas")
     about = "so many orders of classes, domains or data sets: the recipe's, the others drawn"

@@ -22,7 +22,7 @@ end in -aligned are in the image tower, and in any format.
 
 examples:
   cl-merge export runs/digits-magmax --format onnx --out exported/digits
-  cl-merge export runs/photos --method magmax-aligned --format huggingface --out exported/photos
+  cl-merge export runs/photos-magmax-aligned --format huggingface --out exported/photos
 """
 
 

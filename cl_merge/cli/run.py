@@ -131,8 +131,9 @@ def _key_help() -> str:
         "methods: " + ", ".join(METHODS),
         "and, of independent or sequential training, as in NAME-sequential: " + ", ".join(others),
         "or a method of your own: FILE.py:NAME",
-        "what merges may end in -statistics, for class statistics beside the text head, or in "
-        "-aligned, for those inside the image projection, as in ties-aligned",
+        "what merges may end in -drift, for a scale that is lowered where features drift too far, "
+        "in -statistics, for class statistics beside the text head, or in -aligned, for those "
+        "inside the image projection, as in ties-aligned",
     ):
         lines += ["", *wrapped(text, subsequent_indent="  ")]
     return "\n".join(lines) + "\n"

@@ -83,7 +83,9 @@ class MergeConfig:
     density: float | None = _key(None, "share of the entries kept; null: as published")
     seed: int = _key(0, "of methods that draw, as random-mix")
     include: list[str] = _key(list, "patterns of the parameters to merge; none: all that train")
-    exclude: list[str] = _key(list, "patterns of the parameters that keep their base values")
+    exclude: list[str] = _key(
+        list, "patterns of the parameters that are not merged: as the last task left them"
+    )
     store: str = _key("float32", "of task vectors: float32, bf16, int8, int4 or int2")
     device: str | None = _key(None, "where merging is done; null: where the training is")
     importance_samples: int | None = _key(
