@@ -436,6 +436,14 @@ def test_flipping_all_signs_flips_the_result(rule):
     assert torch.equal(run(rule(), flipped)["w"], -run(rule(), vectors)["w"])
 
 
+@pytest.mark.parametrize("rule", FLATTENING, ids=lambda rule: rule.name)
+def test_rounding_errors_of_low_rank_tasks_have_no_say(rule):
+    tasks = torch.randn(2, 64, 4, generator=seeded(0)) @ torch.randn(2, 4, 64, generator=seeded(1))
+    noisy = tasks * (1 + 1e-7 * torch.randn(tasks.shape, generator=seeded(2)))
+    one, other = (run(rule(), [{"w": task} for task in stack])["w"] for stack in (tasks, noisy))
+    assert float((one - other).norm()) < 1e-5 * float(one.norm())
+
+
 @RULES
 def test_large_values_do_not_overflow(rule):
     vectors = [{"w": torch.randn(5, 4, generator=seeded(seed)) * 1e37} for seed in range(2)]
