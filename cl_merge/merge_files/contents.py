@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from cl_merge.errors import InputError, listing
 from cl_merge.storage import Weights
@@ -105,16 +104,18 @@ def is_twin(weights: Weights, name: str, other: str) -> bool:
     Matrices of one value, such as zeros, tell nothing.
     """
     shape = weights.shape(name)
-    if len(shape) < 2 or shape != weights.shape(other):
+    if len(shape) < 2 or shape != weights.shape(other) or not shape.numel():
         return False
     if weights.dtype(name) != weights.dtype(other):
         return False
-    few, size = min(shape.numel(), 4096), shape.numel()
-    first = weights.read(name, 0, few)
-    if len(first) == 0 or bool((first == first[0]).all()):
-        return False
+    stops = min(shape.numel(), 4096), shape.numel()  # the first values tell most matrices apart
 
-    def bits(which: str, stop: int) -> Tensor:
-        return weights.read(which, 0, stop).view(torch.uint8)
+    def equal(stop: int) -> bool:
+        one, two = (weights.read(each, 0, stop).view(torch.uint8) for each in (name, other))
+        return torch.equal(one, two)
 
-    return all(torch.equal(bits(name, stop), bits(other, stop)) for stop in (few, size))
+    def varied(stop: int) -> bool:
+        values = weights.read(name, 0, stop)
+        return bool((values != values[0]).any())
+
+    return all(map(equal, stops)) and any(map(varied, stops))

@@ -65,7 +65,7 @@ def make_plan(
     """Check every input against the base, by what the files say of their tensors.
 
     Only what is merged has to match: parameters that the selection chooses, in names and shapes. Of
-    tied parameters one suffices.
+    tied parameters one suffices, and one is merged where all are stored.
 
     Raises:
         InputError: If there is no task, an input is quantised, names or shapes do not match, or
@@ -103,6 +103,9 @@ def make_plan(
             f"nothing to merge: '{tasks[0].path}' holds no floating-point parameter{among}"
         )
     merged = [name for name in base.names if name in changed[0]]
+    if not base.is_task_vector:  # adapters tie no matrices, and a look at one costs a product
+        twins |= _stored_twice([base, *tasks], merged)
+        merged = [name for name in merged if name not in twins]
     buffers = [name for name in floating(base) if is_buffer(name)]
     done = {*merged, *buffers, *twins}
     for importance in importances:
@@ -234,6 +237,20 @@ def _twins(weights: Weights, names: Iterable[str], among: Sequence[str]) -> dict
         twin = next((other for other in among if is_twin(weights, name, other)), None)
         if twin is not None:
             found[name] = twin
+    return found
+
+
+def _stored_twice(every: Sequence[Weights], names: Sequence[str]) -> dict[str, str]:
+    """Find what all checkpoints hold twice, as `torch.save` stores tied matrices.
+
+    They are one parameter: it counts once, and what is drawn at random is drawn once.
+    """
+    base, seen, found = every[0], dict[object, str](), dict[str, str]()
+    for name in names:
+        start = base.read(name, 0, 64).view(torch.uint8).numpy().tobytes()
+        first = seen.setdefault((base.shape(name), start), name)
+        if first != name and all(is_twin(weights, name, first) for weights in every):
+            found[name] = first
     return found
 
 
