@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from cl_merge.benchmarks.formatting import counted
+from cl_merge.cli.file_order import by_number
 from cl_merge.errors import listing
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def inspect(parsed: argparse.Namespace) -> int:
 
     with byte_progress(Console(stderr=True), "reading") as progress:
         found = inspect_checkpoints(
-            parsed.files,
+            by_number(parsed.files),
             parsed.base,
             include=parsed.include,
             exclude=parsed.exclude,

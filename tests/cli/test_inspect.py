@@ -77,6 +77,14 @@ def test_files_are_compared_in_what_fits_a_terminal(inspect, files):
     assert "cannot be merged" not in printed
 
 
+def test_files_that_a_pattern_names_are_shown_by_number(files, tmp_path, capsys):
+    (tmp_path / files[1]).rename(tmp_path / "task10.safetensors")
+    assert cli.main(["inspect", files[0], "task10.safetensors", files[2]]) == 0
+    printed = capsys.readouterr()
+    assert "1  task2.safetensors" in printed.out
+    assert "in the order of their numbers" in printed.err
+
+
 def test_many_tasks_fit_too(inspect, files):
     code, printed = inspect(*files * 5, "--base", "base.safetensors")
     assert code == 0
