@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -68,8 +69,9 @@ def make_plan(
     tied parameters one suffices, and one is merged where all are stored.
 
     Raises:
-        InputError: If there is no task, an input is quantised, names or shapes do not match, or
-            a parameter is integers in one of them; names the file and the tensors.
+        InputError: If there is no task, an input is quantised, names or shapes do not match,
+            a parameter is integers in one of them, or factors of LoRA would be merged without a
+            base; names the file and the tensors.
     """
     if not tasks:
         raise InputError("no task to merge; give at least one checkpoint or task vector")
@@ -103,6 +105,8 @@ def make_plan(
             f"nothing to merge: '{tasks[0].path}' holds no floating-point parameter{among}"
         )
     merged = [name for name in base.names if name in changed[0]]
+    if no_base and not adapters:
+        _check_factors(base, merged)
     if not base.is_task_vector:  # adapters tie no matrices, and a look at one costs a product
         twins |= _stored_twice([base, *tasks], merged)
         merged = [name for name in merged if name not in twins]
@@ -263,6 +267,17 @@ def _check_tied(task: Weights, twins: Mapping[str, str]) -> None:
                 f"'{task.path}' has another '{name}' than '{twin}', which the base and another "
                 f"task have tied; take the base's: exclude '{name}'"
             )
+
+
+def _check_factors(weights: Weights, names: Sequence[str]) -> None:
+    """Refuse factors of LoRA that have no start in common: what they make is their product."""
+    factors = [name for name in names if re.search(r"\.lora_[AB]\.", name)]
+    if factors:
+        raise InputError(
+            f"'{weights.path}' holds factors of LoRA, which mean nothing one by one: "
+            f"{listing(factors)}. Give the folders of the adapters, with their base or lora_rank, "
+            "or merge each into its base first (peft: model.merge_and_unload())"
+        )
 
 
 def _check_importance(importance: Weights, base: Weights, merged: list[str], grams: bool) -> None:
