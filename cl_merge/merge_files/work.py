@@ -108,7 +108,8 @@ class Work:
             state |= zeros(self._merger.new_accumulators(task), base.shape, _CPU)
             grown = self._plan.tasks[task]
             if isinstance(grown, GrownVector) and piece[0] not in grown.vector.names:
-                continue  # it came after this task
+                self._merger.fold_absent(state, prepared)  # it came after this task
+                continue
             vector = self.inputs.reader(task, base, hashed=hashed)
             fold_chunk(self._merger, state, vector, piece, task, prepared)
         return state

@@ -62,7 +62,8 @@ def test_a_head_that_grows_is_merged_as_if_the_tasks_before_had_not_moved_the_ne
 
 @pytest.mark.parametrize("store", ["float32", "int4"])
 @pytest.mark.parametrize(
-    "method", ["magmax", "average", "task-arithmetic", "ties", "random-mix", "dare", "breadcrumbs"]
+    "method",
+    ["magmax", "average", "task-arithmetic", "ties", "random-mix", "dare", "breadcrumbs", "opcm"],
 )
 def test_the_files_of_a_stream_that_grew_merge_to_the_same_bits(method, store, tmp_path):
     module, callback = Heads(), MergeCallback(method, directory=tmp_path, store=store)

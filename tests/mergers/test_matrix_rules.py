@@ -375,6 +375,16 @@ def test_opcm_has_one_length_for_the_whole_model():
     assert run(OrthogonalProjection(), vectors)["a"].tolist() == pytest.approx([math.sqrt(0.5)])
 
 
+def test_opcm_takes_what_joins_as_unchanged_by_the_tasks_before():
+    first, second, new = (torch.randn(6, 4, generator=seeded(seed)) for seed in range(3))
+    merger = OrthogonalProjection()
+    merger.update({"a": first})
+    merger.grow({"a": first.shape, "b": new.shape})
+    merger.update({"a": second, "b": new})
+    vectors = [{"a": first, "b": torch.zeros(6, 4)}, {"a": second, "b": new}]
+    assert same_bits(merger.merged(), run(OrthogonalProjection(), vectors))
+
+
 def test_opcm_measures_a_vector_alike_however_it_is_cut_and_ordered(make_vector):
     vector = make_vector(0)
     turned = dict(reversed(vector.items()))
