@@ -91,7 +91,9 @@ class Work:
 
     def _merge_block(self, writer: Sink, name: str, block: slice) -> None:
         shapes = {name: self._plan.base.shape(name)}
-        size = self._merger.chunk_size or chunk_size(_CPU)
+        # A rule that adds accumulators with every task has a chunk of each at once.
+        at_once = len(self._plan.tasks) if self._merger.new_accumulators(1) else 1
+        size = self._merger.chunk_size or max(chunk_size(_CPU) // at_once, 1 << 14)
         for piece in cut(shapes, self._merger.unit, size, block):
             base = self.inputs.read(0, *piece, hashed=True)
             state = self._fold(piece, base, hashed=True)

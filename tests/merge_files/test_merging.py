@@ -25,6 +25,8 @@ from cl_merge.errors import InputError
 from cl_merge.merge_files import merge_checkpoints
 from cl_merge.merge_files.hashing import ContentHash
 from cl_merge.mergers import MERGERS, MaxMagnitude, get_merger, merge
+from cl_merge.mergers.chunks import chunk_size
+from cl_merge.mergers.stack import StackMerger
 from cl_merge.task_vectors.task_vector import TaskVector
 
 any_method = pytest.mark.parametrize("method", METHODS)
@@ -187,6 +189,22 @@ def test_tied_weights_are_written_under_both_names(tmp_path):
     base_file, file = (write(tmp_path, n, w, "pt") for n, w in (("base", base), ("task", task)))
     merge_checkpoints(base_file, [file], tmp_path / "m.safetensors", scale=1.0)
     assert same_bits(read(tmp_path / "m.safetensors"), in_memory(base, [task], "magmax", 1.0))
+
+
+def test_a_rule_that_needs_all_tasks_at_once_is_given_smaller_chunks(tmp_path):
+    seen = []
+
+    class Noted(StackMerger):
+        name, published_scale = "noted", 1.0
+
+        def combine(self, values, info):
+            seen.append(values.numel())
+            return values[-1]
+
+    files = [write(tmp_path, str(i), {"w": torch.full((1 << 19,), i)}, "pt") for i in (0.0, 1.0)]
+    merge_checkpoints(files[0], files[1:] * 8, tmp_path / "m.safetensors", method=Noted())
+    assert set(seen) == {chunk_size(torch.device("cpu"))}
+    assert bool((read(tmp_path / "m.safetensors")["w"] == 1).all())
 
 
 def test_a_part_of_a_larger_tensor_and_an_expanded_one_are_merged(tmp_path):
