@@ -59,7 +59,10 @@ class Work:
         """Read everything, and write every tensor of the output."""
         merged, copied = self._plan.merged, self._plan.copied
         readers = [self.inputs.reader(task) for task in range(len(self._plan.tasks))]
-        self._prepared = in_threads(self._merger.prepare, readers)
+        if len(readers) < torch.get_num_threads():  # which share each task, then
+            self._prepared = [self._merger.prepare(reader) for reader in readers]
+        else:
+            self._prepared = in_threads(self._merger.prepare, readers)
         # A thread takes a block at a time: whole parameters where the rule needs them.
         unit: Unit = "element" if self._merger.unit == "element" else "parameter"
         in_threads(lambda block: self._merge_block(writer, *block), self._blocks(merged, unit))

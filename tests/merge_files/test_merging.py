@@ -1,5 +1,8 @@
 """Merging files gives what merging in memory gives, bit for bit, whatever the files."""
 
+import threading
+import time
+
 import pytest
 import torch
 from file_cases import (
@@ -205,6 +208,28 @@ def test_a_rule_that_needs_all_tasks_at_once_is_given_smaller_chunks(tmp_path):
     merge_checkpoints(files[0], files[1:] * 8, tmp_path / "m.safetensors", method=Noted())
     assert set(seen) == {chunk_size(torch.device("cpu"))}
     assert bool((read(tmp_path / "m.safetensors")["w"] == 1).all())
+
+
+def test_the_first_look_at_few_tasks_takes_all_threads(tmp_path):
+    seen = set()
+
+    class Noted(MaxMagnitude):
+        def prepare(self, vector):
+            vector.map(self.note)
+
+        def note(self, chunk):
+            time.sleep(0.01)
+            seen.add(threading.get_ident())
+
+    weights = {str(i): torch.ones(2) for i in range(8)}
+    base, task = (write(tmp_path, name, weights, "pt") for name in ("base", "task"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        merge_checkpoints(base, [task, task], tmp_path / "m.safetensors", method=Noted())
+    finally:
+        torch.set_num_threads(before)
+    assert len(seen) > 2
 
 
 def test_a_part_of_a_larger_tensor_and_an_expanded_one_are_merged(tmp_path):
