@@ -374,7 +374,8 @@ def _warn(plan: Plan, inputs: Inputs, hashes: list[str], buffers: str | None) ->
     if inputs.moved_buffers and buffers is None:
         log.warning(
             "floating-point buffers differ and are not merged: %s. The %s were taken; choose with "
-            "buffers: trained, base or average",
+            "buffers: trained, base or average. A parameter that is only named like one is merged "
+            "if include gives its whole name",
             listing(sorted(inputs.moved_buffers)),
             "first file's" if plan.no_base else "last task's",
         )

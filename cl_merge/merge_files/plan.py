@@ -15,7 +15,6 @@ from cl_merge.merge_files.contents import (
     floating,
     is_buffer,
     is_twin,
-    parameters,
 )
 from cl_merge.merge_files.grown import GrownVector, is_grown
 from cl_merge.mergers.importances import check_importances, check_same_weighed
@@ -100,7 +99,12 @@ def make_plan(
                 f"{listing(sorted(changed[-1] - changed[0]))}. Choose those of both with include"
             )
     if not changed[0]:
-        among = " among what include and exclude choose" if chosen.narrows else ""
+        among = (
+            " among what include and exclude choose; include one that is named like a buffer by "
+            "its whole name"
+            if chosen.narrows
+            else ""
+        )
         raise InputError(
             f"nothing to merge: '{tasks[0].path}' holds no floating-point parameter{among}"
         )
@@ -110,8 +114,9 @@ def make_plan(
     if not base.is_task_vector:  # adapters tie no matrices, and a look at one costs a product
         twins |= _stored_twice([base, *tasks], merged)
         merged = [name for name in merged if name not in twins]
-    buffers = [name for name in floating(base) if is_buffer(name)]
-    done = {*merged, *buffers, *twins}
+    done = {*merged, *twins}
+    buffers = [name for name in floating(base) if is_buffer(name) and name not in done]
+    done |= set(buffers)
     for importance in importances:
         _check_importance(importance, base, merged, grams)
     if grams:
@@ -159,8 +164,13 @@ class Chosen:
                 )
 
     def of(self, weights: Weights) -> list[str]:
-        """Names of those that a checkpoint has, in its order."""
-        return self._selection.chosen(parameters(weights))
+        """Names of those that a checkpoint has, in its order.
+
+        What is named like a buffer is one, unless it is included by its whole name.
+        """
+        named = self._selection.include
+        names = [name for name in floating(weights) if name in named or not is_buffer(name)]
+        return self._selection.chosen(names)
 
     def of_either(self, task: Weights, base: Weights) -> tuple[list[str], list[str]]:
         """What a task and the base have of all that is chosen in one of the two."""

@@ -169,6 +169,15 @@ def test_schedules_and_counters_are_buffers(tmp_path):
         merged(tmp_path, base, task, buffers="last")
 
 
+@pytest.mark.parametrize("include", [["*", "net.alphas"], ["net.alphas"]])
+def test_a_parameter_named_like_a_buffer_is_merged_if_its_whole_name_is_included(tmp_path, include):
+    base, task = A | {"net.alphas": torch.zeros(3)}, MOVED | {"net.alphas": torch.ones(3)}
+    found = merged(tmp_path, base, task, include=include, buffers="base", scale=0.5)
+    assert found["net.alphas"].tolist() == [0.5] * 3
+    with pytest.raises(InputError, match="named like a buffer by its whole"):
+        merged(tmp_path, base, task, include=["*.alphas"])
+
+
 CODES = {
     "GPTQ": {"layer.qweight": torch.ones(2, 2).int(), "layer.scales": torch.ones(2).half()},
     "bitsandbytes": {"layer.weight": torch.ones(2, 2).char(), "layer.SCB": torch.ones(2)},

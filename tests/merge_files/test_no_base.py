@@ -172,7 +172,9 @@ def test_factors_of_adapters_are_refused(tmp_path, adapter):
     """A and B make the same adapter as -A and -B, but their mean is none."""
     names = [f"base_model.model.l.lora_{factor}.{adapter}weight" for factor in "AB"]
     every = [{name: torch.full((2, 2), sign) for name in names} for sign in (1.0, -1.0)]
-    with pytest.raises(InputError, match=r"w0.safetensors' holds factors of LoRA, .* one by one: .*lora_A"):
+    with pytest.raises(
+        InputError, match=r"w0.safetensors' holds factors of LoRA, .* one by one: .*lora_A"
+    ):
         merged(tmp_path, *every, method="average")
     start, *tasks = files(tmp_path, *every, every[0])  # of one start they are like other weights
     assert merge_checkpoints(start, tasks, tmp_path / "o.safetensors").merged == 2
