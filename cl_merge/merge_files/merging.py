@@ -35,6 +35,7 @@ from cl_merge.mergers.options import check_per_task
 from cl_merge.mergers.registry import fresh_merger
 from cl_merge.storage import Weights, Writer, check_output, open_weights, write_weights
 from cl_merge.storage.hub import is_hub_id, short_name
+from cl_merge.storage.weights import GROWN_BASE
 from cl_merge.stream_merger.buffers import BUFFERS
 from cl_merge.task_vectors.scales import Scales
 from cl_merge.task_vectors.selection import Selection
@@ -214,6 +215,8 @@ def merge_checkpoints(
         inputs = Inputs(plan, progress, passes=passes, block=block_size, factors=factors)
         of_buffers = buffers or ("base" if no_base else "trained")
         work = Work(plan, merger, scales, inputs, block, of_buffers)
+        # What is merged is no base of the vectors that lack what came later.
+        own = {key: value for key, value in plan.base.metadata.items() if key != GROWN_BASE}
         made = {
             "format": "pt",  # which transformers insists on
             "cl_merge.version": __version__,
@@ -233,7 +236,7 @@ def merge_checkpoints(
             writing = write_weights(
                 output,
                 {n: (plan.written(n), plan.base.shape(n)) for n in plan.base.names},
-                {**plan.base.metadata, **made},
+                {**own, **made},
                 like=plan.base,
                 texts={CARD: card, **_config(plan.base, dtype)},
                 shard_bytes=shard_bytes,

@@ -16,7 +16,7 @@ from cl_merge.merge_files.contents import (
     is_buffer,
     is_twin,
 )
-from cl_merge.merge_files.grown import GrownVector, is_grown
+from cl_merge.merge_files.grown import grown_vectors
 from cl_merge.mergers.importances import check_importances, check_same_weighed
 from cl_merge.storage import Weights
 from cl_merge.task_vectors.selection import Selection
@@ -79,8 +79,7 @@ def make_plan(
         check_base(weights, "without a base there must be weights" if no_base else _BASE)
     for weights in (base, *tasks):
         check_mergeable(weights)
-    if is_grown(base):
-        tasks = [GrownVector(task, base) if task.is_task_vector else task for task in tasks]
+    tasks = grown_vectors(tasks, base)
     chosen = Chosen(selection, [base, *tasks])
     changed: list[set[str]] = []
     twins: dict[str, str] = {}
@@ -125,7 +124,7 @@ def make_plan(
             check_same_weighed(names, held[0], f"the importance '{importance.path}'")
     plan = Plan(
         base,
-        list(tasks),
+        tasks,
         list(importances),
         merged,
         buffers,

@@ -93,6 +93,16 @@ def test_many_tasks_fit_too(inspect, files):
     assert "to 1.00 (" in printed
 
 
+def test_a_task_of_zeros_is_left_out_of_the_cosines(inspect, files):
+    zeros = ["base.safetensors"]
+    code, printed = inspect(*files, *zeros, *files * 3, "--base", "base.safetensors")
+    assert code == 0
+    assert "12 pairs with a task of zeros, which has no cosine" in printed
+    assert "to 1.00 (" in printed
+    assert "nan" not in printed
+    assert "on average" not in inspect(*zeros * 12, "--base", "base.safetensors")[1]
+
+
 def test_layers_are_shown_if_asked_for(inspect, files):
     assert "visual.conv1.weight" not in inspect(*files)[1]
     _, printed = inspect(*files, "--base", "base.safetensors", "--layers")
