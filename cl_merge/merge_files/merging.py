@@ -34,7 +34,7 @@ from cl_merge.mergers.importances import needed_of
 from cl_merge.mergers.options import check_per_task
 from cl_merge.mergers.registry import fresh_merger
 from cl_merge.storage import Weights, Writer, check_output, open_weights, write_weights
-from cl_merge.storage.hub import is_hub_id, short_name
+from cl_merge.storage.hub import is_hub_id, short_names
 from cl_merge.storage.weights import GROWN_BASE
 from cl_merge.stream_merger.buffers import BUFFERS
 from cl_merge.task_vectors.scales import Scales
@@ -277,15 +277,16 @@ def _described(plan: Plan, hashes: Sequence[str]) -> str:
     """What the metadata say of the inputs."""
     roles = ["base", *["task"] * len(plan.tasks), *["importance"] * len(plan.importances)]
     inputs = (plan.base, *plan.tasks, *plan.importances)
-    described = list(zip(inputs, roles, hashes, strict=True))[plan.no_base :]
+    names = short_names([weights.path for weights in inputs])
+    described = list(zip(inputs, names, roles, hashes, strict=True))[plan.no_base :]
     entries = [
         {
-            "file": short_name(weights.path),
+            "file": name,
             "kind": weights.kind,
             "role": role,
             **({"xxh3_128": of_content} if of_content else {}),
         }
-        for weights, role, of_content in described
+        for weights, name, role, of_content in described
     ]
     return json.dumps(entries)
 
