@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 
 import torch
@@ -78,6 +79,17 @@ def check_mergeable(weights: Weights) -> None:
             f"'{weights.path}' is quantised: {sign}. Merge the weights before quantisation, or "
             "dequantise them first, as transformers' model.dequantize() does"
         )
+
+
+def check_several(**given: object) -> None:
+    """Refuse one path where several are wanted; a text is a sequence, too.
+
+    Raises:
+        InputError: Names the argument.
+    """
+    for key, value in given.items():
+        if isinstance(value, (str, os.PathLike)):
+            raise InputError(f"{key} must be a list of files, as in ['{value}']")
 
 
 def take_off(prefix: str, base: Weights | None, others: Sequence[Weights]) -> None:

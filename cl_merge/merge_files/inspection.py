@@ -16,7 +16,7 @@ from cl_merge.errors import InputError
 from cl_merge.kernels import subtract
 from cl_merge.kernels.finite import is_finite
 from cl_merge.kernels.parallel import in_threads
-from cl_merge.merge_files.contents import parameters, quantised, take_off
+from cl_merge.merge_files.contents import check_several, parameters, quantised, take_off
 from cl_merge.merge_files.grown import grown_vectors
 from cl_merge.merge_files.hashing import BLOCK
 from cl_merge.merge_files.inputs import ByteCount, Progress, bytes_of
@@ -142,6 +142,7 @@ def inspect_checkpoints(
         InputError: If there is no file, one is missing or damaged, the base is a task vector, a
             task vector has no place in a base that grew, or the density is outside (0, 1].
     """
+    check_several(tasks=tasks)
     if not tasks:
         raise InputError("nothing to inspect; give at least one checkpoint or task vector")
     if not 0 < density <= 1:

@@ -24,7 +24,7 @@ from cl_merge.merge_files.adapter import (
     write_adapter,
 )
 from cl_merge.merge_files.card import CARD, model_card
-from cl_merge.merge_files.contents import take_off
+from cl_merge.merge_files.contents import check_several, take_off
 from cl_merge.merge_files.hashing import BLOCK
 from cl_merge.merge_files.inputs import Inputs, Progress
 from cl_merge.merge_files.plan import Plan, make_plan
@@ -165,6 +165,7 @@ def merge_checkpoints(
                           "merged.safetensors", method="ties", density=0.3)
     """
     begin = time.perf_counter()
+    check_several(tasks=tasks, importances=importances)
     merger = fresh_merger(method, options)
     adapters = lora_rank is not None
     if adapters and strip_prefix is not None:
@@ -308,7 +309,7 @@ def _checked_weights(weights: Sequence[float], tasks: int) -> list[float]:
     """The factor of each task."""
     if weights and len(weights) != tasks:
         raise InputError(f"{len(weights)} weights for {tasks} tasks; give one for each task")
-    return [check_scale(weight) for weight in weights] or [1.0] * tasks
+    return [check_scale(weight, "a weight") for weight in weights] or [1.0] * tasks
 
 
 def _check_name(output: str | Path) -> None:

@@ -369,5 +369,5 @@ def test_weights_multiply_task_vectors(tmp_path, method, kind):
     assert all(torch.equal(found[name], expected[name]) for name in base)
     with pytest.raises(InputError, match="1 weights for 2 tasks; give one for each task"):
         merge_checkpoints(before, files, out, weights=[1.0], overwrite=True)
-    with pytest.raises(InputError, match="the scale must be a finite number"):
+    with pytest.raises(InputError, match="a weight must be a finite number"):
         merge_checkpoints(before, files, out, weights=[1.0, float("nan")], overwrite=True)
