@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from cl_merge.benchmarks.formatting import counted
+from cl_merge.cli.file_order import by_number
 from cl_merge.errors import listing
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def inspect(parsed: argparse.Namespace) -> int:
 
     with byte_progress(Console(stderr=True), "reading") as progress:
         found = inspect_checkpoints(
-            parsed.files,
+            by_number(parsed.files),
             parsed.base,
             include=parsed.include,
             exclude=parsed.exclude,
@@ -134,15 +135,18 @@ def _show_agreement(console: Console, found: Inspection) -> None:
         console.print("[bold]cosine between tasks[/]")
         console.print(table)
     else:
-        pairs = [(found.cosines[i][j], i, j) for i in range(len(found.files)) for j in range(i)]
-        pairs.sort(key=lambda pair: pair[0])
-        (low, *fewest), (high, *most) = pairs[0], pairs[-1]
-        mean = sum(cosine for cosine, *_ in pairs) / len(pairs)
-        console.print(
-            f"cosine between tasks: {mean:.2f} on average, from {low:.2f} ({fewest[1]} and "
-            f"{fewest[0]}) to {high:.2f} ({most[1]} and {most[0]})\n",
-            soft_wrap=True,
-        )
+        pairs = [(found.cosines[i][j], j, i) for i in range(len(found.files)) for j in range(i)]
+        known = sorted(pair for pair in pairs if not math.isnan(pair[0]))
+        if without := len(pairs) - len(known):
+            console.print(f"{counted(without, 'pair')} with a task of zeros, which has no cosine")
+        if known:
+            (low, *fewest), (high, *most) = known[0], known[-1]
+            mean = sum(cosine for cosine, *_ in known) / len(known)
+            console.print(
+                f"cosine between tasks: {mean:.2f} on average, from {low:.2f} ({fewest[0]} and "
+                f"{fewest[1]}) to {high:.2f} ({most[0]} and {most[1]})\n",
+                soft_wrap=True,
+            )
     if found.are_changes:
         console.print(
             "sign conflicts, one task up and another down:\n"

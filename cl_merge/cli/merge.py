@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from cl_merge.benchmarks.formatting import counted
+from cl_merge.cli.file_order import by_number
 from cl_merge.errors import InputError, listing, unknown_name
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     several: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
     about = "the weights before fine-tuning; with --no-base the first file"
     add("base", nargs="?", metavar="BASE", help=about)
-    add("files", nargs="*", metavar="TASK", help="fine-tuned weights, or task vectors, in order")
+    about = "fine-tuned weights, or task vectors, in order; by number if the shell lists task*"
+    add("files", nargs="*", metavar="TASK", help=about)
     about = "a YAML file of mergekit, in place of files, method, scale, weights and options"
     add("--config", metavar="FILE", help=about)
     about = "merge weights as they are, by average, slerp, karcher, fisher or regmean"
@@ -118,7 +120,7 @@ def merge(parsed: argparse.Namespace) -> None:
             output=parsed.out,
             include=parsed.include,
             exclude=parsed.exclude,
-            importances=parsed.importance,
+            importances=by_number(parsed.importance),
             buffers=parsed.buffers,
             strip_prefix=parsed.strip_prefix,
             lora_rank=read_rank(parsed.lora_rank),
@@ -147,11 +149,12 @@ def _arguments(parsed: argparse.Namespace) -> dict[str, Any]:
         return found | ({"dtype": parsed.dtype} if parsed.dtype is not None else {})
     if not parsed.files:
         raise InputError("give BASE and at least one TASK, or --config FILE")
+    files = [parsed.base, *parsed.files] if parsed.no_base else parsed.files
     options, method = parse_arguments(parsed.set), parsed.method or "magmax"
     _check_options(method, options)
     return {
         "base": None if parsed.no_base else parsed.base,
-        "tasks": [parsed.base, *parsed.files] if parsed.no_base else parsed.files,
+        "tasks": by_number(files),
         "method": method,
         "scale": read_scale(parsed.scale),
         "weights": parsed.weight,

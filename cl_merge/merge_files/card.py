@@ -16,7 +16,7 @@ from cl_merge import __version__
 from cl_merge.merge_files.plan import Plan
 from cl_merge.mergers import Merger
 from cl_merge.storage import Weights
-from cl_merge.storage.hub import is_hub_id, short_name
+from cl_merge.storage.hub import is_hub_id, short_names
 
 CARD = "README.md"
 
@@ -36,8 +36,9 @@ def model_card(name: str, plan: Plan, merger: Merger, made: Mapping[str, str]) -
     told = {key.removeprefix("cl_merge."): value for key, value in made.items()}
     method = _short_method(told["method"])
     inputs = plan.tasks if plan.no_base else [plan.base, *plan.tasks]
-    names = [short_name(weights.path) for weights in inputs]
-    about = (inspect.getdoc(type(merger)) or "").partition("\n")[0]
+    every = short_names([weights.path for weights in [*inputs, *plan.importances]])
+    names, weighing = every[: len(inputs)], every[len(inputs) :]
+    about = (type(merger).__doc__ or "").strip().partition("\n")[0]  # not that of a base class
     weights = json.loads(told["weights"])
     tasks = [
         f"`{task}`" + (f", weight {json.dumps(weight)}" if weight != 1 else "")
@@ -63,7 +64,7 @@ A merge of {len(plan.tasks)} checkpoints.
 {table}
 
 ```sh
-{_command(name, names, plan, merger, told)}
+{_command(name, names, weighing, plan, merger, told)}
 ```
 
 The metadata of the weights hold the same, and a hash of each input.
@@ -82,7 +83,8 @@ def licence_of(folder: Path | None) -> str:
 
 
 def _front_matter(plan: Plan, names: list[str]) -> str:
-    models = [name.partition("@")[0] for name in names if is_hub_id(Path(name))]
+    paths = [weights.path for weights in [plan.base, *plan.tasks]]
+    models = [path.as_posix().partition("@")[0] for path in paths if is_hub_id(path)]
     if not models and plan.base.folder is not None:
         models = names[:1]  # a file is no model that others could find
     lines = ["---"]
@@ -109,7 +111,12 @@ def _library(base: Weights) -> str:
 
 
 def _command(
-    name: str, names: list[str], plan: Plan, merger: Merger, told: Mapping[str, str]
+    name: str,
+    names: list[str],
+    weighing: list[str],
+    plan: Plan,
+    merger: Merger,
+    told: Mapping[str, str],
 ) -> str:
     """The command that makes the same, where the inputs lie beside each other."""
     words = ["cl-merge", "merge", *(["--no-base"] if plan.no_base else []), *names]
@@ -139,8 +146,8 @@ def _command(
         words += ["--dtype", str(plan.dtype).removeprefix("torch.")]
     if told["strip_prefix"]:
         words += ["--strip-prefix", told["strip_prefix"]]
-    if plan.importances:
-        words += ["--importance", *(short_name(weights.path) for weights in plan.importances)]
+    if weighing:
+        words += ["--importance", *weighing]
     return shlex.join([*words, "--out", name])
 
 

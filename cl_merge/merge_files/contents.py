@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from cl_merge.errors import InputError, listing
 from cl_merge.storage import Weights
@@ -81,6 +81,17 @@ def check_mergeable(weights: Weights) -> None:
         )
 
 
+def check_several(**given: object) -> None:
+    """Refuse one path where several are wanted; a text is a sequence, too.
+
+    Raises:
+        InputError: Names the argument.
+    """
+    for key, value in given.items():
+        if isinstance(value, (str, os.PathLike)):
+            raise InputError(f"{key} must be a list of files, as in ['{value}']")
+
+
 def take_off(prefix: str, base: Weights | None, others: Sequence[Weights]) -> None:
     """Take a prefix off the names of all checkpoints but the base, where the base has not the name.
 
@@ -105,16 +116,18 @@ def is_twin(weights: Weights, name: str, other: str) -> bool:
     Matrices of one value, such as zeros, tell nothing.
     """
     shape = weights.shape(name)
-    if len(shape) < 2 or shape != weights.shape(other):
+    if len(shape) < 2 or shape != weights.shape(other) or not shape.numel():
         return False
     if weights.dtype(name) != weights.dtype(other):
         return False
-    few, size = min(shape.numel(), 4096), shape.numel()
-    first = weights.read(name, 0, few)
-    if len(first) == 0 or bool((first == first[0]).all()):
-        return False
+    stops = min(shape.numel(), 4096), shape.numel()  # the first values tell most matrices apart
 
-    def bits(which: str, stop: int) -> Tensor:
-        return weights.read(which, 0, stop).view(torch.uint8)
+    def equal(stop: int) -> bool:
+        one, two = (weights.read(each, 0, stop).view(torch.uint8) for each in (name, other))
+        return torch.equal(one, two)
 
-    return all(torch.equal(bits(name, stop), bits(other, stop)) for stop in (few, size))
+    def varied(stop: int) -> bool:
+        values = weights.read(name, 0, stop)
+        return bool((values != values[0]).any())
+
+    return all(map(equal, stops)) and any(map(varied, stops))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,17 @@ from torch import Tensor
 from cl_merge.errors import InputError, listing
 from cl_merge.storage import Weights
 from cl_merge.storage.weights import GROWN_BASE, StoredTensor
+
+
+def grown_vectors(tasks: Sequence[Weights], base: Weights) -> list[Weights]:
+    """Extend task vectors to all that the base has, if it is of a stream that grew.
+
+    Raises:
+        InputError: If a parameter has no place in the base.
+    """
+    if GROWN_BASE not in base.metadata:
+        return list(tasks)
+    return [GrownVector(task, base) if task.is_task_vector else task for task in tasks]
 
 
 class GrownVector(Weights):
@@ -57,11 +68,6 @@ class GrownVector(Weights):
             return result
 
         return read
-
-
-def is_grown(base: Weights) -> bool:
-    """Whether a base is of a stream in which parameters joined or grew."""
-    return GROWN_BASE in base.metadata
 
 
 def _is_part(shape: torch.Size, of: torch.Size) -> bool:

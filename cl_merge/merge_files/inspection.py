@@ -16,7 +16,8 @@ from cl_merge.errors import InputError
 from cl_merge.kernels import subtract
 from cl_merge.kernels.finite import is_finite
 from cl_merge.kernels.parallel import in_threads
-from cl_merge.merge_files.contents import parameters, quantised, take_off
+from cl_merge.merge_files.contents import check_several, parameters, quantised, take_off
+from cl_merge.merge_files.grown import grown_vectors
 from cl_merge.merge_files.hashing import BLOCK
 from cl_merge.merge_files.inputs import ByteCount, Progress, bytes_of
 from cl_merge.merge_files.plan import Chosen, check_base, dtype_name, unmatched
@@ -138,9 +139,10 @@ def inspect_checkpoints(
         What was found.
 
     Raises:
-        InputError: If there is no file, one is missing or damaged, the base is a task vector, or
-            the density is outside (0, 1].
+        InputError: If there is no file, one is missing or damaged, the base is a task vector, a
+            task vector has no place in a base that grew, or the density is outside (0, 1].
     """
+    check_several(tasks=tasks)
     if not tasks:
         raise InputError("nothing to inspect; give at least one checkpoint or task vector")
     if not 0 < density <= 1:
@@ -152,6 +154,7 @@ def inspect_checkpoints(
             check_base(before)
         if strip_prefix is not None:
             take_off(strip_prefix, before, opened)
+        opened = opened if before is None else grown_vectors(opened, before)
         every = opened if before is None else [before, *opened]
         chosen = Chosen(Selection(include, exclude), every)
         return _Look(opened, before, chosen, density, progress).run(block_size)

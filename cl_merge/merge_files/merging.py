@@ -24,7 +24,7 @@ from cl_merge.merge_files.adapter import (
     write_adapter,
 )
 from cl_merge.merge_files.card import CARD, model_card
-from cl_merge.merge_files.contents import take_off
+from cl_merge.merge_files.contents import check_several, take_off
 from cl_merge.merge_files.hashing import BLOCK
 from cl_merge.merge_files.inputs import Inputs, Progress
 from cl_merge.merge_files.plan import Plan, make_plan
@@ -34,7 +34,8 @@ from cl_merge.mergers.importances import needed_of
 from cl_merge.mergers.options import check_per_task
 from cl_merge.mergers.registry import fresh_merger
 from cl_merge.storage import Weights, Writer, check_output, open_weights, write_weights
-from cl_merge.storage.hub import is_hub_id, short_name
+from cl_merge.storage.hub import is_hub_id, short_names
+from cl_merge.storage.weights import GROWN_BASE
 from cl_merge.stream_merger.buffers import BUFFERS
 from cl_merge.task_vectors.scales import Scales
 from cl_merge.task_vectors.selection import Selection
@@ -164,6 +165,7 @@ def merge_checkpoints(
                           "merged.safetensors", method="ties", density=0.3)
     """
     begin = time.perf_counter()
+    check_several(tasks=tasks, importances=importances)
     merger = fresh_merger(method, options)
     adapters = lora_rank is not None
     if adapters and strip_prefix is not None:
@@ -214,6 +216,8 @@ def merge_checkpoints(
         inputs = Inputs(plan, progress, passes=passes, block=block_size, factors=factors)
         of_buffers = buffers or ("base" if no_base else "trained")
         work = Work(plan, merger, scales, inputs, block, of_buffers)
+        # What is merged is no base of the vectors that lack what came later.
+        own = {key: value for key, value in plan.base.metadata.items() if key != GROWN_BASE}
         made = {
             "format": "pt",  # which transformers insists on
             "cl_merge.version": __version__,
@@ -233,7 +237,7 @@ def merge_checkpoints(
             writing = write_weights(
                 output,
                 {n: (plan.written(n), plan.base.shape(n)) for n in plan.base.names},
-                {**plan.base.metadata, **made},
+                {**own, **made},
                 like=plan.base,
                 texts={CARD: card, **_config(plan.base, dtype)},
                 shard_bytes=shard_bytes,
@@ -274,15 +278,16 @@ def _described(plan: Plan, hashes: Sequence[str]) -> str:
     """What the metadata say of the inputs."""
     roles = ["base", *["task"] * len(plan.tasks), *["importance"] * len(plan.importances)]
     inputs = (plan.base, *plan.tasks, *plan.importances)
-    described = list(zip(inputs, roles, hashes, strict=True))[plan.no_base :]
+    names = short_names([weights.path for weights in inputs])
+    described = list(zip(inputs, names, roles, hashes, strict=True))[plan.no_base :]
     entries = [
         {
-            "file": short_name(weights.path),
+            "file": name,
             "kind": weights.kind,
             "role": role,
             **({"xxh3_128": of_content} if of_content else {}),
         }
-        for weights, role, of_content in described
+        for weights, name, role, of_content in described
     ]
     return json.dumps(entries)
 
@@ -304,7 +309,7 @@ def _checked_weights(weights: Sequence[float], tasks: int) -> list[float]:
     """The factor of each task."""
     if weights and len(weights) != tasks:
         raise InputError(f"{len(weights)} weights for {tasks} tasks; give one for each task")
-    return [check_scale(weight) for weight in weights] or [1.0] * tasks
+    return [check_scale(weight, "a weight") for weight in weights] or [1.0] * tasks
 
 
 def _check_name(output: str | Path) -> None:
@@ -374,7 +379,8 @@ def _warn(plan: Plan, inputs: Inputs, hashes: list[str], buffers: str | None) ->
     if inputs.moved_buffers and buffers is None:
         log.warning(
             "floating-point buffers differ and are not merged: %s. The %s were taken; choose with "
-            "buffers: trained, base or average",
+            "buffers: trained, base or average. A parameter that is only named like one is merged "
+            "if include gives its whole name",
             listing(sorted(inputs.moved_buffers)),
             "first file's" if plan.no_base else "last task's",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,9 +15,8 @@ from cl_merge.merge_files.contents import (
     floating,
     is_buffer,
     is_twin,
-    parameters,
 )
-from cl_merge.merge_files.grown import GrownVector, is_grown
+from cl_merge.merge_files.grown import grown_vectors
 from cl_merge.mergers.importances import check_importances, check_same_weighed
 from cl_merge.storage import Weights
 from cl_merge.task_vectors.selection import Selection
@@ -65,11 +65,12 @@ def make_plan(
     """Check every input against the base, by what the files say of their tensors.
 
     Only what is merged has to match: parameters that the selection chooses, in names and shapes. Of
-    tied parameters one suffices.
+    tied parameters one suffices, and one is merged where all are stored.
 
     Raises:
-        InputError: If there is no task, an input is quantised, names or shapes do not match, or
-            a parameter is integers in one of them; names the file and the tensors.
+        InputError: If there is no task, an input is quantised, names or shapes do not match,
+            a parameter is integers in one of them, or factors of LoRA would be merged without a
+            base; names the file and the tensors.
     """
     if not tasks:
         raise InputError("no task to merge; give at least one checkpoint or task vector")
@@ -78,8 +79,7 @@ def make_plan(
         check_base(weights, "without a base there must be weights" if no_base else _BASE)
     for weights in (base, *tasks):
         check_mergeable(weights)
-    if is_grown(base):
-        tasks = [GrownVector(task, base) if task.is_task_vector else task for task in tasks]
+    tasks = grown_vectors(tasks, base)
     chosen = Chosen(selection, [base, *tasks])
     changed: list[set[str]] = []
     twins: dict[str, str] = {}
@@ -98,13 +98,24 @@ def make_plan(
                 f"{listing(sorted(changed[-1] - changed[0]))}. Choose those of both with include"
             )
     if not changed[0]:
-        among = " among what include and exclude choose" if chosen.narrows else ""
+        among = (
+            " among what include and exclude choose; include one that is named like a buffer by "
+            "its whole name"
+            if chosen.narrows
+            else ""
+        )
         raise InputError(
             f"nothing to merge: '{tasks[0].path}' holds no floating-point parameter{among}"
         )
     merged = [name for name in base.names if name in changed[0]]
-    buffers = [name for name in floating(base) if is_buffer(name)]
-    done = {*merged, *buffers, *twins}
+    if no_base and not adapters:
+        _check_factors(base, merged)
+    if not base.is_task_vector:  # adapters tie no matrices, and a look at one costs a product
+        twins |= _stored_twice([base, *tasks], merged)
+        merged = [name for name in merged if name not in twins]
+    done = {*merged, *twins}
+    buffers = [name for name in floating(base) if is_buffer(name) and name not in done]
+    done |= set(buffers)
     for importance in importances:
         _check_importance(importance, base, merged, grams)
     if grams:
@@ -113,7 +124,7 @@ def make_plan(
             check_same_weighed(names, held[0], f"the importance '{importance.path}'")
     plan = Plan(
         base,
-        list(tasks),
+        tasks,
         list(importances),
         merged,
         buffers,
@@ -152,8 +163,13 @@ class Chosen:
                 )
 
     def of(self, weights: Weights) -> list[str]:
-        """Names of those that a checkpoint has, in its order."""
-        return self._selection.chosen(parameters(weights))
+        """Names of those that a checkpoint has, in its order.
+
+        What is named like a buffer is one, unless it is included by its whole name.
+        """
+        named = self._selection.include
+        names = [name for name in floating(weights) if name in named or not is_buffer(name)]
+        return self._selection.chosen(names)
 
     def of_either(self, task: Weights, base: Weights) -> tuple[list[str], list[str]]:
         """What a task and the base have of all that is chosen in one of the two."""
@@ -237,6 +253,20 @@ def _twins(weights: Weights, names: Iterable[str], among: Sequence[str]) -> dict
     return found
 
 
+def _stored_twice(every: Sequence[Weights], names: Sequence[str]) -> dict[str, str]:
+    """Find what all checkpoints hold twice, as `torch.save` stores tied matrices.
+
+    They are one parameter: it counts once, and what is drawn at random is drawn once.
+    """
+    base, seen, found = every[0], dict[object, str](), dict[str, str]()
+    for name in names:
+        start = base.read(name, 0, 64).view(torch.uint8).numpy().tobytes()
+        first = seen.setdefault((base.shape(name), start), name)
+        if first != name and all(is_twin(weights, name, first) for weights in every):
+            found[name] = first
+    return found
+
+
 def _check_tied(task: Weights, twins: Mapping[str, str]) -> None:
     """Refuse a task in which what is tied in the base is not."""
     held = set(task.names)
@@ -246,6 +276,17 @@ def _check_tied(task: Weights, twins: Mapping[str, str]) -> None:
                 f"'{task.path}' has another '{name}' than '{twin}', which the base and another "
                 f"task have tied; take the base's: exclude '{name}'"
             )
+
+
+def _check_factors(weights: Weights, names: Sequence[str]) -> None:
+    """Refuse factors of LoRA that have no start in common: what they make is their product."""
+    factors = [name for name in names if re.search(r"\.lora_[AB]\.", name)]
+    if factors:
+        raise InputError(
+            f"'{weights.path}' holds factors of LoRA, which mean nothing one by one: "
+            f"{listing(factors)}. Give the folders of the adapters, with their base or lora_rank, "
+            "or merge each into its base first (peft: model.merge_and_unload())"
+        )
 
 
 def _check_importance(importance: Weights, base: Weights, merged: list[str], grams: bool) -> None:

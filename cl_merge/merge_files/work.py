@@ -59,7 +59,10 @@ class Work:
         """Read everything, and write every tensor of the output."""
         merged, copied = self._plan.merged, self._plan.copied
         readers = [self.inputs.reader(task) for task in range(len(self._plan.tasks))]
-        self._prepared = in_threads(self._merger.prepare, readers)
+        if len(readers) < torch.get_num_threads():  # which share each task, then
+            self._prepared = [self._merger.prepare(reader) for reader in readers]
+        else:
+            self._prepared = in_threads(self._merger.prepare, readers)
         # A thread takes a block at a time: whole parameters where the rule needs them.
         unit: Unit = "element" if self._merger.unit == "element" else "parameter"
         in_threads(lambda block: self._merge_block(writer, *block), self._blocks(merged, unit))
@@ -91,7 +94,9 @@ class Work:
 
     def _merge_block(self, writer: Sink, name: str, block: slice) -> None:
         shapes = {name: self._plan.base.shape(name)}
-        size = self._merger.chunk_size or chunk_size(_CPU)
+        # A rule that adds accumulators with every task has a chunk of each at once.
+        at_once = len(self._plan.tasks) if self._merger.new_accumulators(1) else 1
+        size = self._merger.chunk_size or max(chunk_size(_CPU) // at_once, 1 << 14)
         for piece in cut(shapes, self._merger.unit, size, block):
             base = self.inputs.read(0, *piece, hashed=True)
             state = self._fold(piece, base, hashed=True)
@@ -108,7 +113,8 @@ class Work:
             state |= zeros(self._merger.new_accumulators(task), base.shape, _CPU)
             grown = self._plan.tasks[task]
             if isinstance(grown, GrownVector) and piece[0] not in grown.vector.names:
-                continue  # it came after this task
+                self._merger.fold_absent(state, prepared)  # it came after this task
+                continue
             vector = self.inputs.reader(task, base, hashed=hashed)
             fold_chunk(self._merger, state, vector, piece, task, prepared)
         return state

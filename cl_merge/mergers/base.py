@@ -142,6 +142,10 @@ class Merger(ABC):
             info: Which task and which stretch this is.
         """
 
+    def fold_absent(self, state: Accumulators, prepared: Any) -> None:
+        """Take note of a task before the parameter joined, for which `prepare` returned this."""
+        return
+
     def global_count(self, state: Accumulators) -> tuple[int, bool]:
         """Count something over all accumulators, after the last task and before the first result.
 

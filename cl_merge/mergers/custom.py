@@ -23,12 +23,13 @@ Function = Callable[..., Tensor]
 UNITS = ("element", "parameter")
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
-# What options cannot be called beside the attributes of a merger: `merge`, `MergeCallback` and
-# `merge_checkpoints` take options and these side by side.
+# What options cannot be called beside the attributes of a merger: `merge`, `MergeCallback`,
+# `StreamMerger` and `merge_checkpoints` take options and these side by side.
 _TAKEN = (  # noqa: SIM905 - a list would take a line for each
-    "base block_size buffers device directory exclude held_out importance_samples "
-    "importances include method name output overwrite progress published_scale scale "
-    "shard_bytes start store tasks vectors weights"
+    "base block_size buffers device directory dtype exclude held_out importance_samples "
+    "importances include left_out logits lora_rank loss method module name output overwrite "
+    "progress published_scale save_state scale shard_bytes start store strip_prefix tasks vectors "
+    "weights"
 ).split()
 
 

@@ -45,14 +45,19 @@ def gram_matrices(
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
-    def add(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        rows = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
+    def add(
+        name: str, module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
+    ) -> None:
+        values = (*inputs, *named.values())[0]
+        rows = values.detach().reshape(-1, values.shape[-1]).float()
         sums[name] = sums[name] + rows.T @ rows if name in sums else rows.T @ rows
         counts[name] = counts.get(name, 0) + len(rows)
 
     modes = {module: module.training for module in model.modules()}
     hooks = [
-        module.register_forward_pre_hook(partial(add, f"{name}.weight" if name else "weight"))
+        module.register_forward_pre_hook(
+            partial(add, f"{name}.weight" if name else "weight"), with_kwargs=True
+        )
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     ]

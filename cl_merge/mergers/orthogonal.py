@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -90,6 +91,21 @@ class OrthogonalProjection(Merger):
             excluded[:main, :main] = True
             remaining = task - left @ (entries * excluded) @ right
         state["sum"].add_(remaining.view(-1))
+
+    @override
+    def fold_absent(self, state: Accumulators, prepared: float) -> None:
+        state["length"].add_(prepared)
+
+    @override
+    def grow(self, shapes: Mapping[str, torch.Size]) -> bool:
+        has_grown = super().grow(shapes)
+        if has_grown:  # what joins has the lengths of the tasks before, too
+            held = [state["length"] for state in self._state.values()]
+            found = [float(length.flatten()[0]) for length in held if length.numel()]
+            longest = max(found if self.shards is None else self.shards.everywhere(found))
+            for length in held:
+                length.fill_(longest)
+        return has_grown
 
     @override
     def global_count(self, state: Accumulators) -> tuple[int, bool]:

@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from cl_merge.errors import InputError, listing
 from cl_merge.storage.unpickling import is_placeholder
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Where libraries keep the weights that training changes. Averages of them, as `params_ema`, `ema`
 # or `teacher`, are taken where they are the only weights, or by name.
@@ -77,7 +79,17 @@ def choose_tensors(path: Path, content: Any, key: str = "") -> dict[str, Tensor]
 
 def plain_names(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Leave out of the names what wrappers around a model, or around its parts, add to them."""
-    found: dict[str, Tensor] = {}
+    found = unwrapped(path, tensors)
+    while (names := [name for name in found if name != _AVERAGED]) and all(
+        name.startswith(_PREFIX) for name in names
+    ):
+        found = {name.removeprefix(_PREFIX): found[name] for name in names}
+    return found
+
+
+def unwrapped(path: Path, tensors: Mapping[str, T]) -> dict[str, T]:
+    """Leave out of the names the parts that only wrappers add, and no model has."""
+    found: dict[str, T] = {}
     for name, tensor in tensors.items():
         plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
         if plain in found:
@@ -86,10 +98,6 @@ def plain_names(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 f"of them '{name}'; save the state_dict() of the model without its wrapper"
             )
         found[plain] = tensor
-    while (names := [name for name in found if name != _AVERAGED]) and all(
-        name.startswith(_PREFIX) for name in names
-    ):
-        found = {name.removeprefix(_PREFIX): found[name] for name in names}
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -34,10 +35,25 @@ def is_hub_id(path: Path) -> bool:
     return not Path(word.partition("/")[0]).is_dir()
 
 
-def short_name(path: Path) -> str:
-    """What to call a checkpoint elsewhere: by its id, or by the name of its file or folder."""
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """What to call checkpoints elsewhere: by their ids, or by the names of their files or folders.
+
+    Different ones of one name have as many folders before it as tell them apart.
+    """
     # Of "." and "..", too, the name is that of the folder.
-    return path.as_posix() if is_hub_id(path) else Path(os.path.abspath(path)).name
+    every = [Path(os.path.abspath(path)).parts for path in paths]
+
+    def short(own: tuple[str, ...]) -> str:
+        others = [parts for parts in every if parts != own]
+        count = 1
+        while any(parts[-count:] == own[-count:] for parts in others):
+            count += 1
+        return Path(*own[-count:]).as_posix()
+
+    return [
+        path.as_posix() if is_hub_id(path) else short(parts)
+        for path, parts in zip(paths, every, strict=True)
+    ]
 
 
 def download(path: Path) -> Path:

@@ -6,7 +6,8 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,6 @@ CONFIG = "adapter_config.json"
 
 _PREFIX = "base_model.model."
 _FACTORS = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
-_KEPT = 4  # products at a time: threads work on neighbouring parameters
 
 # What changes more than the product of two factors, and what is in use then.
 _REFUSED = {
@@ -78,9 +78,9 @@ def adapter_weights(folder: Path, factors: Weights) -> Weights:
             f"'{folder}' holds more than factors A and B of layers: "
             f"{listing([*others, *incomplete])}; {_MERGE_FIRST}"
         )
-    transposed = bool(config.get("fan_in_fan_out"))
+    transposed, lock = bool(config.get("fan_in_fan_out")), threading.Lock()
 
-    @functools.lru_cache(maxsize=_KEPT)
+    @functools.lru_cache(maxsize=max(4, torch.get_num_threads()))  # each may be at another one
     def product(module: str) -> Tensor:
         b, a = (
             factors.read(name).view(factors.shape(name)).to(torch.float64)
@@ -90,6 +90,11 @@ def adapter_weights(folder: Path, factors: Weights) -> Weights:
         # Whole, and rounded once: no result depends on how it is read.
         return (change.T if transposed else change).to(torch.float32).reshape(-1)
 
+    def read(module: str, start: int, stop: int) -> Tensor:
+        with lock:  # threads that need the same one wait for it
+            whole = product(module)
+        return whole[start:stop]
+
     tensors, ranks = {}, {}
     for module, names in pairs.items():
         left, right = (factors.shape(names[key]) for key in "BA")
@@ -97,7 +102,7 @@ def adapter_weights(folder: Path, factors: Weights) -> Weights:
             raise InputError(f"'{folder}': '{module}' is no linear layer; {_MERGE_FIRST}")
         shape = (right[1], left[0]) if transposed else (left[0], right[1])
         tensors[weight_of(module)] = StoredTensor(
-            torch.float32, torch.Size(shape), functools.partial(_read, product, module)
+            torch.float32, torch.Size(shape), functools.partial(read, module)
         )
         ranks[weight_of(module)] = right[0]
     return AdapterWeights(folder, tensors, factors, config, ranks)
@@ -178,7 +183,3 @@ def _of_pattern(patterns: Any, module: str, default: Any) -> Any:
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return default
-
-
-def _read(product: Callable[[str], Tensor], module: str, start: int, stop: int) -> Tensor:
-    return product(module)[start:stop]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cl_merge.errors import InputError
+from cl_merge.storage.choosing import unwrapped
 from cl_merge.storage.hub import download, is_hub_id
 from cl_merge.storage.layouts import (
     INDEX,
@@ -101,6 +102,8 @@ def _open_file(path: Path, key: str) -> Weights:
             f"'{path}' is no checkpoint by its name; expected a folder, or a file that ends in "
             f".safetensors, {', '.join(PICKLES)}"
         )
+    former = unwrapped(path, {name: name for name in weights.names})
+    weights.rename({name: plain for plain, name in former.items()})
     weights.file_name = path.name
     return weights
 

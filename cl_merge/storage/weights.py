@@ -82,10 +82,14 @@ class Weights:
             raise InputError(
                 f"'{self.path}' has two tensors of one name without '{prefix}': {listing(twice)}"
             )
-        self.names = list(new.values())
+        self.rename(new)
+        return any(name != short for name, short in new.items())
+
+    def rename(self, new: Mapping[str, str]) -> None:
+        """Call all tensors by new names, no two of which are the same."""
+        self.names = [new[name] for name in self.names]
         self._entries = {new[name]: entry for name, entry in self._entries.items()}
         self._readers = {new[name]: reader for name, reader in self._readers.items()}
-        return any(name != short for name, short in new.items())
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Map a stretch of a tensor.

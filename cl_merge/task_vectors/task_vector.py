@@ -234,12 +234,12 @@ def moved(base: Tensor, change: Tensor, scale: float, dtype: torch.dtype | None 
     return result.to(dtype or base.dtype)
 
 
-def check_scale(scale: Any) -> float:
-    """Make sure that a scale is a finite number."""
+def check_scale(scale: Any, what: str = "the scale") -> float:
+    """Make sure that a scale is a finite number; `what` is how the error calls it."""
     number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
     if number and math.isfinite(scale):
         return float(scale)
-    raise InputError(f"the scale must be a finite number, not {scale!r}")
+    raise InputError(f"{what} must be a finite number, not {scale!r}")
 
 
 def check_floating(tensors: Mapping[str, Tensor], what: str) -> None:

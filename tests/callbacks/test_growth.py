@@ -15,6 +15,7 @@ from cl_merge import TaskVector, get_merger, merge, merge_checkpoints
 from cl_merge.callbacks import EWC, LwF, MergeCallback
 from cl_merge.callbacks.outputs import distillation
 from cl_merge.errors import InputError
+from cl_merge.merge_files.inspection import inspect_checkpoints
 from cl_merge.mergers import MERGERS
 
 
@@ -62,7 +63,8 @@ def test_a_head_that_grows_is_merged_as_if_the_tasks_before_had_not_moved_the_ne
 
 @pytest.mark.parametrize("store", ["float32", "int4"])
 @pytest.mark.parametrize(
-    "method", ["magmax", "average", "task-arithmetic", "ties", "random-mix", "dare", "breadcrumbs"]
+    "method",
+    ["magmax", "average", "task-arithmetic", "ties", "random-mix", "dare", "breadcrumbs", "opcm"],
 )
 def test_the_files_of_a_stream_that_grew_merge_to_the_same_bits(method, store, tmp_path):
     module, callback = Heads(), MergeCallback(method, directory=tmp_path, store=store)
@@ -78,6 +80,9 @@ def test_the_files_of_a_stream_that_grew_merge_to_the_same_bits(method, store, t
     out = tmp_path / "merged.safetensors"
     merge_checkpoints(tmp_path / "base.safetensors", tasks, out, method=method)
     assert same(load_file(out), callback.merged().apply_to(callback.base, callback.scale))
+    assert inspect_checkpoints(tasks, tmp_path / "base.safetensors").fine
+    with pytest.raises(InputError, match="other tensors|other shapes"):  # it has not grown itself
+        merge_checkpoints(out, tasks, tmp_path / "x.safetensors", method=method)
     other = tmp_path / "other.safetensors"
     TaskVector({"net.2.weight": torch.ones(9, 8)}).save(other)
     with pytest.raises(InputError, match="which are no rows of the base"):

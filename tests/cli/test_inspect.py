@@ -77,12 +77,30 @@ def test_files_are_compared_in_what_fits_a_terminal(inspect, files):
     assert "cannot be merged" not in printed
 
 
+def test_files_that_a_pattern_names_are_shown_by_number(files, tmp_path, capsys):
+    (tmp_path / files[1]).rename(tmp_path / "task10.safetensors")
+    assert cli.main(["inspect", files[0], "task10.safetensors", files[2]]) == 0
+    printed = capsys.readouterr()
+    assert "1  task2.safetensors" in printed.out
+    assert "in the order of their numbers" in printed.err
+
+
 def test_many_tasks_fit_too(inspect, files):
     code, printed = inspect(*files * 5, "--base", "base.safetensors")
     assert code == 0
     assert max(map(len, printed.splitlines())) <= 80
     assert "cosine between tasks: " in printed
     assert "to 1.00 (" in printed
+
+
+def test_a_task_of_zeros_is_left_out_of_the_cosines(inspect, files):
+    zeros = ["base.safetensors"]
+    code, printed = inspect(*files, *zeros, *files * 3, "--base", "base.safetensors")
+    assert code == 0
+    assert "12 pairs with a task of zeros, which has no cosine" in printed
+    assert "to 1.00 (" in printed
+    assert "nan" not in printed
+    assert "on average" not in inspect(*zeros * 12, "--base", "base.safetensors")[1]
 
 
 def test_layers_are_shown_if_asked_for(inspect, files):

@@ -154,6 +154,16 @@ def test_a_method_of_ones_own(merge, files, base, tasks):
     assert "method mine.py:Mine, scale 1.0" in printed
 
 
+def test_tasks_that_a_pattern_names_are_merged_by_number(merge, files, base, tasks):
+    order = ["task0.safetensors", "task10.safetensors", "task2.safetensors"]
+    (files / "task1.safetensors").rename(files / order[1])
+    code, _, complained = merge("--method", "ema", files=order)
+    assert code == 0
+    assert "in the order of their numbers" in complained
+    in_order = [tasks[0], tasks[2], tasks[1]]
+    assert same_bits(output(files), in_memory(base, in_order, "ema"))
+
+
 def test_one_task(merge):
     assert "3 tensors merged from 1 task, 1 taken" in merge(files=TASKS[:1])[1]
 

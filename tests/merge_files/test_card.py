@@ -8,9 +8,11 @@ import pytest
 import torch
 from file_cases import listed, random_weights, tuned, write
 from huggingface_hub import ModelCard
+from safetensors import safe_open
 
 from cl_merge import cli
 from cl_merge.merge_files import merge_checkpoints
+from cl_merge.mergers import MaxMagnitude
 
 LAYOUT = {
     "visual.w": (torch.float32, (8, 6)),
@@ -82,6 +84,21 @@ def test_what_the_hub_reads_in_front(models):
     assert "| merged | `one`<br>`two's`, weight 0.5 |" in text
     assert "| method | magmax: " in text
     assert "| scale | 0.5 |" in text
+
+
+def test_inputs_of_one_name_are_told_apart_by_their_folders(models, tmp_path):
+    class Nameless(MaxMagnitude):
+        name = "nameless"
+
+    tasks = ["one/model.safetensors", "two's/model.safetensors"]
+    merge_checkpoints("base", tasks, "out", method=Nameless())
+    text = card("out")[1]
+    assert "| merged | `one/model.safetensors`<br>`two's/model.safetensors` |" in text
+    assert "| method | nameless |" in text  # and not what it is derived from
+    assert command(text)[2:5] == ["base", *tasks]
+    with safe_open("out/model.safetensors", framework="pt") as file:
+        told = json.loads(file.metadata()["cl_merge.inputs"])
+    assert [entry["file"] for entry in told] == ["base", *tasks]
 
 
 def test_ids_of_the_hub_are_named_and_no_place_on_this_disk(models, monkeypatch):

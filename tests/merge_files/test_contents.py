@@ -77,6 +77,22 @@ def test_tied_parameters_may_be_stored_once(tmp_path, where):
         assert torch.equal(found["lm_head"], found["embed"])
 
 
+@pytest.mark.parametrize("method", ["dare", "ties"])
+def test_tied_parameters_that_all_store_twice_are_one(tmp_path, method):
+    once = [{"embed": torch.randn(9, 7), "other": torch.randn(9, 7)} for _ in range(3)]
+    twice = [{"embed": w["embed"], "lm_head": w["embed"], "other": w["other"]} for w in once]
+    expected = merged(tmp_path, *once, method=method)
+    found = merged(tmp_path, *twice, store="pt", method=method)
+    assert torch.equal(found.pop("lm_head"), expected["embed"])
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_matrices_that_begin_with_many_zeros_may_be_tied(tmp_path):
+    embed = torch.zeros(3, 4096).index_fill_(0, torch.tensor([1]), 0.5)  # a row for padding
+    found = merged(tmp_path, {"embed": embed, "lm_head": embed}, {"embed": embed + 1}, scale=1.0)
+    assert torch.equal(found["lm_head"], embed + 1)
+
+
 def test_equal_values_that_are_no_ties_do_not_count_as_such(tmp_path):
     zeros = {"one.bias": torch.zeros(4), "two.bias": torch.zeros(4), "lora": torch.zeros(4, 2)}
     base = A | zeros | {"more": torch.zeros(4, 2)}
@@ -151,6 +167,15 @@ def test_schedules_and_counters_are_buffers(tmp_path):
     assert float(merged(tmp_path, base, task, buffers="base")["ema.num_updates"]) == 5
     with pytest.raises(InputError, match="unknown choice of buffers 'last'"):
         merged(tmp_path, base, task, buffers="last")
+
+
+@pytest.mark.parametrize("include", [["*", "net.alphas"], ["net.alphas"]])
+def test_a_parameter_named_like_a_buffer_is_merged_if_its_whole_name_is_included(tmp_path, include):
+    base, task = A | {"net.alphas": torch.zeros(3)}, MOVED | {"net.alphas": torch.ones(3)}
+    found = merged(tmp_path, base, task, include=include, buffers="base", scale=0.5)
+    assert found["net.alphas"].tolist() == [0.5] * 3
+    with pytest.raises(InputError, match="named like a buffer by its whole"):
+        merged(tmp_path, base, task, include=["*.alphas"])
 
 
 CODES = {

@@ -1,6 +1,7 @@
 """The figures of an inspection are those of a naive computation in float64."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -185,6 +186,9 @@ def test_wrong_arguments(files):
     for density in (0, -1, 1.1, math.nan):
         with pytest.raises(InputError, match="the density must be above 0 and at most 1, not"):
             inspect_checkpoints(tasks, base, density=density)
+    for one in ("no.pt", Path("no.pt")):
+        with pytest.raises(InputError, match=r"tasks must be a list of files, as in \['no\.pt'\]"):
+            inspect_checkpoints(one)
     with pytest.raises(InputError, match="nothing to inspect"):
         inspect_checkpoints([])
     with pytest.raises(InputError, match="there is no file or folder 'no.pt'"):

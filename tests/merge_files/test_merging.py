@@ -1,5 +1,8 @@
 """Merging files gives what merging in memory gives, bit for bit, whatever the files."""
 
+import threading
+import time
+
 import pytest
 import torch
 from file_cases import (
@@ -25,6 +28,8 @@ from cl_merge.errors import InputError
 from cl_merge.merge_files import merge_checkpoints
 from cl_merge.merge_files.hashing import ContentHash
 from cl_merge.mergers import MERGERS, MaxMagnitude, get_merger, merge
+from cl_merge.mergers.chunks import chunk_size
+from cl_merge.mergers.stack import StackMerger
 from cl_merge.task_vectors.task_vector import TaskVector
 
 any_method = pytest.mark.parametrize("method", METHODS)
@@ -189,6 +194,44 @@ def test_tied_weights_are_written_under_both_names(tmp_path):
     assert same_bits(read(tmp_path / "m.safetensors"), in_memory(base, [task], "magmax", 1.0))
 
 
+def test_a_rule_that_needs_all_tasks_at_once_is_given_smaller_chunks(tmp_path):
+    seen = []
+
+    class Noted(StackMerger):
+        name, published_scale = "noted", 1.0
+
+        def combine(self, values, info):
+            seen.append(values.numel())
+            return values[-1]
+
+    files = [write(tmp_path, str(i), {"w": torch.full((1 << 19,), i)}, "pt") for i in (0.0, 1.0)]
+    merge_checkpoints(files[0], files[1:] * 8, tmp_path / "m.safetensors", method=Noted())
+    assert set(seen) == {chunk_size(torch.device("cpu"))}
+    assert bool((read(tmp_path / "m.safetensors")["w"] == 1).all())
+
+
+def test_the_first_look_at_few_tasks_takes_all_threads(tmp_path):
+    seen = set()
+
+    class Noted(MaxMagnitude):
+        def prepare(self, vector):
+            vector.map(self.note)
+
+        def note(self, chunk):
+            time.sleep(0.01)
+            seen.add(threading.get_ident())
+
+    weights = {str(i): torch.ones(2) for i in range(8)}
+    base, task = (write(tmp_path, name, weights, "pt") for name in ("base", "task"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        merge_checkpoints(base, [task, task], tmp_path / "m.safetensors", method=Noted())
+    finally:
+        torch.set_num_threads(before)
+    assert len(seen) > 2
+
+
 def test_a_part_of_a_larger_tensor_and_an_expanded_one_are_merged(tmp_path):
     large = torch.randn(10, 8)
     base = {
@@ -326,5 +369,5 @@ def test_weights_multiply_task_vectors(tmp_path, method, kind):
     assert all(torch.equal(found[name], expected[name]) for name in base)
     with pytest.raises(InputError, match="1 weights for 2 tasks; give one for each task"):
         merge_checkpoints(before, files, out, weights=[1.0], overwrite=True)
-    with pytest.raises(InputError, match="the scale must be a finite number"):
+    with pytest.raises(InputError, match="a weight must be a finite number"):
         merge_checkpoints(before, files, out, weights=[1.0, float("nan")], overwrite=True)

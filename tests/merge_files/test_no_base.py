@@ -167,6 +167,19 @@ def test_methods_for_changes_need_a_base(tmp_path, out, method):
     assert listed(out) == []
 
 
+@pytest.mark.parametrize("adapter", ["", "default."])
+def test_factors_of_adapters_are_refused(tmp_path, adapter):
+    """A and B make the same adapter as -A and -B, but their mean is none."""
+    names = [f"base_model.model.l.lora_{factor}.{adapter}weight" for factor in "AB"]
+    every = [{name: torch.full((2, 2), sign) for name in names} for sign in (1.0, -1.0)]
+    with pytest.raises(
+        InputError, match=r"w0.safetensors' holds factors of LoRA, .* one by one: .*lora_A"
+    ):
+        merged(tmp_path, *every, method="average")
+    start, *tasks = files(tmp_path, *every, every[0])  # of one start they are like other weights
+    assert merge_checkpoints(start, tasks, tmp_path / "o.safetensors").merged == 2
+
+
 def test_what_is_refused_without_a_base(tmp_path, out):
     one, other = files(tmp_path, weights(0), weights(1) | {"w": torch.ones(2)})
     vector = tmp_path / "v.safetensors"

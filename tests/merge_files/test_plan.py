@@ -1,6 +1,7 @@
 """Every mismatch is one clear error before anything is read or written."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,6 +135,14 @@ def test_nothing_that_could_be_merged(tmp_path, out):
     assert refused(tmp_path, out, base, base) == (
         "nothing to merge: 'base.pt' holds no floating-point parameter"
     )
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_one_path_where_several_are_wanted(tmp_path, out, small, kind):
+    base = write(tmp_path, "base", small, "safetensors")
+    for key in ("tasks", "importances"):
+        with pytest.raises(InputError, match=rf"^{key} must be a list of files, as in \['"):
+            merge_checkpoints(base, **{"tasks": [base], "output": out / "o", key: kind(base)})
 
 
 def test_no_task(tmp_path, out, small):

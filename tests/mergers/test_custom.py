@@ -1,5 +1,6 @@
 """A user's own method: as a function, by its name, and by the place of its file or module."""
 
+import inspect
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ from plain import Plain, fit, loader, same, trainer, weights
 from cl_merge import TaskVector
 from cl_merge.callbacks import MergeCallback
 from cl_merge.errors import InputError
+from cl_merge.merge_files import merge_checkpoints
 from cl_merge.mergers import (
     MERGERS,
     MaxMagnitude,
@@ -26,6 +28,7 @@ from cl_merge.mergers import (
 )
 from cl_merge.mergers.registry import is_location
 from cl_merge.mergers.stack import StackMerger
+from cl_merge.stream_merger import StreamMerger
 
 
 @pytest.fixture(autouse=True)
@@ -309,6 +312,16 @@ def test_an_option_that_would_hide_a_part_of_the_merger_is_an_error(option):
     assert error_of(merge_method("m"), space["function"]) == (
         f"method 'm': no option can be called {option}, which means something else to those who merge"
     )
+
+
+@pytest.mark.parametrize("taker", [merge, merge_checkpoints, MergeCallback, StreamMerger])
+def test_what_those_who_take_options_take_themselves_is_refused(taker):
+    taken = inspect.signature(taker).parameters.values()
+    names = [parameter.name for parameter in taken if parameter.kind is not parameter.VAR_KEYWORD]
+    for name in names:
+        space = {}
+        exec(f"def function(values, *, {name}=1): return values[0]", space)
+        assert "no option can be called" in error_of(merge_method("m"), space["function"])
 
 
 @pytest.mark.parametrize("value", [torch.ones(1), (1, 2), {1, 2}, float("nan"), object])

@@ -375,6 +375,16 @@ def test_opcm_has_one_length_for_the_whole_model():
     assert run(OrthogonalProjection(), vectors)["a"].tolist() == pytest.approx([math.sqrt(0.5)])
 
 
+def test_opcm_takes_what_joins_as_unchanged_by_the_tasks_before():
+    first, second, new = (torch.randn(6, 4, generator=seeded(seed)) for seed in range(3))
+    merger = OrthogonalProjection()
+    merger.update({"a": first})
+    merger.grow({"a": first.shape, "b": new.shape})
+    merger.update({"a": second, "b": new})
+    vectors = [{"a": first, "b": torch.zeros(6, 4)}, {"a": second, "b": new}]
+    assert same_bits(merger.merged(), run(OrthogonalProjection(), vectors))
+
+
 def test_opcm_measures_a_vector_alike_however_it_is_cut_and_ordered(make_vector):
     vector = make_vector(0)
     turned = dict(reversed(vector.items()))
@@ -434,6 +444,14 @@ def test_flipping_all_signs_flips_the_result(rule):
     vectors = [{"w": torch.randn(9, 7, generator=seeded(seed))} for seed in range(2)]
     flipped = [{"w": -vector["w"]} for vector in vectors]
     assert torch.equal(run(rule(), flipped)["w"], -run(rule(), vectors)["w"])
+
+
+@pytest.mark.parametrize("rule", FLATTENING, ids=lambda rule: rule.name)
+def test_rounding_errors_of_low_rank_tasks_have_no_say(rule):
+    tasks = torch.randn(2, 64, 4, generator=seeded(0)) @ torch.randn(2, 4, 64, generator=seeded(1))
+    noisy = tasks * (1 + 1e-7 * torch.randn(tasks.shape, generator=seeded(2)))
+    one, other = (run(rule(), [{"w": task} for task in stack])["w"] for stack in (tasks, noisy))
+    assert float((one - other).norm()) < 1e-5 * float(one.norm())
 
 
 @RULES

@@ -153,7 +153,7 @@ class Odd(nn.Module):
         self.frozen = nn.Dropout().eval()
 
     def forward(self, x, shift=0.0):
-        return self.twice(self.frozen(self.twice(x + shift)))
+        return self.twice(input=self.frozen(self.twice(x + shift)))
 
 
 @pytest.mark.parametrize("kind", ["tensor", "pair", "mapping", "function"])

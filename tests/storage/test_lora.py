@@ -1,6 +1,8 @@
 """LoRA adapters of peft are task vectors: what peft itself makes of them, or a refusal."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ import torch
 from cl_merge.errors import InputError
 from cl_merge.merge_files import merge_checkpoints
 from cl_merge.storage import open_weights
+from cl_merge.storage.lora import adapter_weights
+from cl_merge.storage.weights import StoredTensor, Weights
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -116,3 +120,24 @@ def test_adapters_of_other_kinds_are_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     with pytest.raises(InputError, match="holds more than factors A and B of layers: x"):
         open_weights(tmp_path)
+
+
+def test_threads_that_need_one_product_compute_it_once(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    reads = []
+
+    def read(start, stop):
+        reads.append((start, stop))
+        time.sleep(0.02)
+        return torch.ones(stop - start)
+
+    shapes = {"A": torch.Size([2, 4]), "B": torch.Size([6, 2])}
+    factors = {
+        f"l.lora_{factor}.weight": StoredTensor(torch.float32, shape, read)
+        for factor, shape in shapes.items()
+    }
+    weights = adapter_weights(tmp_path, Weights(tmp_path, "safetensors", factors))
+    with ThreadPoolExecutor(4) as threads:
+        parts = threads.map(lambda i: weights.read("l.weight", 6 * i, 6 * i + 6), range(4))
+        assert torch.equal(torch.cat(list(parts)), torch.full((24,), 8.0))
+    assert len(reads) == 2

@@ -94,6 +94,22 @@ def test_tensors_that_are_not_aligned_are_read_aligned(tmp_path, opened):
     assert torch.equal(read, values)
 
 
+@pytest.mark.parametrize("kind", ["file", "shards", "task vector", "int8"])
+def test_names_lose_what_wrappers_add_in_safetensors_too(tmp_path, opened, kind):
+    tensors = simple("a._orig_mod.w", "module._checkpoint_wrapped_module.b")
+    path = tmp_path / "m.safetensors"
+    if kind == "shards":
+        path = tmp_path / "m.safetensors.index.json"
+        path.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "m.safetensors")}))
+    if kind in ("file", "shards"):
+        save_file(tensors, tmp_path / "m.safetensors")
+    else:
+        TaskVector(tensors).save(path, "int8" if kind == "int8" else "float32")
+    weights = opened(path)
+    assert sorted(weights.names) == ["a.w", "module.b"]
+    assert weights.read("module.b").tolist() == [1.0] * 4
+
+
 def test_tied_tensors_are_there_under_both_names(tmp_path, opened, same):
     shared = torch.randn(4, 3)
     torch.save({"a": shared, "b": shared, "part": shared[1:3]}, tmp_path / "m.pt")
