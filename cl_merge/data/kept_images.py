@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import Compose, Normalize
+from torchvision.transforms import Compose, Normalize, ToTensor
 from torchvision.transforms.functional import normalize, to_tensor
 
 from cl_merge.data.images import ImageDataset, Sample, Transform
@@ -121,7 +121,7 @@ class KeptImages(Dataset[Sample]):
 
 
 def keep_images(dataset: ImageDataset, processes: int | None = None) -> KeptImages | ImageDataset:
-    """Keep what a data set gives, if there is room.
+    """Keep what a data set gives, if there is room; images in bfloat16 are not kept.
 
     Args:
         dataset: Its transform draws no random numbers.
@@ -132,6 +132,8 @@ def keep_images(dataset: ImageDataset, processes: int | None = None) -> KeptImag
         InputError: If the disk has not enough room.
     """
     layout = _layout_of(dataset)
+    if layout is None:
+        return dataset
     where = tempfile.gettempdir()
     if processes is not None:
         free = shutil.disk_usage(where).free
@@ -146,11 +148,14 @@ def keep_images(dataset: ImageDataset, processes: int | None = None) -> KeptImag
         ) from error
 
 
-def _layout_of(dataset: ImageDataset) -> _Layout:
+def _layout_of(dataset: ImageDataset) -> _Layout | None:
     picture = dataset.picture(0)
     to_pixels, finish = _parts(dataset.transform, picture)
     transform = to_pixels or dataset.transform
-    first = np.asarray(transform(picture))
+    image = transform(picture)
+    if isinstance(image, Tensor) and image.dtype == torch.bfloat16:  # which numpy does not have
+        return None
+    first = np.asarray(image)
     return _Layout(transform, finish, (len(dataset), *first.shape), first.dtype)
 
 
@@ -179,7 +184,9 @@ def _parts(
             continue
         rest = steps[number + 1 :]
         if (
-            isinstance(before, Image.Image)
+            # Any other step may do to later pictures what it does not do to this one.
+            (step is to_tensor or isinstance(step, ToTensor))
+            and isinstance(before, Image.Image)
             and before.mode == "RGB"
             and torch.equal(value, to_tensor(before))
             and all(isinstance(other, Normalize) for other in rest)

@@ -67,6 +67,31 @@ def test_what_is_kept_is_what_the_transform_gives_to_the_bit(table, transform, k
     assert kept._values.dtype == kept_as
 
 
+def dark_on_light(picture):
+    image = ToTensor()(picture.resize((8, 8)))
+    return 1 - image if image.mean() > 0.5 else image
+
+
+def only_where_needed(picture):
+    return ToTensor()(picture if picture.size == (8, 8) else picture.resize((8, 8)))
+
+
+@pytest.mark.parametrize("transform", [dark_on_light, only_where_needed])
+def test_a_transform_may_leave_the_first_picture_alone(transform):
+    pictures = [Image.new("RGB", (8, 8)), Image.new("RGB", (16, 16), "white")]
+    rows = {"image": pictures, "label": [0, 1]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    dataset = images_of(datasets.Dataset.from_dict(rows, features=features), transform)
+    dataset.rows = np.arange(2)
+    (kept,), (expected,) = DataLoader(keep_images(dataset), 2), DataLoader(dataset, 2)
+    assert torch.equal(kept.image, expected.image)
+
+
+def test_images_in_bfloat16_are_not_kept(table):
+    dataset = images_of(table, lambda picture: ToTensor8()(picture).bfloat16())
+    assert keep_images(dataset) is dataset
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
 def test_what_workers_decode_is_there_for_all(table, start, monkeypatch):
