@@ -86,7 +86,7 @@ class ImageTable:
     def image(self, row: int) -> Image.Image:
         """Decode one image to RGB; `InputError` if its bytes are no image."""
         if row in self._decoded:
-            return self._decoded[row]
+            return self._decoded[row].copy()  # a transform may draw into it
         column = self._columns["image"]
         try:
             return as_rgb(self._rows[int(row)][column])
