@@ -100,17 +100,30 @@ class ImageTable:
                 "read with unreadable=skip"
             ) from error
 
-    def keep_decoded(self, rows: Indices) -> None:
-        """Decode images once and keep them, so that later epochs do not decode again."""
-        self._decoded |= {row: self.image(row) for row in rows.tolist()}
+    def keep_decoded(self, rows: Indices, limit: float) -> None:
+        """Decode images once and keep them, so that later epochs do not decode again.
+
+        None is added to what takes more than `limit` bytes.
+        """
+        size = sum(map(_bytes, self._decoded.values()))
+        for row in rows.tolist():
+            if size > limit:
+                return
+            if row not in self._decoded:
+                self._decoded[row] = self.image(row)
+                size += _bytes(self._decoded[row])
 
     def decoded_bytes(self, count: int) -> int:
-        """Estimate how many bytes so many decoded images take, from the first few of the split."""
-        first = []
-        for row in range(min(len(self), 8)):
+        """Estimate how many bytes so many decoded images take, from a few all over the split."""
+        sizes = []
+        for row in sorted({len(self) * part // 8 for part in range(8)}):
             with suppress(InputError):  # one that cannot be read may be left out of all tasks
-                first.append(self.image(row))
-        return sum(3 * i.width * i.height for i in first) * count // max(len(first), 1)
+                sizes.append(_bytes(self.image(row)))
+        return sum(sizes) * count // max(len(sizes), 1)
+
+
+def _bytes(image: Image.Image) -> int:
+    return 3 * image.width * image.height
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
