@@ -71,9 +71,26 @@ class ImageTable:
         return len(self._rows)
 
     def values(self, kind: str) -> list[str] | Indices:
-        """Read ``"label"`` or ``"domain"`` of all rows: strings, or int64 [N]. Decodes no image."""
+        """Read ``"label"`` or ``"domain"`` of all rows: strings, or int64 [N]. Decodes no image.
+
+        Raises:
+            InputError: If a row has none, or several.
+        """
         name = self._columns[kind]
-        found = self._rows.select_columns([name]).with_format("numpy")[name][:]
+        rows = self._rows.select_columns([name])
+        column = rows.with_format("arrow")[:][name]
+        if column.type.num_fields:
+            raise InputError(
+                f"column '{name}' of the {self.where} split has {rows.features[name]} for each "
+                f"image; expected one {kind}: a whole number, a string or a ClassLabel"
+            )
+        missing = column.is_null(nan_is_null=True).index(True).as_py()
+        if missing >= 0:
+            raise InputError(
+                f"row {missing} of the {self.where} split, column '{name}', has no {kind}; remove "
+                "the row, or fill it in"
+            )
+        found = rows.with_format("numpy")[name][:]
         if np.issubdtype(np.asarray(found).dtype, np.integer):
             return np.asarray(found, dtype=np.int64)
         return [str(value) for value in found]

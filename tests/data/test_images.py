@@ -1,19 +1,23 @@
 """What a table of images keeps, and what it refuses."""
 
 import datasets
+import pytest
 import torch
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 from cl_merge.data import task_stream
 from cl_merge.data.task_stream import TaskStream
+from cl_merge.errors import InputError
 
 
-def table(sizes, labels=None, label="int64"):
+def table(sizes, labels=None, label=None):
     """Grey pictures of some sizes, the row number in grey."""
     images = [Image.new("RGB", (n, n), (row, row, row)) for row, n in enumerate(sizes)]
     columns = {"image": images, "label": labels or [0] * len(sizes)}
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value(label)})
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": label or datasets.Value("int64")}
+    )
     return datasets.Dataset.from_dict(columns, features=features)
 
 
@@ -38,3 +42,17 @@ def test_small_pictures_do_not_stand_for_large_ones(monkeypatch):
     data = stream(table([2, 40] * 8))  # the estimate looks at every second one
     data.train_dataloader()
     assert sorted(data._train._decoded) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "label", "message"),
+    [
+        (["a", None], datasets.Value("string"), "row 1 of the train split, column 'label', has no"),
+        ([1, None], datasets.Value("int64"), "row 1 of the train split, column 'label', has no"),
+        ([None, 0], datasets.ClassLabel(names=["a"]), "row 0 of the train split, column 'label'"),
+        ([[0], [1]], datasets.Sequence(datasets.Value("int64")), "label.*int64.*; expected one"),
+    ],
+)
+def test_every_image_has_one_label(labels, label, message):
+    with pytest.raises(InputError, match=message):
+        stream(table([4, 4], labels, label))
