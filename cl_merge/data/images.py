@@ -40,13 +40,14 @@ class ImageTable:
 
     Args:
         rows: A split of a `datasets` data set.
-        image: The column with the images.
+        image: The column with the images, their bytes or the paths of their files.
         label: The column with the labels: `ClassLabel`, whole numbers, or strings.
         domain: The column with the domains, if there is one: `ClassLabel` or strings.
         where: What the split is called in messages.
 
     Raises:
-        InputError: If a column is missing; says which argument names it.
+        InputError: If a column is missing, or that of the images has none; says which argument
+            names it.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class ImageTable:
                 error = unknown_name(f"column of the {where} split", column, rows.column_names)
                 raise InputError(f"{error}; name the one with the {kind}s: {kind}=...")
         self.where = where
-        self._rows = rows
+        self._rows = _with_images(rows, image, where)
         self._decoded: dict[int, Image.Image] = {}
 
     def __len__(self) -> int:
@@ -137,6 +138,25 @@ class ImageTable:
             with suppress(InputError):  # one that cannot be read may be left out of all tasks
                 sizes.append(_bytes(self.image(row)))
         return sum(sizes) * count // max(len(sizes), 1)
+
+
+def _with_images(rows: datasets.Dataset, column: str, where: str) -> datasets.Dataset:
+    """Have the images of a column decoded, whoever wrote them and whatever the rows' format."""
+    import datasets
+
+    if rows.format["type"] == "custom":  # the user's own function decodes
+        return rows
+    rows, feature = rows.with_format(None), rows.features[column]
+    if isinstance(feature, datasets.Image) and feature.decode:
+        return rows
+    try:
+        return rows.cast_column(column, datasets.Image())
+    # What cannot be cast raises errors of `datasets` and of its libraries, with no common base.
+    except Exception as error:
+        raise InputError(
+            f"column '{column}' of the {where} split holds {feature}; expected images, their bytes "
+            "or the paths of their files: name the column that does with image=..."
+        ) from error
 
 
 def _bytes(image: Image.Image) -> int:

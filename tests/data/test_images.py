@@ -1,6 +1,9 @@
 """What a table of images keeps, and what it refuses."""
 
+import io
+
 import datasets
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -56,3 +59,30 @@ def test_small_pictures_do_not_stand_for_large_ones(monkeypatch):
 def test_every_image_has_one_label(labels, label, message):
     with pytest.raises(InputError, match=message):
         stream(table([4, 4], labels, label))
+
+
+def png():
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        table([4]).with_format("torch"),
+        table([4]).with_transform(lambda rows: rows),
+        table([4]).cast_column("image", datasets.Image(decode=False)),
+        datasets.Dataset(pa.table({"image": [{"bytes": png(), "path": None}], "label": [0]})),
+        datasets.Dataset(pa.table({"image": pa.array([png()], pa.large_binary()), "label": [0]})),
+    ],
+    ids=["format", "function", "not decoded", "struct", "bytes"],
+)
+def test_images_are_decoded_whatever_wrote_them(rows):
+    assert stream(rows).train_dataloader().dataset[0].image.shape == (3, 4, 4)
+
+
+def test_a_column_without_images_is_named():
+    message = r"^column 'label' of the train split holds .*int64.*; expected images.*image=\.\.\.$"
+    with pytest.raises(InputError, match=message):
+        stream(table([4]), image="label")
