@@ -126,7 +126,8 @@ def keep_images(dataset: ImageDataset, processes: int | None = None) -> KeptImag
     Args:
         dataset: Its transform draws no random numbers.
         processes: How many do the same on this disk; the data set comes back as it is if all of
-            them would take more than a quarter of what is free. None takes whatever it needs.
+            them would take more than a quarter of what is free, or the disk refuses. None takes
+            whatever it needs.
 
     Raises:
         InputError: If the disk has not enough room.
@@ -134,17 +135,18 @@ def keep_images(dataset: ImageDataset, processes: int | None = None) -> KeptImag
     layout = _layout_of(dataset)
     if layout is None:
         return dataset
-    where = tempfile.gettempdir()
-    if processes is not None:
-        free = shutil.disk_usage(where).free
-        if processes * layout.size > _SHARE_OF_DISK * free:
-            return dataset
     try:
+        free = shutil.disk_usage(tempfile.gettempdir()).free
+        if processes is not None and processes * layout.size > _SHARE_OF_DISK * free:
+            return dataset
         return KeptImages(dataset, layout)
     except OSError as error:
+        if processes is not None:  # a quota, which the free disk does not show
+            return dataset
         raise InputError(
-            f"cache=True: '{where}' has no room for {layout.size / 2**30:.1f} GiB of images "
-            f"({error.strerror}); set TMPDIR to another folder, or cache=False"
+            f"cache=True: '{tempfile.gettempdir()}' has no room for "
+            f"{layout.size / 2**30:.1f} GiB of images ({error.strerror}); set TMPDIR to another "
+            "folder, or cache=False"
         ) from error
 
 
@@ -162,9 +164,14 @@ def _layout_of(dataset: ImageDataset) -> _Layout | None:
 def _new_file(size: int) -> IO[bytes]:
     """A file of zeros without a name; `OSError` if there is no room for all of it."""
     file = tempfile.TemporaryFile()  # noqa: SIM115 - it is open as long as it is mapped
-    file.truncate(size)
-    if hasattr(os, "posix_fallocate"):  # to write a mapping where the disk is full ends a process
-        os.posix_fallocate(file.fileno(), 0, size)
+    try:
+        file.truncate(size)
+        # To write a mapping where the disk is full ends a process.
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError:
+        file.close()
+        raise
     return file
 
 
