@@ -53,8 +53,8 @@ class CLIPClassifier(L.LightningModule):
         head: The frozen classifier over all C classes.
         lr: Peak learning rate.
         weight_decay: Of AdamW.
-        schedule: ``"cosine"`` (after the warm-up, to zero at the end of the task) or
-            ``"constant"``.
+        schedule: ``"cosine"`` (after the warm-up, to zero at the end of the task, which
+            ``max_epochs`` or ``max_steps`` says) or ``"constant"``.
         warmup_steps: Optimizer steps of linear warm-up at the start of every task.
         label_smoothing: Of the cross entropy.
         layer_decay: Factor of the learning rate from each layer of the encoder to the one before
@@ -270,7 +270,15 @@ class CLIPClassifier(L.LightningModule):
     def configure_optimizers(self) -> Any:
         lr, decay = self.hparams["lr"], self.hparams["weight_decay"]
         optimizer = AdamW(self._parameter_groups(), lr=lr, weight_decay=decay)
-        steps, warmup = int(self.trainer.estimated_stepping_batches), self.hparams["warmup_steps"]
+        steps, warmup = self.trainer.estimated_stepping_batches, self.hparams["warmup_steps"]
+        if steps < 0:  # the loader has no length
+            steps = math.inf
+        if steps == math.inf and self.hparams["schedule"] == "cosine":
+            raise InputError(
+                "schedule='cosine' ends with the training, but nothing says when that is; give the "
+                "Trainer max_epochs, or max_steps where the loader has no length, or choose "
+                "schedule='constant'"
+            )
         if steps < warmup and self.trainer.is_global_zero and not self._warmup_explained:
             self._warmup_explained = True
             log.info(
@@ -292,7 +300,7 @@ class CLIPClassifier(L.LightningModule):
         last = max(layers)
         return [{"params": layers[d], "lr": lr * decay ** (last - d)} for d in sorted(layers)]
 
-    def _rate(self, step: int, steps: int) -> float:
+    def _rate(self, step: int, steps: float) -> float:
         """Give the learning rate at an optimizer step (from 0) as a share of its peak."""
         warmup = self.hparams["warmup_steps"]
         if step < warmup:

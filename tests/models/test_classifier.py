@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import NAMES, QUIET, classifier, stream
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from cl_merge.errors import InputError
 from cl_merge.models.classifier import CLIPClassifier
@@ -77,6 +77,26 @@ def test_the_rate_warms_up_and_falls_to_zero_anew_for_every_task(warmup):
         steps = 4 * 3
         expected = [published_rate(step, 0.1, warmup, steps) for step in range(steps)]
         assert rates == pytest.approx(expected)
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        yield from [(torch.rand(3, 8, 8), 0)] * 4
+
+
+@pytest.mark.parametrize(
+    ("limits", "loader"),
+    [
+        ({"max_epochs": -1, "max_time": "00:00:00:00"}, stream().train_dataloader()),
+        ({"max_epochs": 1}, DataLoader(Endless())),
+    ],
+)
+def test_only_a_schedule_with_an_end_needs_to_know_it(limits, loader, caplog):
+    with caplog.at_level("INFO", "cl_merge"):
+        L.Trainer(**QUIET, **limits).fit(classifier(schedule="constant", warmup_steps=2), loader)
+    assert "warm-up" not in caplog.text
+    with pytest.raises(InputError, match="cosine.*max_epochs.*max_steps.*constant"):
+        L.Trainer(**QUIET, **limits).fit(classifier(), loader)
 
 
 def test_a_task_that_ends_within_the_warm_up_is_told(caplog):
