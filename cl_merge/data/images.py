@@ -204,8 +204,8 @@ class ImageDataset(Dataset[Sample]):
     ) -> None:
         self.rows = rows
         self._table = table
-        self._labels = labels
-        self._tasks = tasks
+        self._labels = labels[rows]
+        self._tasks = tasks[rows]
         self.transform = transform
 
     def picture(self, index: int) -> Image.Image:
@@ -214,8 +214,7 @@ class ImageDataset(Dataset[Sample]):
 
     def label_and_task(self, index: int) -> tuple[int, int]:
         """The global label of an image, and the index of its task."""
-        row = int(self.rows[index])
-        return int(self._labels[row]), int(self._tasks[row])
+        return int(self._labels[index]), int(self._tasks[index])
 
     def __len__(self) -> int:
         return len(self.rows)

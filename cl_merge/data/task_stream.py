@@ -376,7 +376,7 @@ class TaskStream(L.LightningDataModule):
         return self._dataset(task.train, task, transform)
 
     def _dataset(self, rows: Indices, task: Task, transform: Transform) -> ImageDataset:
-        tasks = np.full(len(self._train), task.index)
+        tasks = np.broadcast_to(np.int64(task.index), len(self._train))  # takes no memory
         return ImageDataset(self._train, rows, self._train_labels, tasks, transform)
 
     def _kept(self, dataset: ImageDataset) -> ImageDataset | KeptImages:

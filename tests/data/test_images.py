@@ -61,6 +61,12 @@ def test_every_image_has_one_label(labels, label, message):
         stream(table([4, 4], labels, label))
 
 
+def test_a_data_set_of_a_task_holds_its_own_labels_only():
+    data = TaskStream({"train": table([4] * 6), "test": table([4] * 6)}, tasks=2, scenario="data")
+    dataset = data.train_dataloader().dataset
+    assert len(dataset._labels) == len(dataset._tasks) == 3
+
+
 def png():
     file = io.BytesIO()
     Image.new("RGB", (4, 4)).save(file, "PNG")
