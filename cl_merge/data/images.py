@@ -140,29 +140,6 @@ class ImageTable:
         return sum(sizes) * count // max(len(sizes), 1)
 
 
-def _with_images(rows: datasets.Dataset, column: str, where: str) -> datasets.Dataset:
-    """Have the images of a column decoded, whoever wrote them and whatever the rows' format."""
-    import datasets
-
-    if rows.format["type"] == "custom":  # the user's own function decodes
-        return rows
-    rows, feature = rows.with_format(None), rows.features[column]
-    if isinstance(feature, datasets.Image) and feature.decode:
-        return rows
-    try:
-        return rows.cast_column(column, datasets.Image())
-    # What cannot be cast raises errors of `datasets` and of its libraries, with no common base.
-    except Exception as error:
-        raise InputError(
-            f"column '{column}' of the {where} split holds {feature}; expected images, their bytes "
-            "or the paths of their files: name the column that does with image=..."
-        ) from error
-
-
-def _bytes(image: Image.Image) -> int:
-    return 3 * image.width * image.height
-
-
 def as_rgb(image: Image.Image) -> Image.Image:
     """Turn an image of any mode into one of three channels of 8 bits.
 
@@ -234,3 +211,26 @@ class ImageDataset(Dataset[Sample]):
             seed_generators(index.seed)
             index = index.index
         return Sample(self.transform(self.picture(index)), *self.label_and_task(index))
+
+
+def _with_images(rows: datasets.Dataset, column: str, where: str) -> datasets.Dataset:
+    """Have the images of a column decoded, whoever wrote them and whatever the rows' format."""
+    import datasets
+
+    if rows.format["type"] == "custom":  # the user's own function decodes
+        return rows
+    rows, feature = rows.with_format(None), rows.features[column]
+    if isinstance(feature, datasets.Image) and feature.decode:
+        return rows
+    try:
+        return rows.cast_column(column, datasets.Image())
+    # What cannot be cast raises errors of `datasets` and of its libraries, with no common base.
+    except Exception as error:
+        raise InputError(
+            f"column '{column}' of the {where} split holds {feature}; expected images, their bytes "
+            "or the paths of their files: name the column that does with image=..."
+        ) from error
+
+
+def _bytes(image: Image.Image) -> int:
+    return 3 * image.width * image.height
