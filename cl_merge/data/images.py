@@ -40,13 +40,14 @@ class ImageTable:
 
     Args:
         rows: A split of a `datasets` data set.
-        image: The column with the images.
+        image: The column with the images, their bytes or the paths of their files.
         label: The column with the labels: `ClassLabel`, whole numbers, or strings.
         domain: The column with the domains, if there is one: `ClassLabel` or strings.
         where: What the split is called in messages.
 
     Raises:
-        InputError: If a column is missing; says which argument names it.
+        InputError: If a column is missing, or that of the images has none; says which argument
+            names it.
     """
 
     def __init__(
@@ -64,16 +65,33 @@ class ImageTable:
                 error = unknown_name(f"column of the {where} split", column, rows.column_names)
                 raise InputError(f"{error}; name the one with the {kind}s: {kind}=...")
         self.where = where
-        self._rows = rows
+        self._rows = _with_images(rows, image, where)
         self._decoded: dict[int, Image.Image] = {}
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def values(self, kind: str) -> list[str] | Indices:
-        """Read ``"label"`` or ``"domain"`` of all rows: strings, or int64 [N]. Decodes no image."""
+        """Read ``"label"`` or ``"domain"`` of all rows: strings, or int64 [N]. Decodes no image.
+
+        Raises:
+            InputError: If a row has none, or several.
+        """
         name = self._columns[kind]
-        found = self._rows.select_columns([name]).with_format("numpy")[name][:]
+        rows = self._rows.select_columns([name])
+        column = rows.with_format("arrow")[:][name]
+        if column.type.num_fields:
+            raise InputError(
+                f"column '{name}' of the {self.where} split has {rows.features[name]} for each "
+                f"image; expected one {kind}: a whole number, a string or a ClassLabel"
+            )
+        missing = column.is_null(nan_is_null=True).index(True).as_py()
+        if missing >= 0:
+            raise InputError(
+                f"row {missing} of the {self.where} split, column '{name}', has no {kind}; remove "
+                "the row, or fill it in"
+            )
+        found = rows.with_format("numpy")[name][:]
         if np.issubdtype(np.asarray(found).dtype, np.integer):
             return np.asarray(found, dtype=np.int64)
         return [str(value) for value in found]
@@ -86,7 +104,7 @@ class ImageTable:
     def image(self, row: int) -> Image.Image:
         """Decode one image to RGB; `InputError` if its bytes are no image."""
         if row in self._decoded:
-            return self._decoded[row]
+            return self._decoded[row].copy()  # a transform may draw into it
         column = self._columns["image"]
         try:
             return as_rgb(self._rows[int(row)][column])
@@ -100,17 +118,26 @@ class ImageTable:
                 "read with unreadable=skip"
             ) from error
 
-    def keep_decoded(self, rows: Indices) -> None:
-        """Decode images once and keep them, so that later epochs do not decode again."""
-        self._decoded |= {row: self.image(row) for row in rows.tolist()}
+    def keep_decoded(self, rows: Indices, limit: float) -> None:
+        """Decode images once and keep them, so that later epochs do not decode again.
+
+        None is added to what takes more than `limit` bytes.
+        """
+        size = sum(map(_bytes, self._decoded.values()))
+        for row in rows.tolist():
+            if size > limit:
+                return
+            if row not in self._decoded:
+                self._decoded[row] = self.image(row)
+                size += _bytes(self._decoded[row])
 
     def decoded_bytes(self, count: int) -> int:
-        """Estimate how many bytes so many decoded images take, from the first few of the split."""
-        first = []
-        for row in range(min(len(self), 8)):
+        """Estimate how many bytes so many decoded images take, from a few all over the split."""
+        sizes = []
+        for row in sorted({len(self) * part // 8 for part in range(8)}):
             with suppress(InputError):  # one that cannot be read may be left out of all tasks
-                first.append(self.image(row))
-        return sum(3 * i.width * i.height for i in first) * count // max(len(first), 1)
+                sizes.append(_bytes(self.image(row)))
+        return sum(sizes) * count // max(len(sizes), 1)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -154,8 +181,8 @@ class ImageDataset(Dataset[Sample]):
     ) -> None:
         self.rows = rows
         self._table = table
-        self._labels = labels
-        self._tasks = tasks
+        self._labels = labels[rows]
+        self._tasks = tasks[rows]
         self.transform = transform
 
     def picture(self, index: int) -> Image.Image:
@@ -164,8 +191,7 @@ class ImageDataset(Dataset[Sample]):
 
     def label_and_task(self, index: int) -> tuple[int, int]:
         """The global label of an image, and the index of its task."""
-        row = int(self.rows[index])
-        return int(self._labels[row]), int(self._tasks[row])
+        return int(self._labels[index]), int(self._tasks[index])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -185,3 +211,26 @@ class ImageDataset(Dataset[Sample]):
             seed_generators(index.seed)
             index = index.index
         return Sample(self.transform(self.picture(index)), *self.label_and_task(index))
+
+
+def _with_images(rows: datasets.Dataset, column: str, where: str) -> datasets.Dataset:
+    """Have the images of a column decoded, whoever wrote them and whatever the rows' format."""
+    import datasets
+
+    if rows.format["type"] == "custom":  # the user's own function decodes
+        return rows
+    rows, feature = rows.with_format(None), rows.features[column]
+    if isinstance(feature, datasets.Image) and feature.decode:
+        return rows
+    try:
+        return rows.cast_column(column, datasets.Image())
+    # What cannot be cast raises errors of `datasets` and of its libraries, with no common base.
+    except Exception as error:
+        raise InputError(
+            f"column '{column}' of the {where} split holds {feature}; expected images, their bytes "
+            "or the paths of their files: name the column that does with image=..."
+        ) from error
+
+
+def _bytes(image: Image.Image) -> int:
+    return 3 * image.width * image.height

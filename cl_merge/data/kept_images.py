@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import Compose, Normalize
+from torchvision.transforms import Compose, Normalize, ToTensor
 from torchvision.transforms.functional import normalize, to_tensor
 
 from cl_merge.data.images import ImageDataset, Sample, Transform
@@ -121,45 +121,57 @@ class KeptImages(Dataset[Sample]):
 
 
 def keep_images(dataset: ImageDataset, processes: int | None = None) -> KeptImages | ImageDataset:
-    """Keep what a data set gives, if there is room.
+    """Keep what a data set gives, if there is room; images in bfloat16 are not kept.
 
     Args:
         dataset: Its transform draws no random numbers.
         processes: How many do the same on this disk; the data set comes back as it is if all of
-            them would take more than a quarter of what is free. None takes whatever it needs.
+            them would take more than a quarter of what is free, or the disk refuses. None takes
+            whatever it needs.
 
     Raises:
         InputError: If the disk has not enough room.
     """
     layout = _layout_of(dataset)
-    where = tempfile.gettempdir()
-    if processes is not None:
-        free = shutil.disk_usage(where).free
-        if processes * layout.size > _SHARE_OF_DISK * free:
-            return dataset
+    if layout is None:
+        return dataset
     try:
+        free = shutil.disk_usage(tempfile.gettempdir()).free
+        if processes is not None and processes * layout.size > _SHARE_OF_DISK * free:
+            return dataset
         return KeptImages(dataset, layout)
     except OSError as error:
+        if processes is not None:  # a quota, which the free disk does not show
+            return dataset
         raise InputError(
-            f"cache=True: '{where}' has no room for {layout.size / 2**30:.1f} GiB of images "
-            f"({error.strerror}); set TMPDIR to another folder, or cache=False"
+            f"cache=True: '{tempfile.gettempdir()}' has no room for "
+            f"{layout.size / 2**30:.1f} GiB of images ({error.strerror}); set TMPDIR to another "
+            "folder, or cache=False"
         ) from error
 
 
-def _layout_of(dataset: ImageDataset) -> _Layout:
+def _layout_of(dataset: ImageDataset) -> _Layout | None:
     picture = dataset.picture(0)
     to_pixels, finish = _parts(dataset.transform, picture)
     transform = to_pixels or dataset.transform
-    first = np.asarray(transform(picture))
+    image = transform(picture)
+    if isinstance(image, Tensor) and image.dtype == torch.bfloat16:  # which numpy does not have
+        return None
+    first = np.asarray(image)
     return _Layout(transform, finish, (len(dataset), *first.shape), first.dtype)
 
 
 def _new_file(size: int) -> IO[bytes]:
     """A file of zeros without a name; `OSError` if there is no room for all of it."""
     file = tempfile.TemporaryFile()  # noqa: SIM115 - it is open as long as it is mapped
-    file.truncate(size)
-    if hasattr(os, "posix_fallocate"):  # to write a mapping where the disk is full ends a process
-        os.posix_fallocate(file.fileno(), 0, size)
+    try:
+        file.truncate(size)
+        # To write a mapping where the disk is full ends a process.
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError:
+        file.close()
+        raise
     return file
 
 
@@ -179,7 +191,9 @@ def _parts(
             continue
         rest = steps[number + 1 :]
         if (
-            isinstance(before, Image.Image)
+            # Any other step may do to later pictures what it does not do to this one.
+            (step is to_tensor or isinstance(step, ToTensor))
+            and isinstance(before, Image.Image)
             and before.mode == "RGB"
             and torch.equal(value, to_tensor(before))
             and all(isinstance(other, Normalize) for other in rest)

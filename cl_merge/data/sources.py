@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,9 +26,10 @@ def read_images(
     """Read a data set with its splits from disk or from the hub.
 
     Args:
-        source: A parquet file; a folder of parquet files, of images (``train/CLASS/x.jpg``), or
-            written by ``DatasetDict.save_to_disk``; or a hub id such as ``uoft-cs/cifar100``, where
-            needed with its configuration, as in ``ufldl-stanford/svhn:cropped_digits``.
+        source: A parquet file; a folder of parquet files, of images (``train/CLASS/x.jpg``,
+            whatever the classes are called), or written by ``DatasetDict.save_to_disk``; or a hub
+            id such as ``uoft-cs/cifar100``, where needed with its configuration, as in
+            ``ufldl-stanford/svhn:cropped_digits``.
         revision: Which commit of a hub data set; the newest if None.
         splits: Of a hub data set, which splits to download; all if None.
         local_copy: How the user says where a local copy is, for messages.
@@ -88,16 +91,16 @@ def _read_local(path: Path) -> Mapping[str, datasets.Dataset]:
 
     try:
         if path.is_file():
-            return _load("parquet", data_files={"train": str(path)})
+            return _load("parquet", data_files={"train": glob.escape(str(path))})
         if (path / "dataset_dict.json").exists():
             saved: Mapping[str, datasets.Dataset] = datasets.load_from_disk(str(path))
             return saved
         parquet: dict[str, list[str]] = {}
         for file in sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")]):
-            parquet.setdefault(file.stem.split("-")[0], []).append(str(file))
+            parquet.setdefault(file.stem.split("-")[0], []).append(glob.escape(str(file)))
         if parquet:
             return _load("parquet", data_files=parquet)
-        return _load("imagefolder", data_dir=str(path))
+        return _load("imagefolder", **_image_files(path))
     # The libraries below `datasets` raise their own errors for damaged files, with no common base.
     except Exception as error:
         reason = str(error.__cause__ or error).splitlines()[0]
@@ -105,6 +108,26 @@ def _read_local(path: Path) -> Mapping[str, datasets.Dataset]:
             f"{path}: cannot be read as a data set ({reason}); expected parquet files, or images "
             "in train/CLASS/ and test/CLASS/"
         ) from error
+
+
+def _image_files(path: Path) -> dict[str, Any]:
+    """Where the images of a folder are, as arguments for `datasets`."""
+    from datasets.data_files import SPLIT_KEYWORDS
+
+    # By itself `datasets` takes every folder for a split whose name has such a word, classes too.
+    folders = sorted({below.parent for below in path.glob("*/*")})
+    splits = {
+        str(split): [
+            f"{glob.escape(str(folder))}/**"
+            for folder in folders
+            if not set(words).isdisjoint(re.split("[-._ 0-9]+", folder.name))
+        ]
+        for split, words in SPLIT_KEYWORDS.items()
+    }
+    # A file with metadata for all splits lies beside their folders.
+    if splits["train"] and not any(path.glob("metadata.*")):
+        return {"data_files": {split: found for split, found in splits.items() if found}}
+    return {"data_dir": glob.escape(str(path))}
 
 
 def _load(*args: Any, **kwargs: Any) -> Mapping[str, datasets.Dataset]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -368,12 +369,14 @@ class TaskStream(L.LightningDataModule):
     def _images_of(self, task: Task, transform: Transform) -> ImageDataset:
         """A task's training images, decoded once if those of all tasks fit in memory."""
         images = sum(len(task.train) for task in self.tasks)
-        if self._fits(lambda: self._train.decoded_bytes(images)):
-            self._train.keep_decoded(task.train)
+        if self._cache is True:
+            self._train.keep_decoded(task.train, math.inf)
+        elif self._cache == "auto" and self._train.decoded_bytes(images) <= CACHE_BYTES:
+            self._train.keep_decoded(task.train, CACHE_BYTES)
         return self._dataset(task.train, task, transform)
 
     def _dataset(self, rows: Indices, task: Task, transform: Transform) -> ImageDataset:
-        tasks = np.full(len(self._train), task.index)
+        tasks = np.broadcast_to(np.int64(task.index), len(self._train))  # takes no memory
         return ImageDataset(self._train, rows, self._train_labels, tasks, transform)
 
     def _kept(self, dataset: ImageDataset) -> ImageDataset | KeptImages:
@@ -381,9 +384,6 @@ class TaskStream(L.LightningDataModule):
         if not self._cache or not len(dataset):
             return dataset
         return keep_images(dataset, self._rank_and_world()[1] if self._cache == "auto" else None)
-
-    def _fits(self, needed: Callable[[], int]) -> bool:
-        return needed() <= CACHE_BYTES if self._cache == "auto" else self._cache
 
 
 def check_loading(batch_size: int, num_workers: int | None, cache: Any) -> None:

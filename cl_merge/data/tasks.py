@@ -229,8 +229,12 @@ def limited_tasks(tasks: Sequence[Task], labels: Indices, limit: int, seed: int)
     if limit < 1:
         raise InputError(f"images_per_class={limit}; expected 1 or more")
     shuffled = np.random.default_rng(seed).permutation(len(labels))
-    kept = [shuffled[labels[shuffled] == label][:limit] for label in np.unique(labels)]
-    return [replace(task, train=np.intersect1d(task.train, np.concatenate(kept))) for task in tasks]
+    # Class by class, those of each as they were shuffled.
+    rows = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    place = np.arange(len(rows)) - np.searchsorted(labels[rows], labels[rows])
+    kept = np.zeros(len(labels), dtype=np.bool_)
+    kept[rows[place < limit]] = True
+    return [replace(task, train=task.train[kept[task.train]]) for task in tasks]
 
 
 def held_out_tasks(tasks: Sequence[Task], labels: Indices, share: float, seed: int) -> list[Task]:

@@ -53,8 +53,8 @@ class CLIPClassifier(L.LightningModule):
         head: The frozen classifier over all C classes.
         lr: Peak learning rate.
         weight_decay: Of AdamW.
-        schedule: ``"cosine"`` (after the warm-up, to zero at the end of the task) or
-            ``"constant"``.
+        schedule: ``"cosine"`` (after the warm-up, to zero at the end of the task, which
+            ``max_epochs`` or ``max_steps`` says) or ``"constant"``.
         warmup_steps: Optimizer steps of linear warm-up at the start of every task.
         label_smoothing: Of the cross entropy.
         layer_decay: Factor of the learning rate from each layer of the encoder to the one before
@@ -65,7 +65,9 @@ class CLIPClassifier(L.LightningModule):
     Attributes:
         visual: The image encoder; its names are those of open_clip's, so weights go back and forth.
         head: The frozen classifier.
-        accuracy: Where tests are counted; made when a `TaskStream` is first tested, or set by hand.
+        accuracy: Where tests of a `TaskStream` are counted; made when one of these tasks is first
+            tested, or set by hand. A test of other data is counted in one that is set by hand and
+            has no row yet, by the tasks in its batches ``(image, label, task)``.
         classify: What classifies instead of the head, if not None: a function of this module,
             images [B, 3, H, W], their features [B, D] and classes that returns logits. Set by
             `ClassStatistics` for an evaluation.
@@ -115,6 +117,7 @@ class CLIPClassifier(L.LightningModule):
         self.head = head
         self.accuracy: AccuracyMatrix | None = None
         self.classify: Classify | None = None
+        self._counter: AccuracyMatrix | None = None
         self._task: Task | None = None
         self._warmup_explained = False
         self.register_buffer("_position", torch.arange(len(head.class_names)), persistent=False)
@@ -225,27 +228,33 @@ class CLIPClassifier(L.LightningModule):
 
     @override
     def on_test_start(self) -> None:
-        if self.accuracy is None:
-            stream, classes = self._stream(), len(self.head.class_names)
-            tasks = [task.classes for task in stream.test_tasks] if stream else [range(classes)]
-            self.accuracy = AccuracyMatrix(tasks, classes).to(self.device)
+        stream, matrix, classes = self._stream(), self.accuracy, len(self.head.class_names)
+        if stream is not None:
+            tasks = [sorted(task.classes) for task in stream.test_tasks]
+            if matrix is None or matrix.task_classes != tasks:
+                self.accuracy = matrix = AccuracyMatrix(tasks, classes).to(self.device)
+        elif matrix is None or matrix.rows:
+            matrix = AccuracyMatrix([range(classes)], classes).to(self.device)
+        matrix.reset()  # a test that was stopped may have counted
+        self._counter = matrix
 
     @override
     def test_step(self, batch: Any, batch_idx: int) -> None:
         images, labels = batch[0], batch[1]
-        tasks = batch[2] if len(batch) > 2 else torch.zeros_like(labels)
-        assert self.accuracy is not None  # noqa: S101 - made in on_test_start
+        assert self._counter is not None  # noqa: S101 - set in on_test_start
+        by_task = self._counter is self.accuracy and len(batch) > 2
+        tasks = batch[2] if by_task else torch.zeros_like(labels)
         self._check_labels(labels)
-        self.accuracy.update(self(images), labels, tasks)
+        self._counter.update(self(images), labels, tasks)
 
     @override
     def on_test_epoch_end(self) -> None:
-        assert self.accuracy is not None  # noqa: S101 - made in on_test_start
+        assert self._counter is not None  # noqa: S101 - set in on_test_start
         stream = self._stream()
         row = stream.row if stream else 0
         # Summed over processes here, where they can communicate; later the module is on the CPU.
-        self.accuracy.finish_row(row)
-        correct, aware, total = self.accuracy.rows[row]
+        self._counter.finish_row(row)
+        correct, aware, total = self._counter.rows[row]
         seen = slice(0, row + 1)
         self.log("test/accuracy", 100.0 * correct.sum() / total.sum())
         self.log("test/task_aware_accuracy", 100.0 * aware.sum() / total.sum())
@@ -261,7 +270,15 @@ class CLIPClassifier(L.LightningModule):
     def configure_optimizers(self) -> Any:
         lr, decay = self.hparams["lr"], self.hparams["weight_decay"]
         optimizer = AdamW(self._parameter_groups(), lr=lr, weight_decay=decay)
-        steps, warmup = int(self.trainer.estimated_stepping_batches), self.hparams["warmup_steps"]
+        steps, warmup = self.trainer.estimated_stepping_batches, self.hparams["warmup_steps"]
+        if steps < 0:  # the loader has no length
+            steps = math.inf
+        if steps == math.inf and self.hparams["schedule"] == "cosine":
+            raise InputError(
+                "schedule='cosine' ends with the training, but nothing says when that is; give the "
+                "Trainer max_epochs, or max_steps where the loader has no length, or choose "
+                "schedule='constant'"
+            )
         if steps < warmup and self.trainer.is_global_zero and not self._warmup_explained:
             self._warmup_explained = True
             log.info(
@@ -283,7 +300,7 @@ class CLIPClassifier(L.LightningModule):
         last = max(layers)
         return [{"params": layers[d], "lr": lr * decay ** (last - d)} for d in sorted(layers)]
 
-    def _rate(self, step: int, steps: int) -> float:
+    def _rate(self, step: int, steps: float) -> float:
         """Give the learning rate at an optimizer step (from 0) as a share of its peak."""
         warmup = self.hparams["warmup_steps"]
         if step < warmup:
@@ -304,7 +321,9 @@ class CLIPClassifier(L.LightningModule):
             check_range(labels.cpu().numpy(), len(self.head.class_names), "the batch")
 
     def _stream(self) -> TaskStream | None:
-        data = getattr(self.trainer, "datamodule", None)
+        # Not `trainer.datamodule`, which stays where a later call brings loaders of its own.
+        loop = self.trainer._active_loop
+        data = loop._data_source.instance if loop is not None else None
         return data if isinstance(data, TaskStream) else None
 
 

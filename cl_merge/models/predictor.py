@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -15,8 +17,9 @@ from cl_merge.data.images import as_rgb
 from cl_merge.errors import InputError, was_interrupted
 from cl_merge.models.classifier import CLIPClassifier
 
-Picture: TypeAlias = Image.Image | Tensor | str | Path
-"""One image: a PIL image, a file, or a transformed float tensor [3, H, W]."""
+Picture: TypeAlias = Image.Image | NDArray[np.uint8] | Tensor | str | Path
+"""One image: a PIL image, pixels, uint8 [H, W, 3], a file, or a transformed float tensor [3, H, W].
+"""
 
 
 class Guess(NamedTuple):
@@ -51,8 +54,8 @@ class ImageClassifier:
         """Say what images show.
 
         Args:
-            images: PIL images, files, or transformed tensors; also one of them, or a batch of
-                transformed images, float [B, 3, H, W].
+            images: PIL images, arrays of pixels, files, or transformed tensors; also one of them,
+                or a batch: pixels, uint8 [B, H, W, 3], or transformed images, float [B, 3, H, W].
             top: How many classes to name; all where there are fewer.
             batch_size: How many images to classify at once.
 
@@ -60,8 +63,8 @@ class ImageClassifier:
             For each image its most probable classes, the first one first.
 
         Raises:
-            InputError: If a file is no readable image, a tensor has another shape, or a number is
-                below 1.
+            InputError: If a file is no readable image, a tensor or array has another shape or type,
+                or a number is below 1.
 
         Example::
 
@@ -73,7 +76,7 @@ class ImageClassifier:
             if value < 1:
                 raise InputError(f"{name}={value}; expected 1 or more")
         given: Any = images
-        single = isinstance(given, Tensor) and given.ndim != 4
+        single = isinstance(given, (Tensor, np.ndarray)) and given.ndim != 4
         single = single or isinstance(given, (Image.Image, str, Path))
         pictures: list[Picture] = [given] if single else list(given)
         found: list[list[Guess]] = []
@@ -85,8 +88,8 @@ class ImageClassifier:
     def prepare(self, picture: Picture) -> Tensor:
         """Turn an image into what the model takes, float [3, H, W].
 
-        A tensor is taken to be transformed already. `InputError` if it has another shape, or the
-        image cannot be read.
+        A tensor is taken to be transformed already, an array to be pixels. `InputError` if it has
+        another shape or type, or the image cannot be read.
         """
         if isinstance(picture, Tensor):
             if picture.ndim != 3 or picture.shape[0] != 3 or not picture.is_floating_point():
@@ -95,6 +98,8 @@ class ImageClassifier:
                     "transformed images, float [3, height, width] or [batch, 3, height, width]"
                 )
             return picture
+        if isinstance(picture, np.ndarray):
+            picture = _from_pixels(picture)
         image = picture if isinstance(picture, Image.Image) else _opened(Path(picture))
         # Cameras store what they turn; images of a data set come upright.
         prepared: Tensor = self.transform(as_rgb(ImageOps.exif_transpose(image)))
@@ -109,6 +114,15 @@ class ImageClassifier:
             [Guess(self.class_names[c], v) for c, v in zip(classes, values, strict=True)]
             for values, classes in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
+
+
+def _from_pixels(pixels: NDArray[Any]) -> Image.Image:
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
+        raise InputError(
+            f"an array of shape {list(pixels.shape)} and dtype {pixels.dtype}; expected pixels, "
+            "uint8 [height, width, 3] or [batch, height, width, 3]"
+        )
+    return Image.fromarray(pixels)
 
 
 def _opened(path: Path) -> Image.Image:

@@ -10,10 +10,12 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from typing_extensions import override
 
 from cl_merge.data.task_stream import TaskStream
 from cl_merge.data.tasks import Task
+from cl_merge.errors import InputError, task_name
 from cl_merge.seeds import derive_seed
 from cl_merge.training.cost import Cost, Meter
 from cl_merge.training.journal import only_process
@@ -85,7 +87,7 @@ def fit_stream(
         model: What learns.
         stream: The tasks.
         callbacks: Callbacks that see every task, in this order, after the trainer's own.
-        trainer: Arguments of each `Trainer`, or a function of the task that makes one.
+        trainer: Arguments of each `Trainer`, or a function of the task that makes a new one.
         evaluate: Test on all tasks after each task.
         seed: Seeds every epoch from (seed, task, epoch), every evaluation and every `on_task_end`
             likewise, so that their random numbers do not depend on what ran before. None leaves the
@@ -100,9 +102,10 @@ def fit_stream(
         Accuracy matrix, logged metrics and costs, those of earlier processes among them.
 
     Raises:
-        InputError: If the directory was made for another stream or model, is in use by another
-            process, or its files do not fit together; if hyper-parameters or states of callbacks
-            are not tensors and plain values.
+        InputError: If a trainer has trained another task, or starts processes of its own, as with
+            ``ddp_spawn``; if the directory was made for another stream or model, is in use by
+            another process, or its files do not fit together; if hyper-parameters or states of
+            callbacks are not tensors and plain values.
         StorageError: If the directory cannot be written; nothing that was in it is lost.
 
     Example::
@@ -113,6 +116,7 @@ def fit_stream(
         print(result.accuracy.metrics()["accuracy"])
     """
     result = StreamResult()
+    directory = None if directory is None else Path(directory).expanduser()
     with nullcontext() if directory is None else only_process(directory):
         folder = None
         if directory is not None:
@@ -207,7 +211,8 @@ def _evaluate(
     if known is not None:
         put_row(model, stream, known["row"])
         return dict(known["metrics"])
-    logged = runner.test(model, datamodule=stream, verbose=False)
+    # Nothing is logged where the trainer is to test nothing.
+    logged = runner.test(model, datamodule=stream, verbose=False) or [{}]
     metrics = {name: float(value) for name, value in logged[0].items()}
     if folder is not None:
         folder.journal.append(evaluation | {"metrics": metrics, "row": get_row(model, stream)})
@@ -221,14 +226,35 @@ def _trainer(
     callbacks: Sequence[Callback],
 ) -> L.Trainer:
     seeding = _Seeding(seed, task.index)
-    if callable(given):
-        # Lightning sets this attribute without declaring it.
-        made: Any = given(task)
+    made: Any
+    if given is None or isinstance(given, Mapping):
+        arguments = dict(given or {})
+        own = arguments.get("callbacks") or []
+        own = [own] if isinstance(own, Callback) else own
+        made = L.Trainer(**arguments | {"callbacks": [seeding, *own, *callbacks]})
+    elif callable(given):
+        made = given(task)
+        _check_new(made, task)
         # As Lightning orders them: checkpoints last, so that they hold what the others did.
         found = [seeding, *made.callbacks, *callbacks]
         made.callbacks = sorted(found, key=lambda callback: isinstance(callback, Checkpoint))
-        return made  # type: ignore[no-any-return]
-    arguments = dict(given or {})
-    own = arguments.get("callbacks") or []
-    own = [own] if isinstance(own, Callback) else own
-    return L.Trainer(**arguments | {"callbacks": [seeding, *own, *callbacks]})
+    else:
+        raise InputError(
+            f"trainer is a {type(given).__name__}, but every task needs a Trainer of its own; "
+            "expected the arguments of each, as in {'max_epochs': 3}, or a function that makes one"
+        )
+    if isinstance(made.strategy.launcher, _MultiProcessingLauncher):
+        raise InputError(
+            "fit_stream keeps its results in the process, but spawned processes lose them when a "
+            "fit ends; use strategy='ddp' and start the script from the command line"
+        )
+    return made  # type: ignore[no-any-return]
+
+
+def _check_new(trainer: Any, task: Task) -> None:
+    """Refuse a trainer that has trained another task: it would train this one not at all."""
+    if any(isinstance(callback, _Seeding) for callback in trainer.callbacks):
+        raise InputError(
+            f"the function given as trainer returned, for {task_name(task.index)}, a Trainer that "
+            "has trained another; expected a new one for each"
+        )

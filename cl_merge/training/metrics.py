@@ -116,6 +116,7 @@ class AccuracyMatrix(Metric):
         num_classes: C, the number of rows of the head.
 
     Attributes:
+        task_classes: For each task the labels of its classes, ascending.
         rows: Finished rows: for each task index the counts, int64 [3, T]: correct task-agnostic,
             correct task-aware, images.
 
@@ -136,6 +137,7 @@ class AccuracyMatrix(Metric):
 
     def __init__(self, task_classes: Sequence[Sequence[int]], num_classes: int) -> None:
         super().__init__()
+        self.task_classes = [sorted(classes) for classes in task_classes]
         none = torch.zeros(3, len(task_classes), dtype=torch.int64)
         self.add_state("counts", default=none, dist_reduce_fx="sum")
         outside = torch.ones(len(task_classes), num_classes, dtype=torch.bool)

@@ -209,12 +209,12 @@ def get_row(model: L.LightningModule, stream: TaskStream) -> Row | None:
 
 
 def put_row(model: L.LightningModule, stream: TaskStream, row: Row | None) -> None:
-    """Put the row of the current task into a module's accuracy matrix, made if missing."""
+    """Put the row of the current task into the accuracy matrix, made if none is of its tasks."""
     if row is None:
         return
     matrix = getattr(model, "accuracy", None)
-    if not isinstance(matrix, AccuracyMatrix):
-        classes = [task.classes for task in stream.test_tasks]
+    classes = [sorted(task.classes) for task in stream.test_tasks]
+    if not isinstance(matrix, AccuracyMatrix) or matrix.task_classes != classes:
         model.accuracy = matrix = AccuracyMatrix(classes, len(stream.class_names))
     matrix.rows[stream.row] = torch.tensor(row)
 

@@ -50,7 +50,7 @@ def table():
 
 
 def images_of(table, transform):
-    labels = np.arange(COUNT)
+    labels = np.arange(len(table))
     return ImageDataset(ImageTable(table), labels[::-1].copy(), labels, labels * 10, transform)
 
 
@@ -65,6 +65,31 @@ def test_what_is_kept_is_what_the_transform_gives_to_the_bit(table, transform, k
             assert batch.task.tolist() == expected.task.tolist()
     assert kept.kept == len(kept) == COUNT
     assert kept._values.dtype == kept_as
+
+
+def dark_on_light(picture):
+    image = ToTensor()(picture.resize((8, 8)))
+    return 1 - image if image.mean() > 0.5 else image
+
+
+def only_where_needed(picture):
+    return ToTensor()(picture if picture.size == (8, 8) else picture.resize((8, 8)))
+
+
+@pytest.mark.parametrize("transform", [dark_on_light, only_where_needed])
+def test_a_transform_may_leave_the_first_picture_alone(transform):
+    # The last row comes first.
+    pictures = [Image.new("RGB", (16, 16), "white"), Image.new("RGB", (8, 8))]
+    rows = {"image": pictures, "label": [0, 1]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    dataset = images_of(datasets.Dataset.from_dict(rows, features=features), transform)
+    (kept,), (expected,) = DataLoader(keep_images(dataset), 2), DataLoader(dataset, 2)
+    assert torch.equal(kept.image, expected.image)
+
+
+def test_images_in_bfloat16_are_not_kept(table):
+    dataset = images_of(table, lambda picture: ToTensor8()(picture).bfloat16())
+    assert keep_images(dataset) is dataset
 
 
 @pytest.mark.slow
@@ -120,6 +145,8 @@ def test_without_room_nothing_is_kept_unless_it_was_asked_for(table, monkeypatch
     monkeypatch.setattr(kept_images.os, "posix_fallocate", full, raising=False)
     with pytest.raises(InputError, match=r"cache=True: .* no room .*No space left.*TMPDIR"):
         keep_images(dataset)
+    free(8 * size)  # as a quota leaves it
+    assert keep_images(dataset, processes=2) is dataset
 
 
 def test_images_of_several_sizes_are_refused_by_name(table):

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,18 @@ def test_the_limit_keeps_exactly_so_many_of_each_class(labels, limit, seed):
     for label in set(labels.tolist()):
         assert (labels[kept] == label).sum() == min(limit, (labels == label).sum())
     assert (np.diff(kept) > 0).all()
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    first = [shuffled[labels[shuffled] == label][:limit] for label in np.unique(labels)]
+    assert sorted(np.concatenate(first)) == kept.tolist()
+
+
+def test_the_limit_of_a_million_images_takes_well_under_two_seconds():
+    labels = np.arange(1_000_000) % 1000
+    rows = [np.arange(start, start + 10_000) for start in range(0, 1_000_000, 10_000)]
+    tasks = [Task(index, "part", (), (), own, own) for index, own in enumerate(rows)]
+    started = time.process_time()
+    limited_tasks(tasks, labels, 500, seed=0)
+    assert time.process_time() - started < 2
 
 
 def test_the_published_orders_are_permutations(shared):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import NAMES, QUIET, classifier, stream
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from cl_merge.errors import InputError
 from cl_merge.models.classifier import CLIPClassifier
@@ -79,6 +79,26 @@ def test_the_rate_warms_up_and_falls_to_zero_anew_for_every_task(warmup):
         assert rates == pytest.approx(expected)
 
 
+class Endless(IterableDataset):
+    def __iter__(self):
+        yield from [(torch.rand(3, 8, 8), 0)] * 4
+
+
+@pytest.mark.parametrize(
+    ("limits", "loader"),
+    [
+        ({"max_epochs": -1, "max_time": "00:00:00:00"}, stream().train_dataloader()),
+        ({"max_epochs": 1}, DataLoader(Endless())),
+    ],
+)
+def test_only_a_schedule_with_an_end_needs_to_know_it(limits, loader, caplog):
+    with caplog.at_level("INFO", "cl_merge"):
+        L.Trainer(**QUIET, **limits).fit(classifier(schedule="constant", warmup_steps=2), loader)
+    assert "warm-up" not in caplog.text
+    with pytest.raises(InputError, match="cosine.*max_epochs.*max_steps.*constant"):
+        L.Trainer(**QUIET, **limits).fit(classifier(), loader)
+
+
 def test_a_task_that_ends_within_the_warm_up_is_told(caplog):
     model = classifier(warmup_steps=500)
     with caplog.at_level("INFO", "cl_merge"):
@@ -121,6 +141,46 @@ def test_one_pass_over_the_test_set_fills_a_row_of_both_matrices():
         assert model.accuracy.accuracy(aware=True)[0, task.index] == pytest.approx(aware.item())
     overall = (logits.argmax(1) == labels).double().mean() * 100
     assert logged["test/accuracy"] == pytest.approx(overall.item())
+
+
+class Stop(L.Callback):
+    def on_test_batch_end(self, *_):
+        raise RuntimeError("stopped")
+
+
+def test_a_test_that_was_stopped_is_not_counted():
+    model, data = classifier(), stream()
+    with pytest.raises(RuntimeError, match="stopped"):
+        L.Trainer(**QUIET, callbacks=[Stop()]).test(model, datamodule=data)
+    L.Trainer(**QUIET).test(model, datamodule=data, verbose=False)
+    assert model.accuracy.total.tolist() == [10, 10, 10]
+
+
+def test_a_test_of_other_data_leaves_the_matrix_of_a_stream_alone():
+    model, data, trainer = classifier(), stream(), L.Trainer(**QUIET)
+    images, labels, indices = torch.rand(9, 3, 8, 8), torch.zeros(9).long(), torch.arange(9)
+    other = DataLoader(TensorDataset(images, labels, indices))
+    trainer.test(model, other, verbose=False)
+    assert model.accuracy is None
+    trainer.test(model, datamodule=data, verbose=False)
+    found = model.accuracy.rows[0].clone()
+    logged = trainer.test(model, other, verbose=False)[0]
+    assert torch.equal(model.accuracy.rows[0], found)
+    hits = (model(images).argmax(dim=1) == labels).double().mean()
+    assert logged["test/accuracy"] == pytest.approx(100 * hits.item())
+
+
+def test_other_tasks_have_a_matrix_of_their_own():
+    model, trainer = classifier(), L.Trainer(**QUIET)
+    trainer.test(model, datamodule=stream(), verbose=False)
+    before, other = model.accuracy, stream(order=[0, 2, 4, 1, 3, 5])
+    found = trainer.test(model, datamodule=other, verbose=False)
+    assert found == trainer.test(classifier(), datamodule=other, verbose=False)
+    matrix = model.accuracy
+    assert matrix is not before
+    trainer.test(model, datamodule=other.joint(), verbose=False)
+    assert model.accuracy is matrix
+    assert list(matrix.rows) == [0, 2]
 
 
 def test_a_forward_pass_is_the_head_on_the_features_of_the_encoder():

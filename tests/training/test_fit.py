@@ -8,6 +8,7 @@ from tiny import QUIET, classifier, stream
 
 from cl_merge import TaskVector, fit_stream, merge
 from cl_merge.callbacks import MergeCallback
+from cl_merge.errors import InputError
 from cl_merge.task_vectors.module_weights import copies, swapped, trained_parameters
 
 TRAINER = QUIET | {"max_epochs": 2}
@@ -88,6 +89,33 @@ def test_every_task_has_a_trainer_of_its_own(tmp_path):
     assert steps == [6, 6, 6]
     assert order == [["MergeCallback", "ModelCheckpoint"]] * 3
     assert all(list((tmp_path / f"task{task}").glob("*.ckpt")) for task in range(3))
+
+
+SHARED = L.Trainer(**TRAINER)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        (lambda _: SHARED, r"for task 1 \(the 2nd\), a Trainer that has trained another"),
+        (SHARED, r"trainer is a Trainer.*expected the arguments.*or a function"),
+        (TRAINER | {"strategy": "ddp_fork"}, "spawned processes lose .*; use strategy='ddp'"),
+        (lambda _: L.Trainer(**TRAINER, strategy="ddp_spawn"), "use strategy='ddp'"),
+    ],
+    ids=["one for all", "no function", "forked", "spawned"],
+)
+def test_trainers_that_cannot_train_a_stream_are_refused(trainer, message):
+    with pytest.raises(InputError, match=message):
+        fit_stream(classifier(), stream(), trainer=trainer)
+
+
+def test_a_trainer_may_test_nothing_and_a_folder_be_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    trainer = TRAINER | {"limit_test_batches": 0}
+    result = fit_stream(classifier(), stream(), trainer=trainer, directory="~/stream")
+    assert result.accuracy is None
+    assert result.tasks == [{}, {}, {}]
+    assert (tmp_path / "stream" / "journal.jsonl").exists()
 
 
 def test_without_evaluation_there_is_no_matrix():

@@ -88,15 +88,17 @@ def test_predict_takes_images_paths_and_tensors_alike(glyph, tmp_path):
     for image, file in zip(images, files, strict=True):
         image.save(file)
     tensors = torch.stack([classifier.transform(image) for image in images])
+    pixels = [np.asarray(image) for image in images]
     expected = logits(classifier, tensors).softmax(dim=1)
-    for given in (images, files, [str(file) for file in files], tensors, list(tensors)):
+    paths = [str(file) for file in files]
+    for given in (images, files, paths, tensors, list(tensors), pixels, np.stack(pixels)):
         found = classifier.predict(given, top=10, batch_size=2)
         assert [len(guesses) for guesses in found] == [10, 10, 10]
         for row, guesses in zip(expected, found, strict=True):
             values = dict(guesses)
             assert list(values.values()) == sorted(values.values(), reverse=True)
             assert [values[name] for name in NAMES] == pytest.approx(row.tolist(), abs=1e-6)
-    for one in (images[0], files[0], str(files[0]), tensors[0]):
+    for one in (images[0], files[0], str(files[0]), tensors[0], pixels[0]):
         assert classifier.predict(one, top=1)[0][0].name == classifier.predict(images)[0][0].name
     assert len(classifier.predict(images[0], top=99)[0]) == 10
     assert classifier.predict([]) == []
@@ -228,6 +230,8 @@ def test_other_wrong_input_is_said(glyph, tmp_path):
         (tmp_path / "no.png", f"there is no image '{tmp_path / 'no.png'}'; check the path"),
         (torch.zeros(1, 4, 4), "a tensor of shape [1, 4, 4] and dtype torch.float32"),
         (torch.zeros(3, 4, 4, dtype=torch.uint8), "a tensor of shape [3, 4, 4] and dtype"),
+        (np.zeros((4, 4, 3)), "an array of shape [4, 4, 3] and dtype float64; expected pixels"),
+        (np.zeros((3, 4, 4), np.uint8), "an array of shape [3, 4, 4] and dtype uint8"),
     ):
         with pytest.raises(InputError) as error:
             classifier.predict(wrong)

@@ -159,6 +159,7 @@ def digits_images():
 def test_the_card_shows_how_to_use_it(form, exported, vit, tmp_path):
     folder, classifier = exported(form, "vit", None), load(vit)
     (snippet,) = re.findall(r"```python\n(.*?)```", card(folder), flags=re.DOTALL)
+    assert snippet.count('open("FOLDER/') == snippet.count('classes.json", encoding="utf-8")') == 1
     # As large as the model's input in one case; in the other turned by the camera, to be resized
     # and cut.
     sizes, snippets, exif = ((32, 32), (66, 45)), [], Image.Exif()
