@@ -52,6 +52,10 @@ class Processes:
 
     def call(self, words: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
         """Run the command with some words to its end, and give its exit code."""
+        # Alone in a job of SLURM it starts the processes of its devices itself, which Lightning
+        # leaves to SLURM unless the job has this name.
+        alone = os.environ.get("SLURM_NTASKS") == "1"
+        name = {"SLURM_JOB_NAME": "interactive"} if alone else {}
         with log.open("ab") as output:
             output.write(f"cl-merge {' '.join(words)}\n".encode())
             output.flush()
@@ -62,7 +66,7 @@ class Processes:
                 stderr=subprocess.STDOUT,
                 # Out of the terminal's reach: Ctrl-C comes from here, once.
                 process_group=0,
-                env={**os.environ, **environment, "COLUMNS": "100"},
+                env={**os.environ, **name, **environment, "COLUMNS": "100"},
             ) as process:
                 self._running.add(process)
                 try:

@@ -363,6 +363,22 @@ def test_bad_input_is_one_line_and_exit_code_2_and_nothing_is_written(
 
 
 @pytest.mark.parametrize(
+    "variables",
+    ["SLURM_NTASKS=1 SLURM_JOB_NAME=exp SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0"]
+    + ["TORCHELASTIC_RUN_ID=1 WORLD_SIZE=1 RANK=0 LOCAL_RANK=0 GROUP_RANK=0"],
+)
+def test_devices_for_which_a_scheduler_has_started_no_process_are_refused(
+    variables, tmp_path, monkeypatch, capsys
+):
+    for name, value in (word.split("=") for word in variables.split()):
+        monkeypatch.setenv(name, value)
+    words = ["trainer.devices=2", "trainer.strategy=ddp", f"out={tmp_path / 'run'}"]
+    assert run(*SMALL, *words) == 2
+    assert "need 2 processes, but SLURM or torchrun has started 1" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     ("word", "said"),
     [
         ("seed=4", "seed=3, not 4"),

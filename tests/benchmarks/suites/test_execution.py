@@ -103,6 +103,16 @@ def test_each_of_several_gpus_has_a_job_of_its_own(jobs, stand_in, tmp_path, mon
     assert environment(tmp_path, jobs[0])["CUDA_VISIBLE_DEVICES"] == "2,5"
 
 
+def test_a_job_that_is_alone_under_slurm_starts_its_processes_itself(
+    jobs, stand_in, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SLURM_JOB_NAME", "exp")
+    for tasks, name in (("1", "interactive"), ("8", "exp")):
+        monkeypatch.setenv("SLURM_NTASKS", tasks)
+        list(run_here(jobs[:1], tmp_path, processes=stand_in))
+        assert environment(tmp_path, jobs[0])["SLURM_JOB_NAME"] == name
+
+
 def test_no_job_runs_before_the_first_is_asked_for_and_none_side_by_side_with_nobody(
     jobs, tmp_path
 ):
