@@ -36,11 +36,13 @@ class Setting:
     # By how many tasks the run of joint training counts its test images. That run is the same for
     # any number, and serves all settings of the data set.
     joint_tasks: int | None = field(default=None, compare=False)
+    # Instead of the data set's name, where two settings would have the same.
+    label: Annotated[str, Meta(pattern=r"^\w[\w.+-]*$")] | None = None
 
     @property
     def data_name(self) -> str:
         """The data set in a word that can name a folder."""
-        return data_label(self.data)
+        return self.label or data_label(self.data)
 
     @property
     def name(self) -> str:
@@ -95,6 +97,7 @@ def find_suite(name: str) -> Suite:
         raise unknown_name(f"table of the paper in {where}", str(paper), _PAPER)
     methods = _checked_methods(map(str, content["methods"]))
     settings = [s for entry in content["settings"] for s in _settings(entry, where)]
+    _check_names(settings, where)
     defaults = {"name": file.stem, "about": "", "shown": methods, "seeds": [0]}
     suite = _converted({**defaults, **content, "methods": methods, "settings": []}, Suite, where)
     return replace(suite, settings=tuple(settings), seeds=tuple(dict.fromkeys(suite.seeds)))
@@ -143,6 +146,7 @@ def narrowed(
         raise InputError(f"nothing is left of suite '{suite.name}', which has {has}")
     if orders is not None:
         settings = [replace(s, order=order) for s in settings for order in _orders(orders)]
+    _check_names(settings, f"suite '{suite.name}'")
     names = _checked_methods(methods)
     return replace(
         suite,
@@ -156,6 +160,7 @@ def narrowed(
 
 def joined(one: Suite, other: Suite) -> Suite:
     """Put together all settings, methods and seeds of two parts of a suite."""
+    _check_names((*one.settings, *other.settings), f"suite '{one.name}'")
     every: dict[str, Any] = {
         key: tuple(dict.fromkeys((*getattr(one, key), *getattr(other, key))))
         for key in ("settings", "methods", "shown", "seeds")
@@ -187,6 +192,18 @@ def _settings(entry: Any, where: str) -> list[Setting]:
         raise InputError(f"{where}: tasks of '{data}' must be numbers, found {tasks}")
     common = {"joint_tasks": numbers[0], **entry}
     return [_converted({**common, "tasks": number}, Setting, where) for number in numbers]
+
+
+def _check_names(settings: Iterable[Setting], where: str) -> None:
+    """Make sure that settings which are not the same do not share the folder of their runs."""
+    found: dict[str, Setting] = {}
+    for setting in settings:
+        first = found.setdefault(setting.name, setting)
+        if (first, first.run) != (setting, setting.run):
+            raise InputError(
+                f"{where}: two settings are called '{setting.name}', but differ in data or run; "
+                "give one of them a label: WORD"
+            )
 
 
 def _converted(content: Any, kind: type[T], where: str) -> T:

@@ -145,6 +145,22 @@ def _in_order(suite: Suite, setting: Setting) -> dict[str, Any]:
     return found | {"epochs": [epochs[index] for index in order]}
 
 
+def _joint(suite: Suite, setting: Setting) -> Setting:
+    """The setting of joint training, which is one run for all settings of a data set."""
+    # It has one task, after which it is evaluated in any case.
+    runs = [
+        {key: value for key, value in other.run.items() if key != "evaluate"}
+        for other in suite.settings
+        if other.data_name == setting.data_name
+    ]
+    if any(run != runs[0] for run in runs):
+        raise InputError(
+            f"suite '{suite.name}': settings of {setting.data_name} differ in run, but share one "
+            "run of joint training; give each a label: WORD, or leave joint out"
+        )
+    return replace(setting, tasks=setting.joint_tasks, order=None, run=runs[0])
+
+
 def _job(
     suite: Suite,
     words: Mapping[Method, str],
@@ -155,7 +171,7 @@ def _job(
 ) -> Job:
     """The job of a training, or that of a method which has one of its own."""
     if TRAININGS[training].joint:
-        setting = replace(setting, tasks=setting.joint_tasks, order=None)
+        setting = _joint(suite, setting)
     shared = [m for m in words if m.training == training and not m.weighted]
     methods = [alone] if alone else shared or [find_method("sequential")]
     own = next((m for m in methods if m.merger), methods[0])

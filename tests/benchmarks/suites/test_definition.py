@@ -1,6 +1,7 @@
 """Suites: what they are read from, and what of them is chosen."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -132,6 +133,31 @@ def test_a_wrong_file_is_answered_with_what_is_wrong(text, message, tmp_path):
     file.write_text(text)
     with pytest.raises(InputError, match=re.escape(message)):
         find_suite(str(file))
+
+
+TWICE = "settings:\n  - {{data: {}, tasks: 2, {}}}\n  - {{data: {}, tasks: 2}}\nmethods: [magmax]"
+
+
+@pytest.mark.parametrize(
+    ("data", "run", "name"),
+    [
+        (("digits", "digits"), "run: {epochs: [1]}", "digits-2"),
+        (("/a/photos", "/b/photos"), "", "photos-2"),
+        (("/a/x.v1", "/a/x.v2"), "", "x-2"),
+    ],
+)
+def test_two_settings_of_one_name_are_refused_without_a_label(data, run, name, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(TWICE.format(data[0], run, data[1]))
+    with pytest.raises(InputError, match=f"two settings are called '{name}'"):
+        find_suite(str(file))
+    file.write_text(TWICE.format(data[0], f"label: other, {run}", data[1]))
+    suite = find_suite(str(file))
+    assert [setting.name for setting in suite.settings] == ["other-2", name]
+    # Asked for one after the other they would share a folder, too.
+    one, two = (replace(suite, settings=(replace(s, label=None),)) for s in suite.settings)
+    with pytest.raises(InputError, match=f"two settings are called '{name}'"):
+        joined(one, two)
 
 
 def test_an_unknown_suite_is_answered_with_the_nearest():

@@ -1,6 +1,7 @@
 """The plan of a suite: which runs fill its cells."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from results_files import write_results_file
@@ -52,6 +53,16 @@ def test_joint_training_serves_every_number_of_tasks_whichever_is_asked_for():
     (all_tasks,) = jobs_of(plan("table1", data=["cars"], methods=["joint"]))
     (twenty,) = jobs_of(plan("table1", data=["cars"], tasks=[20], methods=["joint"]))
     assert all_tasks.config == twenty.config
+
+
+def test_joint_training_needs_settings_of_a_data_set_that_differ_in_evaluate_alone():
+    (joint,) = jobs_of(plan("offline", data=["caltech101"], methods=["joint"]))
+    assert "evaluate" not in joint.config
+    suite = narrowed(find_suite("offline"), data=["caltech101"], methods=["joint"])
+    first, *rest = suite.settings
+    other = replace(suite, settings=(replace(first, run={"epochs": [1]}), *rest))
+    with pytest.raises(InputError, match="settings of caltech101 differ in run, but share one"):
+        make_plan(other)
 
 
 def test_zero_shot_needs_no_run_of_its_own():
