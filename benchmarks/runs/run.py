@@ -314,7 +314,7 @@ def _check_processes(trainer: L.Trainer) -> None:
     devices, nodes = trainer.num_devices, trainer.num_nodes
     cluster = getattr(trainer.strategy, "cluster_environment", None)
     started = cluster.world_size() if cluster and cluster.creates_processes_externally else None
-    # Lightning would share out the batches, and leave alone those of the processes that are missing.
+    # Lightning would share out the batches, and leave out those of the missing processes.
     if started not in (None, devices * nodes):
         raise InputError(
             f"trainer.devices={devices} and trainer.num_nodes={nodes} need {devices * nodes} "

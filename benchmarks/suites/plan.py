@@ -15,7 +15,7 @@ from cl_merge.benchmarks.datasets.loading import task_epochs
 from cl_merge.benchmarks.methods.method import TRAININGS, Method, find_method
 from cl_merge.benchmarks.runs.settings import finished_methods
 from cl_merge.benchmarks.suites.definition import Setting, Suite
-from cl_merge.config.reading import read_config
+from cl_merge.config.reading import read_config, read_yaml
 from cl_merge.config.schema import RunConfig
 from cl_merge.data.tasks import resolve_order
 from cl_merge.errors import InputError
@@ -55,8 +55,10 @@ class Cell:
     job: Job
 
 
-def make_plan(suite: Suite) -> list[Cell]:
+def make_plan(suite: Suite, folder: Path | None = None) -> list[Cell]:
     """List the cells of a suite, the first seed of everything first; several have the same job.
+
+    Runs that were begun in the suite's folder keep the method that they are about.
 
     Example:
         >>> from cl_merge.benchmarks.suites.definition import find_suite, narrowed
@@ -73,7 +75,7 @@ def make_plan(suite: Suite) -> list[Cell]:
             # A training estimates importances for one method: it has a run of its own.
             key = _training(method, suite), method if method.weighted else None
             if key not in jobs:
-                jobs[key] = _job(suite, words, setting, seed, *key)
+                jobs[key] = _job(suite, words, setting, seed, *key, folder)
             cells.append(Cell(setting, method.name, seed, jobs[key]))
     return cells
 
@@ -168,13 +170,18 @@ def _job(
     seed: int,
     training: str,
     alone: Method | None,
+    folder: Path | None,
 ) -> Job:
     """The job of a training, or that of a method which has one of its own."""
     if TRAININGS[training].joint:
         setting = _joint(suite, setting)
     shared = [m for m in words if m.training == training and not m.weighted]
     methods = [alone] if alone else shared or [find_method("sequential")]
-    own = next((m for m in methods if m.merger), methods[0])
+    job = Job(setting, seed, training, (), {}, f"-{alone.name}" if alone else "")
+    begun = folder and folder / job.path / "config.yaml"
+    former = read_yaml(begun).get("method") if begun and begun.exists() else None
+    first = next((m for m in methods if m.merger), methods[0])
+    own = next((m for m in methods if words.get(m, m.name) == former), first)
     others = [m for m in methods if m != own]
     config = {
         "data": setting.data,
@@ -195,4 +202,4 @@ def _job(
         config = _merged(config, _in_order(suite, setting))
     config = _merged(suite.run, setting.run, config)
     names = (own.name, *(m.name for m in others))
-    return Job(setting, seed, training, names, config, f"-{own.name}" if alone else "")
+    return replace(job, methods=names, config=config)

@@ -87,7 +87,7 @@ def bench(parsed: argparse.Namespace) -> int:
         run=parsed.settings,
     )
     folder = Path(parsed.out or Path("runs") / suite.name).expanduser()
-    jobs = plan.jobs_of(plan.make_plan(with_former_methods(suite, folder)))
+    jobs = plan.jobs_of(plan.make_plan(with_former_methods(suite, folder), folder))
     configs = [plan.job_config(job) for job in jobs]  # a wrong setting shows before anything runs
     console = Console(highlight=False)
     if parsed.check:

@@ -364,8 +364,10 @@ def test_bad_input_is_one_line_and_exit_code_2_and_nothing_is_written(
 
 @pytest.mark.parametrize(
     "variables",
-    ["SLURM_NTASKS=1 SLURM_JOB_NAME=exp SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0"]
-    + ["TORCHELASTIC_RUN_ID=1 WORLD_SIZE=1 RANK=0 LOCAL_RANK=0 GROUP_RANK=0"],
+    [
+        "SLURM_NTASKS=1 SLURM_JOB_NAME=exp SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0",
+        "TORCHELASTIC_RUN_ID=1 WORLD_SIZE=1 RANK=0 LOCAL_RANK=0 GROUP_RANK=0",
+    ],
 )
 def test_devices_for_which_a_scheduler_has_started_no_process_are_refused(
     variables, tmp_path, monkeypatch, capsys

@@ -7,7 +7,8 @@ import pytest
 from results_files import write_results_file
 
 from cl_merge.benchmarks.datasets.catalog import find_data
-from cl_merge.benchmarks.methods.method import find_method
+from cl_merge.benchmarks.methods.method import compared_methods, find_method
+from cl_merge.benchmarks.runs.settings import check_same_run
 from cl_merge.benchmarks.suites.definition import find_suite, narrowed, to_yaml
 from cl_merge.benchmarks.suites.plan import (
     BEGUN,
@@ -20,6 +21,7 @@ from cl_merge.benchmarks.suites.plan import (
     on_devices,
     state_of,
 )
+from cl_merge.config.reading import to_yaml as config_yaml
 from cl_merge.data.tasks import resolve_order
 from cl_merge.errors import InputError
 
@@ -132,6 +134,31 @@ def test_results_without_a_method_that_is_asked_for_are_not_the_end(tmp_path):
     others = {name: {} for name in job.methods if name != "opcm"}
     write_results_file(place, {"methods": others})
     assert state_of(job, tmp_path) == BEGUN
+
+
+@pytest.mark.parametrize(
+    ("suite", "methods"),
+    [
+        ("table1", ["lwf", "lwf-magmax"]),
+        ("offline", ["fisher", "opcm"]),
+        ("{tmp}/own.yaml", ["sequential", "magmax"]),
+    ],
+)
+def test_a_run_that_was_begun_keeps_its_method_when_others_join(suite, methods, tmp_path):
+    (tmp_path / "own.yaml").write_text("settings: [{data: digits}]\nmethods: [sequential]")
+    suite = suite.format(tmp=tmp_path)
+    for number in range(1, len(methods) + 1):
+        asked = narrowed(find_suite(suite), data=["digits"], methods=methods[:number])
+        for job in jobs_of(make_plan(asked, tmp_path)):
+            file = tmp_path / job.path / "config.yaml"
+            config = job_config(job)
+            if file.exists():
+                check_same_run(config, file)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(config_yaml(config))
+            assert set(job.methods) <= {
+                method.name for method in compared_methods(config.method, config.compare)
+            }
 
 
 def test_a_wrong_setting_names_the_run():
