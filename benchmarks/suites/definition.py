@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 from omegaconf import OmegaConf
 
-from cl_merge.benchmarks.datasets.catalog import find_data, is_data_file
+from cl_merge.benchmarks.datasets.catalog import absolute_data, find_data, is_data_file
 from cl_merge.benchmarks.formatting import data_label
 from cl_merge.benchmarks.methods.method import Method, absolute_path, find_method
 from cl_merge.config.reading import parse_arguments, read_yaml
@@ -130,7 +130,7 @@ def narrowed(
         (['cars-10'], (5, 6, 7))
     """
     settings: list[Setting] = []
-    for name in data or dict.fromkeys(s.data for s in suite.settings):
+    for name in map(absolute_data, data or dict.fromkeys(s.data for s in suite.settings)):
         own = [s for s in suite.settings if s.data == name]
         own = own or _settings({"data": name, "tasks": list(tasks) or None}, "the command line")
         chosen = [s for s in own if not tasks or s.tasks in tasks]
@@ -185,12 +185,12 @@ def _settings(entry: Any, where: str) -> list[Setting]:
     if not isinstance(entry, Mapping) or "data" not in entry:
         raise InputError(f"{where}: each setting needs data: NAME, found {entry}")
     _check_keys(entry, Setting, f"a setting of {where}")
-    data, tasks = str(entry["data"]), entry.get("tasks")
+    data, tasks = absolute_data(str(entry["data"])), entry.get("tasks")
     find_data(data)
     numbers = tasks if isinstance(tasks, list) else [tasks]
     if not numbers or any(n is not None and (not isinstance(n, int) or n < 1) for n in numbers):
         raise InputError(f"{where}: tasks of '{data}' must be numbers, found {tasks}")
-    common = {"joint_tasks": numbers[0], **entry}
+    common = {"joint_tasks": numbers[0], **entry, "data": data}
     return [_converted({**common, "tasks": number}, Setting, where) for number in numbers]
 
 

@@ -77,6 +77,20 @@ def test_a_file_of_a_data_set_is_called_by_its_stem(tmp_path, monkeypatch):
         assert setting.data_name == "cifar10"
 
 
+def test_a_suite_is_read_back_from_another_folder(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "own.yaml").write_text("source: photos")
+    file = tmp_path / "mine.yaml"
+    file.write_text("settings: [{data: own.yaml}, {data: photos}]\nmethods: [magmax]")
+    monkeypatch.chdir(tmp_path)
+    suite = find_suite("mine.yaml")
+    (photos,) = narrowed(suite, data=["photos"]).settings
+    assert photos == suite.settings[1]
+    file.write_text(to_yaml(suite))
+    monkeypatch.chdir("/")
+    assert find_suite(str(file)) == suite
+
+
 def test_the_numbers_of_tasks_that_a_data_set_lacks_leave_the_others():
     part = narrowed(find_suite("table1"), tasks=[50])
     assert [setting.name for setting in part.settings] == ["cifar100-50", "imagenet-r-50"]
