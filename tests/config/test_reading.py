@@ -124,6 +124,10 @@ def test_every_key_says_what_it_means():
             "merge.scale=much",
             "merge.scale=much; expected a finite number, finite numbers by pattern, auto or drift",
         ),
+        (
+            "merge.beside.ties=3",
+            "merge.beside.ties=3; expected options of the method and scale, by name",
+        ),
         ("merge.groups=block", "merge.groups=block; only for merge.scale=auto"),
         (
             "merge.store=int3",
