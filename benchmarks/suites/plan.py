@@ -72,8 +72,7 @@ def make_plan(suite: Suite, folder: Path | None = None) -> list[Cell]:
     for seed, setting in itertools.product(suite.seeds, suite.settings):
         jobs: dict[tuple[str, Method | None], Job] = {}
         for method in suite.rows:
-            # A training estimates importances for one method: it has a run of its own.
-            key = _training(method, suite), method if method.weighted else None
+            key = _run_of(method, suite)
             if key not in jobs:
                 jobs[key] = _job(suite, words, setting, seed, *key, folder)
             cells.append(Cell(setting, method.name, seed, jobs[key]))
@@ -120,12 +119,14 @@ def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
     return dict(found)
 
 
-def _training(method: Method, suite: Suite) -> str:
-    # The pre-trained model is evaluated in every run: any will do.
+def _run_of(method: Method, suite: Suite) -> tuple[str, Method | None]:
+    """The training of the run that evaluates a method, and the method if it is the only one."""
     if method.training is not None:
-        return method.training
-    others = (find_method(name).training for name in (*suite.shown, *suite.methods))
-    return next((name for name in others if name and name != "joint"), "sequential")
+        # A training estimates importances for one method.
+        return method.training, method if method.weighted else None
+    # The pre-trained model is evaluated in every run: any will do. Without one nothing trains.
+    others = (m for m in suite.rows if m.training not in (None, "joint"))
+    return next((_run_of(other, suite) for other in others), ("sequential", method))
 
 
 def _in_order(suite: Suite, setting: Setting) -> dict[str, Any]:

@@ -70,7 +70,16 @@ def test_joint_training_needs_settings_of_a_data_set_that_differ_in_evaluate_alo
 def test_zero_shot_needs_no_run_of_its_own():
     jobs = jobs_of(plan(data=["digits"], methods=["zero-shot", "ties"]))
     assert [job.training for job in jobs] == ["independent"]
-    assert len(jobs_of(plan(data=["digits"], methods=["zero-shot"]))) == 1
+    (fisher,) = jobs_of(plan(data=["digits"], methods=["zero-shot", "fisher"]))
+    assert fisher.methods == ("fisher",)
+
+
+@pytest.mark.parametrize("others", [[], ["joint"]])
+def test_zero_shot_alone_trains_nothing(others):
+    (job, *_) = jobs_of(plan("table1", data=["cars"], tasks=[5], methods=["zero-shot", *others]))
+    config = job_config(job)
+    assert job.path == "cars-5/seed5/sequential-zero-shot"
+    assert (config.method, config.compare) == ("zero-shot", [])
 
 
 def test_a_method_that_estimates_what_matters_has_a_run_of_its_own():
