@@ -38,7 +38,7 @@ class Ended:
     job: Job
     state: str
     seconds: float  # how long it ran this time
-    reason: str = ""  # what it said last, if it failed
+    reason: str = ""  # what it said last if it failed, or that it was interrupted
 
 
 @dataclass
@@ -69,6 +69,8 @@ class Processes:
                 env={**os.environ, **name, **environment, "COLUMNS": "100"},
             ) as process:
                 self._running.add(process)
+                if self.stopped:  # meanwhile
+                    process.terminate()
                 try:
                     return process.wait()
                 finally:
@@ -174,7 +176,7 @@ def run_job(
     if code == 0 and state_of(job, folder) == DONE:
         return Ended(job, DONE, seconds)
     if code in _INTERRUPTED or running.stopped:
-        return Ended(job, BEGUN, seconds)
+        return Ended(job, BEGUN, seconds, "interrupted")
     return _failed(job, folder, _reason(run_folder / LOG, code), seconds)
 
 
@@ -207,7 +209,9 @@ def _reason(log: Path, code: int) -> str:
     """The last thing a process said, or what ended it."""
     if code < 0:
         return f"ended by signal {signal.Signals(-code).name}"
-    lines = log.read_bytes()[-_LAST_WORDS:].decode(errors="replace").splitlines()
+    text = "\n" + log.read_bytes()[-_LAST_WORDS:].decode(errors="replace")
+    # Behind the words of its command: before them stands what an earlier try said.
+    lines = text.rpartition("\ncl-merge run ")[2].splitlines()[1:]
     said = [line.strip() for line in lines if line.strip()]
     ours = [line for line in said if line.startswith("cl-merge: ")]
     last = (ours or said or [""])[-1]

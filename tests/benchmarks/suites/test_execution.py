@@ -12,7 +12,7 @@ import pytest
 from results_files import whole_results
 
 from cl_merge.benchmarks.suites.definition import find_suite, narrowed
-from cl_merge.benchmarks.suites.execution import Processes, run_here, run_on_cluster
+from cl_merge.benchmarks.suites.execution import Processes, run_here, run_job, run_on_cluster
 from cl_merge.benchmarks.suites.plan import BEGUN, DONE, FAILED, jobs_of, make_plan, state_of
 from cl_merge.errors import InputError
 
@@ -142,6 +142,24 @@ def test_an_interruption_ends_the_jobs_and_they_can_go_on(
     assert time.monotonic() - begin < 30
     assert state_of(jobs[0], tmp_path) == BEGUN
     assert not (tmp_path / jobs[1].path).exists()
+
+
+def test_a_job_that_starts_while_all_are_stopped_ends_at_once(
+    jobs, stand_in, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SECONDS", "60")
+    stand_in.stop()
+    ended = run_job(jobs[0], tmp_path, processes=stand_in)
+    assert (ended.state, ended.reason) == (BEGUN, "interrupted")
+    assert ended.seconds < 30
+
+
+def test_the_reason_of_a_failure_is_that_of_the_last_try(jobs, stand_in, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAILING", jobs[0].training)
+    assert run_job(jobs[0], tmp_path, processes=stand_in).reason == "the disk is on fire"
+    monkeypatch.delenv("FAILING")
+    monkeypatch.delenv("RESULTS")
+    assert run_job(jobs[0], tmp_path, processes=stand_in).reason == "KeyError: 'RESULTS'"
 
 
 def test_a_cluster_runs_the_same_jobs(tmp_path, monkeypatch):
