@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from cl_merge.benchmarks.datasets.catalog import absolute_data, find_data, is_data_file
 from cl_merge.benchmarks.formatting import data_label
 from cl_merge.benchmarks.methods.method import Method, absolute_path, find_method
-from cl_merge.config.reading import parse_arguments, read_yaml
+from cl_merge.config.reading import flat, parse_arguments, read_yaml
 from cl_merge.errors import InputError, nearest, unknown_name
 
 T = TypeVar("T")
@@ -147,6 +147,8 @@ def narrowed(
     if orders is not None:
         settings = [replace(s, order=order) for s in settings for order in _orders(orders)]
     _check_names(settings, f"suite '{suite.name}'")
+    for given in (suite.run, *(setting.run for setting in settings)):
+        _check_planned(flat(given), f"run of suite '{suite.name}'")
     names = _checked_methods(methods)
     return replace(
         suite,
@@ -242,10 +244,14 @@ def _orders(number: int) -> list[int | None]:
 
 def _run_settings(words: Sequence[str]) -> Mapping[str, Any]:
     for word in words:
-        key = word.partition("=")[0]
+        _check_planned([word.partition("=")[0]], f"'{word}'")
+    return parse_arguments(words)
+
+
+def _check_planned(keys: Iterable[str], where: str) -> None:
+    for key in keys:
         if key in _PLANNED:
             raise InputError(
-                f"'{word}': a suite decides {key} for each of its runs; choose data, tasks, "
+                f"{where}: a suite decides {key} for each of its runs; choose data, tasks, "
                 "methods, seeds and out for the whole suite"
             )
-    return parse_arguments(words)

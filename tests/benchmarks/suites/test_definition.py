@@ -115,6 +115,18 @@ def test_what_cannot_be_chosen_is_said(choice, message):
         narrowed(find_suite("table1"), **choice)
 
 
+@pytest.mark.parametrize(
+    ("run", "key"), [("seed: 3", "seed"), ("stream: {tasks: 5}", "stream.tasks")]
+)
+@pytest.mark.parametrize("of", ["suite", "setting"])
+def test_what_a_suite_decides_stands_in_no_run_of_its_file(run, key, of, tmp_path):
+    own, every = ("", f"run: {{{run}}}") if of == "suite" else (f", run: {{{run}}}", "")
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"settings: [{{data: digits{own}}}]\nmethods: [magmax]\n{every}")
+    with pytest.raises(InputError, match=f"run of suite 'mine': a suite decides {key} for each"):
+        narrowed(find_suite(str(file)))
+
+
 def test_a_data_set_whose_domains_are_its_tasks_has_no_number_of_them_to_choose():
     message = "^tasks 5: suite 'offline' has 'pacs' in the tasks that its recipe makes$"
     with pytest.raises(InputError, match=message):
