@@ -19,6 +19,7 @@ import torch
 from omegaconf import OmegaConf
 
 from cl_merge.benchmarks.suites.plan import BEGUN, DONE, FAILED, FAILURE, Job, state_of
+from cl_merge.data.sampling import SIDE_BY_SIDE
 from cl_merge.errors import InputError
 from cl_merge.kernels.parallel import usable_cores
 from cl_merge.storage.files import atomic_write
@@ -196,7 +197,7 @@ def _visible_gpus() -> list[str]:
 
 
 def _environment(slot: int, slots: int, gpus: list[str]) -> dict[str, str]:
-    found = {}
+    found = {SIDE_BY_SIDE: str(slots)}
     if "OMP_NUM_THREADS" not in os.environ:
         found["OMP_NUM_THREADS"] = str(max(usable_cores() // slots, 1))
     # One job alone keeps all GPUs: it may train on several.

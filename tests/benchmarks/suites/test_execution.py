@@ -14,6 +14,7 @@ from results_files import whole_results
 from cl_merge.benchmarks.suites.definition import find_suite, narrowed
 from cl_merge.benchmarks.suites.execution import Processes, run_here, run_job, run_on_cluster
 from cl_merge.benchmarks.suites.plan import BEGUN, DONE, FAILED, jobs_of, make_plan, state_of
+from cl_merge.data.sampling import SIDE_BY_SIDE
 from cl_merge.errors import InputError
 
 pytestmark = pytest.mark.slow
@@ -89,6 +90,8 @@ def test_jobs_run_side_by_side_with_their_share_of_the_cores(jobs, stand_in, tmp
     assert max(begun for begun, _ in times) < min(end for _, end in times)
     threads = [environment(tmp_path, job)["OMP_NUM_THREADS"] for job in jobs[:2]]
     assert threads == ["4", "4"]
+    runs = [environment(tmp_path, job)[SIDE_BY_SIDE] for job in jobs[:2]]
+    assert runs == ["2", "2"]
 
 
 def test_each_of_several_gpus_has_a_job_of_its_own(jobs, stand_in, tmp_path, monkeypatch):
