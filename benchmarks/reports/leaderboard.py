@@ -148,7 +148,8 @@ def read_leaderboard(folders: Sequence[Path], published: Path | None = None) -> 
         InputError: If a folder is none or has no results below it, a file is damaged, or no result
             says its command.
     """
-    board, found = Leaderboard(), {}
+    board = Leaderboard()
+    found: dict[Path, Path] = {}  # each once, also where the folders overlap
     for folder in folders:
         files = sorted(folder.rglob("results.json"))
         if not files:

@@ -71,8 +71,10 @@ def make_plan(suite: Suite, folder: Path | None = None) -> list[Cell]:
     cells = []
     for seed, setting in itertools.product(suite.seeds, suite.settings):
         jobs: dict[tuple[str, Method | None], Job] = {}
+        begun = (folder / setting.name / f"seed{seed}").glob("*/results.json") if folder else ()
+        finished = {results.parent.name for results in begun}
         for method in suite.rows:
-            key = _run_of(method, suite)
+            key = _run_of(method, suite, finished)
             if key not in jobs:
                 jobs[key] = _job(suite, words, setting, seed, *key, folder)
             cells.append(Cell(setting, method.name, seed, jobs[key]))
@@ -119,14 +121,16 @@ def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
     return dict(found)
 
 
-def _run_of(method: Method, suite: Suite) -> tuple[str, Method | None]:
+def _run_of(method: Method, suite: Suite, finished: set[str]) -> tuple[str, Method | None]:
     """The training of the run that evaluates a method, and the method if it is the only one."""
     if method.training is not None:
         # A training estimates importances for one method.
         return method.training, method if method.weighted else None
     # The pre-trained model is evaluated in every run: any will do. Without one nothing trains.
-    others = (m for m in suite.rows if m.training not in (None, "joint"))
-    return next((_run_of(other, suite) for other in others), ("sequential", method))
+    others = [m for m in suite.rows if m.training not in (None, "joint")]
+    known = map(find_method, suite.methods)
+    others += [m for m in known if m.training in finished and not m.weighted]
+    return _run_of(others[0], suite, finished) if others else ("sequential", method)
 
 
 def _in_order(suite: Suite, setting: Setting) -> dict[str, Any]:

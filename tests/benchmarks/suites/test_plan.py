@@ -75,11 +75,18 @@ def test_zero_shot_needs_no_run_of_its_own():
 
 
 @pytest.mark.parametrize("others", [[], ["joint"]])
-def test_zero_shot_alone_trains_nothing(others):
+def test_zero_shot_alone_trains_nothing(others, tmp_path):
     (job, *_) = jobs_of(plan("table1", data=["cars"], tasks=[5], methods=["zero-shot", *others]))
     config = job_config(job)
     assert job.path == "cars-5/seed5/sequential-zero-shot"
     assert (config.method, config.compare) == ("zero-shot", [])
+    # Where a run has finished, it has evaluated zero-shot.
+    done = tmp_path / "cars-5/seed5/ewc"
+    done.mkdir(parents=True)
+    write_results_file(done, {"methods": {"ewc": {}}})
+    suite = narrowed(find_suite("table1"), data=["cars"], tasks=[5], methods=["zero-shot", *others])
+    (job, *_) = jobs_of(make_plan(suite, tmp_path))
+    assert job.training == "ewc"
 
 
 def test_a_method_that_estimates_what_matters_has_a_run_of_its_own():
