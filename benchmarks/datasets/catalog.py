@@ -72,6 +72,25 @@ def is_data_file(name: str) -> bool:
     return name.endswith((".yaml", ".yml"))
 
 
+def absolute_data(name: str) -> str:
+    """Name the file or folder of a data set from the root; other names stay as they are.
+
+    Example:
+        >>> absolute_data("digits"), absolute_data("/photos/../birds.yaml")
+        ('digits', '/birds.yaml')
+    """
+    if is_data_file(name):
+        return str(Path(name).expanduser().resolve())
+    return name if name in catalog() else absolute_source(name)
+
+
+def absolute_source(source: str) -> str:
+    """Name from the root what images are read from, if it is on this machine."""
+    path = os.path.expanduser(source)
+    # Not what a link stands for: the name of the link is the one that people know.
+    return os.path.abspath(path) if os.path.exists(path) else source
+
+
 def find_source(entry: DataEntry) -> str:
     """Where a data set lies: in the folder ``CL_MERGE_DATA``, or what its recipe says."""
     home = os.environ.get("CL_MERGE_DATA")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -11,13 +12,16 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from cl_merge.benchmarks.datasets.catalog import catalog, find_data, is_data_file
 from cl_merge.benchmarks.formatting import counted, data_label
 from cl_merge.benchmarks.methods.method import TRAININGS
 from cl_merge.benchmarks.reports.summary import METRICS, PAPER, WITHOUT_TASKS
 from cl_merge.benchmarks.runs.provenance import settings_of
 from cl_merge.benchmarks.runs.results import Percent, read_results
-from cl_merge.config.reading import read_yaml
+from cl_merge.config.reading import parse_arguments, read_yaml
+from cl_merge.config.schema import RunConfig, default_of
 from cl_merge.errors import InputError, listing
+from cl_merge.mergers import MERGERS
 
 # Settings that say who ran it and how often, not what: all else makes another stream.
 _AXES = {
@@ -32,14 +36,16 @@ _AXES = {
 }
 _AXES |= {"stream.num_workers", "stream.cache", "trainer.accelerator", "trainer.strategy"}
 _AXES |= {"data", "model", "stream.tasks"}  # what the name of a stream says
-# Settings of methods: of all that merge, of the run's own, of one beside it, of a training.
+# Settings of methods: of all that merge, of those that merge as the run's own, of a training.
 _OF_ALL = ("merge.store", "merge.include", "merge.exclude", "merge.buffers")
-_OF_OWN = ("merge.scale", "merge.groups", "merge.density", "merge.seed", "merge.options.")
-_BESIDE = "merge.beside."
+_OF_OWN = ("merge.density", "merge.seed", "merge.options.")
+_SCALE = ("merge.scale", "merge.groups")
+_BESIDE = "merge.beside"
 _TRAININGS = {t.name: f"{t.regularizer}." for t in TRAININGS.values() if t.regularizer}
 _SOURCE = "Marczak et al., MagMax, ECCV 2024, tables 1 and 2"
 _MODEL = "ViT-B-16-quickgelu:openai"
 _STATISTICS = ("-statistics", "-aligned")
+_DRIFT = "-drift"
 
 
 @dataclass(frozen=True)
@@ -143,12 +149,14 @@ def read_leaderboard(folders: Sequence[Path], published: Path | None = None) -> 
             says its command.
     """
     board = Leaderboard()
+    found: dict[Path, Path] = {}  # each once, also where the folders overlap
     for folder in folders:
         files = sorted(folder.rglob("results.json"))
         if not files:
             raise InputError(f"'{folder}' has no results.json in it or below it")
-        for file in files:
-            _add(board, file, read_results(file.parent) or {})
+        found |= {file.resolve(): file for file in files}
+    for file in found.values():
+        _add(board, file, read_results(file.parent) or {})
     if not board.cells:
         raise InputError(
             f"no results say the command that found them: {listing(board.refused)}; they were "
@@ -198,41 +206,84 @@ def _add(board: Leaderboard, file: Path, results: Mapping[str, Any]) -> None:
             name, found["training"] or "none", _of_method(settings, name, found, results["method"])
         )
         cell = board.cells.setdefault((stream, row), [])
-        # The pre-trained model is in every run, and says the same with the same seed.
-        if name != "zero-shot" or all(f.metrics["accuracy"] != found["accuracy"] for f in cell):
+        if not any(_says_the_same(finding, other, name) for other in cell):
             cell.append(finding)
 
 
+def _says_the_same(one: Finding, other: Finding, method: str) -> bool:
+    """Whether it is the same value: a method may be in several runs, zero-shot is in each."""
+
+    def axes(finding: Finding) -> tuple[object, ...]:
+        return finding.seed, finding.order, finding.machine
+
+    same = method == "zero-shot" or axes(one) == axes(other)
+    return same and one.metrics["accuracy"] == other.metrics["accuracy"]
+
+
 def _of_stream(settings: Mapping[str, str]) -> tuple[str, ...]:
+    data = settings.get("data", RunConfig.data)
     words = {k: v for k, v in settings.items() if k not in _AXES}
-    devices, batch = words.pop("trainer.devices", "1"), words.get("stream.batch_size", "")
-    if devices.isdecimal() and batch.isdecimal():
-        # Several devices share a step; what counts is how many images it has.
-        words["stream.batch_size"] = str(int(devices) * int(batch))
+    # The name of a column is not the whole path.
+    words |= {} if data in catalog() else {"data": data}
+    # Several devices share a step; what counts is how many images it has.
+    own, devices = _own_batch(data), words.get("trainer.devices", "1")
+    numbers = (
+        words.get("stream.batch_size", own),
+        str(devices.count(",") + 1) if devices.startswith("[") else devices,
+        words.get("trainer.num_nodes", "1"),
+    )
+    if all(map(str.isdecimal, numbers)):
+        for key in ("stream.batch_size", "trainer.devices", "trainer.num_nodes"):
+            words.pop(key, None)
+        step = str(prod(map(int, numbers)))
+        words |= {} if step == own else {"stream.batch_size": step}
     of_others = ("merge.", "loggers", *_TRAININGS.values())
     return tuple(sorted(f"{k}={v}" for k, v in words.items() if not k.startswith(of_others)))
+
+
+def _own_batch(data: str) -> str:
+    """The images of a step by the recipe of a data set; empty if that is the file of a user."""
+    if is_data_file(data):
+        return ""  # which may be on another machine
+    recipe = find_data(data).recipe if data in catalog() else {}
+    return str(recipe.get("stream", {}).get("batch_size", default_of("stream.batch_size")))
 
 
 def _of_method(
     settings: Mapping[str, str], method: str, found: Mapping[str, Any], own: str
 ) -> tuple[str, ...]:
     """The options of a method as words."""
-    method, own = (_plain(name) for name in (method, own))
     starts = [_TRAININGS[found["training"]]] if found["training"] in _TRAININGS else []
+    options: Mapping[str, Any] = {}
     if found["merger"]:
-        starts += [*_OF_ALL, *(_OF_OWN if method == own else (f"{_BESIDE}{method}.",))]
-    words = {key: value for key, value in settings.items() if key.startswith(tuple(starts))}
-    shown = (
-        f"{k.removeprefix(f'{_BESIDE}{method}.').removeprefix('merge.').removeprefix('options.')}={v}"
-        for k, v in words.items()
+        starts += _OF_ALL
+        if getattr(MERGERS.get(found["merger"]), "weighted", False):
+            starts.append("merge.importance_samples")
+        options = _merge_options(settings, _plain(method), _plain(own))
+    words = {k: v for k, v in settings.items() if k.startswith(tuple(starts))}
+    return tuple(
+        sorted(f"{k.removeprefix('merge.')}={v}" for k, v in (*words.items(), *options.items()))
     )
-    return tuple(sorted(shown))
+
+
+def _merge_options(settings: Mapping[str, str], method: str, own: str) -> Mapping[str, Any]:
+    """With what a method merges, as `make_merger` chooses it."""
+    words = [f"{key}={value}" for key, value in settings.items() if key.startswith(_BESIDE)]
+    beside = parse_arguments(words).get("merge", {}).get("beside") or {}
+    merging = method.removesuffix(_DRIFT)
+    if method in beside:
+        return beside[method] or {}
+    if merging != own.removesuffix(_DRIFT):
+        return {k: v for k, v in (beside.get(merging) or {}).items() if k != "scale"}
+    keys = (*_OF_OWN, *_SCALE) if method == own else _OF_OWN
+    return {k.removeprefix("merge.options."): v for k, v in settings.items() if k.startswith(keys)}
 
 
 def _plain(method: str) -> str:
-    """The method that merges the same without class statistics."""
+    """The method that merges the same without class statistics, as `Method.plain`."""
     for ending in _STATISTICS:
-        method = method.removesuffix(ending)
+        if method.endswith(ending):
+            return f"{method.removesuffix(ending)}{_DRIFT}"
     return method
 
 

@@ -114,7 +114,9 @@ def close_logger(logger: Logger, status: str) -> None:
 
 def _open_csv(info: RunInfo, options: Mapping[str, Any]) -> CSVLogger:
     file = info.folder / "csv" / "metrics.csv"
-    rows = list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
+    # A line without its end was cut off, and so may be a number in it.
+    text = file.read_text().rpartition("\n")[0] if file.exists() else ""
+    rows = list(csv.DictReader(text.splitlines()))
     logger = CSVLogger(info.folder.parent, info.folder.name, "csv")
     with warnings.catch_warnings():
         # It warns that it deletes the file of before, whose rows follow.

@@ -306,6 +306,21 @@ def _try_trainer(config: RunConfig) -> None:
             f"trainer.strategy={config.trainer.get('strategy')}; expected auto or ddp: a run needs "
             "whole parameters in every process, and processes that live as long as it does"
         )
+    _check_processes(trainer)
+
+
+def _check_processes(trainer: L.Trainer) -> None:
+    """Make sure that every device has a process, where a scheduler starts them."""
+    devices, nodes = trainer.num_devices, trainer.num_nodes
+    cluster = getattr(trainer.strategy, "cluster_environment", None)
+    started = cluster.world_size() if cluster and cluster.creates_processes_externally else None
+    # Lightning would share out the batches, and leave out those of the missing processes.
+    if started not in (None, devices * nodes):
+        raise InputError(
+            f"trainer.devices={devices} and trainer.num_nodes={nodes} need {devices * nodes} "
+            f"processes, but SLURM or torchrun has started {started}; start as many, or with "
+            "SLURM_JOB_NAME=interactive in the environment one that starts the others itself"
+        )
 
 
 def _try_merge(config: RunConfig, method: Method) -> MergeCallback:

@@ -76,6 +76,7 @@ class RunFolder:
         self._session = 1 + max(sessions, default=0)
         self._began = time.monotonic()
         self._held = ExitStack()
+        self._results: tuple[int, dict[str, Any]] | None = None  # with when they were written
 
     @classmethod
     def claim(cls, config: RunConfig, name: str) -> RunFolder:
@@ -152,7 +153,12 @@ class RunFolder:
 
     def results(self) -> dict[str, Any]:
         """What a run that has finished here found; empty if none has."""
-        return read_results(self.path) or {}
+        file = self.path / "results.json"
+        # Asked for many times in a run, and long where there are many tasks and methods.
+        changed = file.stat().st_mtime_ns if file.exists() else 0
+        if self._results is None or self._results[0] != changed:
+            self._results = changed, read_results(self.path) or {}
+        return self._results[1]
 
     def finished_training(self, training: str) -> list[Cost] | None:
         """What the tasks of a training took, if all were learned in a run that finished."""

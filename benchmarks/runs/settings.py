@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from cl_merge.benchmarks.datasets.catalog import find_data, is_data_file
+from cl_merge.benchmarks.datasets.catalog import absolute_data, absolute_source, find_data
 from cl_merge.benchmarks.methods.method import absolute_path, compared_methods, find_method
 from cl_merge.benchmarks.runs.results import read_results
 from cl_merge.config.reading import flat, parse_arguments, read_config, read_yaml
@@ -47,7 +47,7 @@ def read_settings(settings: Sequence[str], file: str | Path | None = None) -> Ru
 
 def check_same_run(config: RunConfig, saved: Path) -> None:
     """Refuse a configuration that differs, where it matters, from the saved one of a folder."""
-    former = read_config([], {}, saved)
+    former = _with_absolute_paths(read_config([], {}, saved))
     methods, now_methods = (compared_methods(c.method, c.compare) for c in (former, config))
     merging = {method.plain.name for method in methods}
     joins = {method.name for method in methods} <= {method.name for method in now_methods}
@@ -76,8 +76,9 @@ def finished_methods(folder: Path) -> set[str]:
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
     """Name the user's files from the root, so that a run goes on wherever it is called from."""
-    if is_data_file(config.data):
-        config.data = str(Path(config.data).expanduser().resolve())
+    config.data = absolute_data(config.data)
+    config.source = None if config.source is None else absolute_source(config.source)
+    config.probe = [absolute_data(str(name)) for name in config.probe]
     config.method = absolute_path(config.method)
     if isinstance(config.compare, list):
         config.compare = [absolute_path(str(name)) for name in config.compare]

@@ -142,10 +142,11 @@ class StoreTask(Callback):
             found = task_importance(trainer, pl_module, list(vector), samples=samples, task=task)
             tensors["importance"] = {name: found[name].cpu() for name in vector}
         if trainer.is_global_zero:
-            vector.save(self._folder / f"task{task}.safetensors", run.config.merge.store)
             for name, values in tensors.items():
                 if values:
                     save_tensors(self._folder / f"{name}{task}.safetensors", values, {})
+            # Last: a task that has it is taken to have the others.
+            vector.save(self._folder / f"task{task}.safetensors", run.config.merge.store)
         trainer.strategy.barrier()  # the others read what the first process has written
 
     def _unmerged(self, module: L.LightningModule) -> dict[str, Tensor]:

@@ -11,10 +11,10 @@ import msgspec
 from msgspec import Meta
 from omegaconf import OmegaConf
 
-from cl_merge.benchmarks.datasets.catalog import find_data, is_data_file
+from cl_merge.benchmarks.datasets.catalog import absolute_data, find_data, is_data_file
 from cl_merge.benchmarks.formatting import data_label
 from cl_merge.benchmarks.methods.method import Method, absolute_path, find_method
-from cl_merge.config.reading import parse_arguments, read_yaml
+from cl_merge.config.reading import flat, parse_arguments, read_yaml
 from cl_merge.errors import InputError, nearest, unknown_name
 
 T = TypeVar("T")
@@ -36,11 +36,13 @@ class Setting:
     # By how many tasks the run of joint training counts its test images. That run is the same for
     # any number, and serves all settings of the data set.
     joint_tasks: int | None = field(default=None, compare=False)
+    # Instead of the data set's name, where two settings would have the same.
+    label: Annotated[str, Meta(pattern=r"^\w[\w.+-]*$")] | None = None
 
     @property
     def data_name(self) -> str:
         """The data set in a word that can name a folder."""
-        return data_label(self.data)
+        return self.label or data_label(self.data)
 
     @property
     def name(self) -> str:
@@ -95,6 +97,7 @@ def find_suite(name: str) -> Suite:
         raise unknown_name(f"table of the paper in {where}", str(paper), _PAPER)
     methods = _checked_methods(map(str, content["methods"]))
     settings = [s for entry in content["settings"] for s in _settings(entry, where)]
+    _check_names(settings, where)
     defaults = {"name": file.stem, "about": "", "shown": methods, "seeds": [0]}
     suite = _converted({**defaults, **content, "methods": methods, "settings": []}, Suite, where)
     return replace(suite, settings=tuple(settings), seeds=tuple(dict.fromkeys(suite.seeds)))
@@ -127,7 +130,7 @@ def narrowed(
         (['cars-10'], (5, 6, 7))
     """
     settings: list[Setting] = []
-    for name in data or dict.fromkeys(s.data for s in suite.settings):
+    for name in map(absolute_data, data or dict.fromkeys(s.data for s in suite.settings)):
         own = [s for s in suite.settings if s.data == name]
         own = own or _settings({"data": name, "tasks": list(tasks) or None}, "the command line")
         chosen = [s for s in own if not tasks or s.tasks in tasks]
@@ -143,6 +146,9 @@ def narrowed(
         raise InputError(f"nothing is left of suite '{suite.name}', which has {has}")
     if orders is not None:
         settings = [replace(s, order=order) for s in settings for order in _orders(orders)]
+    _check_names(settings, f"suite '{suite.name}'")
+    for given in (suite.run, *(setting.run for setting in settings)):
+        _check_planned(flat(given), f"run of suite '{suite.name}'")
     names = _checked_methods(methods)
     return replace(
         suite,
@@ -156,6 +162,7 @@ def narrowed(
 
 def joined(one: Suite, other: Suite) -> Suite:
     """Put together all settings, methods and seeds of two parts of a suite."""
+    _check_names((*one.settings, *other.settings), f"suite '{one.name}'")
     every: dict[str, Any] = {
         key: tuple(dict.fromkeys((*getattr(one, key), *getattr(other, key))))
         for key in ("settings", "methods", "shown", "seeds")
@@ -180,13 +187,25 @@ def _settings(entry: Any, where: str) -> list[Setting]:
     if not isinstance(entry, Mapping) or "data" not in entry:
         raise InputError(f"{where}: each setting needs data: NAME, found {entry}")
     _check_keys(entry, Setting, f"a setting of {where}")
-    data, tasks = str(entry["data"]), entry.get("tasks")
+    data, tasks = absolute_data(str(entry["data"])), entry.get("tasks")
     find_data(data)
     numbers = tasks if isinstance(tasks, list) else [tasks]
     if not numbers or any(n is not None and (not isinstance(n, int) or n < 1) for n in numbers):
         raise InputError(f"{where}: tasks of '{data}' must be numbers, found {tasks}")
-    common = {"joint_tasks": numbers[0], **entry}
+    common = {"joint_tasks": numbers[0], **entry, "data": data}
     return [_converted({**common, "tasks": number}, Setting, where) for number in numbers]
+
+
+def _check_names(settings: Iterable[Setting], where: str) -> None:
+    """Make sure that settings which are not the same do not share the folder of their runs."""
+    found: dict[str, Setting] = {}
+    for setting in settings:
+        first = found.setdefault(setting.name, setting)
+        if (first, first.run) != (setting, setting.run):
+            raise InputError(
+                f"{where}: two settings are called '{setting.name}', but differ in data or run; "
+                "give one of them a label: WORD"
+            )
 
 
 def _converted(content: Any, kind: type[T], where: str) -> T:
@@ -225,10 +244,14 @@ def _orders(number: int) -> list[int | None]:
 
 def _run_settings(words: Sequence[str]) -> Mapping[str, Any]:
     for word in words:
-        key = word.partition("=")[0]
+        _check_planned([word.partition("=")[0]], f"'{word}'")
+    return parse_arguments(words)
+
+
+def _check_planned(keys: Iterable[str], where: str) -> None:
+    for key in keys:
         if key in _PLANNED:
             raise InputError(
-                f"'{word}': a suite decides {key} for each of its runs; choose data, tasks, "
+                f"{where}: a suite decides {key} for each of its runs; choose data, tasks, "
                 "methods, seeds and out for the whole suite"
             )
-    return parse_arguments(words)

@@ -19,6 +19,7 @@ import torch
 from omegaconf import OmegaConf
 
 from cl_merge.benchmarks.suites.plan import BEGUN, DONE, FAILED, FAILURE, Job, state_of
+from cl_merge.data.sampling import SIDE_BY_SIDE
 from cl_merge.errors import InputError
 from cl_merge.kernels.parallel import usable_cores
 from cl_merge.storage.files import atomic_write
@@ -38,7 +39,7 @@ class Ended:
     job: Job
     state: str
     seconds: float  # how long it ran this time
-    reason: str = ""  # what it said last, if it failed
+    reason: str = ""  # what it said last if it failed, or that it was interrupted
 
 
 @dataclass
@@ -52,6 +53,10 @@ class Processes:
 
     def call(self, words: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
         """Run the command with some words to its end, and give its exit code."""
+        # Alone in a job of SLURM it starts the processes of its devices itself, which Lightning
+        # leaves to SLURM unless the job has this name.
+        alone = os.environ.get("SLURM_NTASKS") == "1"
+        name = {"SLURM_JOB_NAME": "interactive"} if alone else {}
         with log.open("ab") as output:
             output.write(f"cl-merge {' '.join(words)}\n".encode())
             output.flush()
@@ -62,9 +67,11 @@ class Processes:
                 stderr=subprocess.STDOUT,
                 # Out of the terminal's reach: Ctrl-C comes from here, once.
                 process_group=0,
-                env={**os.environ, **environment, "COLUMNS": "100"},
+                env={**os.environ, **name, **environment, "COLUMNS": "100"},
             ) as process:
                 self._running.add(process)
+                if self.stopped:  # meanwhile
+                    process.terminate()
                 try:
                     return process.wait()
                 finally:
@@ -170,7 +177,7 @@ def run_job(
     if code == 0 and state_of(job, folder) == DONE:
         return Ended(job, DONE, seconds)
     if code in _INTERRUPTED or running.stopped:
-        return Ended(job, BEGUN, seconds)
+        return Ended(job, BEGUN, seconds, "interrupted")
     return _failed(job, folder, _reason(run_folder / LOG, code), seconds)
 
 
@@ -190,7 +197,7 @@ def _visible_gpus() -> list[str]:
 
 
 def _environment(slot: int, slots: int, gpus: list[str]) -> dict[str, str]:
-    found = {}
+    found = {SIDE_BY_SIDE: str(slots)}
     if "OMP_NUM_THREADS" not in os.environ:
         found["OMP_NUM_THREADS"] = str(max(usable_cores() // slots, 1))
     # One job alone keeps all GPUs: it may train on several.
@@ -203,7 +210,9 @@ def _reason(log: Path, code: int) -> str:
     """The last thing a process said, or what ended it."""
     if code < 0:
         return f"ended by signal {signal.Signals(-code).name}"
-    lines = log.read_bytes()[-_LAST_WORDS:].decode(errors="replace").splitlines()
+    text = "\n" + log.read_bytes()[-_LAST_WORDS:].decode(errors="replace")
+    # Behind the words of its command: before them stands what an earlier try said.
+    lines = text.rpartition("\ncl-merge run ")[2].splitlines()[1:]
     said = [line.strip() for line in lines if line.strip()]
     ours = [line for line in said if line.startswith("cl-merge: ")]
     last = (ours or said or [""])[-1]

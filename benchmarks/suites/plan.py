@@ -15,7 +15,7 @@ from cl_merge.benchmarks.datasets.loading import task_epochs
 from cl_merge.benchmarks.methods.method import TRAININGS, Method, find_method
 from cl_merge.benchmarks.runs.settings import finished_methods
 from cl_merge.benchmarks.suites.definition import Setting, Suite
-from cl_merge.config.reading import read_config
+from cl_merge.config.reading import read_config, read_yaml
 from cl_merge.config.schema import RunConfig
 from cl_merge.data.tasks import resolve_order
 from cl_merge.errors import InputError
@@ -55,8 +55,10 @@ class Cell:
     job: Job
 
 
-def make_plan(suite: Suite) -> list[Cell]:
+def make_plan(suite: Suite, folder: Path | None = None) -> list[Cell]:
     """List the cells of a suite, the first seed of everything first; several have the same job.
+
+    Runs that were begun in the suite's folder keep the method that they are about.
 
     Example:
         >>> from cl_merge.benchmarks.suites.definition import find_suite, narrowed
@@ -69,11 +71,12 @@ def make_plan(suite: Suite) -> list[Cell]:
     cells = []
     for seed, setting in itertools.product(suite.seeds, suite.settings):
         jobs: dict[tuple[str, Method | None], Job] = {}
+        begun = (folder / setting.name / f"seed{seed}").glob("*/results.json") if folder else ()
+        finished = {results.parent.name for results in begun}
         for method in suite.rows:
-            # A training estimates importances for one method: it has a run of its own.
-            key = _training(method, suite), method if method.weighted else None
+            key = _run_of(method, suite, finished)
             if key not in jobs:
-                jobs[key] = _job(suite, words, setting, seed, *key)
+                jobs[key] = _job(suite, words, setting, seed, *key, folder)
             cells.append(Cell(setting, method.name, seed, jobs[key]))
     return cells
 
@@ -118,12 +121,16 @@ def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
     return dict(found)
 
 
-def _training(method: Method, suite: Suite) -> str:
-    # The pre-trained model is evaluated in every run: any will do.
+def _run_of(method: Method, suite: Suite, finished: set[str]) -> tuple[str, Method | None]:
+    """The training of the run that evaluates a method, and the method if it is the only one."""
     if method.training is not None:
-        return method.training
-    others = (find_method(name).training for name in (*suite.shown, *suite.methods))
-    return next((name for name in others if name and name != "joint"), "sequential")
+        # A training estimates importances for one method.
+        return method.training, method if method.weighted else None
+    # The pre-trained model is evaluated in every run: any will do. Without one nothing trains.
+    others = [m for m in suite.rows if m.training not in (None, "joint")]
+    known = map(find_method, suite.methods)
+    others += [m for m in known if m.training in finished and not m.weighted]
+    return _run_of(others[0], suite, finished) if others else ("sequential", method)
 
 
 def _in_order(suite: Suite, setting: Setting) -> dict[str, Any]:
@@ -145,6 +152,22 @@ def _in_order(suite: Suite, setting: Setting) -> dict[str, Any]:
     return found | {"epochs": [epochs[index] for index in order]}
 
 
+def _joint(suite: Suite, setting: Setting) -> Setting:
+    """The setting of joint training, which is one run for all settings of a data set."""
+    # It has one task, after which it is evaluated in any case.
+    runs = [
+        {key: value for key, value in other.run.items() if key != "evaluate"}
+        for other in suite.settings
+        if other.data_name == setting.data_name
+    ]
+    if any(run != runs[0] for run in runs):
+        raise InputError(
+            f"suite '{suite.name}': settings of {setting.data_name} differ in run, but share one "
+            "run of joint training; give each a label: WORD, or leave joint out"
+        )
+    return replace(setting, tasks=setting.joint_tasks, order=None, run=runs[0])
+
+
 def _job(
     suite: Suite,
     words: Mapping[Method, str],
@@ -152,13 +175,18 @@ def _job(
     seed: int,
     training: str,
     alone: Method | None,
+    folder: Path | None,
 ) -> Job:
     """The job of a training, or that of a method which has one of its own."""
     if TRAININGS[training].joint:
-        setting = replace(setting, tasks=setting.joint_tasks, order=None)
+        setting = _joint(suite, setting)
     shared = [m for m in words if m.training == training and not m.weighted]
     methods = [alone] if alone else shared or [find_method("sequential")]
-    own = next((m for m in methods if m.merger), methods[0])
+    job = Job(setting, seed, training, (), {}, f"-{alone.name}" if alone else "")
+    begun = folder and folder / job.path / "config.yaml"
+    former = read_yaml(begun).get("method") if begun and begun.exists() else None
+    first = next((m for m in methods if m.merger), methods[0])
+    own = next((m for m in methods if words.get(m, m.name) == former), first)
     others = [m for m in methods if m != own]
     config = {
         "data": setting.data,
@@ -179,4 +207,4 @@ def _job(
         config = _merged(config, _in_order(suite, setting))
     config = _merged(suite.run, setting.run, config)
     names = (own.name, *(m.name for m in others))
-    return Job(setting, seed, training, names, config, f"-{own.name}" if alone else "")
+    return replace(job, methods=names, config=config)

@@ -40,9 +40,11 @@ def remember(suite: Suite, folder: Path) -> None:
             raise InputError(
                 f"'{folder}' holds suite '{before.name}', not '{suite.name}'; name another folder"
             )
+        former = {setting.name: setting.run for setting in before.settings}
         for key, one, other in (
             ("run settings", before.run, suite.run),
             ("published", before.published, suite.published),
+            *((f"run of {s.name}", former.get(s.name, s.run), s.run) for s in suite.settings),
         ):
             if one != other:
                 raise InputError(

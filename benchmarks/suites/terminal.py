@@ -102,12 +102,12 @@ def show_ended(console: Console, ended: Ended, number: int, jobs: int, folder: P
     console.print(said, soft_wrap=True)
 
 
-def show_failures(console: Console, failed: Sequence[Ended], folder: Path) -> None:
-    """Name the runs that failed, and where they said why."""
-    for ended in failed:
+def show_unfinished(console: Console, unfinished: Sequence[Ended], folder: Path) -> None:
+    """Name the runs that failed or were interrupted, and where they said why."""
+    for ended in unfinished:
         console.print(
-            f"[red]failed[/] {escape(str(folder / ended.job.path / LOG))}", soft_wrap=True
+            f"[red]{ended.state}[/] {escape(str(folder / ended.job.path / LOG))}", soft_wrap=True
         )
         console.print(f"  {ended.reason}", markup=False, soft_wrap=True)
-    if failed:
-        console.print("the same command tries once more what failed, and nothing else")
+    if unfinished:
+        console.print("the same command tries these once more, and nothing else")

@@ -68,7 +68,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def bench(parsed: argparse.Namespace) -> int:
     """Run what a suite lacks and write its report, or say what would be run.
 
-    Returns 1 if a run failed, or a check found that something differs or is missing.
+    Returns 1 if a run did not finish, or a check found that something differs or is missing.
     """
     from rich.console import Console
 
@@ -87,7 +87,7 @@ def bench(parsed: argparse.Namespace) -> int:
         run=parsed.settings,
     )
     folder = Path(parsed.out or Path("runs") / suite.name).expanduser()
-    jobs = plan.jobs_of(plan.make_plan(with_former_methods(suite, folder)))
+    jobs = plan.jobs_of(plan.make_plan(with_former_methods(suite, folder), folder))
     configs = [plan.job_config(job) for job in jobs]  # a wrong setting shows before anything runs
     console = Console(highlight=False)
     if parsed.check:
@@ -110,18 +110,18 @@ def bench(parsed: argparse.Namespace) -> int:
         remember(suite, folder)
         left = [job for job in jobs if not _is_done(job, folder)]
         terminal.show_begin(console, suite, len(jobs), len(left), folder)
-        failed = []
+        unfinished = []
         try:
             for number, ended in enumerate(_run(left, folder, parsed), start=1):
                 terminal.show_ended(console, ended, number, len(left), folder)
-                failed += [ended] if ended.state == plan.FAILED else []
+                unfinished += [ended] if ended.state != plan.DONE else []
             make_report(console, folder, figures="none" if parsed.no_figures else "all")
         except (Exception, KeyboardInterrupt) as stop:
             if was_interrupted(stop):
                 raise StoppedError("the same command", stop) from stop
             raise
-    terminal.show_failures(console, failed, folder)
-    return 1 if failed else 0
+    terminal.show_unfinished(console, unfinished, folder)
+    return 1 if unfinished else 0
 
 
 def _is_done(job: Job, folder: Path) -> bool:

@@ -84,8 +84,9 @@ def make_report(
     summary = _summary(folder)
     together = over_orders(summary)
     for shown in (summary, together) if together else (summary,):
+        parts = rich_tables(shown, metric, console.width)  # an unknown metric is named first
         console.print(f"\n{title_of(shown, metric)}", style="italic", markup=False)
-        for part in rich_tables(shown, metric, console.width):
+        for part in parts:
             console.print(part)
         console.print(legend_of(shown, metric), style="dim", markup=False)
     page = folder / "report.html"

@@ -205,6 +205,11 @@ def _check_values(config: RunConfig) -> None:
         except InputError as error:
             hint = "expected a finite number, finite numbers by pattern, auto or drift"
             raise InputError(f"merge.scale={merge.scale}; {hint}") from error
+    for name, options in merge.beside.items():
+        if options is not None and not isinstance(options, Mapping):
+            raise InputError(
+                f"merge.beside.{name}={options}; expected options of the method and scale, by name"
+            )
     if merge.groups and merge.scale != "auto":
         raise InputError(f"merge.groups={merge.groups}; only for merge.scale=auto")
     if merge.density is not None and not 0 < merge.density <= 1:

@@ -160,7 +160,8 @@ class RunConfig:
     ewc: EwcConfig = _key(EwcConfig, "elastic weight consolidation")
     drift_penalty: DriftPenaltyConfig = _key(DriftPenaltyConfig, "penalty on drift of features")
     trainer: dict[str, Any] = _key(
-        lambda: {"max_epochs": 10, "gradient_clip_val": 1.0},
+        # By itself Lightning would take every GPU, each with a batch of its own.
+        lambda: {"max_epochs": 10, "gradient_clip_val": 1.0, "devices": 1},
         "any argument of Lightning's Trainer",
     )
 

@@ -17,6 +17,9 @@ _NOT_HERE = {
     "val_check_interval": "the trainings of a run have no validation",
 }
 
+# Types of weights other than float32, of which task vectors are made; "mixed" keeps that.
+_WEIGHTS = ("bf16-true", "16-true", "64-true", "64", 64)
+
 # Lightning takes less than this, and then fails or trains nothing.
 _LEAST = {
     "max_epochs": 1,
@@ -61,6 +64,8 @@ def check_trainer(arguments: Mapping[str, Any]) -> None:
             raise InputError(f"{given}; {_NOT_HERE[name]}: leave it out")
         if not _fits(value, hints[name]):
             raise InputError(f"{given}; expected {_described(hints[name])}")
+        if name == "precision" and value in _WEIGHTS:
+            raise InputError(f"{given}; expected 32-true, bf16-mixed or 16-mixed")
         if name in _LEAST and value is not None and value < _LEAST[name]:
             raise InputError(f"{given}; expected a whole number from {_LEAST[name]}")
         if name == "max_steps" and value < 1 and value != -1:

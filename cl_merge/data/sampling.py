@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ from cl_merge.seeds import derive_seed
 
 # Processes that load images for one that trains: as many as the authors of MagMax have.
 _MOST_WORKERS = 16
+
+SIDE_BY_SIDE = "CL_MERGE_SIDE_BY_SIDE"
+"""In the environment: how many runs share the cores of the machine; 1 if nothing is said."""
 
 T = TypeVar("T")
 
@@ -126,4 +130,5 @@ def automatic_workers(trainer: L.Trainer | None) -> int:
     """
     on_gpu = trainer.strategy.root_device.type == "cuda" if trainer else torch.cuda.is_available()
     processes = trainer.num_devices if trainer else 1
+    processes *= int(os.environ.get(SIDE_BY_SIDE, "1"))
     return min(usable_cores() // processes, _MOST_WORKERS) if on_gpu else 0

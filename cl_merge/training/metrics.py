@@ -34,9 +34,10 @@ def average_accuracy(accuracy: Tensor) -> float:
 def micro_accuracy(correct: Tensor, total: Tensor) -> float:
     """Micro average accuracy: the share of all test images that the last row gets right.
 
-    This is the headline figure of the MagMax paper.
+    This is the headline figure of the MagMax paper. NaN without test images.
     """
-    return 100.0 * int(correct[-1].sum()) / int(total.sum())
+    images = int(total.sum())
+    return 100.0 * int(correct[-1].sum()) / images if images else float("nan")
 
 
 def seen_accuracies(

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 
 import pytest
 
@@ -183,6 +184,17 @@ def test_a_folder_of_nothing_has_no_report(tmp_path, capsys):
     assert "is no folder of a suite" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "missing")]) == 2
     assert "is no folder" in capsys.readouterr().err
+
+
+def test_a_run_that_was_interrupted_is_named_and_the_exit_code_is_1(tmp_path, monkeypatch, capsys):
+    terminated = tmp_path / "terminated"
+    terminated.write_text("#!/bin/sh\nexit 143\n")
+    terminated.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(terminated))
+    words = ["--data", "digits", "--methods", "magmax", "--no-figures"]
+    assert bench("offline", tmp_path / "out", *words) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "sequential/log.txt interrupted the same command tries these once more" in said
 
 
 def test_two_processes_do_not_fill_one_folder(filled, capsys):

@@ -36,6 +36,7 @@ def test_values_are_read_as_people_type_them():
     assert config.trainer == {
         "max_epochs": 3,
         "gradient_clip_val": 1.0,
+        "devices": 1,
         "precision": "bf16-mixed",
     }
     assert config.data == "/photos"
@@ -86,7 +87,7 @@ def test_the_defaults_are_the_recipe_of_the_paper():
     config = read_config([], {})
     assert (config.optimizer.lr, config.optimizer.weight_decay) == (1e-5, 0.1)
     assert (config.optimizer.warmup_steps, config.stream.batch_size) == (500, 128)
-    assert config.trainer == {"max_epochs": 10, "gradient_clip_val": 1.0}
+    assert config.trainer == {"max_epochs": 10, "gradient_clip_val": 1.0, "devices": 1}
 
 
 def test_every_key_says_what_it_means():
@@ -122,6 +123,10 @@ def test_every_key_says_what_it_means():
         (
             "merge.scale=much",
             "merge.scale=much; expected a finite number, finite numbers by pattern, auto or drift",
+        ),
+        (
+            "merge.beside.ties=3",
+            "merge.beside.ties=3; expected options of the method and scale, by name",
         ),
         ("merge.groups=block", "merge.groups=block; only for merge.scale=auto"),
         (

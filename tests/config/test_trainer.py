@@ -27,6 +27,10 @@ def test_what_lightning_takes_is_taken(arguments):
         ("max_epochs", 0, "trainer.max_epochs=0; expected a whole number from 1"),
         ("max_epochs", 0.5, "trainer.max_epochs=0.5; expected a whole number or null"),
         ("max_epochs", True, "trainer.max_epochs=True; expected a whole number or null"),
+        *(
+            ("precision", x, f"trainer.precision={x}; expected 32-true, bf16-mixed or 16-mixed")
+            for x in ("bf16-true", 64)
+        ),
         ("max_steps", 0, "trainer.max_steps=0; expected a whole number from 1, or -1 for no limit"),
         (
             "accumulate_grad_batches",

@@ -88,6 +88,7 @@ def test_a_task_without_a_readable_image_is_named():
 def test_a_cpu_loads_images_by_itself_and_a_gpu_has_its_share_of_the_cores(monkeypatch):
     assert sampling.automatic_workers(Trainer(**QUIET)) == 0
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for cores, workers in ((4, 4), (64, 16)):
+    for cores, runs, workers in ((4, "1", 4), (64, "1", 16), (32, "8", 4)):
+        monkeypatch.setenv(sampling.SIDE_BY_SIDE, runs)
         monkeypatch.setattr(sampling, "usable_cores", lambda cores=cores: cores)
         assert sampling.automatic_workers(None) == workers

@@ -54,6 +54,13 @@ def test_a_single_task_has_no_transfer_and_no_forgetting():
     )
 
 
+def test_what_is_seen_before_the_first_test_image_is_not_a_number():
+    seen = seen_accuracies(torch.tensor([[0, 0], [0, 3]]), torch.tensor([0, 4]))
+    assert math.isnan(seen[0])
+    assert seen[1] == 75
+    assert math.isnan(micro_accuracy(torch.tensor([[0]]), torch.tensor([0])))
+
+
 def test_transfer_is_what_the_definition_says_on_random_matrices():
     matrix = 100 * torch.rand(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     by_task = [sum(float(matrix[i, j]) for i in range(j)) / j for j in range(1, 6)]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 
 import pytest
 from results_files import write_results_file
@@ -27,6 +28,8 @@ def write(tmp_path):
             "magmax": {"training": "sequential", "merger": "magmax"},
             "magmax-statistics": {"training": "sequential", "merger": "magmax"},
             "ties": {"training": "independent", "merger": "ties"},
+            "ties-drift": {"training": "independent", "merger": "ties"},
+            "fisher": {"training": "independent", "merger": "fisher"},
             "lwf": {"training": "lwf"},
         }
         methods = {name: known[name] | {"accuracy": x} for name, x in accuracies.items()}
@@ -57,32 +60,67 @@ def test_seeds_orders_and_machines_are_one_cell_with_mean_and_spread(write):
     assert {finding.order for finding in cell} == {"natural", "7"}
 
 
-def test_devices_share_the_images_of_a_step(write):
-    one = write("one", "stream.batch_size=128", {"magmax": 80.0})
-    two = write("two", "stream.batch_size=64 trainer.devices=2", {"magmax": 81.0})
-    found = values(read_leaderboard([one, two]))
-    assert found == {("digits, 2 tasks", "stream.batch_size=128", "magmax"): [80.0, 81.0]}
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ("stream.batch_size=64 trainer.devices=2", ["stream.batch_size=128"]),
+        (
+            "stream.batch_size=32 trainer.devices=[0,1] trainer.num_nodes=2",
+            ["stream.batch_size=128"],
+        ),
+        ("trainer.devices=4", ["stream.batch_size=128"]),  # of the recipe's 32
+        ("stream.batch_size=16 trainer.devices=2", []),  # the recipe's, from two
+        ("trainer.devices=-1", ["trainer.devices=-1"]),
+    ],
+)
+def test_devices_share_the_images_of_a_step(write, words, shown):
+    found = values(read_leaderboard([write("one", words, {"magmax": 80.0})]))
+    assert found == {("digits, 2 tasks", *shown, "magmax"): [80.0]}
+
+
+@pytest.mark.parametrize("data", [("/a/photos", "/b/photos"), ("/a/x.v1", "/a/x.v2")])
+def test_data_sets_outside_the_catalog_are_one_by_their_path(write, data):
+    folders = [
+        write(p[1:], f"data={p} seed={i}", {"magmax": 80.0}, data=p) for i, p in enumerate(data)
+    ]
+    assert len(values(read_leaderboard(folders))) == 2
+
+
+def test_what_is_found_twice_counts_once(write, tmp_path):
+    write("all/a", "method=magmax", {"magmax": 80.0, "ties": 70.0})
+    write("all/b", "method=lwf", {"lwf": 60.0, "ties": 70.0})
+    write("all/c", "method=lwf seed=1", {"ties": 70.0}, seed=1)
+    found = values(read_leaderboard([tmp_path / "all" / "a", tmp_path / "all"]))
+    name = "digits, 2 tasks"
+    assert found == {(name, "magmax"): [80.0], (name, "lwf"): [60.0], (name, "ties"): [70.0, 70.0]}
 
 
 def test_another_training_is_another_stream_and_other_options_another_row(write):
+    beside = shlex.quote('merge.beside.ties={"density": 0.1}')
     folders = [
         write("a", "merge.scale=0.3 lwf.weight=1.0", {"magmax": 1.0, "ties": 2.0, "lwf": 3.0}),
         write("b", "trainer.max_epochs=3", {"magmax": 4.0}),
-        write("c", "merge.beside.ties.density=0.1", {"magmax": 5.0, "ties": 6.0}),
+        write("c", beside, {"magmax": 5.0, "ties": 6.0}),
+        # Class statistics stand beside a merge at a scale of its own, as magmax-drift.
         write("d", "merge.scale=0.3", {"magmax-statistics": 7.0, "magmax": 8.0}),
         write("e", "merge.store=int8", {"magmax": 9.0, "ties": 10.0}),
+        write("f", "merge.density=0.5 merge.scale=2", {"ties": 11.0, "ties-drift": 12.0}),
+        write("g", "merge.importance_samples=9", {"fisher": 13.0, "magmax": 14.0}),
     ]
     name = "digits, 2 tasks"
     assert values(read_leaderboard(folders)) == {
-        (name, "magmax (scale=0.3)"): [1.0, 8.0],
+        (name, "magmax (scale=0.3)"): [1.0],
         (name, "ties"): [2.0],
         (name, "lwf (lwf.weight=1.0)"): [3.0],
         (name, "trainer.max_epochs=3", "magmax"): [4.0],
-        (name, "magmax"): [5.0],
+        (name, "magmax"): [5.0, 8.0, 14.0],
         (name, "ties (density=0.1)"): [6.0],
         (name, "magmax-statistics (scale=0.3)"): [7.0],
         (name, "magmax (store=int8)"): [9.0],
         (name, "ties (store=int8)"): [10.0],
+        (name, "ties (density=0.5, scale=2)"): [11.0],
+        (name, "ties-drift (density=0.5)"): [12.0],
+        (name, "fisher (importance_samples=9)"): [13.0],
     }
 
 

@@ -36,6 +36,13 @@ def test_methods_that_were_evaluated_once_are_drawn_too(tmp_path, seen):
     assert {file.stem for file in tmp_path.iterdir()} == set(PICTURES)
 
 
+def test_dollar_signs_in_names_are_no_formula(results, tmp_path):
+    results["tasks"][0]["name"] = "US$_$1"
+    results["data"] = "/photos/a$_$b"
+    draw_pictures(results, tmp_path)
+    assert {file.stem for file in tmp_path.iterdir()} == set(PICTURES)
+
+
 def test_the_picture_of_the_readme_says_the_same_on_light_and_on_dark(results, tmp_path):
     write_results_file(tmp_path, results)
     script = Path(__file__).parents[3] / "docs" / "readme_picture.py"

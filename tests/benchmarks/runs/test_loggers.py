@@ -223,6 +223,18 @@ def test_a_logger_that_is_opened_again_goes_on(name, tmp_path):
     assert {name: series for name, series in found.items() if name != "hp_metric"} == SERIES
 
 
+@pytest.mark.parametrize("lost", [2, 5, 10])  # the line's end, and more of its numbers
+def test_a_line_of_csv_that_was_cut_off_is_left_out(lost, tmp_path):
+    logger = opened("csv", tmp_path)
+    for step, value in ((0, 1.25), (1000, 2.25)):
+        logger.log_metrics({"a": value, "b": value}, step)
+    close_logger(logger, "success")
+    file = tmp_path / "logs/csv/metrics.csv"
+    file.write_bytes(file.read_bytes()[:-lost])
+    close_logger(opened("csv", tmp_path), "success")
+    assert in_csv(tmp_path) == {"a": [[0, 1.25]], "b": [[0, 1.25]]}
+
+
 def test_wandb_goes_on_in_the_same_run(tmp_path):
     needs("wandb")
     runs = []

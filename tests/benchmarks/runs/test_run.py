@@ -16,6 +16,8 @@ from stopping import stop_at_evaluation
 from cl_merge import TaskVector, cli, load_clip, merge
 from cl_merge.benchmarks.datasets.digits import digits
 from cl_merge.benchmarks.methods.method import METHODS, published_scale
+from cl_merge.benchmarks.runs import training
+from cl_merge.errors import StorageError
 from cl_merge.task_vectors.scales import Scales, scaled
 
 pytestmark = pytest.mark.slow
@@ -363,6 +365,24 @@ def test_bad_input_is_one_line_and_exit_code_2_and_nothing_is_written(
 
 
 @pytest.mark.parametrize(
+    "variables",
+    [
+        "SLURM_NTASKS=1 SLURM_JOB_NAME=exp SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0",
+        "TORCHELASTIC_RUN_ID=1 WORLD_SIZE=1 RANK=0 LOCAL_RANK=0 GROUP_RANK=0",
+    ],
+)
+def test_devices_for_which_a_scheduler_has_started_no_process_are_refused(
+    variables, tmp_path, monkeypatch, capsys
+):
+    for name, value in (word.split("=") for word in variables.split()):
+        monkeypatch.setenv(name, value)
+    words = ["trainer.devices=2", "trainer.strategy=ddp", f"out={tmp_path / 'run'}"]
+    assert run(*SMALL, *words) == 2
+    assert "need 2 processes, but SLURM or torchrun has started 1" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     ("word", "said"),
     [
         ("seed=4", "seed=3, not 4"),
@@ -431,6 +451,24 @@ def test_a_full_disk_is_one_line_and_the_run_can_go_on(tmp_path, monkeypatch, ca
     assert re.match(r"cl-merge: '.*' cannot be written \(No space left on device\); nothing", error)
     assert error.endswith(f"; go on with: cl-merge run out={tmp_path / 'run'}\n")
     assert error.count("\n") == 1
+    monkeypatch.undo()
+    assert run(f"out={tmp_path / 'run'}") == 0
+
+
+def test_a_disk_that_fills_up_with_what_weighs_a_task_does_not_end_the_run(
+    tmp_path, monkeypatch, capsys
+):
+    save = training.save_tensors
+
+    def fail(path, tensors, metadata):
+        if path.name == "importance1.safetensors":
+            raise StorageError(f"'{path}' cannot be written (No space left on device)")
+        save(path, tensors, metadata)
+
+    words = [*SMALLER, "method=fisher", "compare=false", f"out={tmp_path / 'run'}"]
+    monkeypatch.setattr(training, "save_tensors", fail)
+    assert run(*words) == 1
+    assert "go on with: cl-merge run out=" in capsys.readouterr().err
     monkeypatch.undo()
     assert run(f"out={tmp_path / 'run'}") == 0
 

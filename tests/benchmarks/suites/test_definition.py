@@ -1,6 +1,7 @@
 """Suites: what they are read from, and what of them is chosen."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -76,6 +77,20 @@ def test_a_file_of_a_data_set_is_called_by_its_stem(tmp_path, monkeypatch):
         assert setting.data_name == "cifar10"
 
 
+def test_a_suite_is_read_back_from_another_folder(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "own.yaml").write_text("source: photos")
+    file = tmp_path / "mine.yaml"
+    file.write_text("settings: [{data: own.yaml}, {data: photos}]\nmethods: [magmax]")
+    monkeypatch.chdir(tmp_path)
+    suite = find_suite("mine.yaml")
+    (photos,) = narrowed(suite, data=["photos"]).settings
+    assert photos == suite.settings[1]
+    file.write_text(to_yaml(suite))
+    monkeypatch.chdir("/")
+    assert find_suite(str(file)) == suite
+
+
 def test_the_numbers_of_tasks_that_a_data_set_lacks_leave_the_others():
     part = narrowed(find_suite("table1"), tasks=[50])
     assert [setting.name for setting in part.settings] == ["cifar100-50", "imagenet-r-50"]
@@ -98,6 +113,18 @@ def test_the_numbers_of_tasks_that_a_data_set_lacks_leave_the_others():
 def test_what_cannot_be_chosen_is_said(choice, message):
     with pytest.raises(InputError, match=f"^{re.escape(message)}"):
         narrowed(find_suite("table1"), **choice)
+
+
+@pytest.mark.parametrize(
+    ("run", "key"), [("seed: 3", "seed"), ("stream: {tasks: 5}", "stream.tasks")]
+)
+@pytest.mark.parametrize("of", ["suite", "setting"])
+def test_what_a_suite_decides_stands_in_no_run_of_its_file(run, key, of, tmp_path):
+    own, every = ("", f"run: {{{run}}}") if of == "suite" else (f", run: {{{run}}}", "")
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"settings: [{{data: digits{own}}}]\nmethods: [magmax]\n{every}")
+    with pytest.raises(InputError, match=f"run of suite 'mine': a suite decides {key} for each"):
+        narrowed(find_suite(str(file)))
 
 
 def test_a_data_set_whose_domains_are_its_tasks_has_no_number_of_them_to_choose():
@@ -132,6 +159,31 @@ def test_a_wrong_file_is_answered_with_what_is_wrong(text, message, tmp_path):
     file.write_text(text)
     with pytest.raises(InputError, match=re.escape(message)):
         find_suite(str(file))
+
+
+TWICE = "settings:\n  - {{data: {}, tasks: 2, {}}}\n  - {{data: {}, tasks: 2}}\nmethods: [magmax]"
+
+
+@pytest.mark.parametrize(
+    ("data", "run", "name"),
+    [
+        (("digits", "digits"), "run: {epochs: [1]}", "digits-2"),
+        (("/a/photos", "/b/photos"), "", "photos-2"),
+        (("/a/x.v1", "/a/x.v2"), "", "x-2"),
+    ],
+)
+def test_two_settings_of_one_name_are_refused_without_a_label(data, run, name, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(TWICE.format(data[0], run, data[1]))
+    with pytest.raises(InputError, match=f"two settings are called '{name}'"):
+        find_suite(str(file))
+    file.write_text(TWICE.format(data[0], f"label: other, {run}", data[1]))
+    suite = find_suite(str(file))
+    assert [setting.name for setting in suite.settings] == ["other-2", name]
+    # Asked for one after the other they would share a folder, too.
+    one, two = (replace(suite, settings=(replace(s, label=None),)) for s in suite.settings)
+    with pytest.raises(InputError, match=f"two settings are called '{name}'"):
+        joined(one, two)
 
 
 def test_an_unknown_suite_is_answered_with_the_nearest():

@@ -12,8 +12,9 @@ import pytest
 from results_files import whole_results
 
 from cl_merge.benchmarks.suites.definition import find_suite, narrowed
-from cl_merge.benchmarks.suites.execution import Processes, run_here, run_on_cluster
+from cl_merge.benchmarks.suites.execution import Processes, run_here, run_job, run_on_cluster
 from cl_merge.benchmarks.suites.plan import BEGUN, DONE, FAILED, jobs_of, make_plan, state_of
+from cl_merge.data.sampling import SIDE_BY_SIDE
 from cl_merge.errors import InputError
 
 pytestmark = pytest.mark.slow
@@ -89,6 +90,8 @@ def test_jobs_run_side_by_side_with_their_share_of_the_cores(jobs, stand_in, tmp
     assert max(begun for begun, _ in times) < min(end for _, end in times)
     threads = [environment(tmp_path, job)["OMP_NUM_THREADS"] for job in jobs[:2]]
     assert threads == ["4", "4"]
+    runs = [environment(tmp_path, job)[SIDE_BY_SIDE] for job in jobs[:2]]
+    assert runs == ["2", "2"]
 
 
 def test_each_of_several_gpus_has_a_job_of_its_own(jobs, stand_in, tmp_path, monkeypatch):
@@ -101,6 +104,16 @@ def test_each_of_several_gpus_has_a_job_of_its_own(jobs, stand_in, tmp_path, mon
         run_here(jobs[:1], tmp_path, parallel=1, processes=stand_in)
     )  # one alone may train on both
     assert environment(tmp_path, jobs[0])["CUDA_VISIBLE_DEVICES"] == "2,5"
+
+
+def test_a_job_that_is_alone_under_slurm_starts_its_processes_itself(
+    jobs, stand_in, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SLURM_JOB_NAME", "exp")
+    for tasks, name in (("1", "interactive"), ("8", "exp")):
+        monkeypatch.setenv("SLURM_NTASKS", tasks)
+        list(run_here(jobs[:1], tmp_path, processes=stand_in))
+        assert environment(tmp_path, jobs[0])["SLURM_JOB_NAME"] == name
 
 
 def test_no_job_runs_before_the_first_is_asked_for_and_none_side_by_side_with_nobody(
@@ -132,6 +145,24 @@ def test_an_interruption_ends_the_jobs_and_they_can_go_on(
     assert time.monotonic() - begin < 30
     assert state_of(jobs[0], tmp_path) == BEGUN
     assert not (tmp_path / jobs[1].path).exists()
+
+
+def test_a_job_that_starts_while_all_are_stopped_ends_at_once(
+    jobs, stand_in, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SECONDS", "60")
+    stand_in.stop()
+    ended = run_job(jobs[0], tmp_path, processes=stand_in)
+    assert (ended.state, ended.reason) == (BEGUN, "interrupted")
+    assert ended.seconds < 30
+
+
+def test_the_reason_of_a_failure_is_that_of_the_last_try(jobs, stand_in, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAILING", jobs[0].training)
+    assert run_job(jobs[0], tmp_path, processes=stand_in).reason == "the disk is on fire"
+    monkeypatch.delenv("FAILING")
+    monkeypatch.delenv("RESULTS")
+    assert run_job(jobs[0], tmp_path, processes=stand_in).reason == "KeyError: 'RESULTS'"
 
 
 def test_a_cluster_runs_the_same_jobs(tmp_path, monkeypatch):

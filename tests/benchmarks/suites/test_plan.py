@@ -1,12 +1,14 @@
 """The plan of a suite: which runs fill its cells."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from results_files import write_results_file
 
 from cl_merge.benchmarks.datasets.catalog import find_data
-from cl_merge.benchmarks.methods.method import find_method
+from cl_merge.benchmarks.methods.method import compared_methods, find_method
+from cl_merge.benchmarks.runs.settings import check_same_run
 from cl_merge.benchmarks.suites.definition import find_suite, narrowed, to_yaml
 from cl_merge.benchmarks.suites.plan import (
     BEGUN,
@@ -19,6 +21,7 @@ from cl_merge.benchmarks.suites.plan import (
     on_devices,
     state_of,
 )
+from cl_merge.config.reading import to_yaml as config_yaml
 from cl_merge.data.tasks import resolve_order
 from cl_merge.errors import InputError
 
@@ -54,10 +57,36 @@ def test_joint_training_serves_every_number_of_tasks_whichever_is_asked_for():
     assert all_tasks.config == twenty.config
 
 
+def test_joint_training_needs_settings_of_a_data_set_that_differ_in_evaluate_alone():
+    (joint,) = jobs_of(plan("offline", data=["caltech101"], methods=["joint"]))
+    assert "evaluate" not in joint.config
+    suite = narrowed(find_suite("offline"), data=["caltech101"], methods=["joint"])
+    first, *rest = suite.settings
+    other = replace(suite, settings=(replace(first, run={"epochs": [1]}), *rest))
+    with pytest.raises(InputError, match="settings of caltech101 differ in run, but share one"):
+        make_plan(other)
+
+
 def test_zero_shot_needs_no_run_of_its_own():
     jobs = jobs_of(plan(data=["digits"], methods=["zero-shot", "ties"]))
     assert [job.training for job in jobs] == ["independent"]
-    assert len(jobs_of(plan(data=["digits"], methods=["zero-shot"]))) == 1
+    (fisher,) = jobs_of(plan(data=["digits"], methods=["zero-shot", "fisher"]))
+    assert fisher.methods == ("fisher",)
+
+
+@pytest.mark.parametrize("others", [[], ["joint"]])
+def test_zero_shot_alone_trains_nothing(others, tmp_path):
+    (job, *_) = jobs_of(plan("table1", data=["cars"], tasks=[5], methods=["zero-shot", *others]))
+    config = job_config(job)
+    assert job.path == "cars-5/seed5/sequential-zero-shot"
+    assert (config.method, config.compare) == ("zero-shot", [])
+    # Where a run has finished, it has evaluated zero-shot.
+    done = tmp_path / "cars-5/seed5/ewc"
+    done.mkdir(parents=True)
+    write_results_file(done, {"methods": {"ewc": {}}})
+    suite = narrowed(find_suite("table1"), data=["cars"], tasks=[5], methods=["zero-shot", *others])
+    (job, *_) = jobs_of(make_plan(suite, tmp_path))
+    assert job.training == "ewc"
 
 
 def test_a_method_that_estimates_what_matters_has_a_run_of_its_own():
@@ -121,6 +150,31 @@ def test_results_without_a_method_that_is_asked_for_are_not_the_end(tmp_path):
     others = {name: {} for name in job.methods if name != "opcm"}
     write_results_file(place, {"methods": others})
     assert state_of(job, tmp_path) == BEGUN
+
+
+@pytest.mark.parametrize(
+    ("suite", "methods"),
+    [
+        ("table1", ["lwf", "lwf-magmax"]),
+        ("offline", ["fisher", "opcm"]),
+        ("{tmp}/own.yaml", ["sequential", "magmax"]),
+    ],
+)
+def test_a_run_that_was_begun_keeps_its_method_when_others_join(suite, methods, tmp_path):
+    (tmp_path / "own.yaml").write_text("settings: [{data: digits}]\nmethods: [sequential]")
+    suite = suite.format(tmp=tmp_path)
+    for number in range(1, len(methods) + 1):
+        asked = narrowed(find_suite(suite), data=["digits"], methods=methods[:number])
+        for job in jobs_of(make_plan(asked, tmp_path)):
+            file = tmp_path / job.path / "config.yaml"
+            config = job_config(job)
+            if file.exists():
+                check_same_run(config, file)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(config_yaml(config))
+            assert set(job.methods) <= {
+                method.name for method in compared_methods(config.method, config.compare)
+            }
 
 
 def test_a_wrong_setting_names_the_run():
