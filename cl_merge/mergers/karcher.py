@@ -67,13 +67,13 @@ class Karcher(StackMerger):
             squares, axes = torch.linalg.eigh(units @ units.T)
             told = squares > _SAME**2
             roots, axes = squares[told].sqrt(), axes[:, told]
-            shares = axes / roots @ _middle(axes * roots)
+            shares: Tensor = axes / roots @ _middle(axes * roots)
             return (lengths.mean() * (shares @ units)).view(values.shape[1:])
 
 
 def _middle(directions: Tensor) -> Tensor:
     """Find the Karcher mean [R] of vectors of length 1, [T, R]."""
-    mean = directions.mean(dim=0)
+    mean: Tensor = directions.mean(dim=0)
     if _length(mean) < _NO_DIRECTION:
         mean = directions[0]
     mean = mean / _length(mean)
@@ -92,4 +92,5 @@ def _middle(directions: Tensor) -> Tensor:
     return mean
 
 
-_length = torch.linalg.vector_norm
+def _length(vector: Tensor) -> Tensor:
+    return vector.square().sum().sqrt()
