@@ -107,6 +107,45 @@ def test_a_larger_weight_keeps_the_outputs_closer_to_the_teacher():
     assert distance(100.0) < distance(1.0) < distance(0.0)
 
 
+def keeps_a_loss(module, images):
+    module.kept = module.head(images).square().mean()
+    return module.head(images)
+
+
+def changes_its_input(module, images):
+    images.sub_(1.0)
+    module.kept = 0.0
+    return module.head(images)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("forward", [keeps_a_loss, changes_its_input])
+def test_what_the_target_does_beside_its_output_is_as_without_a_teacher(forward, precision):
+    class Kept(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.joined = nn.Linear(4, 3), nn.Identity()
+
+        def forward(self, images):
+            return self.joined(forward(self, images))
+
+    class Module(Plain):
+        def __init__(self):
+            super().__init__()
+            self.net = Kept()
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + self.net.kept
+
+    def trained(*callbacks):
+        module = Module()
+        fit(module, callbacks, 0, precision=precision)
+        module.net.joined = nn.Linear(3, 3)  # which the teacher has not
+        return fit(module, callbacks, 1, precision=precision)
+
+    assert same(trained(LwF(0.0, target="net")), trained())
+
+
 def test_the_first_task_is_distilled_on_request():
     free, plain, held = Plain(), Plain(), Plain()
     fit(plain, [], 0)
