@@ -23,6 +23,7 @@ from cl_merge.callbacks.batches import (
     trying,
 )
 from cl_merge.callbacks.outputs import OUTPUTS, Outputs, check_classes, outputs_of
+from cl_merge.errors import InputError
 from cl_merge.seeds import derive_seed
 from cl_merge.task_vectors.module_weights import evaluating, parameters_of
 
@@ -184,10 +185,18 @@ def try_logits(
     batch: Any,
     loss: str | None,
     asking: str,
+    *,
+    singly: bool = True,
 ) -> None:
-    """Make logits of a task's first batch: what fails shows now, and not when it has trained."""
+    """Make logits of a task's first batch: what fails shows now, and not when it has trained.
+
+    Where samples will be taken `singly`, they must be such that `singles` can cut.
+    """
     with trying(trainer, module):
-        check_classes(*logits(module, batch), loss, asking)
+        whole, targets = logits(module, batch)
+        check_classes(whole, targets, loss, asking)
+        if singly:
+            check_cut(batch, whole, lambda single: logits(module, single)[0])
 
 
 @contextmanager
@@ -236,10 +245,28 @@ def singles(batches: Iterable[Any]) -> Iterator[Any]:
 
 
 def batch_size(batch: Any) -> int:
-    """The number of samples in a batch: the length of its first tensor with a dimension."""
+    """The number of samples in a batch: the length of its first tensor with a dimension.
+
+    `InputError` if there is none.
+    """
     sizes: list[int] = []
     apply_to_collection(batch, Tensor, lambda t: sizes.append(len(t)) if t.ndim else None)
-    return sizes[0] if sizes else 0
+    if not sizes:
+        raise _not_cut(batch)
+    return sizes[0]
+
+
+def check_cut(batch: Any, whole: Tensor, make: Callable[[Any], Tensor]) -> None:
+    """Make sure that `singles` cuts a batch, of which `make` gave outputs for the whole one."""
+    if batch_size(batch) > 1 and len(make(next(singles([batch])))) >= len(whole):
+        raise _not_cut(batch)
+
+
+def _not_cut(batch: Any) -> InputError:
+    return InputError(
+        f"a batch of type {type(batch).__name__} cannot be cut into single samples; let its loader "
+        "make tensors [batch, ...] of all that the module takes, in tuples, lists or dictionaries"
+    )
 
 
 def _row(tensor: Tensor, index: int) -> Tensor:

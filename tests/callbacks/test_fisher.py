@@ -1,10 +1,16 @@
 """Fisher estimates against loops written from their definitions, in float64."""
 
+from functools import partial
+
 import pytest
 import torch
+from plain import Plain, loader, same, trainer, weights
 from torch import nn
+from torch.utils.data import DataLoader, default_collate
 
+from cl_merge.callbacks import EWC, DriftPenalty, MergeCallback
 from cl_merge.callbacks.fisher import batch_size, published_fisher, sample_fisher
+from cl_merge.errors import InputError
 
 
 def model(dtype=torch.float64):
@@ -167,4 +173,48 @@ def test_batches_of_any_structure_are_cut_into_samples():
     found = sample_fisher(parameters, data, lambda b: (b["scale"] * net(b["image"]), b["label"]))
     close(found, sample_fisher(parameters, batches(), classify(net)))
     assert batch_size({"scale": torch.tensor(1.0), "image": torch.ones(7, 2)}) == 7
-    assert batch_size(["no tensor"]) == 0
+
+
+class Collated:
+    """A batch as graph libraries have it, which Lightning moves by its own `to`."""
+
+    def __init__(self, samples):
+        self.images, self.labels = default_collate(samples)
+
+    def to(self, *args, **kwargs):
+        return self
+
+    def __getitem__(self, index):
+        return (self.images, self.labels)[index]
+
+
+def listed(samples):
+    """What is not made a tensor yet, such as strings, beside labels."""
+    images, labels = zip(*samples, strict=True)
+    return [image.tolist() for image in images], torch.stack(labels)
+
+
+class AnyInput(Plain):
+    def forward(self, images):
+        return super().forward(torch.as_tensor(images))
+
+    features = forward
+
+
+@pytest.mark.parametrize("collate", [Collated, listed])
+@pytest.mark.parametrize(
+    "make", [EWC, DriftPenalty, partial(MergeCallback, "fisher")], ids=["ewc", "drift", "fisher"]
+)
+def test_batches_that_cannot_be_cut_are_refused_before_a_task_trains(collate, make):
+    module, data = AnyInput(), DataLoader(loader(0).dataset, batch_size=8, collate_fn=collate)
+    before = weights(module)
+    with pytest.raises(InputError, match="cannot be cut into single samples; let its loader make"):
+        trainer(make()).fit(module, data)
+    assert same(weights(module), before)
+
+
+def test_the_published_estimate_takes_whole_batches_of_any_kind():
+    data = DataLoader(loader(0).dataset, batch_size=8, collate_fn=Collated)
+    ewc = EWC("published")
+    trainer(ewc, gradient_clip_val=1.0).fit(AnyInput(), data)
+    assert all(fisher.any() for fisher in ewc.fisher.values())

@@ -513,8 +513,8 @@ def test_the_importance_is_estimated_from_as_many_samples_as_asked(tmp_path):
         module = Plain()
         module.task_logits = lambda b, m=module: counted.append(len(b[0])) or (m(b[0]), b[1])
         fit(module, MergeCallback(Weighing(), importance_samples=samples), 0)
-    # One batch is tried before the training.
-    assert counted == [8] + [1] * 24 + [8] + [1] * 5
+    # One batch is tried before the training, and one sample of it.
+    assert counted == [8, 1] + [1] * 24 + [8, 1] + [1] * 5
 
 
 def test_methods_that_keep_every_task_vector_say_once_how_much_that_is(caplog):

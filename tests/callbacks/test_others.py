@@ -319,7 +319,7 @@ def test_a_loader_without_an_end_is_read_as_long_as_it_was_trained_on(make):
     data = torch.utils.data.DataLoader(Endless(), batch_size=4)
     trainer(callback, max_epochs=-1, max_steps=5).fit(module, data)
     assert callback.tasks == 1
-    assert module.evaluated == 4 + 5 * 4  # the first batch is tried
+    assert module.evaluated == 4 + 1 + 5 * 4  # the first batch is tried, and one sample of it
 
 
 def test_a_scale_that_cannot_be_chosen_leaves_the_task_uncounted():
