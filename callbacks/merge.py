@@ -227,8 +227,7 @@ class MergeCallback(EvaluationCallback):
 
     def task_vector(self, module: nn.Module) -> TaskVector:
         """The difference of a module's weights to the base; see `StreamMerger.task_vector`."""
-        self.stream.module = module
-        return self.stream.task_vector()
+        return self.stream.task_vector(module)
 
     def check_names(self, names: Iterable[str]) -> None:
         """Make sure that all patterns fit names of parameters, or raise `InputError`."""

@@ -205,8 +205,11 @@ class StreamMerger:
         """Note the base of what has been unfrozen, before the optimizer's next step."""
         self.model.base.watch()
 
-    def task_vector(self) -> TaskVector:
-        """The difference of the module's weights to the base, of the parameters that are merged.
+    def task_vector(self, module: nn.Module | None = None) -> TaskVector:
+        """The difference of a module's weights to the base, of the parameters that are merged.
+
+        Args:
+            module: None for the one in training.
 
         Returns:
             The task vector as it comes back from the store, float32 by parameter name, on `device`.
@@ -218,7 +221,8 @@ class StreamMerger:
         if not base:
             raise InputError("nothing that include and exclude choose has been trained")
         try:
-            live = self.model.base.own(self.model.merged_here(parameters_of(self._module)))
+            weights = parameters_of(self._module if module is None else module)
+            live = self.model.base.own(self.model.merged_here(weights))
             vector = together(self.model.shards, lambda: TaskVector.between(base, live))
         except InputError as error:
             raise InputError(f"{task_name(self.tasks)}: {error}") from error
@@ -309,8 +313,8 @@ class StreamMerger:
         """Hold the merged weights in the module for a while; the former ones come back.
 
         Raises:
-            InputError: If no task has been folded yet, or something else changed the weights
-                meanwhile; the former ones are back.
+            InputError: If no task has been folded yet, the merged weights are in already, or
+                something else changed the weights meanwhile; the former ones are back.
         """
         self.swap_in()
         try:

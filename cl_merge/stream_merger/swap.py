@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
+from cl_merge.errors import InputError
 from cl_merge.task_vectors.module_weights import (
     checksums,
     copies,
@@ -26,13 +27,25 @@ class WeightSwap:
     def put_in(
         self, module: nn.Module, names: Iterable[str], values: Iterable[tuple[str, Tensor]]
     ) -> None:
-        """Write values into parameters of these names and into buffers, until `take_out`."""
+        """Write values into parameters of these names and into buffers, until `take_out`.
+
+        Where that fails, the former ones are back. `InputError` if values are in already.
+        """
+        if self._before is not None:
+            raise InputError(
+                "the merged weights are in the module already; evaluate it as it is, or leave "
+                "merged_weights() first"
+            )
         live = parameters_of(module)
         parameters = {name: live[name] for name in names if name in live}
         buffers = floating_buffers(module)
-        self._before = copies(parameters | buffers)
-        install(parameters | buffers, values)
-        self._put_in = checksums(parameters)
+        self._before, self._put_in = copies(parameters | buffers), {}
+        try:
+            install(parameters | buffers, values)
+            self._put_in = checksums(parameters)
+        except BaseException:
+            self.take_out(module, {})
+            raise
 
     def changed(self, module: nn.Module) -> list[str]:
         """Names of the parameters that do not hold what was put in."""
