@@ -374,7 +374,7 @@ class MergeCallback(EvaluationCallback):
         chosen = [Scales.read(scale, 0.0) for scale in state_dict.get("chosen", [])]
         loaded.scales = chosen[-1] if chosen else loaded.scales
         self._checkpoint = (loaded, state_dict["in_task"])
-        if not self.tasks:
+        if not self.base:
             self.stream, self.chosen = loaded, chosen
 
     @override

@@ -56,6 +56,7 @@ class TaskCallback(Callback, ABC):
         self._averages_used: Sequence[Callback] = []
         self._trainer_state = TrainerState()  # of the trainer that was the last to use it
         self._in_task = False
+        self._before = 0  # tasks that had ended when this one began
         self._prepared = False  # whether ``on_fit_start`` has been, and no batch yet
         self._began = False  # whether this fit has trained a batch
         self._restored = False
@@ -107,7 +108,7 @@ class TaskCallback(Callback, ABC):
             check_averages(trainer, self._averages_used)
         self._began = False
         self.prepare_task(trainer, pl_module)
-        self._in_task = self._prepared = True
+        self._in_task, self._prepared, self._before = True, True, self.tasks
 
     @override
     def on_train_batch_start(
@@ -138,7 +139,8 @@ class TaskCallback(Callback, ABC):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return self.task_state() | {"in_task": self._in_task}
+        # An interrupted task may have been ended by hand.
+        return self.task_state() | {"in_task": self._in_task and self.tasks == self._before}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -150,6 +152,7 @@ class TaskCallback(Callback, ABC):
             # written, within a task: that would undo what the end of that task did.
             return
         self.load_task_state(state_dict)
+        self._before = self.tasks
         restored = fitting and state_dict["in_task"]
         if self._prepared:  # strategies that shard parameters restore after ``on_fit_start``
             self._resumed = restored

@@ -7,9 +7,9 @@ from typing import ClassVar
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy
-from plain import Plain, fit, loader, same, trainer, weights
+from plain import SAFE, Plain, fit, loader, same, trainer, weights
 from safetensors.torch import load_file
 
 from cl_merge import TaskVector, get_merger, merge
@@ -181,6 +181,44 @@ def test_testing_a_checkpoint_of_this_task_does_not_undo_its_fold(tmp_path):
     runner.fit(module, loader(0))
     runner.test(module, loader(0), ckpt_path="best", verbose=False)
     assert callback.tasks == 1
+
+
+class Interrupted(Callback):
+    """Writes a checkpoint in the second step, and is stopped in the third."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 2:
+            trainer.save_checkpoint(self.path)
+        if trainer.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def test_looking_at_a_checkpoint_of_within_the_first_task_counts_for_nothing(tmp_path):
+    module, callback, path = Plain(), MergeCallback(scale=1.0), tmp_path / "within.ckpt"
+    with pytest.raises(SystemExit):
+        fit(module, [callback, Interrupted(path)], 0)
+    trainer(callback).test(module, loader(0), ckpt_path=path, verbose=False, **SAFE)
+    seen = torch.load(path, weights_only=True)["state_dict"]
+    torch.testing.assert_close(module.seen["test"], {n: seen[n] for n in module.seen["test"]})
+    assert callback.tasks == 0
+    fit(module, callback, 0)
+    assert callback.tasks == 1
+
+
+def test_an_interrupted_task_that_is_ended_by_hand_is_in_checkpoints_once(tmp_path):
+    module, callback, path = Plain(), MergeCallback("task-arithmetic"), tmp_path / "after.ckpt"
+    runner = trainer(callback, Interrupted(tmp_path / "within.ckpt"))
+    with pytest.raises(SystemExit):
+        runner.fit(module, loader(0))
+    callback.stream.end_task()
+    runner.save_checkpoint(path)
+    other = MergeCallback("task-arithmetic")
+    trainer(other).test(Plain(), loader(0), ckpt_path=path, verbose=False, **SAFE)
+    assert other.tasks == 1
+    assert same(dict(other.merged()), dict(callback.merged()))
 
 
 def test_resuming_within_a_task_goes_on_as_if_it_had_not_stopped(tmp_path):
