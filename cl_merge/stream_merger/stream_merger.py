@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from cl_merge.errors import InputError, listing, task_name, unknown_name
 from cl_merge.mergers import Merger
 from cl_merge.mergers.registry import as_merger
-from cl_merge.storage.files import save_tensors
 from cl_merge.storage.quantize import check_store
-from cl_merge.storage.weights import GROWN_BASE
+from cl_merge.stream_merger.folder import prepare_folder, write_task
 from cl_merge.stream_merger.merged_model import MergedModel
 from cl_merge.stream_merger.messages import (
-    is_first_process,
     tell_merged,
     warn_of_buffers,
     warn_of_moved,
@@ -163,6 +161,7 @@ class StreamMerger:
         Raises:
             InputError: If a pattern fits nothing, nothing trains, or a parameter that is merged has
                 gone, shrunk or changed its dtype.
+            StorageError: If the directory cannot be written to.
         """
         self.restore_start()
         self.note_base()
@@ -182,12 +181,15 @@ class StreamMerger:
 
         Raises:
             InputError: As `begin_task`.
+            StorageError: As `begin_task`.
         """
         live = parameters_of(self._module)
         self.model.shard(live)
         before = self.model.layout()
         if not self.base:
             self.check_names(name for name, p in live.items() if p.is_floating_point())
+            if self._directory is not None:
+                prepare_folder(self._directory)
         here = self.model.merged_here(live)
         check_same_dtypes(here, before, "the module", "the base")
         kept = [name for name in before if here[name].shape == before[name].shape]
@@ -243,6 +245,7 @@ class StreamMerger:
 
         Raises:
             InputError: If the task vector or the importance is refused; nothing has been folded.
+            StorageError: If a file cannot be written; likewise.
         """
         task, vector = self.tasks, self.task_vector()
         if importance is not None:
@@ -250,6 +253,18 @@ class StreamMerger:
             importance = {name: tensor.to(vector[name].device) for name, tensor in held.items()}
         layout = self.model.layout()
         has_grown = self.merger.grow({name: layout[name].shape for name in vector})
+        if write and self._directory is not None:
+            # First, so that a task that cannot be written is not folded.
+            base = self.model.merged_base() if has_grown else {}
+            write_task(
+                self._directory,
+                task,
+                vector,
+                importance,
+                base,
+                store=self._store,
+                shards=self.model.shards,
+            )
         self.merger.update(vector, importance)
         self.model.folded(checksums(parameters_of(self._module)))
         moved_buffers = self.model.buffers.fold(self.base_buffers, weights_of(self._module))
@@ -259,29 +274,7 @@ class StreamMerger:
         if moved := self.model.base.moved_while_frozen(self.model.at_end):
             warn_of_moved(moved)
         tell_merged(self.merger, task, layout, next(iter(vector.values())).device)
-        if write and self._directory is not None:
-            base = self.model.merged_base() if has_grown else {}
-            self._write(self._directory, task, vector, importance, base)
         return vector
-
-    def _write(
-        self,
-        folder: Path,
-        task: int,
-        vector: TaskVector,
-        importance: Mapping[str, Tensor] | None,
-        grown_base: dict[str, Tensor],
-    ) -> None:
-        shards = self.model.shards
-        if shards is not None:
-            vector, grown_base = TaskVector(shards.gathered(vector)), shards.gathered(grown_base)
-        if not is_first_process():
-            return
-        vector.save(folder / f"task{task}.safetensors", store=self._store)
-        if importance is not None:
-            save_tensors(folder / f"importance{task}.safetensors", importance, {})
-        if grown_base:
-            save_tensors(folder / "base.safetensors", grown_base, {GROWN_BASE: "1"})
 
     # The result.
 
