@@ -25,8 +25,8 @@ from cl_merge.callbacks.others import (
     changed_by_others,
     check_alone,
     check_collected,
+    check_fit,
     check_importance_known,
-    check_sharding,
     load_best,
     no_state_in,
 )
@@ -75,7 +75,8 @@ class MergeCallback(EvaluationCallback):
         start: Where the training of a task starts: ``"sequential"`` at the weights that the last
             task left, ``"independent"`` at the base, ``"merged"`` at the merged model.
         weights: Which weights of a fit count: ``"last"``, those that it leaves, or ``"best"``,
-            those of its `ModelCheckpoint`'s best checkpoint, which the module then has.
+            those of the best checkpoint of the first `ModelCheckpoint` with a ``monitor``, which
+            the module then has.
         buffers: What floating-point buffers, such as batch-norm statistics, hold during evaluation:
             ``"trained"`` those of the last task, ``"base"`` those before any training,
             ``"average"`` their mean over tasks. None means ``"trained"``, with a warning that names
@@ -265,7 +266,7 @@ class MergeCallback(EvaluationCallback):
         checkpoint = trainer.ckpt_path is not None
         if checkpoint and not self._save_state:
             raise InputError(NOT_RESUMED)
-        check_sharding(trainer, self.merger, self._weights)
+        check_fit(trainer, self.merger, self._weights)
         self.stream.module = module
         self.stream.move_state_to(module.device)
         if self._choice is not None:
