@@ -22,12 +22,11 @@ from cl_merge.errors import InputError, listing, unknown_name
 from cl_merge.models.zero_shot import ZeroShotHead
 from cl_merge.task_vectors.growth import check_grown
 from cl_merge.task_vectors.module_weights import (
+    buffers_of,
     copies,
     evaluating,
     install,
     parameters_of,
-    trained_parameters,
-    trains,
     with_names_of,
 )
 
@@ -160,7 +159,7 @@ class LwF(Regularizer):
     @override
     def remember(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         target = self._find_target(module)
-        every = {**parameters_of(target), **dict(target.named_buffers())}
+        every = parameters_of(target) | buffers_of(target)
         # What trained in a task before may be frozen now.
         names = [name for name in every if name in self._teacher] + list(_changing(target))
         live = {name: every[name] for name in names}
@@ -268,7 +267,7 @@ class LwF(Regularizer):
     @override
     def watch(self) -> None:
         # The model of the task before had what is unfrozen within this one.
-        joined = {name: p for name, p in self._frozen if trains(p)}
+        joined = {name: p for name, p in self._frozen if p.requires_grad}
         if joined and self._teacher:
             self._teacher |= copies(joined)
             self._frozen = [(name, p) for name, p in self._frozen if name not in joined]
@@ -316,7 +315,8 @@ def _image_encoder_and_head(module: nn.Module) -> tuple[nn.Module, ZeroShotHead]
 
 def _changing(target: nn.Module) -> dict[str, Tensor]:
     """What makes a teacher differ from the live module: trained parameters, and all buffers."""
-    return {**trained_parameters(target), **dict(target.named_buffers())}
+    trained = {name: p for name, p in parameters_of(target).items() if p.requires_grad}
+    return trained | buffers_of(target)
 
 
 def _distilled_classes(trainer: L.Trainer, *, first: bool) -> list[int] | None:

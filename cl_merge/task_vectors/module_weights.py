@@ -37,6 +37,11 @@ def trains(parameter: nn.Parameter) -> bool:
     return parameter.requires_grad and parameter.is_floating_point()
 
 
+def buffers_of(module: nn.Module) -> dict[str, Tensor]:
+    """All buffers by name; a compiled part has the names of the plain one."""
+    return {_plain(name): buffer for name, buffer in module.named_buffers()}
+
+
 def floating_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Find the floating-point buffers that `state_dict` saves, such as batch-norm statistics."""
     # Not from `state_dict`, which modules override in ways of their own.

@@ -210,6 +210,25 @@ def test_a_compiled_part_is_distilled_as_any_other():
     assert same(found, weights(plain))
 
 
+def test_the_teacher_has_all_that_changes():
+    class Waves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.linear = nn.BatchNorm1d(4), nn.Linear(4, 3)
+            self.wave = nn.Parameter(torch.ones(4, dtype=torch.complex64))
+
+        def forward(self, images):
+            return self.linear((self.norm(images) * self.wave).abs())
+
+    module, lwf = Plain(), LwF(target="net")
+    module.net = torch.compile(Waves(), backend="eager")
+    fit(module, lwf, 0)
+    buffers = {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
+    parameters = {"norm.weight", "norm.bias", "linear.weight", "linear.bias", "wave"}
+    assert lwf.state_dict()["teacher"].keys() == buffers | parameters
+    assert lwf.state_dict()["teacher"]["wave"].is_complex()
+
+
 def test_a_module_that_is_compiled_whole_is_refused_before_it_trains():
     module = torch.compile(Plain(), backend="eager")
     with pytest.raises(InputError, match="compile that part instead: module.net = torch.compile"):
