@@ -14,6 +14,7 @@ from cl_merge.task_vectors.module_weights import (
     install,
     parameters_of,
     weights_of,
+    writable,
 )
 
 
@@ -60,7 +61,8 @@ class WeightSwap:
 
         Returns:
             Names of the parameters that something else changed meanwhile. Where it has put the
-            trained weights back, they stay, and none are named.
+            trained weights back, they stay, and none are named. Buffers that the module has made
+            anew meanwhile stay too.
         """
         before, self._before = self._before, None
         if before is None:
@@ -68,9 +70,10 @@ class WeightSwap:
         now = self._now(module)
         changed = self._differing(now)
         if changed and all(trained.get(name) == total for name, total in now.items()):
-            return []
+            changed, before = [], {name: t for name, t in before.items() if name not in now}
         live = weights_of(module)
-        install(live, {name: value for name, value in before.items() if name in live})
+        here = {n: t for n, t in before.items() if n in live and live[n].shape == t.shape}
+        install(live, {name: value for name, value in here.items() if writable(live[name])})
         return changed
 
     def _differing(self, now: Mapping[str, int]) -> list[str]:

@@ -1,9 +1,11 @@
 """Merged weights in a module for a while: the trained ones come back, whatever happens meanwhile."""
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import Callback
 from plain import Plain, fit, loader, same, trainer, weights
 from torch import nn
+from torch.utils.data import DataLoader
 
 from cl_merge import StreamMerger, TaskVector
 from cl_merge.callbacks import MergeCallback
@@ -54,6 +56,62 @@ def test_an_interruption_while_weights_are_written_leaves_the_trained_ones(monke
     monkeypatch.undo()
     with stream.merged_weights():
         assert not same(weights(module), trained)
+
+
+class Stateful(nn.Module):
+    """Keeps what it has put out last, as recurrent modules do."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.register_buffer("hidden", torch.zeros(8, 3))
+
+    def forward(self, images):
+        self.hidden = self.linear(images).detach()
+        return self.linear(images)
+
+
+class Graph(nn.Module):
+    """Has sparse tensors that do not change."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.register_buffer("adjacency", torch.eye(4).to_sparse())
+        self.frozen = nn.Parameter(torch.eye(4).to_sparse(), requires_grad=False)
+
+    def forward(self, images):
+        return self.linear(torch.sparse.mm(self.adjacency, images.T).T)
+
+
+@pytest.mark.parametrize("start", ["sequential", "independent", "merged"])
+@pytest.mark.parametrize("net", [Stateful, Graph])
+def test_modules_whose_buffers_are_sparse_or_made_anew(net, start):
+    class Tested(Plain):
+        def test_step(self, batch, batch_idx):
+            self(batch[0])
+
+    module, callback = Tested(), MergeCallback(start=start, buffers="trained")
+    module.net = net()
+    for task in range(2):
+        trained = fit(module, callback, task)
+        data = DataLoader(loader(task).dataset, batch_size=7)
+        trainer(callback).test(module, data, verbose=False)
+        assert same(weights(module), trained)
+    assert callback.tasks == 2
+
+
+def test_buffers_come_back_where_another_callback_puts_parameters_back():
+    class Ema(Callback):
+        def on_test_end(self, trainer, pl_module):
+            for name, value in trained.items():
+                pl_module.get_parameter(name).data.copy_(value)
+
+    module, callback = Plain(batch_norm=True), MergeCallback(buffers="base")
+    trained = fit(module, callback, 0)
+    statistics = module.net[1].running_mean.clone()
+    trainer(Ema(), callback).test(module, loader(0), verbose=False)
+    assert torch.equal(module.net[1].running_mean, statistics)
 
 
 def test_the_task_vector_of_another_module_leaves_the_one_in_training():
