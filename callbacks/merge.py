@@ -69,7 +69,7 @@ class MergeCallback(EvaluationCallback):
             or its class.
         scale: Factor of the merged task vector; None takes the one that the method was published
             with. A mapping from patterns on parameter names to numbers gives each layer its own:
-            ``{"*attn*": 0.3, "*": 0.5}``, the first that fits counts. ``"auto"`` chooses it after
+            ``{"*attn*": 0.3, "*": 0.5}``, the first that fits, ``"*"`` last. ``"auto"`` chooses it after
             each task, on images that were held out of the training; see `AutoScale`. ``"drift"``
             is the published one, but less where features would drift too far; see `DriftScale`.
         start: Where the training of a task starts: ``"sequential"`` at the weights that the last
@@ -297,7 +297,7 @@ class MergeCallback(EvaluationCallback):
             load_best(trainer, module)
         if self.merger.weighted:
             importance = task_importance(
-                trainer, module, list(self.base), task=self.tasks, **self._importance
+                trainer, module, stream.model.merged_base(), task=self.tasks, **self._importance
             )
         if self._choice is None:
             stream.end_task(importance)

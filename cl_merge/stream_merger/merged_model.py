@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl_merge.errors import InputError, unknown_name
+from cl_merge.errors import InputError, listing, unknown_name
 from cl_merge.mergers import Merger
 from cl_merge.mergers.stack import StackMerger
 from cl_merge.stream_merger.base_weights import BaseWeights
@@ -191,8 +191,18 @@ class MergedModel:
         return whole_state(self._own_state(), self.shards, self.merger)
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None) -> None:
-        """Go on from what `state_dict` returned; its tensors are copied."""
+        """Go on from what `state_dict` returned; its tensors are copied.
+
+        Raises:
+            InputError: If what has been merged is left out now.
+        """
         self._load_own_state(own_state(state, self.shards), device)
+        names = self.merged_base()
+        if lost := [name for name in state["merger"]["accumulators"] if name not in names]:
+            raise InputError(
+                f"the tasks in the saved state merged {listing(lost)}, which include and exclude "
+                "leave out now; choose the parameters that were merged then"
+            )
 
     def backup(self) -> Callable[[], None]:
         """Copy the state; what is returned goes back to it, in this process."""

@@ -126,11 +126,13 @@ class StreamMerger:
 
     @property
     def scales(self) -> Scales:
-        """The scale in use, which may be set."""
+        """The scale in use, which may be set; `InputError` if a pattern fits no parameter."""
         return self.model.scales
 
     @scales.setter
     def scales(self, scales: Scales) -> None:
+        if self.model.at_end:  # has the names of all parameters, once a task has ended
+            scales.check(self.model.at_end)
         self.model.scales = scales
 
     @property
@@ -365,6 +367,9 @@ class StreamMerger:
         Args:
             state: The state, of the same method and options.
             device: Where its tensors shall be; None is `device`, or where they were saved.
+
+        Raises:
+            InputError: If include and exclude leave out what has been merged.
         """
         if self.module is not None:
             self.model.shard(parameters_of(self.module))

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy
 from plain import SAFE, Plain, fit, loader, same, trainer, weights
 from safetensors.torch import load_file
+from torch import nn
 
 from cl_merge import TaskVector, get_merger, merge
 from cl_merge.callbacks import MergeCallback
@@ -377,6 +378,26 @@ def test_layers_may_have_scales_of_their_own():
     assert callback.scale == {"net.0.*": 0.1, "*.bias": 0.2, "*": 0.5}
 
 
+def test_a_scale_that_is_set_later_must_fit_too():
+    module, callback = Plain(), MergeCallback()
+    fit(module, callback, 0)
+    with pytest.raises(InputError, match="scale: the pattern 'nett.*' fits no parameter"):
+        callback.scale = {"nett.*": 0.1}
+    callback.scale = {"frozen": 0.1, "net.0.*": 0.2}
+    assert callback.scale == {"frozen": 0.1, "net.0.*": 0.2, "*": 0.5}
+
+
+def test_a_state_of_parameters_that_are_left_out_now_is_named(tmp_path):
+    module, callback, path = Plain(), MergeCallback(), tmp_path / "task0.ckpt"
+    runner = trainer(callback)
+    runner.fit(module, loader(0))
+    runner.save_checkpoint(path)
+    other = MergeCallback(exclude=["*.bias"])
+    message = "saved state merged net.0.bias, net.2.bias, which include and exclude leave out now"
+    with pytest.raises(InputError, match=message):
+        trainer(other).test(Plain(), loader(0), ckpt_path=path, verbose=False, **SAFE)
+
+
 @pytest.mark.parametrize("left_out", ["trained", "base"])
 def test_what_is_left_out_is_not_merged_and_shows_what_was_chosen(left_out, tmp_path):
     module = Plain()
@@ -543,6 +564,16 @@ def test_mergers_that_weigh_elements_are_given_the_fisher_of_each_task(tmp_path)
     assert importances[0].keys() == {"net.0.weight", "net.2.weight"}
     assert reference.merged() == callback.merged()
     assert not same(*importances)
+
+
+def test_heads_that_are_left_out_and_go_need_no_importance():
+    module, callback = Plain(), MergeCallback("fisher", exclude=["head.*"])
+    module.head = nn.ModuleDict({"first": nn.Linear(3, 3)})
+    module.forward = lambda images: next(iter(module.head.values()))(module.net(images))
+    fit(module, callback, 0)
+    module.head = nn.ModuleDict({"second": nn.Linear(3, 3)})
+    fit(module, callback, 1)
+    assert callback.tasks == 2
 
 
 def test_the_importance_is_estimated_from_as_many_samples_as_asked(tmp_path):
