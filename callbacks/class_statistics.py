@@ -294,7 +294,7 @@ class ClassStatistics(EvaluationCallback):
             self._own_base.parameters, self._own_base.buffers = self.base, self.base_buffers
             self._own_base.note(module, resumed=self._resumed)
         with trying(trainer, module):
-            self._features(module, batch)  # what fails shows now, and not when it has trained
+            read_features(trainer, module, self._features, {}, [batch])  # what fails shows now
 
     @override
     def watch(self) -> None:

@@ -233,7 +233,8 @@ def _gradients(
     # Not `backward`: that would add to `.grad` and, under DDP, wait for the other processes.
     tensors = list(parameters.values())
     gradients = torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
-    for name, gradient in zip(parameters, gradients, strict=True):
+    for name, found in zip(parameters, gradients, strict=True):
+        gradient = found.to_dense() if found.is_sparse else found
         yield name, gradient.to(torch.promote_types(gradient.dtype, torch.float32))
 
 

@@ -69,9 +69,9 @@ class MergeCallback(EvaluationCallback):
             or its class.
         scale: Factor of the merged task vector; None takes the one that the method was published
             with. A mapping from patterns on parameter names to numbers gives each layer its own:
-            ``{"*attn*": 0.3, "*": 0.5}``, the first that fits, ``"*"`` last. ``"auto"`` chooses it after
-            each task, on images that were held out of the training; see `AutoScale`. ``"drift"``
-            is the published one, but less where features would drift too far; see `DriftScale`.
+            ``{"*attn*": 0.3, "*": 0.5}``, the first that fits, ``"*"`` last. ``"auto"`` chooses it
+            after each task, on images held out of the training; see `AutoScale`. ``"drift"`` is
+            the published one, but less where features would drift too far; see `DriftScale`.
         start: Where the training of a task starts: ``"sequential"`` at the weights that the last
             task left, ``"independent"`` at the base, ``"merged"`` at the merged model.
         weights: Which weights of a fit count: ``"last"``, those that it leaves, or ``"best"``,

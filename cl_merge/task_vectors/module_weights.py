@@ -85,6 +85,15 @@ def copies(
     }
 
 
+def dense_gradient(parameter: nn.Parameter) -> Tensor:
+    """The gradient of a parameter, to be added to; zeros where it has none."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    elif parameter.grad.is_sparse:
+        parameter.grad = parameter.grad.to_dense()
+    return parameter.grad
+
+
 @torch.no_grad()
 def install(
     live: Mapping[str, Tensor], values: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]

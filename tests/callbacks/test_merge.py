@@ -512,9 +512,11 @@ def test_other_batches_need_a_function_that_makes_logits():
     def named():
         return [{"x": images, "y": labels} for images, labels in loader(7)]
 
-    callback = MergeCallback("average", scale="auto", held_out=named)
+    module, callback = Plain(), MergeCallback("average", scale="auto", held_out=named)
+    before = weights(module)
     with pytest.raises(InputError, match=r"of type dict; give scale=AutoScale\(logits=...\)"):
-        fit(Plain(), callback, 0)
+        fit(module, callback, 0)
+    assert same(weights(module), before)
     scale = AutoScale(logits=lambda module, batch: (module(batch["x"]), batch["y"]))
     by_name = MergeCallback("average", scale=scale, held_out=named)
     plain = MergeCallback("average", scale="auto", held_out=held_out)
