@@ -178,6 +178,20 @@ def task_importance(
     return task_fisher(trainer, module, parameters, classify, samples=samples, seed=seed, loss=loss)
 
 
+def try_importance(
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    batch: Any,
+    *,
+    samples: int | None,
+    logits: Logits | None = None,
+    loss: str | None = None,
+) -> None:
+    """See from a task's first batch that `task_importance`, of the same arguments, will work."""
+    classify = logits_of(logits, "MergeCallback")
+    try_logits(trainer, module, classify, batch, loss, "MergeCallback")
+
+
 def try_logits(
     trainer: L.Trainer,
     module: L.LightningModule,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,11 +10,13 @@ from typing import Any, TypeVar
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from cl_merge.errors import InputError, listing, task_name
+from cl_merge.errors import InputError, listing, task_name, unknown_name
 from cl_merge.mergers import Merger
 from cl_merge.storage.unpickling import read_without_code
 
 _Kind = TypeVar("_Kind", bound=Callback)
+
+WEIGHTS = ("last", "best")
 
 _PACKAGES = ("lightning", "pytorch_lightning")
 _STAGES = ("test", "validation", "predict")
@@ -82,14 +85,28 @@ def check_strategy(trainer: L.Trainer, name: str, *, can_shard: bool) -> None:
         )
 
 
-def check_collected(merger: Merger) -> None:
-    """Refuse methods that need what `MergeCallback` does not collect."""
+def check_arguments(merger: Merger, weights: str, samples: int | None) -> None:
+    """Refuse what `MergeCallback` does not know, and methods that need what it does not collect."""
+    if weights not in WEIGHTS:
+        raise unknown_name("choice of weights", weights, WEIGHTS)
+    if samples is not None and samples < 1:
+        raise InputError(f"importance_samples={samples}; expected 1 or more")
     if merger.grams:
         raise InputError(
             f"'{merger.name}' needs Gram matrices of the inputs of layers, which MergeCallback "
             "does not collect; merge afterwards, from files: cl-merge merge --importance, or with "
             "StreamMerger.end_task(gram_matrices(model, batches))"
         )
+
+
+def told_apart(
+    merger: Merger, start: str, include: Sequence[str], exclude: Sequence[str]
+) -> dict[str, Any]:
+    """What tells several `MergeCallback` apart: method and start, and what else is no default."""
+    known = inspect.signature(type(merger)).parameters
+    options = {n: value for n, value in merger.options.items() if value != known[n].default}
+    chosen = {"options": options, "include": [*include], "exclude": [*exclude]}
+    return {"method": merger.name, "start": start, **{k: v for k, v in chosen.items() if v}}
 
 
 def check_fit(trainer: L.Trainer, merger: Merger, weights: str) -> None:

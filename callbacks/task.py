@@ -37,7 +37,7 @@ class TaskCallback(Callback, ABC):
 
     Each ``trainer.fit`` is a task, unless it trains nothing. A fit that resumes a checkpoint is the
     rest of the task that the checkpoint was written in, also if nothing is left to train. A task
-    ends after all that other callbacks and the module do when training ends. It counts for all
+    ends after all that other callbacks and the module do in ``on_train_end``. It counts for all
     callbacks of this kind in a trainer, or, if one of them raises, for none.
 
     Attributes:

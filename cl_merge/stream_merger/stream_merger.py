@@ -161,8 +161,8 @@ class StreamMerger:
         Call it before the optimizer is made, which may copy weights.
 
         Raises:
-            InputError: If a pattern fits nothing, nothing trains, or a parameter that is merged has
-                gone, shrunk or changed its dtype.
+            InputError: If a pattern fits nothing, a parameter is not initialized yet, or one that
+                is merged has gone, shrunk or changed its dtype.
             StorageError: If the directory cannot be written to.
         """
         self.restore_start()

@@ -99,9 +99,11 @@ class StreamFolder:
             except RuntimeError as error:
                 reason = " ".join(str(error).split())
                 raise InputError(f"{self.state_file} is of another model: {reason}") from error
+            states = self._state["callbacks"]
             for callback in callbacks:
-                if callback.state_key in self._state["callbacks"]:
-                    callback.load_state_dict(self._state["callbacks"][callback.state_key])
+                state = states.get(callback.state_key, states.get(callback._legacy_state_key))
+                if state is not None:
+                    callback.load_state_dict(state)
         # The rest is mapped from a file that is about to be replaced.
         self._state = {_ENTRY: entry} if entry is not None else {}
 

@@ -639,8 +639,39 @@ def test_several_callbacks_in_one_trainer_keep_their_states_apart():
         MergeCallback("magmax").state_key,
         MergeCallback("ties").state_key,
         MergeCallback("magmax", start="independent").state_key,
+        MergeCallback("ties", density=0.3).state_key,
+        MergeCallback("magmax", exclude=["*.bias"]).state_key,
     }
-    assert len(keys) == 3
+    assert len(keys) == 5
+
+
+def test_several_options_of_a_method_go_on_from_one_checkpoint(tmp_path):
+    def both():
+        return [MergeCallback("ties", density=density) for density in (0.2, 0.3)]
+
+    runner, path = trainer(*(written := both())), tmp_path / "task0.ckpt"
+    runner.fit(Plain(), loader(0))
+    runner.save_checkpoint(path)
+    for callback, other in zip(both(), written, strict=True):
+        trainer(callback).test(Plain(), loader(0), ckpt_path=path, verbose=False, **SAFE)
+        assert callback.merged() == other.merged()
+
+
+def test_a_checkpoint_of_before_options_told_callbacks_apart_is_read(tmp_path):
+    callback, path = MergeCallback("ties", density=0.3), tmp_path / "task0.ckpt"
+    runner = trainer(callback)
+    runner.fit(Plain(), loader(0))
+    runner.save_checkpoint(path)
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["callbacks"] = {
+        "MergeCallback{'method': 'ties', 'start': 'sequential'}": checkpoint["callbacks"].pop(
+            callback.state_key
+        )
+    }
+    torch.save(checkpoint, path)
+    other = MergeCallback("ties", density=0.3)
+    trainer(other).test(Plain(), loader(0), ckpt_path=path, verbose=False, **SAFE)
+    assert other.merged() == callback.merged()
 
 
 def test_several_callbacks_merge_what_one_training_changes_and_are_evaluated_one_by_one():
