@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -107,17 +107,18 @@ class AutoScale:
         names: Sequence[str],
         values: Callable[[Scales], Iterable[tuple[str, Tensor]]],
         published: float,
+        live: Mapping[str, Tensor] | None = None,
     ) -> Scales:
         """Find the scale of a task that ended, leaving the module as it is.
 
         The batches are the held-out images, the names those of the parameters that are merged;
         values makes what parameters and buffers of an evaluation hold at a scale, of which the
-        published one plays no part.
+        published one plays no part. What is live is written to; None is all of the module.
 
         Raises:
             InputError: If there is no held-out image, or the logits cannot be found.
         """
-        live = weights_of(module)
+        live = weights_of(module) if live is None else live
         total = 0
 
         def count(scales: Scales) -> int:

@@ -34,9 +34,7 @@ from cl_merge.stream_merger.base_weights import BaseWeights
 from cl_merge.task_vectors.module_weights import (
     copies,
     evaluating,
-    floating_buffers,
     install,
-    parameters_of,
     swapped,
 )
 
@@ -175,7 +173,7 @@ class ClassStatistics(EvaluationCallback):
         own = getattr(getattr(trainer, "datamodule", None), "task_dataloader", None)
         images = self._images or own
         merge = _merge_callback(trainer)
-        live = parameters_of(module) | floating_buffers(module) if merge else {}
+        live = merge.stream.model.written(module) if merge else {}
         # Not the generators of devices, for which each process would have to use all of them.
         with isolate_rng(include_cuda=False), swapped(live, {}), evaluating(module):
             if merge is not None:

@@ -17,7 +17,7 @@ from cl_merge.stream_merger.base_weights import BaseWeights
 from cl_merge.stream_merger.buffers import MergedBuffers
 from cl_merge.stream_merger.sharding import own_state, shards_of, whole_state
 from cl_merge.task_vectors.growth import can_hold, check_grown
-from cl_merge.task_vectors.module_weights import weights_of
+from cl_merge.task_vectors.module_weights import floating_buffers, parameters_of, weights_of
 from cl_merge.task_vectors.scales import Scales, scaled
 from cl_merge.task_vectors.selection import Selection
 from cl_merge.task_vectors.shards import Shards
@@ -179,6 +179,12 @@ class MergedModel:
             if name in live and can_hold(live[name], value.shape):
                 yield name, value
 
+    def written(self, module: nn.Module) -> dict[str, Tensor]:
+        """What of a module the merged weights are written to: what has trained, and buffers."""
+        live = parameters_of(module)
+        here = {name: live[name] for name in self.base.parameters if name in live}
+        return here | floating_buffers(module)
+
     def folded(self, at_end: dict[str, int]) -> None:
         """Note that a task was folded, which left parameters of these checksums."""
         self.at_end, self._changes = at_end, None
@@ -206,7 +212,13 @@ class MergedModel:
 
     def backup(self) -> Callable[[], None]:
         """Copy the state; what is returned goes back to it, in this process."""
-        state, scales = copy.deepcopy(self._own_state()), self.scales
+        # The base has tensors that are replaced, not changed, and needs no copies of them.
+        folded = {"merger", "buffer_averages"}
+        state = {
+            key: copy.deepcopy(kept) if key in folded else copy.copy(kept)
+            for key, kept in self._own_state().items()
+        }
+        scales = self.scales
 
         def undo() -> None:
             self._load_own_state(state, None)
