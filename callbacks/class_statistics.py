@@ -31,12 +31,7 @@ from cl_merge.class_statistics.drift import HOLD, RIDGE
 from cl_merge.class_statistics.stream_statistics import FORMER_OPTIONS
 from cl_merge.errors import InputError, unknown_name
 from cl_merge.stream_merger.base_weights import BaseWeights
-from cl_merge.task_vectors.module_weights import (
-    copies,
-    evaluating,
-    install,
-    swapped,
-)
+from cl_merge.task_vectors.module_weights import copies, evaluating, install, swapped
 
 KINDS = ("both", "base", "merged", "aligned")
 
@@ -292,7 +287,11 @@ class ClassStatistics(EvaluationCallback):
             self._own_base.parameters, self._own_base.buffers = self.base, self.base_buffers
             self._own_base.note(module, resumed=self._resumed)
         with trying(trainer, module):
-            read_features(trainer, module, self._features, {}, [batch])  # what fails shows now
+            # What fails shows now; batches that are not read again may have labels of any kind.
+            if self._images or hasattr(getattr(trainer, "datamodule", None), "task_dataloader"):
+                self._features(module, batch)
+            else:
+                read_features(trainer, module, self._features, {}, [batch])
 
     @override
     def watch(self) -> None:
