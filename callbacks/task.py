@@ -23,6 +23,7 @@ from cl_merge.callbacks.others import (
     check_strategy,
     is_kind,
 )
+from cl_merge.training.callback_state import state_of
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +142,12 @@ class TaskCallback(Callback, ABC):
     def state_dict(self) -> dict[str, Any]:
         # An interrupted task may have been ended by hand.
         return self.task_state() | {"in_task": self._in_task and self.tasks == self._before}
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        state_of(self, checkpoint["callbacks"])  # refuses those of other options
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from typing_extensions import override
 from cl_merge.data.task_stream import TaskStream
 from cl_merge.errors import InputError, listing
 from cl_merge.storage.files import check_state, load_state, remove_leftovers, save_state
+from cl_merge.training.callback_state import state_of
 from cl_merge.training.cost import Cost, Meter
 from cl_merge.training.journal import Journal, is_first_process
 from cl_merge.training.metrics import AccuracyMatrix
@@ -99,10 +100,8 @@ class StreamFolder:
             except RuntimeError as error:
                 reason = " ".join(str(error).split())
                 raise InputError(f"{self.state_file} is of another model: {reason}") from error
-            states = self._state["callbacks"]
             for callback in callbacks:
-                state = states.get(callback.state_key, states.get(callback._legacy_state_key))
-                if state is not None:
+                if (state := state_of(callback, self._state["callbacks"])) is not None:
                     callback.load_state_dict(state)
         # The rest is mapped from a file that is about to be replaced.
         self._state = {_ENTRY: entry} if entry is not None else {}

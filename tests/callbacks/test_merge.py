@@ -657,6 +657,16 @@ def test_several_options_of_a_method_go_on_from_one_checkpoint(tmp_path):
         assert callback.merged() == other.merged()
 
 
+def test_a_checkpoint_of_other_options_is_refused(tmp_path):
+    runner, path = trainer(MergeCallback("ties", density=0.3)), tmp_path / "task0.ckpt"
+    runner.fit(Plain(), loader(0))
+    runner.save_checkpoint(path)
+    for other in (MergeCallback("ties"), MergeCallback("ties", density=0.4)):
+        with pytest.raises(InputError, match="'density': 0.3.*; make it with the saved options"):
+            trainer(other).test(Plain(), loader(0), ckpt_path=path, verbose=False, **SAFE)
+    trainer(MergeCallback("magmax")).test(Plain(), loader(0), ckpt_path=path, **SAFE)
+
+
 def test_a_checkpoint_of_before_options_told_callbacks_apart_is_read(tmp_path):
     callback, path = MergeCallback("ties", density=0.3), tmp_path / "task0.ckpt"
     runner = trainer(callback)
