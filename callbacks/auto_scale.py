@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from cl_merge.callbacks.batches import LOGITS, Logits, all_logits, sum_over_processes, to_module
+from cl_merge.callbacks.batches import (
+    LOGITS,
+    Logits,
+    all_logits,
+    sum_over_processes,
+    to_module,
+    trying,
+)
 from cl_merge.errors import InputError
 from cl_merge.task_vectors.module_weights import (
     evaluating,
@@ -77,8 +85,13 @@ class AutoScale:
     def prepare(
         self, trainer: L.Trainer, module: L.LightningModule, held_out: Loader | None
     ) -> None:
-        """Raise `InputError` before the training if there are no held-out images."""
-        held_out_batches(trainer, held_out)
+        """Raise `InputError` before the training if held-out images cannot be classified."""
+        with isolate_rng(include_cuda=False):
+            batch = next(iter(held_out_batches(trainer, held_out)), None)
+        if batch is not None:
+            with trying(trainer, module):
+                self._classify(module, to_module(trainer, module, batch))
+            reshard(module)
 
     def batches(
         self, trainer: L.Trainer, module: L.LightningModule, held_out: Loader | None
@@ -94,17 +107,18 @@ class AutoScale:
         names: Sequence[str],
         values: Callable[[Scales], Iterable[tuple[str, Tensor]]],
         published: float,
+        live: Mapping[str, Tensor] | None = None,
     ) -> Scales:
         """Find the scale of a task that ended, leaving the module as it is.
 
         The batches are the held-out images, the names those of the parameters that are merged;
         values makes what parameters and buffers of an evaluation hold at a scale, of which the
-        published one plays no part.
+        published one plays no part. What is live is written to; None is all of the module.
 
         Raises:
             InputError: If there is no held-out image, or the logits cannot be found.
         """
-        live = weights_of(module)
+        live = weights_of(module) if live is None else live
         total = 0
 
         def count(scales: Scales) -> int:
@@ -131,12 +145,10 @@ class AutoScale:
         self, trainer: L.Trainer, module: L.LightningModule, batches: Iterable[Any]
     ) -> tuple[int, int]:
         """Images that are classified correctly, and all, over all processes."""
-        give = f"scale=AutoScale(logits=...), {LOGITS}"
-        classify = self.logits or partial(all_logits, asking="MergeCallback", give=give)
         counts = torch.zeros(2, dtype=torch.int64, device=module.device)
         with trainer.precision_plugin.forward_context():
             for batch in batches:
-                logits, targets = classify(module, to_module(trainer, module, batch))
+                logits, targets = self._classify(module, to_module(trainer, module, batch))
                 counts[0] += (logits.argmax(dim=1) == targets).sum()
                 counts[1] += len(targets)
         reshard(module)  # the next weights are put into the sharded parameters
@@ -144,6 +156,11 @@ class AutoScale:
         if not total:
             raise InputError("there is no held-out image to choose the scale on")
         return correct, total
+
+    def _classify(self, module: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        give = f"scale=AutoScale(logits=...), {LOGITS}"
+        classify = self.logits or partial(all_logits, asking="MergeCallback", give=give)
+        return classify(module, batch)
 
 
 def held_out_batches(trainer: L.Trainer, own: Loader | None) -> Iterable[Any]:

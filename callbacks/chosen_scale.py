@@ -11,7 +11,6 @@ from torch import Tensor
 from cl_merge.callbacks.auto_scale import AutoScale, Loader
 from cl_merge.callbacks.drift_scale import DriftScale
 from cl_merge.stream_merger import StreamMerger
-from cl_merge.task_vectors.module_weights import weights_of
 from cl_merge.task_vectors.scales import Scales
 
 
@@ -32,10 +31,10 @@ def choose_scale(
     held_out: Loader | None,
 ) -> Scales:
     """The scale of what a stream has merged so far."""
-    changes, live = dict(stream.model.changes()), weights_of(module)
+    changes, live = dict(stream.model.changes()), stream.model.written(module)
 
     def values(scales: Scales) -> Iterable[tuple[str, Tensor]]:
         return stream.model.values(live, scales, changes.items())
 
     batches, published = choice.batches(trainer, module, held_out), stream.merger.published_scale
-    return choice.choose(trainer, module, batches, list(changes), values, published)
+    return choice.choose(trainer, module, batches, list(changes), values, published, live)

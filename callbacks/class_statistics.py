@@ -31,14 +31,7 @@ from cl_merge.class_statistics.drift import HOLD, RIDGE
 from cl_merge.class_statistics.stream_statistics import FORMER_OPTIONS
 from cl_merge.errors import InputError, unknown_name
 from cl_merge.stream_merger.base_weights import BaseWeights
-from cl_merge.task_vectors.module_weights import (
-    copies,
-    evaluating,
-    floating_buffers,
-    install,
-    parameters_of,
-    swapped,
-)
+from cl_merge.task_vectors.module_weights import copies, evaluating, install, swapped
 
 KINDS = ("both", "base", "merged", "aligned")
 
@@ -175,7 +168,7 @@ class ClassStatistics(EvaluationCallback):
         own = getattr(getattr(trainer, "datamodule", None), "task_dataloader", None)
         images = self._images or own
         merge = _merge_callback(trainer)
-        live = parameters_of(module) | floating_buffers(module) if merge else {}
+        live = merge.stream.model.written(module) if merge else {}
         # Not the generators of devices, for which each process would have to use all of them.
         with isolate_rng(include_cuda=False), swapped(live, {}), evaluating(module):
             if merge is not None:
@@ -294,7 +287,11 @@ class ClassStatistics(EvaluationCallback):
             self._own_base.parameters, self._own_base.buffers = self.base, self.base_buffers
             self._own_base.note(module, resumed=self._resumed)
         with trying(trainer, module):
-            self._features(module, batch)  # what fails shows now, and not when it has trained
+            # What fails shows now; batches that are not read again may have labels of any kind.
+            if self._images or hasattr(getattr(trainer, "datamodule", None), "task_dataloader"):
+                self._features(module, batch)
+            else:
+                read_features(trainer, module, self._features, {}, [batch])
 
     @override
     def watch(self) -> None:

@@ -13,7 +13,7 @@ from typing_extensions import override
 from cl_merge.callbacks.batches import own_samples, sum_over_processes, training_batches, trying
 from cl_merge.callbacks.feature_drift import FeatureDrift
 from cl_merge.callbacks.features import ImageFeatures, image_features_of
-from cl_merge.callbacks.fisher import fisher_precision, requiring_gradients
+from cl_merge.callbacks.fisher import check_cut, fisher_precision, requiring_gradients
 from cl_merge.callbacks.regularizer import Penalty
 from cl_merge.callbacks.second_moments import second_moments
 from cl_merge.errors import InputError
@@ -86,11 +86,13 @@ class DriftPenalty(Penalty):
     def begin_task(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
         every = {n: p for n, p in parameters_of(module).items() if p.is_floating_point()}
         with trying(trainer, module), torch.enable_grad(), requiring_gradients(every):
-            if not self._features(module, batch).requires_grad:
+            features = self._features(module, batch)
+            if not features.requires_grad:
                 raise InputError(
                     "DriftPenalty: features have no gradient by any parameter; make them without "
                     "torch.no_grad() and detach()"
                 )
+            check_cut(batch, features, partial(self._features, module))
         if not self._resumed:
             self.penalty.start(module)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,16 +110,17 @@ class DriftScale:
         names: Sequence[str],
         values: Callable[[Scales], Iterable[tuple[str, Tensor]]],
         published: float,
+        live: Mapping[str, Tensor] | None = None,
     ) -> Scales:
         """Find the scale of a task that ended, leaving the module as it is.
 
         Values makes what parameters and buffers of an evaluation hold at a scale; the published
-        scale is the largest.
+        scale is the largest. What is live is written to; None is all of the module.
 
         Raises:
             InputError: If there is no image, or features are not finite.
         """
-        live = weights_of(module)
+        live = weights_of(module) if live is None else live
         # Not the generators of devices, for which each process would have to use all of them.
         with isolate_rng(include_cuda=False), swapped(live, {}), evaluating(module):
             install(live, values(Scales.read(0.0, 0.0)))

@@ -135,7 +135,8 @@ class EWC(Penalty):
 
     @override
     def begin_task(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
-        try_logits(trainer, module, self._logits, batch, self._loss, "EWC")
+        singly = self.kind != "published"
+        try_logits(trainer, module, self._logits, batch, self._loss, "EWC", singly=singly)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -14,6 +14,7 @@ from cl_merge.errors import InputError
 from cl_merge.task_vectors.growth import grown, leading
 from cl_merge.task_vectors.module_weights import (
     copies,
+    dense_gradient,
     evaluating,
     parameters_of,
     trained_parameters,
@@ -85,9 +86,7 @@ class EWCPenalty:
         for name, parameter, fisher in self._penalised(module):
             move = self._move(name, parameter, fisher)
             pull = fisher * move
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            leading(parameter.grad, fisher.shape).add_(pull, alpha=self.weight * factor)
+            leading(dense_gradient(parameter), fisher.shape).add_(pull, alpha=self.weight * factor)
             penalties.append(move.mul_(pull).sum())
         return 0.5 * self.weight * torch.stack(penalties).sum() if penalties else None
 

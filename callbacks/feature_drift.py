@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 from cl_merge.callbacks.second_moments import SecondMoments
 from cl_merge.task_vectors.growth import grown, leading
-from cl_merge.task_vectors.module_weights import copies, parameters_of, trained_parameters
+from cl_merge.task_vectors.module_weights import (
+    copies,
+    dense_gradient,
+    parameters_of,
+    trained_parameters,
+)
 
 
 class FeatureDrift:
@@ -65,9 +70,7 @@ class FeatureDrift:
                 continue
             change = self._former(name, parameter) - self._former(name, anchor)
             slope = self._slope(name, change)
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            leading(parameter.grad, slope.shape).add_(slope, alpha=2 * weight)
+            leading(dense_gradient(parameter), slope.shape).add_(slope, alpha=2 * weight)
             terms.append((change * slope).sum())
         return torch.stack(terms).sum() if terms else None
 

@@ -23,6 +23,7 @@ from cl_merge.callbacks.batches import (
     trying,
 )
 from cl_merge.callbacks.outputs import OUTPUTS, Outputs, check_classes, outputs_of
+from cl_merge.errors import InputError
 from cl_merge.seeds import derive_seed
 from cl_merge.task_vectors.module_weights import evaluating, parameters_of
 
@@ -177,6 +178,20 @@ def task_importance(
     return task_fisher(trainer, module, parameters, classify, samples=samples, seed=seed, loss=loss)
 
 
+def try_importance(
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    batch: Any,
+    *,
+    samples: int | None,
+    logits: Logits | None = None,
+    loss: str | None = None,
+) -> None:
+    """See from a task's first batch that `task_importance`, of the same arguments, will work."""
+    classify = logits_of(logits, "MergeCallback")
+    try_logits(trainer, module, classify, batch, loss, "MergeCallback")
+
+
 def try_logits(
     trainer: L.Trainer,
     module: L.LightningModule,
@@ -184,10 +199,18 @@ def try_logits(
     batch: Any,
     loss: str | None,
     asking: str,
+    *,
+    singly: bool = True,
 ) -> None:
-    """Make logits of a task's first batch: what fails shows now, and not when it has trained."""
+    """Make logits of a task's first batch: what fails shows now, and not when it has trained.
+
+    Where samples will be taken `singly`, they must be such that `singles` can cut.
+    """
     with trying(trainer, module):
-        check_classes(*logits(module, batch), loss, asking)
+        whole, targets = logits(module, batch)
+        check_classes(whole, targets, loss, asking)
+        if singly:
+            check_cut(batch, whole, lambda single: logits(module, single)[0])
 
 
 @contextmanager
@@ -224,7 +247,8 @@ def _gradients(
     # Not `backward`: that would add to `.grad` and, under DDP, wait for the other processes.
     tensors = list(parameters.values())
     gradients = torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
-    for name, gradient in zip(parameters, gradients, strict=True):
+    for name, found in zip(parameters, gradients, strict=True):
+        gradient = found.to_dense() if found.is_sparse else found
         yield name, gradient.to(torch.promote_types(gradient.dtype, torch.float32))
 
 
@@ -236,10 +260,28 @@ def singles(batches: Iterable[Any]) -> Iterator[Any]:
 
 
 def batch_size(batch: Any) -> int:
-    """The number of samples in a batch: the length of its first tensor with a dimension."""
+    """The number of samples in a batch: the length of its first tensor with a dimension.
+
+    `InputError` if there is none.
+    """
     sizes: list[int] = []
     apply_to_collection(batch, Tensor, lambda t: sizes.append(len(t)) if t.ndim else None)
-    return sizes[0] if sizes else 0
+    if not sizes:
+        raise _not_cut(batch)
+    return sizes[0]
+
+
+def check_cut(batch: Any, whole: Tensor, make: Callable[[Any], Tensor]) -> None:
+    """Make sure that `singles` cuts a batch, of which `make` gave outputs for the whole one."""
+    if batch_size(batch) > 1 and len(make(next(singles([batch])))) >= len(whole):
+        raise _not_cut(batch)
+
+
+def _not_cut(batch: Any) -> InputError:
+    return InputError(
+        f"a batch of type {type(batch).__name__} cannot be cut into single samples; let its loader "
+        "make tensors [batch, ...] of all that the module takes, in tuples, lists or dictionaries"
+    )
 
 
 def _row(tensor: Tensor, index: int) -> Tensor:

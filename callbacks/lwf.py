@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.func import functional_call
 from typing_extensions import override
@@ -21,12 +22,11 @@ from cl_merge.errors import InputError, listing, unknown_name
 from cl_merge.models.zero_shot import ZeroShotHead
 from cl_merge.task_vectors.growth import check_grown
 from cl_merge.task_vectors.module_weights import (
+    buffers_of,
     copies,
     evaluating,
     install,
     parameters_of,
-    trained_parameters,
-    trains,
     with_names_of,
 )
 
@@ -159,7 +159,7 @@ class LwF(Regularizer):
     @override
     def remember(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         target = self._find_target(module)
-        every = {**parameters_of(target), **dict(target.named_buffers())}
+        every = parameters_of(target) | buffers_of(target)
         # What trained in a task before may be frozen now.
         names = [name for name in every if name in self._teacher] + list(_changing(target))
         live = {name: every[name] for name in names}
@@ -194,21 +194,42 @@ class LwF(Regularizer):
     @contextmanager
     def _distilling(self, module: L.LightningModule) -> Iterator[Callable[[], Tensor]]:
         """Run the teacher on whatever the target is called with; gives what makes the term."""
+        asked: list[Any] = []
         pairs: list[tuple[Any, Any]] = []
 
-        def ask(target: nn.Module, inputs: tuple[Any, ...], named: Any, output: Any) -> None:
-            # The teacher borrows the target's code, so this hook fires for its output too.
+        # The teacher borrows the target's code, so these hooks fire for it too, without gradients.
+        # It goes first: what the code keeps of a call beside its output shall be the student's.
+        def ask(target: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             if not torch.is_grad_enabled():
                 return
-            with torch.no_grad(), evaluating(target):
+            device = module.device.type
+            # Older torch would give the student, from the cache, weights cast without a graph.
+            precision = torch.autocast(
+                device,
+                torch.get_autocast_dtype(device),
+                torch.is_autocast_enabled(device),
+                cache_enabled=False,
+            )
+            with torch.no_grad(), evaluating(target), precision:
                 teacher = with_names_of(target, self._teacher)
-                pairs.append((output, functional_call(target, teacher, inputs, named)))
+                # Copies, as the code may change its inputs in place.
+                given = apply_to_collection(
+                    (inputs, named), Tensor, Tensor.clone, allow_frozen=True
+                )
+                asked.append(functional_call(target, teacher, *given))
 
-        hook = self._find_target(module).register_forward_hook(ask, with_kwargs=True)
+        def pair(target: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            if torch.is_grad_enabled():
+                pairs.append((output, asked.pop()))
+
+        target = self._find_target(module)
+        before = target.register_forward_pre_hook(ask, prepend=True, with_kwargs=True)
+        after = target.register_forward_hook(pair)
         try:
             yield lambda: self._term(module, pairs)
         finally:
-            hook.remove()
+            before.remove()
+            after.remove()
 
     def _term(self, module: L.LightningModule, pairs: list[tuple[Any, Any]]) -> Tensor:
         """The weighted distillation loss of what student and teacher put out, a scalar."""
@@ -246,7 +267,7 @@ class LwF(Regularizer):
     @override
     def watch(self) -> None:
         # The model of the task before had what is unfrozen within this one.
-        joined = {name: p for name, p in self._frozen if trains(p)}
+        joined = {name: p for name, p in self._frozen if p.requires_grad}
         if joined and self._teacher:
             self._teacher |= copies(joined)
             self._frozen = [(name, p) for name, p in self._frozen if name not in joined]
@@ -294,7 +315,8 @@ def _image_encoder_and_head(module: nn.Module) -> tuple[nn.Module, ZeroShotHead]
 
 def _changing(target: nn.Module) -> dict[str, Tensor]:
     """What makes a teacher differ from the live module: trained parameters, and all buffers."""
-    return {**trained_parameters(target), **dict(target.named_buffers())}
+    trained = {name: p for name, p in parameters_of(target).items() if p.requires_grad}
+    return trained | buffers_of(target)
 
 
 def _distilled_classes(trainer: L.Trainer, *, first: bool) -> list[int] | None:

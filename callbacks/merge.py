@@ -14,25 +14,26 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from cl_merge.callbacks.auto_scale import AutoScale, Loader
-from cl_merge.callbacks.batches import Logits, logits_of
+from cl_merge.callbacks.batches import Logits
 from cl_merge.callbacks.chosen_scale import as_choice, choose_scale
 from cl_merge.callbacks.drift_scale import DriftScale
-from cl_merge.callbacks.fisher import task_importance, try_logits
+from cl_merge.callbacks.fisher import task_importance, try_importance
 from cl_merge.callbacks.others import (
     INTERRUPTED,
     NOT_RESUMED,
     attached,
     changed_by_others,
     check_alone,
-    check_collected,
+    check_arguments,
+    check_fit,
     check_importance_known,
-    check_sharding,
     load_best,
     no_state_in,
+    told_apart,
 )
 from cl_merge.callbacks.outputs import Loss, check_loss
 from cl_merge.callbacks.task import EvaluationCallback
-from cl_merge.errors import InputError, task_name, unknown_name
+from cl_merge.errors import InputError, task_name
 from cl_merge.mergers import Merger
 from cl_merge.mergers.registry import as_merger
 from cl_merge.stream_merger import StreamMerger
@@ -41,8 +42,6 @@ from cl_merge.task_vectors.scales import Scales
 from cl_merge.task_vectors.task_vector import TaskVector
 
 log = logging.getLogger(__name__)
-
-WEIGHTS = ("last", "best")
 
 
 class MergeCallback(EvaluationCallback):
@@ -58,7 +57,8 @@ class MergeCallback(EvaluationCallback):
     Works with any `LightningModule`, any optimizer and precision, on one process, under DDP, where
     every rank folds the same weights, or ``ModelParallelStrategy``, where each folds its share. Use
     one instance for the whole stream, and a new `Trainer` per task. What is merged is what the fit
-    leaves: averages that callbacks put in, or weights that the module switches to, at its end.
+    leaves: averages that callbacks put in, or weights that the module switches to, by the end of
+    ``on_train_end``.
 
     Layers may be frozen and unfrozen. Parameters may join between tasks, and grow new entries
     behind the former ones, as the head of a class-incremental model does: what is new has the value
@@ -69,13 +69,14 @@ class MergeCallback(EvaluationCallback):
             or its class.
         scale: Factor of the merged task vector; None takes the one that the method was published
             with. A mapping from patterns on parameter names to numbers gives each layer its own:
-            ``{"*attn*": 0.3, "*": 0.5}``, the first that fits counts. ``"auto"`` chooses it after
-            each task, on images that were held out of the training; see `AutoScale`. ``"drift"``
-            is the published one, but less where features would drift too far; see `DriftScale`.
+            ``{"*attn*": 0.3, "*": 0.5}``, the first that fits, ``"*"`` last. ``"auto"`` chooses it
+            after each task, on images held out of the training; see `AutoScale`. ``"drift"`` is
+            the published one, but less where features would drift too far; see `DriftScale`.
         start: Where the training of a task starts: ``"sequential"`` at the weights that the last
             task left, ``"independent"`` at the base, ``"merged"`` at the merged model.
         weights: Which weights of a fit count: ``"last"``, those that it leaves, or ``"best"``,
-            those of its `ModelCheckpoint`'s best checkpoint, which the module then has.
+            those of the best checkpoint of the first `ModelCheckpoint` with a ``monitor``, which
+            the module then has.
         buffers: What floating-point buffers, such as batch-norm statistics, hold during evaluation:
             ``"trained"`` those of the last task, ``"base"`` those before any training,
             ``"average"`` their mean over tasks. None means ``"trained"``, with a warning that names
@@ -167,19 +168,15 @@ class MergeCallback(EvaluationCallback):
             directory=directory,
             device=device,
         )
-        if weights not in WEIGHTS:
-            raise unknown_name("choice of weights", weights, WEIGHTS)
         if held_out is not None and not isinstance(self._choice, AutoScale):
             raise InputError(f"held_out is for scale='auto', but the scale is {self.scale}")
-        if importance_samples is not None and importance_samples < 1:
-            raise InputError(f"importance_samples={importance_samples}; expected 1 or more")
-        check_collected(self.merger)
+        check_arguments(self.merger, weights, importance_samples)
+        self._told_apart = told_apart(self.merger, start, include, exclude)
         self.chosen: list[Scales] = []
         self._weights, self._save_state = weights, save_state
         self._held_out = held_out
         check_loss(loss)
-        logits, samples = logits_of(logits, "MergeCallback"), importance_samples
-        self._importance: dict[str, Any] = {"logits": logits, "loss": loss, "samples": samples}
+        self._importance: Any = {"logits": logits, "loss": loss, "samples": importance_samples}
         self._has_start = False  # whether the weights are in that the task starts from
         # What a checkpoint that is evaluated holds, and whether it is of within a task.
         self._checkpoint: tuple[StreamMerger, bool] | None = None
@@ -219,6 +216,11 @@ class MergeCallback(EvaluationCallback):
     @property
     @override
     def state_key(self) -> str:
+        return self._generate_state_key(**self._told_apart)
+
+    @property
+    @override
+    def _legacy_state_key(self) -> str:  # type: ignore[override]  # as it was without options
         return self._generate_state_key(method=self.merger.name, start=self.stream.start)
 
     def merged(self) -> TaskVector:
@@ -227,8 +229,7 @@ class MergeCallback(EvaluationCallback):
 
     def task_vector(self, module: nn.Module) -> TaskVector:
         """The difference of a module's weights to the base; see `StreamMerger.task_vector`."""
-        self.stream.module = module
-        return self.stream.task_vector()
+        return self.stream.task_vector(module)
 
     def check_names(self, names: Iterable[str]) -> None:
         """Make sure that all patterns fit names of parameters, or raise `InputError`."""
@@ -266,7 +267,7 @@ class MergeCallback(EvaluationCallback):
         checkpoint = trainer.ckpt_path is not None
         if checkpoint and not self._save_state:
             raise InputError(NOT_RESUMED)
-        check_sharding(trainer, self.merger, self._weights)
+        check_fit(trainer, self.merger, self._weights)
         self.stream.module = module
         self.stream.move_state_to(module.device)
         if self._choice is not None:
@@ -283,8 +284,7 @@ class MergeCallback(EvaluationCallback):
         self.stream.move_state_to(module.device)  # which may have been restored since
         self.stream.note_base(resumed=self._resumed)
         if self.merger.weighted:
-            logits, loss = self._importance["logits"], self._importance["loss"]
-            try_logits(trainer, module, logits, batch, loss, "MergeCallback")
+            try_importance(trainer, module, batch, **self._importance)
 
     @override
     def watch(self) -> None:
@@ -297,7 +297,7 @@ class MergeCallback(EvaluationCallback):
             load_best(trainer, module)
         if self.merger.weighted:
             importance = task_importance(
-                trainer, module, list(self.base), task=self.tasks, **self._importance
+                trainer, module, stream.model.merged_base(), task=self.tasks, **self._importance
             )
         if self._choice is None:
             stream.end_task(importance)
@@ -375,7 +375,7 @@ class MergeCallback(EvaluationCallback):
         chosen = [Scales.read(scale, 0.0) for scale in state_dict.get("chosen", [])]
         loaded.scales = chosen[-1] if chosen else loaded.scales
         self._checkpoint = (loaded, state_dict["in_task"])
-        if not self.tasks:
+        if not self.base:
             self.stream, self.chosen = loaded, chosen
 
     @override

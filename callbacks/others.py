@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback
 
-from cl_merge.errors import InputError, listing, task_name
+from cl_merge.errors import InputError, listing, task_name, unknown_name
 from cl_merge.mergers import Merger
+from cl_merge.storage.unpickling import read_without_code
 
 _Kind = TypeVar("_Kind", bound=Callback)
+
+WEIGHTS = ("last", "best")
 
 _PACKAGES = ("lightning", "pytorch_lightning")
 _STAGES = ("test", "validation", "predict")
@@ -81,8 +85,12 @@ def check_strategy(trainer: L.Trainer, name: str, *, can_shard: bool) -> None:
         )
 
 
-def check_collected(merger: Merger) -> None:
-    """Refuse methods that need what `MergeCallback` does not collect."""
+def check_arguments(merger: Merger, weights: str, samples: int | None) -> None:
+    """Refuse what `MergeCallback` does not know, and methods that need what it does not collect."""
+    if weights not in WEIGHTS:
+        raise unknown_name("choice of weights", weights, WEIGHTS)
+    if samples is not None and samples < 1:
+        raise InputError(f"importance_samples={samples}; expected 1 or more")
     if merger.grams:
         raise InputError(
             f"'{merger.name}' needs Gram matrices of the inputs of layers, which MergeCallback "
@@ -91,9 +99,21 @@ def check_collected(merger: Merger) -> None:
         )
 
 
-def check_sharding(trainer: L.Trainer, merger: Merger, weights: str) -> None:
-    """Refuse what `MergeCallback` cannot do where parameters are sharded."""
+def told_apart(
+    merger: Merger, start: str, include: Sequence[str], exclude: Sequence[str]
+) -> dict[str, Any]:
+    """What tells several `MergeCallback` apart: method and start, and what else is no default."""
+    known = inspect.signature(type(merger)).parameters
+    options = {n: value for n, value in merger.options.items() if value != known[n].default}
+    chosen = {"options": options, "include": [*include], "exclude": [*exclude]}
+    return {"method": merger.name, "start": start, **{k: v for k, v in chosen.items() if v}}
+
+
+def check_fit(trainer: L.Trainer, merger: Merger, weights: str) -> None:
+    """Refuse fits in which `MergeCallback` cannot do what it is to do when they end."""
     if not is_kind(trainer.strategy, "ModelParallelStrategy"):
+        if weights == "best":
+            _check_best(trainer)
         return
     if merger.weighted:
         raise InputError(
@@ -140,13 +160,15 @@ def check_alone(starts: Sequence[str], stage: str) -> None:
 
 def load_best(trainer: L.Trainer, module: L.LightningModule) -> None:
     """Put the weights of a fit's best checkpoint into the module."""
-    path = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    if not path:
+    best = _best_checkpoint(trainer)
+    if not best.best_model_path:
         raise InputError(
-            "MergeCallback(weights='best') found no best checkpoint; add a "
-            "ModelCheckpoint(monitor=...) to the Trainer, or choose weights='last'"
+            f"ModelCheckpoint(monitor='{best.monitor}') has saved no best weights in this fit for "
+            "MergeCallback(weights='best'); let it save, or choose weights='last'"
         )
-    module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
+    # Lightning's checkpoints may hold anything as hyperparameters.
+    state = read_without_code(Path(best.best_model_path))["state_dict"]
+    module.load_state_dict(state, strict=module.strict_loading)
 
 
 def check_importance_known(merger: Merger) -> None:
@@ -189,3 +211,23 @@ def _defines(thing: object, hook: str) -> bool:
     if home is None:
         return False
     return home.__module__.partition(".")[0] not in _PACKAGES or is_kind(thing, *AVERAGES)
+
+
+def _check_best(trainer: L.Trainer) -> None:
+    """Refuse a `ModelCheckpoint` whose best weights may be those of another task."""
+    if _best_checkpoint(trainer).best_model_path and trainer.ckpt_path is None:
+        raise InputError(
+            "this ModelCheckpoint has been through the task before, whose best weights it still "
+            "holds; make a new ModelCheckpoint for each task"
+        )
+
+
+def _best_checkpoint(trainer: L.Trainer) -> Any:
+    """The first `ModelCheckpoint` of a trainer that monitors something, or `InputError`."""
+    for checkpoint in trainer.checkpoint_callbacks:
+        if getattr(checkpoint, "monitor", None) is not None:
+            return checkpoint
+    raise InputError(
+        "MergeCallback(weights='best') found no best checkpoint; add a "
+        "ModelCheckpoint(monitor=...) to the Trainer, or choose weights='last'"
+    )

@@ -62,7 +62,9 @@ class Outputs:
 
 
 def _draw_class(outputs: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.multinomial(outputs.softmax(dim=1), 1, generator=generator)[:, 0]
+    odds = outputs.softmax(dim=1).movedim(1, -1)  # there may be one for each pixel
+    drawn = torch.multinomial(odds.flatten(0, -2), 1, generator=generator)
+    return drawn.view(odds.shape[:-1])
 
 
 def _binary_likelihood(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -193,6 +193,8 @@ class _ExtendedStep:
         self._former = vars(module).get("training_step")
         self._original: Callable[..., Any] = module.training_step
         functools.update_wrapper(self, self._original)
+        # Lightning looks under one decorator to see which arguments there are.
+        self.__wrapped__ = getattr(self._original, "__wrapped__", self._original)
         vars(module)["training_step"] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -196,7 +196,7 @@ def _add_layers(sums: SecondMoments, calls: Calls, gradients: Sequence[Tensor | 
 def _rows(layer: nn.Module, inputs: Tensor) -> Tensor:
     """What a layer multiplies its weight with at each place, [places, n]."""
     if not isinstance(layer, nn.Conv2d):
-        return inputs.flatten(0, -2)
+        return inputs.reshape(-1, inputs.shape[-1])
     padding = cast("tuple[int, ...]", layer.padding)  # no word, see _is_matrix
     patches = F.unfold(inputs, layer.kernel_size, layer.dilation, padding, layer.stride)
     return patches.mT.flatten(0, -2)
@@ -206,4 +206,4 @@ def _channels_last(layer: nn.Module, outputs: Tensor) -> Tensor:
     """Outputs as [places, out]."""
     if isinstance(layer, nn.Conv2d):
         outputs = outputs.flatten(2).mT
-    return outputs.flatten(0, -2)
+    return outputs.reshape(-1, outputs.shape[-1])

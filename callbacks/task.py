@@ -23,6 +23,7 @@ from cl_merge.callbacks.others import (
     check_strategy,
     is_kind,
 )
+from cl_merge.training.callback_state import state_of
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class TaskCallback(Callback, ABC):
 
     Each ``trainer.fit`` is a task, unless it trains nothing. A fit that resumes a checkpoint is the
     rest of the task that the checkpoint was written in, also if nothing is left to train. A task
-    ends after all that other callbacks and the module do when training ends. It counts for all
+    ends after all that other callbacks and the module do in ``on_train_end``. It counts for all
     callbacks of this kind in a trainer, or, if one of them raises, for none.
 
     Attributes:
@@ -56,6 +57,7 @@ class TaskCallback(Callback, ABC):
         self._averages_used: Sequence[Callback] = []
         self._trainer_state = TrainerState()  # of the trainer that was the last to use it
         self._in_task = False
+        self._before = 0  # tasks that had ended when this one began
         self._prepared = False  # whether ``on_fit_start`` has been, and no batch yet
         self._began = False  # whether this fit has trained a batch
         self._restored = False
@@ -107,7 +109,7 @@ class TaskCallback(Callback, ABC):
             check_averages(trainer, self._averages_used)
         self._began = False
         self.prepare_task(trainer, pl_module)
-        self._in_task = self._prepared = True
+        self._in_task, self._prepared, self._before = True, True, self.tasks
 
     @override
     def on_train_batch_start(
@@ -138,7 +140,14 @@ class TaskCallback(Callback, ABC):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return self.task_state() | {"in_task": self._in_task}
+        # An interrupted task may have been ended by hand.
+        return self.task_state() | {"in_task": self._in_task and self.tasks == self._before}
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        state_of(self, checkpoint["callbacks"])  # refuses those of other options
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -150,6 +159,7 @@ class TaskCallback(Callback, ABC):
             # written, within a task: that would undo what the end of that task did.
             return
         self.load_task_state(state_dict)
+        self._before = self.tasks
         restored = fitting and state_dict["in_task"]
         if self._prepared:  # strategies that shard parameters restore after ``on_fit_start``
             self._resumed = restored

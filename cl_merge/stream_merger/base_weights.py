@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from cl_merge.errors import InputError
+from cl_merge.errors import InputError, listing
+from cl_merge.stream_merger.messages import warn_of_frozen
 from cl_merge.task_vectors.growth import can_hold, grown
 from cl_merge.task_vectors.module_weights import (
     checksums,
@@ -19,6 +21,7 @@ from cl_merge.task_vectors.module_weights import (
     parameters_of,
     trained_parameters,
     trains,
+    writable,
 )
 from cl_merge.task_vectors.shards import Shards
 
@@ -80,11 +83,16 @@ class BaseWeights:
             resumed: Whether the task began before, and `load_state_dict` has told how.
 
         Raises:
-            InputError: If nothing trains.
+            InputError: If a parameter is not initialized yet.
         """
-        if not trained_parameters(module):
-            raise InputError("the module has no floating-point parameter that requires a gradient")
         live = parameters_of(module)
+        if lazy := [name for name, parameter in live.items() if is_lazy(parameter)]:
+            raise InputError(
+                f"the shapes of lazy parameters are not known yet: {listing(lazy)}; run one batch "
+                "through the module first"
+            )
+        if not trained_parameters(module):
+            warn_of_frozen()
         now = checksums(live)
         self.at_start = now | self.at_start if resumed else now
         for name, before in self.layout.items():
@@ -114,12 +122,15 @@ class BaseWeights:
             self._frozen = [(name, p) for name, p in self._frozen if name not in joined]
 
     def restore(self, module: nn.Module) -> None:
-        """Put the base into a module, as far as the module has it."""
+        """Put the base into a module, as far as the module has it.
+
+        Buffers that it has made anew in an evaluation stay.
+        """
         live = parameters_of(module) | floating_buffers(module)
         kept = self._frozen_base | self.parameters
         values = ((name, self.whole(name, value)) for name, value in kept.items() if name in live)
         for name, value in chain(values, self.buffers.items()):
-            if name in live and can_hold(live[name], value.shape):
+            if name in live and can_hold(live[name], value.shape) and writable(live[name]):
                 install(live, {name: value})
 
     def moved_while_frozen(self, now: Mapping[str, int]) -> list[str]:

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl_merge.errors import InputError, unknown_name
+from cl_merge.errors import InputError, listing, unknown_name
 from cl_merge.mergers import Merger
 from cl_merge.mergers.stack import StackMerger
 from cl_merge.stream_merger.base_weights import BaseWeights
 from cl_merge.stream_merger.buffers import MergedBuffers
 from cl_merge.stream_merger.sharding import own_state, shards_of, whole_state
 from cl_merge.task_vectors.growth import can_hold, check_grown
-from cl_merge.task_vectors.module_weights import weights_of
+from cl_merge.task_vectors.module_weights import floating_buffers, parameters_of, weights_of
 from cl_merge.task_vectors.scales import Scales, scaled
 from cl_merge.task_vectors.selection import Selection
 from cl_merge.task_vectors.shards import Shards
@@ -179,6 +179,12 @@ class MergedModel:
             if name in live and can_hold(live[name], value.shape):
                 yield name, value
 
+    def written(self, module: nn.Module) -> dict[str, Tensor]:
+        """What of a module the merged weights are written to: what has trained, and buffers."""
+        live = parameters_of(module)
+        here = {name: live[name] for name in self.base.parameters if name in live}
+        return here | floating_buffers(module)
+
     def folded(self, at_end: dict[str, int]) -> None:
         """Note that a task was folded, which left parameters of these checksums."""
         self.at_end, self._changes = at_end, None
@@ -191,12 +197,28 @@ class MergedModel:
         return whole_state(self._own_state(), self.shards, self.merger)
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None) -> None:
-        """Go on from what `state_dict` returned; its tensors are copied."""
+        """Go on from what `state_dict` returned; its tensors are copied.
+
+        Raises:
+            InputError: If what has been merged is left out now.
+        """
         self._load_own_state(own_state(state, self.shards), device)
+        names = self.merged_base()
+        if lost := [name for name in state["merger"]["accumulators"] if name not in names]:
+            raise InputError(
+                f"the tasks in the saved state merged {listing(lost)}, which include and exclude "
+                "leave out now; choose the parameters that were merged then"
+            )
 
     def backup(self) -> Callable[[], None]:
         """Copy the state; what is returned goes back to it, in this process."""
-        state, scales = copy.deepcopy(self._own_state()), self.scales
+        # The base has tensors that are replaced, not changed, and needs no copies of them.
+        folded = {"merger", "buffer_averages"}
+        state = {
+            key: copy.deepcopy(kept) if key in folded else copy.copy(kept)
+            for key, kept in self._own_state().items()
+        }
+        scales = self.scales
 
         def undo() -> None:
             self._load_own_state(state, None)

@@ -44,6 +44,14 @@ def warn_of_moved(names: Sequence[str]) -> None:
     )
 
 
+def warn_of_frozen() -> None:
+    """Say that nothing trains as a task begins, though something may from now on."""
+    _warn(
+        "the module has no floating-point parameter that requires a gradient; what is unfrozen "
+        "from now on will be merged"
+    )
+
+
 def warn_of_start(task: int, names: Sequence[str]) -> None:
     """Say that a task starts at weights that the last one did not leave."""
     _warn(

@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from cl_merge.errors import InputError, listing, task_name, unknown_name
 from cl_merge.mergers import Merger
 from cl_merge.mergers.registry import as_merger
-from cl_merge.storage.files import save_tensors
 from cl_merge.storage.quantize import check_store
-from cl_merge.storage.weights import GROWN_BASE
+from cl_merge.stream_merger.folder import prepare_folder, write_task
 from cl_merge.stream_merger.merged_model import MergedModel
 from cl_merge.stream_merger.messages import (
-    is_first_process,
     tell_merged,
     warn_of_buffers,
     warn_of_moved,
@@ -128,11 +126,13 @@ class StreamMerger:
 
     @property
     def scales(self) -> Scales:
-        """The scale in use, which may be set."""
+        """The scale in use, which may be set; `InputError` if a pattern fits no parameter."""
         return self.model.scales
 
     @scales.setter
     def scales(self, scales: Scales) -> None:
+        if self.model.at_end:  # has the names of all parameters, once a task has ended
+            scales.check(self.model.at_end)
         self.model.scales = scales
 
     @property
@@ -161,8 +161,9 @@ class StreamMerger:
         Call it before the optimizer is made, which may copy weights.
 
         Raises:
-            InputError: If a pattern fits nothing, nothing trains, or a parameter that is merged has
-                gone, shrunk or changed its dtype.
+            InputError: If a pattern fits nothing, a parameter is not initialized yet, or one that
+                is merged has gone, shrunk or changed its dtype.
+            StorageError: If the directory cannot be written to.
         """
         self.restore_start()
         self.note_base()
@@ -182,12 +183,15 @@ class StreamMerger:
 
         Raises:
             InputError: As `begin_task`.
+            StorageError: As `begin_task`.
         """
         live = parameters_of(self._module)
         self.model.shard(live)
         before = self.model.layout()
         if not self.base:
             self.check_names(name for name, p in live.items() if p.is_floating_point())
+            if self._directory is not None:
+                prepare_folder(self._directory)
         here = self.model.merged_here(live)
         check_same_dtypes(here, before, "the module", "the base")
         kept = [name for name in before if here[name].shape == before[name].shape]
@@ -205,8 +209,11 @@ class StreamMerger:
         """Note the base of what has been unfrozen, before the optimizer's next step."""
         self.model.base.watch()
 
-    def task_vector(self) -> TaskVector:
-        """The difference of the module's weights to the base, of the parameters that are merged.
+    def task_vector(self, module: nn.Module | None = None) -> TaskVector:
+        """The difference of a module's weights to the base, of the parameters that are merged.
+
+        Args:
+            module: None for the one in training.
 
         Returns:
             The task vector as it comes back from the store, float32 by parameter name, on `device`.
@@ -218,7 +225,8 @@ class StreamMerger:
         if not base:
             raise InputError("nothing that include and exclude choose has been trained")
         try:
-            live = self.model.base.own(self.model.merged_here(parameters_of(self._module)))
+            weights = parameters_of(self._module if module is None else module)
+            live = self.model.base.own(self.model.merged_here(weights))
             vector = together(self.model.shards, lambda: TaskVector.between(base, live))
         except InputError as error:
             raise InputError(f"{task_name(self.tasks)}: {error}") from error
@@ -239,6 +247,7 @@ class StreamMerger:
 
         Raises:
             InputError: If the task vector or the importance is refused; nothing has been folded.
+            StorageError: If a file cannot be written; likewise.
         """
         task, vector = self.tasks, self.task_vector()
         if importance is not None:
@@ -246,6 +255,18 @@ class StreamMerger:
             importance = {name: tensor.to(vector[name].device) for name, tensor in held.items()}
         layout = self.model.layout()
         has_grown = self.merger.grow({name: layout[name].shape for name in vector})
+        if write and self._directory is not None:
+            # First, so that a task that cannot be written is not folded.
+            base = self.model.merged_base() if has_grown else {}
+            write_task(
+                self._directory,
+                task,
+                vector,
+                importance,
+                base,
+                store=self._store,
+                shards=self.model.shards,
+            )
         self.merger.update(vector, importance)
         self.model.folded(checksums(parameters_of(self._module)))
         moved_buffers = self.model.buffers.fold(self.base_buffers, weights_of(self._module))
@@ -255,29 +276,7 @@ class StreamMerger:
         if moved := self.model.base.moved_while_frozen(self.model.at_end):
             warn_of_moved(moved)
         tell_merged(self.merger, task, layout, next(iter(vector.values())).device)
-        if write and self._directory is not None:
-            base = self.model.merged_base() if has_grown else {}
-            self._write(self._directory, task, vector, importance, base)
         return vector
-
-    def _write(
-        self,
-        folder: Path,
-        task: int,
-        vector: TaskVector,
-        importance: Mapping[str, Tensor] | None,
-        grown_base: dict[str, Tensor],
-    ) -> None:
-        shards = self.model.shards
-        if shards is not None:
-            vector, grown_base = TaskVector(shards.gathered(vector)), shards.gathered(grown_base)
-        if not is_first_process():
-            return
-        vector.save(folder / f"task{task}.safetensors", store=self._store)
-        if importance is not None:
-            save_tensors(folder / f"importance{task}.safetensors", importance, {})
-        if grown_base:
-            save_tensors(folder / "base.safetensors", grown_base, {GROWN_BASE: "1"})
 
     # The result.
 
@@ -309,8 +308,8 @@ class StreamMerger:
         """Hold the merged weights in the module for a while; the former ones come back.
 
         Raises:
-            InputError: If no task has been folded yet, or something else changed the weights
-                meanwhile; the former ones are back.
+            InputError: If no task has been folded yet, the merged weights are in already, or
+                something else changed the weights meanwhile; the former ones are back.
         """
         self.swap_in()
         try:
@@ -368,6 +367,9 @@ class StreamMerger:
         Args:
             state: The state, of the same method and options.
             device: Where its tensors shall be; None is `device`, or where they were saved.
+
+        Raises:
+            InputError: If include and exclude leave out what has been merged.
         """
         if self.module is not None:
             self.model.shard(parameters_of(self.module))

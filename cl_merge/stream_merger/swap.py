@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
+from cl_merge.errors import InputError
 from cl_merge.task_vectors.module_weights import (
     checksums,
     copies,
@@ -13,6 +14,7 @@ from cl_merge.task_vectors.module_weights import (
     install,
     parameters_of,
     weights_of,
+    writable,
 )
 
 
@@ -26,13 +28,25 @@ class WeightSwap:
     def put_in(
         self, module: nn.Module, names: Iterable[str], values: Iterable[tuple[str, Tensor]]
     ) -> None:
-        """Write values into parameters of these names and into buffers, until `take_out`."""
+        """Write values into parameters of these names and into buffers, until `take_out`.
+
+        Where that fails, the former ones are back. `InputError` if values are in already.
+        """
+        if self._before is not None:
+            raise InputError(
+                "the merged weights are in the module already; evaluate it as it is, or leave "
+                "merged_weights() first"
+            )
         live = parameters_of(module)
         parameters = {name: live[name] for name in names if name in live}
         buffers = floating_buffers(module)
-        self._before = copies(parameters | buffers)
-        install(parameters | buffers, values)
-        self._put_in = checksums(parameters)
+        self._before, self._put_in = copies(parameters | buffers), {}
+        try:
+            install(parameters | buffers, values)
+            self._put_in = checksums(parameters)
+        except BaseException:
+            self.take_out(module, {})
+            raise
 
     def changed(self, module: nn.Module) -> list[str]:
         """Names of the parameters that do not hold what was put in."""
@@ -47,7 +61,8 @@ class WeightSwap:
 
         Returns:
             Names of the parameters that something else changed meanwhile. Where it has put the
-            trained weights back, they stay, and none are named.
+            trained weights back, they stay, and none are named. Buffers that the module has made
+            anew meanwhile stay too.
         """
         before, self._before = self._before, None
         if before is None:
@@ -55,9 +70,10 @@ class WeightSwap:
         now = self._now(module)
         changed = self._differing(now)
         if changed and all(trained.get(name) == total for name, total in now.items()):
-            return []
+            changed, before = [], {name: t for name, t in before.items() if name not in now}
         live = weights_of(module)
-        install(live, {name: value for name, value in before.items() if name in live})
+        here = {n: t for n, t in before.items() if n in live and live[n].shape == t.shape}
+        install(live, {name: value for name, value in here.items() if writable(live[name])})
         return changed
 
     def _differing(self, now: Mapping[str, int]) -> list[str]:

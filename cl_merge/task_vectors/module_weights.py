@@ -37,8 +37,16 @@ def trains(parameter: nn.Parameter) -> bool:
     return parameter.requires_grad and parameter.is_floating_point()
 
 
+def buffers_of(module: nn.Module) -> dict[str, Tensor]:
+    """All buffers by name; a compiled part has the names of the plain one."""
+    return {_plain(name): buffer for name, buffer in module.named_buffers()}
+
+
 def floating_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Find the floating-point buffers that `state_dict` saves, such as batch-norm statistics."""
+    """Find the floating-point buffers that `state_dict` saves, such as batch-norm statistics.
+
+    Sparse ones, such as the adjacency of a graph, are none of them.
+    """
     # Not from `state_dict`, which modules override in ways of their own.
     transient = {
         f"{prefix}.{name}" if prefix else name
@@ -48,7 +56,7 @@ def floating_buffers(module: nn.Module) -> dict[str, Tensor]:
     return {
         _plain(name): buffer
         for name, buffer in module.named_buffers()
-        if name not in transient and buffer.is_floating_point()
+        if name not in transient and buffer.is_floating_point() and _is_dense(buffer)
     }
 
 
@@ -77,6 +85,15 @@ def copies(
     }
 
 
+def dense_gradient(parameter: nn.Parameter) -> Tensor:
+    """The gradient of a parameter, to be added to; zeros where it has none."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    elif parameter.grad.is_sparse:
+        parameter.grad = parameter.grad.to_dense()
+    return parameter.grad
+
+
 @torch.no_grad()
 def install(
     live: Mapping[str, Tensor], values: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
@@ -89,6 +106,11 @@ def install(
     for name, value in values.items() if isinstance(values, Mapping) else values:
         target = leading(live[name], value.shape)
         local(target).copy_(part_of(value, target))
+
+
+def writable(tensor: Tensor) -> bool:
+    """Whether a tensor can be written to: one made in inference mode cannot be outside of it."""
+    return torch.is_inference_mode_enabled() or not tensor.is_inference()
 
 
 @contextmanager
@@ -121,12 +143,17 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Sum up the bits of each tensor: a number that changes with its values, on any device.
 
-    Of a sharded tensor those that this process has.
+    Of a sharded tensor those that this process has. Sparse tensors are left out.
     """
+    tensors = {name: tensor for name, tensor in tensors.items() if _is_dense(tensor)}
     sums = [_sum_of_bits(local(tensor.detach())) for tensor in tensors.values()]
     if len({total.device for total in sums}) > 1:
         sums = [total.cpu() for total in sums]
     return dict(zip(tensors, torch.stack(sums).tolist() if sums else [], strict=True))
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided
 
 
 def _sum_of_bits(tensor: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ class Scales:
 
         Args:
             value: None, a number, or a mapping from patterns on parameter names (``*``, ``?``,
-                ``[abc]``) to numbers, of which the first that fits counts.
+                ``[abc]``) to numbers, of which the first that fits counts; ``*`` is for the rest,
+                wherever it stands.
             default: For None, and for the names that no pattern fits.
 
         Returns:

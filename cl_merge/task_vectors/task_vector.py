@@ -72,12 +72,21 @@ class TaskVector(Mapping[str, Tensor]):
 
         Returns:
             tuned - base in float32 on the base's device, in the base's order. Inputs wider than
-            float32 are subtracted before rounding. Integer and boolean tensors are left out.
+            float32 are subtracted before rounding. Integer and boolean tensors are left out, and
+            complex ones that are the same.
 
         Raises:
-            InputError: If names, shapes or dtypes differ, or a value is not finite.
+            InputError: If names, shapes or dtypes differ, a value is not finite, or complex tensors
+                differ.
         """
         _check_alike(base, tuned)
+        complexes = [name for name, tensor in base.items() if tensor.is_complex()]
+        moved = [n for n in complexes if not torch.equal(base[n], tuned[n].to(base[n].device))]
+        if moved:
+            raise InputError(
+                f"complex tensors differ, which a task vector cannot hold: {listing(moved)}; leave "
+                "them out, or take them apart with torch.view_as_real"
+            )
         floating = [name for name, tensor in base.items() if tensor.is_floating_point()]
         return cls({name: _difference(name, base[name], tuned[name]) for name in floating})
 

@@ -17,6 +17,7 @@ from typing_extensions import override
 from cl_merge.data.task_stream import TaskStream
 from cl_merge.errors import InputError, listing
 from cl_merge.storage.files import check_state, load_state, remove_leftovers, save_state
+from cl_merge.training.callback_state import state_of
 from cl_merge.training.cost import Cost, Meter
 from cl_merge.training.journal import Journal, is_first_process
 from cl_merge.training.metrics import AccuracyMatrix
@@ -100,8 +101,8 @@ class StreamFolder:
                 reason = " ".join(str(error).split())
                 raise InputError(f"{self.state_file} is of another model: {reason}") from error
             for callback in callbacks:
-                if callback.state_key in self._state["callbacks"]:
-                    callback.load_state_dict(self._state["callbacks"][callback.state_key])
+                if (state := state_of(callback, self._state["callbacks"])) is not None:
+                    callback.load_state_dict(state)
         # The rest is mapped from a file that is about to be replaced.
         self._state = {_ENTRY: entry} if entry is not None else {}
 

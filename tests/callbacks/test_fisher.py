@@ -1,10 +1,17 @@
 """Fisher estimates against loops written from their definitions, in float64."""
 
+from functools import partial
+
 import pytest
 import torch
+from plain import Plain, loader, same, trainer, weights
 from torch import nn
+from torch.utils.data import DataLoader, default_collate
 
+from cl_merge.callbacks import EWC, DriftPenalty, MergeCallback
 from cl_merge.callbacks.fisher import batch_size, published_fisher, sample_fisher
+from cl_merge.callbacks.outputs import OUTPUTS
+from cl_merge.errors import InputError
 
 
 def model(dtype=torch.float64):
@@ -167,4 +174,87 @@ def test_batches_of_any_structure_are_cut_into_samples():
     found = sample_fisher(parameters, data, lambda b: (b["scale"] * net(b["image"]), b["label"]))
     close(found, sample_fisher(parameters, batches(), classify(net)))
     assert batch_size({"scale": torch.tensor(1.0), "image": torch.ones(7, 2)}) == 7
-    assert batch_size(["no tensor"]) == 0
+
+
+class Collated:
+    """A batch as graph libraries have it, which Lightning moves by its own `to`."""
+
+    def __init__(self, samples):
+        self.images, self.labels = default_collate(samples)
+
+    def to(self, *args, **kwargs):
+        return self
+
+    def __getitem__(self, index):
+        return (self.images, self.labels)[index]
+
+
+def listed(samples):
+    """What is not made a tensor yet, such as strings, beside labels."""
+    images, labels = zip(*samples, strict=True)
+    return [image.tolist() for image in images], torch.stack(labels)
+
+
+class AnyInput(Plain):
+    def forward(self, images):
+        return super().forward(torch.as_tensor(images))
+
+    features = forward
+
+
+@pytest.mark.parametrize("collate", [Collated, listed])
+@pytest.mark.parametrize(
+    "make", [EWC, DriftPenalty, partial(MergeCallback, "fisher")], ids=["ewc", "drift", "fisher"]
+)
+def test_batches_that_cannot_be_cut_are_refused_before_a_task_trains(collate, make):
+    module, data = AnyInput(), DataLoader(loader(0).dataset, batch_size=8, collate_fn=collate)
+    before = weights(module)
+    with pytest.raises(InputError, match="cannot be cut into single samples; let its loader make"):
+        trainer(make()).fit(module, data)
+    assert same(weights(module), before)
+
+
+def test_labels_are_drawn_for_each_place_of_an_image():
+    net = nn.Conv1d(4, 3, 1)
+    images, labels = torch.randn(6, 4, 5), torch.randint(0, 3, (6, 5))
+    generator = torch.Generator().manual_seed(0)
+    batches = [(images, labels)]
+    found = sample_fisher(dict(net.named_parameters()), batches, classify(net), generator=generator)
+    assert all(fisher.any() for fisher in found.values())
+    outputs = torch.tensor([[[9.0, 0, 0], [0, 9, 0]], [[0, 0, 9], [9, 0, 0]]]).mul(9).mT
+    drawn = OUTPUTS["cross_entropy"].draw(outputs, generator)
+    assert drawn.tolist() == [[0, 1], [2, 0]]
+
+
+@pytest.mark.parametrize(
+    "make", [EWC, partial(DriftPenalty, features=lambda module, batch: module.net(batch[0]))]
+)
+def test_embeddings_with_sparse_gradients(make):
+    class Words(nn.Module):
+        def __init__(self, *, sparse):
+            super().__init__()
+            torch.manual_seed(0)
+            self.table, self.query = nn.Embedding(9, 3, sparse=sparse), nn.Linear(2, 3)
+
+        def forward(self, images):
+            # A layer may be called on a vector that belongs to no image.
+            return self.table((images[:, 0] > 0).long()) * self.query(torch.ones(2))
+
+    def trained(*, sparse):
+        module, callback = Plain(), make()
+        module.net = Words(sparse=sparse)
+        module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=1e-4)
+        for task in range(3):
+            trainer(callback).fit(module, loader(task))
+        return weights(module)
+
+    dense = trained(sparse=False)
+    for name, tensor in trained(sparse=True).items():
+        torch.testing.assert_close(tensor, dense[name])
+
+
+def test_the_published_estimate_takes_whole_batches_of_any_kind():
+    data = DataLoader(loader(0).dataset, batch_size=8, collate_fn=Collated)
+    ewc = EWC("published")
+    trainer(ewc, gradient_clip_val=1.0).fit(AnyInput(), data)
+    assert all(fisher.any() for fisher in ewc.fisher.values())

@@ -107,6 +107,45 @@ def test_a_larger_weight_keeps_the_outputs_closer_to_the_teacher():
     assert distance(100.0) < distance(1.0) < distance(0.0)
 
 
+def keeps_a_loss(module, images):
+    module.kept = module.head(images).square().mean()
+    return module.head(images)
+
+
+def changes_its_input(module, images):
+    images.sub_(1.0)
+    module.kept = 0.0
+    return module.head(images)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("forward", [keeps_a_loss, changes_its_input])
+def test_what_the_target_does_beside_its_output_is_as_without_a_teacher(forward, precision):
+    class Kept(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.joined = nn.Linear(4, 3), nn.Identity()
+
+        def forward(self, images):
+            return self.joined(forward(self, images))
+
+    class Module(Plain):
+        def __init__(self):
+            super().__init__()
+            self.net = Kept()
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + self.net.kept
+
+    def trained(*callbacks):
+        module = Module()
+        fit(module, callbacks, 0, precision=precision)
+        module.net.joined = nn.Linear(3, 3)  # which the teacher has not
+        return fit(module, callbacks, 1, precision=precision)
+
+    assert same(trained(LwF(0.0, target="net")), trained())
+
+
 def test_the_first_task_is_distilled_on_request():
     free, plain, held = Plain(), Plain(), Plain()
     fit(plain, [], 0)
@@ -169,6 +208,25 @@ def test_a_compiled_part_is_distilled_as_any_other():
         fit(part, second, task)
     found = {name.replace("_orig_mod.", ""): value for name, value in weights(part).items()}
     assert same(found, weights(plain))
+
+
+def test_the_teacher_has_all_that_changes():
+    class Waves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.linear = nn.BatchNorm1d(4), nn.Linear(4, 3)
+            self.wave = nn.Parameter(torch.ones(4, dtype=torch.complex64))
+
+        def forward(self, images):
+            return self.linear((self.norm(images) * self.wave).abs())
+
+    module, lwf = Plain(), LwF(target="net")
+    module.net = torch.compile(Waves(), backend="eager")
+    fit(module, lwf, 0)
+    buffers = {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
+    parameters = {"norm.weight", "norm.bias", "linear.weight", "linear.bias", "wave"}
+    assert lwf.state_dict()["teacher"].keys() == buffers | parameters
+    assert lwf.state_dict()["teacher"]["wave"].is_complex()
 
 
 def test_a_module_that_is_compiled_whole_is_refused_before_it_trains():

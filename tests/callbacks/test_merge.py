@@ -7,10 +7,11 @@ from typing import ClassVar
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy
-from plain import Plain, fit, loader, same, trainer, weights
+from plain import SAFE, Plain, fit, loader, same, trainer, weights
 from safetensors.torch import load_file
+from torch import nn
 
 from cl_merge import TaskVector, get_merger, merge
 from cl_merge.callbacks import MergeCallback
@@ -183,6 +184,44 @@ def test_testing_a_checkpoint_of_this_task_does_not_undo_its_fold(tmp_path):
     assert callback.tasks == 1
 
 
+class Interrupted(Callback):
+    """Writes a checkpoint in the second step, and is stopped in the third."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 2:
+            trainer.save_checkpoint(self.path)
+        if trainer.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def test_looking_at_a_checkpoint_of_within_the_first_task_counts_for_nothing(tmp_path):
+    module, callback, path = Plain(), MergeCallback(scale=1.0), tmp_path / "within.ckpt"
+    with pytest.raises(SystemExit):
+        fit(module, [callback, Interrupted(path)], 0)
+    trainer(callback).test(module, loader(0), ckpt_path=path, verbose=False, **SAFE)
+    seen = torch.load(path, weights_only=True)["state_dict"]
+    torch.testing.assert_close(module.seen["test"], {n: seen[n] for n in module.seen["test"]})
+    assert callback.tasks == 0
+    fit(module, callback, 0)
+    assert callback.tasks == 1
+
+
+def test_an_interrupted_task_that_is_ended_by_hand_is_in_checkpoints_once(tmp_path):
+    module, callback, path = Plain(), MergeCallback("task-arithmetic"), tmp_path / "after.ckpt"
+    runner = trainer(callback, Interrupted(tmp_path / "within.ckpt"))
+    with pytest.raises(SystemExit):
+        runner.fit(module, loader(0))
+    callback.stream.end_task()
+    runner.save_checkpoint(path)
+    other = MergeCallback("task-arithmetic")
+    trainer(other).test(Plain(), loader(0), ckpt_path=path, verbose=False, **SAFE)
+    assert other.tasks == 1
+    assert same(dict(other.merged()), dict(callback.merged()))
+
+
 def test_resuming_within_a_task_goes_on_as_if_it_had_not_stopped(tmp_path):
     whole_module, whole = Plain(), MergeCallback("magmax", start="merged")
     fit(whole_module, whole, 0)
@@ -339,6 +378,26 @@ def test_layers_may_have_scales_of_their_own():
     assert callback.scale == {"net.0.*": 0.1, "*.bias": 0.2, "*": 0.5}
 
 
+def test_a_scale_that_is_set_later_must_fit_too():
+    module, callback = Plain(), MergeCallback()
+    fit(module, callback, 0)
+    with pytest.raises(InputError, match="scale: the pattern 'nett.*' fits no parameter"):
+        callback.scale = {"nett.*": 0.1}
+    callback.scale = {"frozen": 0.1, "net.0.*": 0.2}
+    assert callback.scale == {"frozen": 0.1, "net.0.*": 0.2, "*": 0.5}
+
+
+def test_a_state_of_parameters_that_are_left_out_now_is_named(tmp_path):
+    module, callback, path = Plain(), MergeCallback(), tmp_path / "task0.ckpt"
+    runner = trainer(callback)
+    runner.fit(module, loader(0))
+    runner.save_checkpoint(path)
+    other = MergeCallback(exclude=["*.bias"])
+    message = "saved state merged net.0.bias, net.2.bias, which include and exclude leave out now"
+    with pytest.raises(InputError, match=message):
+        trainer(other).test(Plain(), loader(0), ckpt_path=path, verbose=False, **SAFE)
+
+
 @pytest.mark.parametrize("left_out", ["trained", "base"])
 def test_what_is_left_out_is_not_merged_and_shows_what_was_chosen(left_out, tmp_path):
     module = Plain()
@@ -453,9 +512,11 @@ def test_other_batches_need_a_function_that_makes_logits():
     def named():
         return [{"x": images, "y": labels} for images, labels in loader(7)]
 
-    callback = MergeCallback("average", scale="auto", held_out=named)
+    module, callback = Plain(), MergeCallback("average", scale="auto", held_out=named)
+    before = weights(module)
     with pytest.raises(InputError, match=r"of type dict; give scale=AutoScale\(logits=...\)"):
-        fit(Plain(), callback, 0)
+        fit(module, callback, 0)
+    assert same(weights(module), before)
     scale = AutoScale(logits=lambda module, batch: (module(batch["x"]), batch["y"]))
     by_name = MergeCallback("average", scale=scale, held_out=named)
     plain = MergeCallback("average", scale="auto", held_out=held_out)
@@ -507,14 +568,24 @@ def test_mergers_that_weigh_elements_are_given_the_fisher_of_each_task(tmp_path)
     assert not same(*importances)
 
 
+def test_heads_that_are_left_out_and_go_need_no_importance():
+    module, callback = Plain(), MergeCallback("fisher", exclude=["head.*"])
+    module.head = nn.ModuleDict({"first": nn.Linear(3, 3)})
+    module.forward = lambda images: next(iter(module.head.values()))(module.net(images))
+    fit(module, callback, 0)
+    module.head = nn.ModuleDict({"second": nn.Linear(3, 3)})
+    fit(module, callback, 1)
+    assert callback.tasks == 2
+
+
 def test_the_importance_is_estimated_from_as_many_samples_as_asked(tmp_path):
     counted = []
     for samples in (None, 5):
         module = Plain()
         module.task_logits = lambda b, m=module: counted.append(len(b[0])) or (m(b[0]), b[1])
         fit(module, MergeCallback(Weighing(), importance_samples=samples), 0)
-    # One batch is tried before the training.
-    assert counted == [8] + [1] * 24 + [8] + [1] * 5
+    # One batch is tried before the training, and one sample of it.
+    assert counted == [8, 1] + [1] * 24 + [8, 1] + [1] * 5
 
 
 def test_methods_that_keep_every_task_vector_say_once_how_much_that_is(caplog):
@@ -568,8 +639,49 @@ def test_several_callbacks_in_one_trainer_keep_their_states_apart():
         MergeCallback("magmax").state_key,
         MergeCallback("ties").state_key,
         MergeCallback("magmax", start="independent").state_key,
+        MergeCallback("ties", density=0.3).state_key,
+        MergeCallback("magmax", exclude=["*.bias"]).state_key,
     }
-    assert len(keys) == 3
+    assert len(keys) == 5
+
+
+def test_several_options_of_a_method_go_on_from_one_checkpoint(tmp_path):
+    def both():
+        return [MergeCallback("ties", density=density) for density in (0.2, 0.3)]
+
+    runner, path = trainer(*(written := both())), tmp_path / "task0.ckpt"
+    runner.fit(Plain(), loader(0))
+    runner.save_checkpoint(path)
+    for callback, other in zip(both(), written, strict=True):
+        trainer(callback).test(Plain(), loader(0), ckpt_path=path, verbose=False, **SAFE)
+        assert callback.merged() == other.merged()
+
+
+def test_a_checkpoint_of_other_options_is_refused(tmp_path):
+    runner, path = trainer(MergeCallback("ties", density=0.3)), tmp_path / "task0.ckpt"
+    runner.fit(Plain(), loader(0))
+    runner.save_checkpoint(path)
+    for other in (MergeCallback("ties"), MergeCallback("ties", density=0.4)):
+        with pytest.raises(InputError, match="'density': 0.3.*; make it with the saved options"):
+            trainer(other).test(Plain(), loader(0), ckpt_path=path, verbose=False, **SAFE)
+    trainer(MergeCallback("magmax")).test(Plain(), loader(0), ckpt_path=path, **SAFE)
+
+
+def test_a_checkpoint_of_before_options_told_callbacks_apart_is_read(tmp_path):
+    callback, path = MergeCallback("ties", density=0.3), tmp_path / "task0.ckpt"
+    runner = trainer(callback)
+    runner.fit(Plain(), loader(0))
+    runner.save_checkpoint(path)
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["callbacks"] = {
+        "MergeCallback{'method': 'ties', 'start': 'sequential'}": checkpoint["callbacks"].pop(
+            callback.state_key
+        )
+    }
+    torch.save(checkpoint, path)
+    other = MergeCallback("ties", density=0.3)
+    trainer(other).test(Plain(), loader(0), ckpt_path=path, verbose=False, **SAFE)
+    assert other.merged() == callback.merged()
 
 
 def test_several_callbacks_merge_what_one_training_changes_and_are_evaluated_one_by_one():

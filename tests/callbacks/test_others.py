@@ -175,9 +175,43 @@ def test_the_best_weights_of_a_fit_may_count_instead_of_the_last(tmp_path):
     tuned = {name: state[name] for name in base}
     assert callback.merged() == TaskVector.between(base, tuned)
     assert same(weights(module), tuned)
+
+
+@pytest.mark.parametrize("checkpoints", [[], [ModelCheckpoint()]])
+def test_best_weights_without_a_monitor_are_refused_before_the_training(checkpoints):
+    module = Plain()
+    before = weights(module)
     message = r"^MergeCallback\(weights='best'\) found no best checkpoint; add a"
     with pytest.raises(InputError, match=message):
-        fit(Plain(), MergeCallback(weights="best"), 0)
+        fit(module, [MergeCallback(weights="best"), *checkpoints], 0)
+    assert same(weights(module), before)
+
+
+def test_the_best_weights_are_those_of_the_checkpoint_that_monitors(tmp_path):
+    module, callback = Monitored(), MergeCallback(weights="best")
+    last = ModelCheckpoint(tmp_path / "last")
+    best = ModelCheckpoint(tmp_path / "best", monitor="worse")
+    trainer(callback, last, best, max_epochs=2).fit(module, loader(0), loader(9))
+    state = torch.load(best.best_model_path, weights_only=True)["state_dict"]
+    assert same(weights(module), {name: state[name] for name in weights(module)})
+    with pytest.raises(InputError, match="make a new ModelCheckpoint for each task"):
+        trainer(callback, best).fit(module, loader(1), loader(9))
+
+
+def test_checkpoints_of_any_hyperparameters_and_part_of_the_weights_are_read(tmp_path):
+    class Part(Monitored):
+        def __init__(self, folder):
+            super().__init__()
+            self.save_hyperparameters()
+            self.strict_loading = False
+
+        def state_dict(self, *args, **kwargs):
+            whole = super().state_dict(*args, **kwargs)
+            return {name: whole[name] for name in whole if name.startswith("net.2")}
+
+    callback = MergeCallback(weights="best")
+    written(tmp_path, Part(tmp_path), callback, 0, monitor="worse")
+    assert callback.tasks == 1
 
 
 def test_the_state_may_stay_out_of_checkpoints(tmp_path):
@@ -319,7 +353,7 @@ def test_a_loader_without_an_end_is_read_as_long_as_it_was_trained_on(make):
     data = torch.utils.data.DataLoader(Endless(), batch_size=4)
     trainer(callback, max_epochs=-1, max_steps=5).fit(module, data)
     assert callback.tasks == 1
-    assert module.evaluated == 4 + 5 * 4  # the first batch is tried
+    assert module.evaluated == 4 + 1 + 5 * 4  # the first batch is tried, and one sample of it
 
 
 def test_a_scale_that_cannot_be_chosen_leaves_the_task_uncounted():

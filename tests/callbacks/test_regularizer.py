@@ -1,6 +1,7 @@
 """LwF, EWC and DriftPenalty give what the same penalty gives when it is written inside the training step."""
 
 import copy
+import functools
 import itertools
 
 import lightning as L
@@ -371,3 +372,23 @@ def test_fast_dev_run_and_nothing_trained():
     fit(module, callbacks, 0, fast_dev_run=True)
     assert [callback.tasks for callback in callbacks] == [1, 1, 1]
     assert isinstance(module, L.LightningModule)
+
+
+def decorated(step):
+    @functools.wraps(step)
+    def wrapper(*args, **kwargs):
+        return step(*args, **kwargs)
+
+    return wrapper
+
+
+def test_a_training_step_that_is_decorated_and_takes_the_batch_alone():
+    class Decorated(Plain):
+        @decorated
+        def training_step(self, batch):
+            return super().training_step(batch, 0)
+
+    module, lwf = Decorated(), LwF(target="net")
+    for task in range(2):
+        fit(module, lwf, task)
+    assert lwf.tasks == 2

@@ -207,6 +207,13 @@ def test_apply_to_names_shapes_that_differ():
     )
 
 
+def test_complex_tensors_are_left_out_unless_they_differ():
+    base = {"weight": torch.zeros(2), "wave": torch.ones(2, dtype=torch.complex64)}
+    assert list(TaskVector.between(base, base)) == ["weight"]
+    with pytest.raises(InputError, match="complex tensors differ, .* cannot hold: wave; leave"):
+        TaskVector.between(base, base | {"wave": 2 * base["wave"]})
+
+
 def test_apply_to_refuses_integer_weights():
     assert error_of(TaskVector({"w": torch.ones(1)}).apply_to, {"w": torch.tensor([1])}) == (
         "what a task vector changes holds floating-point tensors only; leave out w (torch.int64)"
