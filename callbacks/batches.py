@@ -97,6 +97,9 @@ def inputs_and_targets(batch: Any, *, asking: str, give: str) -> tuple[Any, Any]
 def all_logits(module: Any, batch: Any, *, asking: str, give: str) -> tuple[Tensor, Tensor]:
     """Logits [B, C] and targets [B] of a batch of inputs and targets, among all classes."""
     inputs, targets = inputs_and_targets(batch, asking=asking, give=give)
+    forward = getattr(type(module), "forward", None)
+    if getattr(forward, "__qualname__", "") == "LightningModule.forward":  # of whichever package
+        raise InputError(f"{asking} asks the module for logits, but it has no forward; give {give}")
     return module(inputs), targets
 
 

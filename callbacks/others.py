@@ -127,17 +127,22 @@ def check_fit(trainer: L.Trainer, merger: Merger, weights: str) -> None:
         )
 
 
-def check_averages(trainer: L.Trainer, used: Sequence[Callback]) -> None:
-    """Refuse averages of weights that were used in another task."""
+def check_new(trainer: L.Trainer, used: Sequence[Callback]) -> None:
+    """Refuse callbacks that were used in another task and would spoil this one."""
     for other in callbacks_of(trainer):
-        # It remembers the step of its last update, averages nothing up to it, and ends the task
-        # with the weights that it began with.
         if any(other is before for before in used):
             name = type(other).__name__
             raise InputError(
-                f"this {name} has been through the task before, whose steps it still counts: "
-                f"it would undo this task; make a new {name} for each task"
+                f"this {name} has been through the task before, of which it remembers steps and "
+                f"scores: it would undo or stop this task; make a new {name} for each task"
             )
+
+
+def to_be_new(trainer: L.Trainer) -> list[Callback]:
+    """The callbacks of a trainer that must be made anew for each task."""
+    # An average remembers the step of its last update, averages nothing up to it, and ends the task
+    # with the weights that it began with; early stopping waits for a score of another task.
+    return [c for c in callbacks_of(trainer) if is_kind(c, *AVERAGES, "EarlyStopping")]
 
 
 def check_alone(starts: Sequence[str], stage: str) -> None:

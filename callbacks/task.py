@@ -16,13 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn, TrainerState, TrainerStatus
 from typing_extensions import override
 
-from cl_merge.callbacks.others import (
-    AVERAGES,
-    callbacks_of,
-    check_averages,
-    check_strategy,
-    is_kind,
-)
+from cl_merge.callbacks.others import callbacks_of, check_new, check_strategy, to_be_new
 from cl_merge.training.callback_state import state_of
 
 log = logging.getLogger(__name__)
@@ -45,7 +39,7 @@ class TaskCallback(Callback, ABC):
         can_shard: Whether it works where parameters are sharded, under ``ModelParallelStrategy``.
 
     Raises:
-        InputError: If a callback that averages weights has been through another task.
+        InputError: If a callback that must be new for each task has been through another one.
         RuntimeError: Under a strategy that spawns processes, or shards parameters in a way that
             the callback cannot work with.
     """
@@ -54,7 +48,7 @@ class TaskCallback(Callback, ABC):
 
     def __init__(self) -> None:
         super().__init__()
-        self._averages_used: Sequence[Callback] = []
+        self._used: Sequence[Callback] = []
         self._trainer_state = TrainerState()  # of the trainer that was the last to use it
         self._in_task = False
         self._before = 0  # tasks that had ended when this one began
@@ -106,7 +100,7 @@ class TaskCallback(Callback, ABC):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._resumed, self._restored = self._restored, False
         if not self._resumed:
-            check_averages(trainer, self._averages_used)
+            check_new(trainer, self._used)
         self._began = False
         self.prepare_task(trainer, pl_module)
         self._in_task, self._prepared, self._before = True, True, self.tasks
@@ -129,7 +123,7 @@ class TaskCallback(Callback, ABC):
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._averages_used = [c for c in callbacks_of(trainer) if is_kind(c, *AVERAGES)]
+        self._used = to_be_new(trainer)
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

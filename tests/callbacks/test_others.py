@@ -2,10 +2,11 @@
 
 import copy
 
+import lightning as L
 import pytest
 import torch
 from growing import Endless, Single
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from plain import SAFE, Plain, fit, loader, same, trainer, weights
 
 from cl_merge import TaskVector, merge
@@ -295,6 +296,36 @@ def test_one_output_is_refused_where_nobody_said_what_it_is(make):
     with pytest.raises(InputError, match=r"there is one output; say what they are trained with"):
         fit(module, callback, 0)
     assert callback.tasks == 0
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        EWC,
+        lambda: MergeCallback("fisher"),
+        lambda: MergeCallback(scale="auto", held_out=lambda: loader(1)),
+    ],
+)
+def test_a_module_without_forward_is_refused_before_the_training(make):
+    class Stepwise(Plain):
+        forward = L.LightningModule.forward
+
+        def training_step(self, batch, batch_idx):
+            return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    module, callback = Stepwise(), make()
+    before = weights(module)
+    with pytest.raises(InputError, match=r"has no forward; give .*logits=\.\.\."):
+        fit(module, callback, 0)
+    assert same(weights(module), before)
+
+
+def test_early_stopping_is_new_for_each_task():
+    stopping, callback, module = EarlyStopping("loss"), MergeCallback(), Plain()
+    trainer(callback, stopping).fit(module, loader(0))
+    with pytest.raises(InputError, match="^this EarlyStopping has been through the task before"):
+        trainer(callback, stopping).fit(module, loader(1))
+    assert callback.tasks == 1
 
 
 @pytest.mark.parametrize("loss", ["binary_cross_entropy", "mse"])
