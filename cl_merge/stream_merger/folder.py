@@ -29,7 +29,7 @@ def prepare_folder(folder: Path) -> None:
         return
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        tempfile.NamedTemporaryFile(dir=folder).close()
     if former := sorted(path.name for path in folder.glob("task*.safetensors")):
         log.warning(
             "'%s' has task vectors of another stream: %s. Those that this one does not replace "
