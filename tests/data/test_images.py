@@ -73,7 +73,7 @@ def png():
     return file.getvalue()
 
 
-# Polars writes large ones, which datasets casts since 4.0.
+# Polars writes large ones, which datasets 3 cannot cast.
 BINARY = pa.large_binary() if int(datasets.__version__.split(".")[0]) >= 4 else pa.binary()
 
 
