@@ -102,9 +102,9 @@ class OrthogonalProjection(Merger):
         if has_grown:  # what joins has the lengths of the tasks before, too
             held = [state["length"] for state in self._state.values()]
             found = [float(length.flatten()[0]) for length in held if length.numel()]
-            longest = max(found if self.shards is None else self.shards.everywhere(found))
+            every = found if self.shards is None else self.shards.everywhere(found)
             for length in held:
-                length.fill_(longest)
+                length.fill_(max(every, default=0.0))
         return has_grown
 
     @override
