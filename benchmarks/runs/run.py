@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,6 +20,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
 
+from cl_merge.benchmarks.datasets.catalog import find_data
 from cl_merge.benchmarks.datasets.loading import load_parts, task_epochs
 from cl_merge.benchmarks.formatting import data_label
 from cl_merge.benchmarks.methods.method import TRAININGS, Method, compared_methods, find_method
@@ -44,6 +46,8 @@ from cl_merge.task_vectors.module_weights import copies, floating_buffers, train
 from cl_merge.task_vectors.scales import Scales
 from cl_merge.training.cost import Cost
 from cl_merge.training.metrics import AccuracyMatrix
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("cl-merge", "torch", "lightning", "open_clip_torch", "torchmetrics", "datasets", "timm")
 
@@ -244,6 +248,13 @@ def make_merger(config: RunConfig, method: Method) -> tuple[Merger, Any]:
 def _try_settings(config: RunConfig, method: Method) -> MergeCallback:
     """Make once what the run will make for every task, so that wrong settings show at once."""
     check_loggers(config)
+    if config.model == RunConfig.model and not find_data(config.data).recipe:
+        log.warning(
+            "'%s' has no recipe, and %s, the default model, knows characters only; say model=, "
+            "optimizer.lr= and optimizer.warmup_steps=",
+            config.data,
+            config.model,
+        )
     with settings_named("stream"):
         check_loading(config.stream.batch_size, config.stream.num_workers, config.stream.cache)
     _try_compared(config, compared_methods(config.method, config.compare))

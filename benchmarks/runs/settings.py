@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,8 +13,6 @@ from cl_merge.benchmarks.runs.results import read_results
 from cl_merge.config.reading import flat, parse_arguments, read_config, read_yaml
 from cl_merge.config.schema import RunConfig
 from cl_merge.errors import InputError
-
-log = logging.getLogger(__name__)
 
 # Settings that change nothing in what a run finds; everything else is fixed once it has begun.
 _FREE = {"out", "source", "checkpoint_seconds", "stream.num_workers", "stream.cache", "loggers"}
@@ -45,13 +42,6 @@ def read_settings(settings: Sequence[str], file: str | Path | None = None) -> Ru
     origin = str(entry.file or f"the recipe of {entry.name}")
     config = _with_absolute_paths(read_config(settings, entry.recipe, file, origin=origin))
     find_method(config.method)
-    if not entry.recipe and "model" not in given:
-        log.warning(
-            "'%s' has no recipe: the model is %s, which knows characters only, and training is "
-            "that of the paper; say model=, optimizer.lr= and optimizer.warmup_steps=",
-            entry.name,
-            config.model,
-        )
     return config
 
 

@@ -489,7 +489,7 @@ def test_a_new_run_takes_a_new_folder(tmp_path, monkeypatch):
     }
 
 
-def test_a_folder_of_images_is_a_data_set(tmp_path):
+def test_a_folder_of_images_is_a_data_set(tmp_path, capsys):
     data = digits()
     for split in ("train", "test"):
         for index, image in enumerate(data[split].select(range(60))["image"]):
@@ -502,3 +502,5 @@ def test_a_folder_of_images_is_a_data_set(tmp_path):
     assert run(*words, *rest) == 0
     found = json.loads((tmp_path / "run" / "results.json").read_text())
     assert found["methods"]["magmax"]["accuracy"] > 30
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("has no recipe, and glyph, the default model, knows characters only") == 1

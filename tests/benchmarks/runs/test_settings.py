@@ -34,10 +34,3 @@ def test_a_run_goes_on_whose_folder_was_named_from_where_it_was_called(key, phot
     word = f"{key}={shown}".replace("'", "")
     for words in ([], [word]):
         assert getattr(read_settings([f"out={out}", *words]), key) == shown
-
-
-def test_data_without_a_recipe_and_a_model_are_pointed_out(photos, caplog):
-    read_settings([f"data={photos}", "model=lite"])
-    assert not caplog.messages
-    read_settings([f"data={photos}"])
-    assert "has no recipe: the model is glyph, which knows characters only" in caplog.text
