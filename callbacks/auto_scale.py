@@ -26,7 +26,6 @@ from cl_merge.task_vectors.module_weights import (
     evaluating,
     install,
     swapped,
-    weights_of,
 )
 from cl_merge.task_vectors.scale_search import block_groups, read_groups, search_scale
 from cl_merge.task_vectors.scales import Scales, check_fits
@@ -107,18 +106,17 @@ class AutoScale:
         names: Sequence[str],
         values: Callable[[Scales], Iterable[tuple[str, Tensor]]],
         published: float,
-        live: Mapping[str, Tensor] | None = None,
+        live: Mapping[str, Tensor],
     ) -> Scales:
         """Find the scale of a task that ended, leaving the module as it is.
 
         The batches are the held-out images, the names those of the parameters that are merged;
         values makes what parameters and buffers of an evaluation hold at a scale, of which the
-        published one plays no part. What is live is written to; None is all of the module.
+        published one plays no part. What is live is written to.
 
         Raises:
             InputError: If there is no held-out image, or the logits cannot be found.
         """
-        live = weights_of(module) if live is None else live
         total = 0
 
         def count(scales: Scales) -> int:

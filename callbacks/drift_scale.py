@@ -22,7 +22,7 @@ from cl_merge.callbacks.features import check_own_features, give_features, image
 from cl_merge.callbacks.others import is_kind
 from cl_merge.class_statistics import unit
 from cl_merge.errors import InputError
-from cl_merge.task_vectors.module_weights import evaluating, install, swapped, weights_of
+from cl_merge.task_vectors.module_weights import evaluating, install, swapped
 from cl_merge.task_vectors.scales import Scales
 
 log = logging.getLogger(__name__)
@@ -110,17 +110,16 @@ class DriftScale:
         names: Sequence[str],
         values: Callable[[Scales], Iterable[tuple[str, Tensor]]],
         published: float,
-        live: Mapping[str, Tensor] | None = None,
+        live: Mapping[str, Tensor],
     ) -> Scales:
         """Find the scale of a task that ended, leaving the module as it is.
 
         Values makes what parameters and buffers of an evaluation hold at a scale; the published
-        scale is the largest. What is live is written to; None is all of the module.
+        scale is the largest. What is live is written to.
 
         Raises:
             InputError: If there is no image, or features are not finite.
         """
-        live = weights_of(module) if live is None else live
         # Not the generators of devices, for which each process would have to use all of them.
         with isolate_rng(include_cuda=False), swapped(live, {}), evaluating(module):
             install(live, values(Scales.read(0.0, 0.0)))

@@ -192,7 +192,9 @@ class Evaluation:
             else:
                 images = stream.sample_dataloader(choice.images)
             published = self._merged(method, task).published_scale
-            found = choice.choose(trainer, module, images, list(changes), values, published)
+            found = choice.choose(
+                trainer, module, images, list(changes), values, published, self._live()
+            )
             run.folder.add_chosen_scale(method.plain.name, task, found.plain())
 
         self._within_trainer(choose)

@@ -86,6 +86,8 @@ class CLIPClassifier(L.LightningModule):
         rates by layer: Howard & Ruder, Universal Language Model Fine-tuning, ACL 2018.
     """
 
+    _counter: AccuracyMatrix  # of the test that is running
+
     def __init__(
         self,
         visual: nn.Module,
@@ -117,7 +119,6 @@ class CLIPClassifier(L.LightningModule):
         self.head = head
         self.accuracy: AccuracyMatrix | None = None
         self.classify: Classify | None = None
-        self._counter: AccuracyMatrix | None = None
         self._task: Task | None = None
         self._warmup_explained = False
         self.register_buffer("_position", torch.arange(len(head.class_names)), persistent=False)
@@ -241,7 +242,6 @@ class CLIPClassifier(L.LightningModule):
     @override
     def test_step(self, batch: Any, batch_idx: int) -> None:
         images, labels = batch[0], batch[1]
-        assert self._counter is not None  # noqa: S101 - set in on_test_start
         by_task = self._counter is self.accuracy and len(batch) > 2
         tasks = batch[2] if by_task else torch.zeros_like(labels)
         self._check_labels(labels)
@@ -249,7 +249,6 @@ class CLIPClassifier(L.LightningModule):
 
     @override
     def on_test_epoch_end(self) -> None:
-        assert self._counter is not None  # noqa: S101 - set in on_test_start
         stream = self._stream()
         row = stream.row if stream else 0
         # Summed over processes here, where they can communicate; later the module is on the CPU.

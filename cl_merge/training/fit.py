@@ -233,7 +233,7 @@ def _trainer(
         own = [own] if isinstance(own, Callback) else own
         made = L.Trainer(**arguments | {"callbacks": [seeding, *own, *callbacks]})
     elif callable(given):
-        made = given(task)
+        made = given(task)  # Any: Lightning sets attributes without declaring them
         _check_new(made, task)
         # As Lightning orders them: checkpoints last, so that they hold what the others did.
         found = [seeding, *made.callbacks, *callbacks]
