@@ -17,16 +17,13 @@ from cl_merge.callbacks.batches import (
     LOGITS,
     Logits,
     all_logits,
+    from_datamodule,
     sum_over_processes,
     to_module,
     trying,
 )
 from cl_merge.errors import InputError
-from cl_merge.task_vectors.module_weights import (
-    evaluating,
-    install,
-    swapped,
-)
+from cl_merge.task_vectors.module_weights import evaluating, install, swapped
 from cl_merge.task_vectors.scale_search import block_groups, read_groups, search_scale
 from cl_merge.task_vectors.scales import Scales, check_fits
 from cl_merge.task_vectors.shards import reshard
@@ -163,7 +160,7 @@ class AutoScale:
 
 def held_out_batches(trainer: L.Trainer, own: Loader | None) -> Iterable[Any]:
     """The held-out images of the tasks so far, of the user's loader or else the data module's."""
-    own = own or getattr(getattr(trainer, "datamodule", None), "held_out_dataloader", None)
+    own = own or from_datamodule(trainer, "held_out_dataloader")
     if own is None:
         raise InputError(
             "scale='auto' needs images that are not trained on: give MergeCallback(held_out=...), "

@@ -40,6 +40,11 @@ def training_batches(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterat
         yield to_module(trainer, pl_module, batch)
 
 
+def from_datamodule(trainer: L.Trainer, method: str) -> Callable[..., Any] | None:
+    """A method of a trainer's data module; None where there is none, or it has no such method."""
+    return getattr(getattr(trainer, "datamodule", None), method, None)
+
+
 def to_module(trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> Any:
     """Bring a batch to the module's device and to the precision of its inputs."""
     converted = trainer.precision_plugin.convert_input(batch)

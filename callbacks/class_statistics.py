@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from typing_extensions import override
 
-from cl_merge.callbacks.batches import sum_over_processes, trying
+from cl_merge.callbacks.batches import from_datamodule, sum_over_processes, trying
 from cl_merge.callbacks.features import Features, check_own_features, own_features, read_features
 from cl_merge.callbacks.merge import MergeCallback
 from cl_merge.callbacks.others import attached, runs_after
@@ -165,9 +165,7 @@ class ClassStatistics(EvaluationCallback):
         """
         self._check(module)
         base = {n: t.to(module.device) for n, t in (self.base | self.base_buffers).items()}
-        own = getattr(getattr(trainer, "datamodule", None), "task_dataloader", None)
-        images = self._images or own
-        merge = _merge_callback(trainer)
+        images, merge = self._images_of(trainer), _merge_callback(trainer)
         live = merge.stream.model.written(module) if merge else {}
         # Not the generators of devices, for which each process would have to use all of them.
         with isolate_rng(include_cuda=False), swapped(live, {}), evaluating(module):
@@ -288,7 +286,7 @@ class ClassStatistics(EvaluationCallback):
             self._own_base.note(module, resumed=self._resumed)
         with trying(trainer, module):
             # What fails shows now; batches that are not read again may have labels of any kind.
-            if self._images or hasattr(getattr(trainer, "datamodule", None), "task_dataloader"):
+            if self._images_of(trainer):
                 self._features(module, batch)
             else:
                 read_features(trainer, module, self._features, {}, [batch])
@@ -328,7 +326,7 @@ class ClassStatistics(EvaluationCallback):
     ) -> None:
         if self._evaluating and lets_others_classify(module):
             vars(module)["classify"] = None
-        self._evaluating, self._unfinished, self._classifier = False, False, None
+        self._evaluating, self._classifier = False, None
 
     @override
     def task_state(self) -> dict[str, Any]:
@@ -361,6 +359,9 @@ class ClassStatistics(EvaluationCallback):
     def _new_statistics(self, classes: int, features: int, **saved: Any) -> StreamStatistics:
         encoders = "merged" if self.kind == "aligned" else self.kind
         return StreamStatistics(classes, features, encoders, **self._options | saved)
+
+    def _images_of(self, trainer: L.Trainer) -> Images | None:
+        return self._images or from_datamodule(trainer, "task_dataloader")
 
     def _share_base(self, trainer: L.Trainer) -> None:
         """Use the base of the MergeCallback, if there is one, which has moved it to the module."""

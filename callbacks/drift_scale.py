@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from cl_merge.callbacks.batches import (
+    from_datamodule,
     own_samples,
     sum_over_processes,
     to_module,
@@ -95,7 +96,7 @@ class DriftScale:
         self, trainer: L.Trainer, module: L.LightningModule, held_out: Any
     ) -> Iterator[Any]:
         """Batches of the task's images, as many as are wanted or more."""
-        own = getattr(getattr(trainer, "datamodule", None), "sample_dataloader", None)
+        own = from_datamodule(trainer, "sample_dataloader")
         if own is not None:
             yield from own(self.images)
         else:

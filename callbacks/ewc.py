@@ -11,28 +11,19 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from cl_merge.callbacks.batches import (
-    Logits,
-    logits_of,
-    sum_over_processes,
-    training_batches,
-)
+from cl_merge.callbacks.batches import Logits, sum_over_processes, training_batches
 from cl_merge.callbacks.ewc_penalty import EWCPenalty
 from cl_merge.callbacks.fisher import (
+    TaskFisher,
     fisher_precision,
     published_fisher,
     requiring_gradients,
-    task_fisher,
-    try_logits,
     zeros_for,
 )
-from cl_merge.callbacks.outputs import Loss, check_loss
+from cl_merge.callbacks.outputs import Loss
 from cl_merge.callbacks.regularizer import Penalty
 from cl_merge.errors import InputError, unknown_name
-from cl_merge.task_vectors.module_weights import (
-    copies,
-    install,
-)
+from cl_merge.task_vectors.module_weights import copies, install
 
 # The size of a Fisher depends on its kind, so each needs a weight of its own.
 WEIGHTS = {"published": 1e6, "empirical": 1e4, "sampled": 1e4}
@@ -116,10 +107,9 @@ class EWC(Penalty):
         super().__init__(weight, samples=samples, seed=seed, first_task=first_task)
         self.kind = fisher
         self.penalty = EWCPenalty(self.weight, decay=decay, from_zero=from_zero)
-        check_loss(loss)
+        self._fisher = TaskFisher("EWC", logits, loss, samples)
         if fisher == "published" and loss not in (None, "cross_entropy"):
             raise InputError(f"EWC('published') is of classes, not of loss='{loss}'; {_OTHERS}")
-        self._logits, self._loss = logits_of(logits, "EWC"), loss
 
     @property
     def fisher(self) -> dict[str, Tensor]:
@@ -135,8 +125,7 @@ class EWC(Penalty):
 
     @override
     def begin_task(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
-        singly = self.kind != "published"
-        try_logits(trainer, module, self._logits, batch, self._loss, "EWC", singly=singly)
+        self._fisher.check(trainer, module, batch, singly=self.kind != "published")
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -184,21 +173,13 @@ class EWC(Penalty):
     ) -> dict[str, Tensor]:
         if self.kind != "published":
             seed = (self.seed, self._tasks) if self.kind == "sampled" else None
-            return task_fisher(
-                trainer,
-                module,
-                trained,
-                self._logits,
-                samples=self.samples,
-                seed=seed,
-                loss=self._loss,
-            )
+            return self._fisher.of(trainer, module, trained, seed)
         buffers = copies(dict(module.named_buffers()))
         with torch.enable_grad(), fisher_precision(trainer, module.device):
             estimate = published_fisher(
                 trained,
                 training_batches(trainer, module),
-                partial(self._logits, module),
+                partial(self._fisher.classify, module),
                 self._last_gradients(trained),
                 total=sum_over_processes(trainer, module),
                 processes=trainer.world_size,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,10 +23,10 @@ from cl_merge.callbacks.batches import (
     training_batches,
     trying,
 )
-from cl_merge.callbacks.outputs import OUTPUTS, Outputs, check_classes, outputs_of
+from cl_merge.callbacks.outputs import OUTPUTS, Outputs, check_classes, check_loss, outputs_of
 from cl_merge.errors import InputError
 from cl_merge.seeds import derive_seed
-from cl_merge.task_vectors.module_weights import evaluating, parameters_of
+from cl_merge.task_vectors.module_weights import evaluating
 
 Classify = Callable[[Any], tuple[Tensor, Tensor]]
 """Makes logits [B, K] and true targets [B] of a batch, with a graph."""
@@ -130,87 +131,69 @@ def sample_fisher(
     return {name: total(summed).div_(max(samples, 1.0)) for name, summed in fisher.items()}
 
 
-def task_fisher(
-    trainer: L.Trainer,
-    module: L.LightningModule,
-    parameters: Mapping[str, nn.Parameter],
-    logits: Logits,
-    *,
-    samples: int | None,
-    seed: tuple[int, int] | None,
-    loss: str | None = None,
-) -> dict[str, Tensor]:
-    """The `sample_fisher` of a task in its fit, of so many samples, with labels from a seed."""
-    generator = None
-    if seed is not None:
-        key = derive_seed("ewc", *seed, trainer.global_rank)
-        generator = torch.Generator().manual_seed(key % 2**63)
-    precision = fisher_precision(trainer, module.device)
-    with torch.enable_grad(), precision, evaluating(module), requiring_gradients(parameters):
-        return sample_fisher(
-            parameters,
-            training_batches(trainer, module),
-            partial(logits, module),
-            generator=generator,
-            total=sum_over_processes(trainer, module),
-            limit=own_samples(trainer, samples),
-            outputs=outputs_of(loss),
-        )
+@dataclass(frozen=True)
+class TaskFisher:
+    """Estimates the diagonal of the Fisher of a task in its fit, from single samples.
 
+    Args:
+        asking: The callback that asks for it, for messages.
+        logits: As of `EWC`.
+        loss: As of `EWC`.
+        samples: Take at most so many samples of a task; None takes all.
 
-def task_importance(
-    trainer: L.Trainer,
-    module: L.LightningModule,
-    names: Iterable[str],
-    *,
-    samples: int | None,
-    task: int,
-    logits: Logits | None = None,
-    loss: str | None = None,
-) -> dict[str, Tensor]:
-    """How much each element of parameters matters to a task: its Fisher, with labels drawn.
-
-    Reference:
-        Matena & Raffel, Merging Models with Fisher-Weighted Averaging, NeurIPS 2022, section 3.
+    Raises:
+        InputError: If the loss is wrong.
     """
-    live, classify = parameters_of(module), logits_of(logits, "MergeCallback")
-    parameters, seed = {name: live[name] for name in names}, (task, 0)
-    return task_fisher(trainer, module, parameters, classify, samples=samples, seed=seed, loss=loss)
 
+    asking: str
+    logits: Logits | None = None
+    loss: str | None = None
+    samples: int | None = None
 
-def try_importance(
-    trainer: L.Trainer,
-    module: L.LightningModule,
-    batch: Any,
-    *,
-    samples: int | None,
-    logits: Logits | None = None,
-    loss: str | None = None,
-) -> None:
-    """See from a task's first batch that `task_importance`, of the same arguments, will work."""
-    classify = logits_of(logits, "MergeCallback")
-    try_logits(trainer, module, classify, batch, loss, "MergeCallback")
+    def __post_init__(self) -> None:
+        check_loss(self.loss)
 
+    @property
+    def classify(self) -> Logits:
+        """Makes logits and targets of module and batch."""
+        return logits_of(self.logits, self.asking)
 
-def try_logits(
-    trainer: L.Trainer,
-    module: L.LightningModule,
-    logits: Logits,
-    batch: Any,
-    loss: str | None,
-    asking: str,
-    *,
-    singly: bool = True,
-) -> None:
-    """Make logits of a task's first batch: what fails shows now, and not when it has trained.
+    def check(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, *, singly: bool = True
+    ) -> None:
+        """Try a task's first batch: what fails shows now, and not when the task has trained.
 
-    Where samples will be taken `singly`, they must be such that `singles` can cut.
-    """
-    with trying(trainer, module):
-        whole, targets = logits(module, batch)
-        check_classes(whole, targets, loss, asking)
-        if singly:
-            check_cut(batch, whole, lambda single: logits(module, single)[0])
+        Where samples will be taken `singly`, they must be such that `singles` can cut.
+        """
+        with trying(trainer, module):
+            whole, targets = self.classify(module, batch)
+            check_classes(whole, targets, self.loss, self.asking)
+            if singly:
+                check_cut(batch, whole, lambda single: self.classify(module, single)[0])
+
+    def of(
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        parameters: Mapping[str, nn.Parameter],
+        seed: tuple[int, int] | None,
+    ) -> dict[str, Tensor]:
+        """The `sample_fisher` of parameters; labels are drawn from a seed, or the true ones."""
+        generator = None
+        if seed is not None:
+            key = derive_seed("ewc", *seed, trainer.global_rank)
+            generator = torch.Generator().manual_seed(key % 2**63)
+        precision = fisher_precision(trainer, module.device)
+        with torch.enable_grad(), precision, evaluating(module), requiring_gradients(parameters):
+            return sample_fisher(
+                parameters,
+                training_batches(trainer, module),
+                partial(self.classify, module),
+                generator=generator,
+                total=sum_over_processes(trainer, module),
+                limit=own_samples(trainer, self.samples),
+                outputs=outputs_of(self.loss),
+            )
 
 
 @contextmanager

@@ -9,33 +9,22 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from typing_extensions import override
 
 from cl_merge.callbacks.auto_scale import AutoScale, Loader
 from cl_merge.callbacks.batches import Logits
-from cl_merge.callbacks.chosen_scale import as_choice, choose_scale
+from cl_merge.callbacks.best_weights import check_best, check_weights, load_best
+from cl_merge.callbacks.chosen_scale import ChosenScale
 from cl_merge.callbacks.drift_scale import DriftScale
-from cl_merge.callbacks.fisher import task_importance, try_importance
-from cl_merge.callbacks.others import (
-    INTERRUPTED,
-    NOT_RESUMED,
-    attached,
-    changed_by_others,
-    check_alone,
-    check_arguments,
-    check_fit,
-    check_importance_known,
-    load_best,
-    no_state_in,
-    told_apart,
-)
-from cl_merge.callbacks.outputs import Loss, check_loss
+from cl_merge.callbacks.fisher import TaskFisher
+from cl_merge.callbacks.others import attached, changed_by_others, is_kind
+from cl_merge.callbacks.outputs import Loss
 from cl_merge.callbacks.task import EvaluationCallback
 from cl_merge.errors import InputError, task_name
 from cl_merge.mergers import Merger
-from cl_merge.mergers.registry import as_merger
+from cl_merge.mergers.registry import as_merger, chosen_options
 from cl_merge.stream_merger import StreamMerger
 from cl_merge.task_vectors.module_weights import parameters_of
 from cl_merge.task_vectors.scales import Scales
@@ -57,12 +46,10 @@ class MergeCallback(EvaluationCallback):
     Works with any `LightningModule`, any optimizer and precision, on one process, under DDP, where
     every rank folds the same weights, or ``ModelParallelStrategy``, where each folds its share. Use
     one instance for the whole stream, and a new `Trainer` per task. What is merged is what the fit
-    leaves: averages that callbacks put in, or weights that the module switches to, by the end of
-    ``on_train_end``.
+    leaves, averages that callbacks put in by the end of ``on_train_end`` too.
 
-    Layers may be frozen and unfrozen. Parameters may join between tasks, and grow new entries
-    behind the former ones, as the head of a class-incremental model does: what is new has the value
-    it is born with as its base, and counts as unchanged in the tasks before.
+    Layers may be frozen and unfrozen, parameters may join and grow between tasks, as the head of a
+    class-incremental model does; see `StreamMerger`.
 
     Args:
         method: ``"magmax"``, another name that `cl_merge.get_merger` knows, or a fresh `Merger`
@@ -79,8 +66,7 @@ class MergeCallback(EvaluationCallback):
             the module then has.
         buffers: What floating-point buffers, such as batch-norm statistics, hold during evaluation:
             ``"trained"`` those of the last task, ``"base"`` those before any training,
-            ``"average"`` their mean over tasks. None means ``"trained"``, with a warning that names
-            the buffers that moved.
+            ``"average"`` their mean over tasks. None is ``"trained"``, and warns of what moved.
         left_out: What parameters that train but are left out hold during evaluation: ``"trained"``
             the values of the last task, ``"base"`` those before any training.
         include: Patterns on the names of the parameters to merge; none for all that train.
@@ -93,21 +79,18 @@ class MergeCallback(EvaluationCallback):
             for methods that weigh elements also ``importance0.safetensors``; once parameters have
             joined or grown, ``base.safetensors`` with their base, to merge the files with.
         device: Where the base and the merged vector are kept; None is where the module trains.
-            ``"cpu"`` saves the memory of the other device.
         save_state: Whether checkpoints hold the base and all that is merged so far. Without it they
             are smaller, and no task can be resumed from them.
         held_out: For ``scale="auto"``: makes a loader of the held-out images of the tasks so far;
             None asks the trainer's data module for its ``held_out_dataloader()``.
         logits: For methods that weigh elements, such as ``"fisher"``: as of `EWC`.
         loss: For methods that weigh elements: as of `EWC`.
-        importance_samples: For methods that weigh elements: estimate the diagonal Fisher from at
-            most so many samples of a task, one backward pass each, with labels drawn from the
-            predictions; None uses all.
+        importance_samples: For methods that weigh elements: as `samples` of `EWC`; labels are drawn
+            from the predictions.
         **options: Options of the method, such as ``density`` for TIES; a `Merger` has its own.
 
     Attributes:
         stream: What merges, in plain torch.
-        chosen: The scales that were chosen, one for each task, if the scale is chosen.
 
     Raises:
         InputError: If the method, an option, a pattern or a value is wrong, a task vector is not
@@ -154,11 +137,13 @@ class MergeCallback(EvaluationCallback):
         **options: Any,
     ) -> None:
         super().__init__()
-        self._choice = as_choice(scale)
+        merger = as_merger(method, options)
+        self._scale = ChosenScale(scale, held_out, merger.published_scale)
+        self._ends_in_steps = self._scale.chooses
         self.stream = StreamMerger(
             None,
-            as_merger(method, options),
-            scale=None if self._choice else scale,  # type: ignore[arg-type]  # checked there
+            merger,
+            scale=self._scale.given,
             start=start,
             buffers=buffers,
             left_out=left_out,
@@ -168,20 +153,19 @@ class MergeCallback(EvaluationCallback):
             directory=directory,
             device=device,
         )
-        if held_out is not None and not isinstance(self._choice, AutoScale):
-            raise InputError(f"held_out is for scale='auto', but the scale is {self.scale}")
-        check_arguments(self.merger, weights, importance_samples)
-        self._told_apart = told_apart(self.merger, start, include, exclude)
-        self.chosen: list[Scales] = []
+        check_weights(weights)
+        if merger.grams:
+            raise InputError(
+                f"'{merger.name}' needs Gram matrices of the inputs of layers, which "
+                "MergeCallback does not collect; merge afterwards, from files: cl-merge merge "
+                "--importance, or with StreamMerger.end_task(gram_matrices(model, batches))"
+            )
+        if importance_samples is not None and importance_samples < 1:
+            raise InputError(f"importance_samples={importance_samples}; expected 1 or more")
+        self._fisher = TaskFisher("MergeCallback", logits, loss, importance_samples)
         self._weights, self._save_state = weights, save_state
-        self._held_out = held_out
-        check_loss(loss)
-        self._importance: Any = {"logits": logits, "loss": loss, "samples": importance_samples}
         self._has_start = False  # whether the weights are in that the task starts from
-        # What a checkpoint that is evaluated holds, and whether it is of within a task.
-        self._checkpoint: tuple[StreamMerger, bool] | None = None
-        self._evaluated: StreamMerger | None = None  # during an evaluation
-        self._verified = False
+        self._verified = False  # whether an evaluation has been seen to have the merged weights
 
     @property
     @override
@@ -214,9 +198,18 @@ class MergeCallback(EvaluationCallback):
         self.stream.scales = Scales.read(value, self.merger.published_scale)
 
     @property
+    def chosen(self) -> list[Scales]:
+        """The scales that were chosen, one for each task, if the scale is chosen."""
+        return self._scale.chosen
+
+    @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(**self._told_apart)
+        stream, options = self.stream, chosen_options(self.merger)
+        include, exclude = list(stream.selection.include), list(stream.selection.exclude)
+        chosen = {"options": options, "include": include, "exclude": exclude}
+        chosen = {name: value for name, value in chosen.items() if value}
+        return self._generate_state_key(method=self.merger.name, start=stream.start, **chosen)
 
     @property
     @override
@@ -235,8 +228,7 @@ class MergeCallback(EvaluationCallback):
         """Make sure that all patterns fit names of parameters, or raise `InputError`."""
         names = list(names)
         self.stream.check_names(names)
-        if self._choice is not None:
-            self._choice.check(names)
+        self._scale.check(names)
 
     def install(self, module: nn.Module) -> None:
         """Put the merged weights into a module, to stay; see `StreamMerger.install`."""
@@ -245,17 +237,16 @@ class MergeCallback(EvaluationCallback):
     def reset(self) -> None:
         """Forget all tasks and the base, for a new stream."""
         self.stream.reset()
-        self.chosen = []
+        self._scale.chosen = []
 
     # Hooks, in the order in which they fire.
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self._checkpoint = None
-        check_alone([c.stream.start for c in attached(trainer, MergeCallback)], stage)
         if stage != TrainerFn.FITTING:
             return
+        _check_together(attached(trainer, MergeCallback))
         self.stream.module = pl_module
         # Before optimizers copy weights; but what `configure_model` makes is not there yet.
         self._has_start = self.base.keys() <= parameters_of(pl_module).keys()
@@ -266,50 +257,51 @@ class MergeCallback(EvaluationCallback):
     def prepare_task(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         checkpoint = trainer.ckpt_path is not None
         if checkpoint and not self._save_state:
-            raise InputError(NOT_RESUMED)
-        check_fit(trainer, self.merger, self._weights)
+            raise InputError(
+                "MergeCallback(save_state=False) cannot resume a checkpoint, which does not hold "
+                "the weights that the task started from; expected save_state=True"
+            )
+        if self.merger.weighted and is_kind(trainer.strategy, "ModelParallelStrategy"):
+            raise InputError(
+                f"'{self.merger.name}' needs gradients of single samples, which sharded "
+                "parameters do not have; use another method, or strategy='ddp'"
+            )
+        if self._weights == "best":
+            check_best(trainer)
         self.stream.module = module
         self.stream.move_state_to(module.device)
-        if self._choice is not None:
-            self._choice.prepare(trainer, module, self._held_out)
+        self._scale.prepare(trainer, module)
         # Weights from a checkpoint within a task are where that task stood, and stay.
         if (checkpoint or not self._has_start) and not self._resumed:
             self.stream.restore_start()
         if not self.base:
-            floating = [n for n, p in parameters_of(module).items() if p.is_floating_point()]
-            self.check_names(floating)
+            self.check_names(n for n, p in parameters_of(module).items() if p.is_floating_point())
 
     @override
     def begin_task(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
         self.stream.move_state_to(module.device)  # which may have been restored since
         self.stream.note_base(resumed=self._resumed)
         if self.merger.weighted:
-            try_importance(trainer, module, batch, **self._importance)
+            self._fisher.check(trainer, module, batch)
 
     @override
     def watch(self) -> None:
         self.stream.watch()
 
     @override
-    def end_task(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        stream, importance = self.stream, None
+    def choose_weights(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self._weights == "best":
             load_best(trainer, module)
+
+    @override
+    def end_task(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        stream, importance = self.stream, None
         if self.merger.weighted:
-            importance = task_importance(
-                trainer, module, stream.model.merged_base(), task=self.tasks, **self._importance
-            )
-        if self._choice is None:
-            stream.end_task(importance)
-            return
-        undo = self.backup()
-        try:
-            stream.end_task(importance)
-            stream.scales = choose_scale(self._choice, stream, trainer, module, self._held_out)
-        except BaseException:
-            undo()
-            raise
-        self.chosen.append(stream.scales)
+            live = parameters_of(module)
+            merged = {name: live[name] for name in stream.model.merged_base()}
+            importance = self._fisher.of(trainer, module, merged, seed=(self.tasks, 0))
+        stream.end_task(importance)
+        self._scale.choose(stream, trainer, module)
 
     @override
     def on_exception(
@@ -318,44 +310,44 @@ class MergeCallback(EvaluationCallback):
         super().on_exception(trainer, pl_module, exception)
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting and self._began and isinstance(exception, KeyboardInterrupt):
-            log.warning(INTERRUPTED, task_name(self.tasks))
-
-    @property
-    @override
-    def has_result(self) -> bool:
-        return self.tasks > 0 or self._checkpoint is not None
+            log.warning(
+                "%s was interrupted and is not merged; go on with fit(..., ckpt_path=...), or "
+                "merge what it has trained: MergeCallback.stream.end_task()",
+                task_name(self.tasks),
+            )
 
     @override
     def begin_evaluation(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        several = [c for c in attached(trainer, MergeCallback) if c.has_result]
+        if len(several) > 1:
+            raise InputError(
+                f"this Trainer has {len(several)} MergeCallbacks, but an evaluation can see the "
+                "weights of one only; evaluate them one after another: L.Trainer(callbacks=[one])"
+            )
         stream, self._verified = self.stream, False
-        if self._checkpoint is not None:
-            stream, in_task = self._checkpoint
         stream.module = module
         stream.move_state_to(module.device)
-        if self._checkpoint is not None and in_task:
-            # The weights that were loaded are those of the task.
-            check_importance_known(self.merger)
-            with torch.inference_mode(False):
-                stream.end_task(write=False)
-        elif self._checkpoint is None and trainer.ckpt_path and not stream.holds_trained():
-            raise no_state_in(trainer.ckpt_path)
-        self._evaluated = stream
+        if self._unfinished:
+            self._end_task_of_checkpoint()
+        elif trainer.ckpt_path and not self._loaded and not stream.holds_trained():
+            raise InputError(
+                f"the checkpoint '{trainer.ckpt_path}' was written without the state of this "
+                "MergeCallback, so its weights cannot be merged with the tasks before; load them "
+                "into the module where training ends: MergeCallback(weights='best')"
+            )
         stream.swap_in()
 
     @override
     def check_evaluation(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if self._evaluated is None or self._verified:
-            return
-        changed, self._verified = self._evaluated.changed(), True
-        if changed:
+        if not self._verified and (changed := self.stream.changed()):
             raise changed_by_others(trainer, module, self, changed)
+        self._verified = True
 
     @override
     def end_evaluation(
         self, trainer: L.Trainer, module: L.LightningModule, *, failed: bool
     ) -> None:
-        stream, self._evaluated, self._checkpoint = self._evaluated, None, None
-        changed = stream.swap_out() if stream is not None else []
+        changed = self.stream.swap_out()
         if changed and not failed:
             raise changed_by_others(trainer, module, self, changed)
 
@@ -364,27 +356,12 @@ class MergeCallback(EvaluationCallback):
         return super().state_dict() if self._save_state else {}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        state = self._trainer_state
-        if state.status != TrainerStatus.RUNNING or state.fn == TrainerFn.FITTING:
-            super().load_state_dict(state_dict)
-            return
-        # An evaluation of a checkpoint sees what that holds, and leaves what is known as it is.
-        loaded = self.stream.fresh()
-        loaded.load_state_dict(state_dict)
-        chosen = [Scales.read(scale, 0.0) for scale in state_dict.get("chosen", [])]
-        loaded.scales = chosen[-1] if chosen else loaded.scales
-        self._checkpoint = (loaded, state_dict["in_task"])
-        if not self.base:
-            self.stream, self.chosen = loaded, chosen
-
-    @override
     def backup(self) -> Callable[[], None]:
         restore, chosen = self.stream.backup(), list(self.chosen)
 
         def undo() -> None:
             restore()
-            self.chosen = chosen
+            self._scale.chosen = chosen
 
         return undo
 
@@ -395,6 +372,29 @@ class MergeCallback(EvaluationCallback):
     @override
     def load_task_state(self, state: dict[str, Any]) -> None:
         self.stream.load_state_dict(state)
-        self.chosen = [Scales.read(scale, 0.0) for scale in state.get("chosen", [])]
-        if self._choice is not None and self.chosen:
-            self.stream.scales = self.chosen[-1]
+        self._scale.load(state.get("chosen", []), self.stream)
+
+    def _end_task_of_checkpoint(self) -> None:
+        """Fold the task in which a checkpoint was written, whose weights the module holds."""
+        if self.merger.weighted:
+            raise InputError(
+                f"the checkpoint was written within {task_name(self.tasks)}, of which "
+                f"'{self.merger.name}' does not know yet how much each element matters; evaluate "
+                "after the fit, without ckpt_path"
+            )
+        with torch.inference_mode(False):
+            self.stream.end_task(write=False)
+        self._scale.recall(self.stream)
+
+
+def _check_together(every: Sequence[MergeCallback]) -> None:
+    """Refuse several in a fit that put in other weights where a task starts or ends."""
+    for what, given, expected in (
+        ("start", [c.stream.start for c in every], "sequential, or all independent"),
+        ("weights", [c._weights for c in every], "last, or all best"),
+    ):
+        if len(set(given)) > 1 or (len(every) > 1 and "merged" in given):
+            raise InputError(
+                f"this Trainer has {len(every)} MergeCallbacks, with {what} {', '.join(given)}; "
+                f"expected all {expected}"
+            )

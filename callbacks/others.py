@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from cl_merge.errors import InputError, listing, task_name, unknown_name
-from cl_merge.mergers import Merger
-from cl_merge.storage.unpickling import read_without_code
+from cl_merge.errors import InputError, listing
 
 _Kind = TypeVar("_Kind", bound=Callback)
-
-WEIGHTS = ("last", "best")
 
 _PACKAGES = ("lightning", "pytorch_lightning")
 _STAGES = ("test", "validation", "predict")
@@ -24,15 +18,6 @@ _MOMENTS = ("start", "epoch_start", "batch_start", "batch_end", "epoch_end", "en
 
 AVERAGES = ("StochasticWeightAveraging", "WeightAveraging")
 """Lightning's callbacks that put other weights into the module when training ends."""
-
-NOT_RESUMED = (
-    "MergeCallback(save_state=False) cannot resume a checkpoint, which does not hold the weights "
-    "that the task started from; expected save_state=True"
-)
-INTERRUPTED = (
-    "%s was interrupted and is not merged; go on with fit(..., ckpt_path=...), or merge what it "
-    "has trained: MergeCallback.stream.end_task()"
-)
 
 
 def callbacks_of(trainer: L.Trainer) -> list[Callback]:
@@ -85,48 +70,6 @@ def check_strategy(trainer: L.Trainer, name: str, *, can_shard: bool) -> None:
         )
 
 
-def check_arguments(merger: Merger, weights: str, samples: int | None) -> None:
-    """Refuse what `MergeCallback` does not know, and methods that need what it does not collect."""
-    if weights not in WEIGHTS:
-        raise unknown_name("choice of weights", weights, WEIGHTS)
-    if samples is not None and samples < 1:
-        raise InputError(f"importance_samples={samples}; expected 1 or more")
-    if merger.grams:
-        raise InputError(
-            f"'{merger.name}' needs Gram matrices of the inputs of layers, which MergeCallback "
-            "does not collect; merge afterwards, from files: cl-merge merge --importance, or with "
-            "StreamMerger.end_task(gram_matrices(model, batches))"
-        )
-
-
-def told_apart(
-    merger: Merger, start: str, include: Sequence[str], exclude: Sequence[str]
-) -> dict[str, Any]:
-    """What tells several `MergeCallback` apart: method and start, and what else is no default."""
-    known = inspect.signature(type(merger)).parameters
-    options = {n: value for n, value in merger.options.items() if value != known[n].default}
-    chosen = {"options": options, "include": [*include], "exclude": [*exclude]}
-    return {"method": merger.name, "start": start, **{k: v for k, v in chosen.items() if v}}
-
-
-def check_fit(trainer: L.Trainer, merger: Merger, weights: str) -> None:
-    """Refuse fits in which `MergeCallback` cannot do what it is to do when they end."""
-    if not is_kind(trainer.strategy, "ModelParallelStrategy"):
-        if weights == "best":
-            _check_best(trainer)
-        return
-    if merger.weighted:
-        raise InputError(
-            f"'{merger.name}' needs gradients of single samples, which sharded parameters do not "
-            "have; use another method, or strategy='ddp'"
-        )
-    if weights == "best":
-        raise InputError(
-            "MergeCallback(weights='best') reads a checkpoint in one file, which sharded "
-            "parameters do not have; choose weights='last', or strategy='ddp'"
-        )
-
-
 def check_new(trainer: L.Trainer, used: Sequence[Callback]) -> None:
     """Refuse callbacks that were used in another task and would spoil this one."""
     for other in callbacks_of(trainer):
@@ -143,56 +86,6 @@ def to_be_new(trainer: L.Trainer) -> list[Callback]:
     # An average remembers the step of its last update, averages nothing up to it, and ends the task
     # with the weights that it began with; early stopping waits for a score of another task.
     return [c for c in callbacks_of(trainer) if is_kind(c, *AVERAGES, "EarlyStopping")]
-
-
-def check_alone(starts: Sequence[str], stage: str) -> None:
-    """Refuse several `MergeCallback` of these starts that get in each other's way.
-
-    Several may merge what one training changes, but only one can put its weights in.
-    """
-    several = f"this Trainer has {len(starts)} MergeCallbacks"
-    if len(starts) > 1 and stage != "fit":
-        raise InputError(
-            f"{several}, but an evaluation can see the weights of one only; evaluate them one "
-            "after another: L.Trainer(callbacks=[one])"
-        )
-    if len(starts) > 1 and (len(set(starts)) > 1 or "merged" in starts):
-        raise InputError(
-            f"{several}, with start {', '.join(starts)}; expected all sequential, or all "
-            "independent"
-        )
-
-
-def load_best(trainer: L.Trainer, module: L.LightningModule) -> None:
-    """Put the weights of a fit's best checkpoint into the module."""
-    best = _best_checkpoint(trainer)
-    if not best.best_model_path:
-        raise InputError(
-            f"ModelCheckpoint(monitor='{best.monitor}') has saved no best weights in this fit for "
-            "MergeCallback(weights='best'); let it save, or choose weights='last'"
-        )
-    # Lightning's checkpoints may hold anything as hyperparameters.
-    state = read_without_code(Path(best.best_model_path))["state_dict"]
-    module.load_state_dict(state, strict=module.strict_loading)
-
-
-def check_importance_known(merger: Merger) -> None:
-    """Refuse to evaluate a checkpoint of within a task with methods that weigh elements."""
-    if merger.weighted:
-        raise InputError(
-            f"the checkpoint was written within {task_name(merger.tasks)}, of which "
-            f"'{merger.name}' does not know yet how much each element matters; evaluate after the "
-            "fit, without ckpt_path"
-        )
-
-
-def no_state_in(path: object) -> InputError:
-    """Make the error for an evaluation of a checkpoint that cannot be merged."""
-    return InputError(
-        f"the checkpoint '{path}' was written without the state of this MergeCallback, so its "
-        "weights cannot be merged with the tasks before; load them into the module where training "
-        "ends: MergeCallback(weights='best')"
-    )
 
 
 def changed_by_others(
@@ -216,23 +109,3 @@ def _defines(thing: object, hook: str) -> bool:
     if home is None:
         return False
     return home.__module__.partition(".")[0] not in _PACKAGES or is_kind(thing, *AVERAGES)
-
-
-def _check_best(trainer: L.Trainer) -> None:
-    """Refuse a `ModelCheckpoint` whose best weights may be those of another task."""
-    if _best_checkpoint(trainer).best_model_path and trainer.ckpt_path is None:
-        raise InputError(
-            "this ModelCheckpoint has been through the task before, whose best weights it still "
-            "holds; make a new ModelCheckpoint for each task"
-        )
-
-
-def _best_checkpoint(trainer: L.Trainer) -> Any:
-    """The first `ModelCheckpoint` of a trainer that monitors something, or `InputError`."""
-    for checkpoint in trainer.checkpoint_callbacks:
-        if getattr(checkpoint, "monitor", None) is not None:
-            return checkpoint
-    raise InputError(
-        "MergeCallback(weights='best') found no best checkpoint; add a "
-        "ModelCheckpoint(monitor=...) to the Trainer, or choose weights='last'"
-    )

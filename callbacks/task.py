@@ -14,6 +14,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn, TrainerState, TrainerStatus
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from cl_merge.callbacks.others import callbacks_of, check_new, check_strategy, to_be_new
@@ -24,6 +25,11 @@ log = logging.getLogger(__name__)
 _NOTHING_TRAINED = (
     "nothing was trained in this fit: it does not count as a task. Use a new Trainer for each "
     "task: one that has been through a fit has reached its last epoch"
+)
+
+_NO_STATE = (
+    "the checkpoint was written without this {}, which takes its weights for those that the task "
+    "starts from and knows nothing of what was trained before"
 )
 
 
@@ -52,11 +58,9 @@ class TaskCallback(Callback, ABC):
         self._trainer_state = TrainerState()  # of the trainer that was the last to use it
         self._in_task = False
         self._before = 0  # tasks that had ended when this one began
-        self._prepared = False  # whether ``on_fit_start`` has been, and no batch yet
         self._began = False  # whether this fit has trained a batch
-        self._restored = False
-        self._resumed = False
-        self._unfinished = False  # whether a checkpoint that is evaluated is of within a task
+        self._resumed = False  # whether it is the rest of a task
+        self._ends_in_steps = False  # whether `end_task` may raise with half of it done
 
     @property
     @abstractmethod
@@ -71,6 +75,9 @@ class TaskCallback(Callback, ABC):
 
     def watch(self) -> None:
         """Look for parameters that have been unfrozen within the task, before they move."""
+
+    def choose_weights(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Put in the weights that count for a task, before any callback takes up what it left."""
 
     @abstractmethod
     def end_task(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -93,23 +100,21 @@ class TaskCallback(Callback, ABC):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         check_strategy(trainer, type(self).__name__, can_shard=self.can_shard)
-        self._prepared = False
+        self._resumed = False
         self._trainer_state = trainer.state
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._resumed, self._restored = self._restored, False
         if not self._resumed:
             check_new(trainer, self._used)
         self._began = False
         self.prepare_task(trainer, pl_module)
-        self._in_task, self._prepared, self._before = True, True, self.tasks
+        self._in_task, self._before = True, self.tasks
 
     @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._prepared = False
         if not self._began:
             self.begin_task(trainer, pl_module, batch)
             self._began = True
@@ -134,48 +139,58 @@ class TaskCallback(Callback, ABC):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        # An interrupted task may have been ended by hand.
-        return self.task_state() | {"in_task": self._in_task and self.tasks == self._before}
+        # Before its first batch a task has not begun; an interrupted one may have ended by hand.
+        in_task = self._in_task and (self._began or self._resumed) and self.tasks == self._before
+        return self.task_state() | {"in_task": in_task}
 
     @override
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        state_of(self, checkpoint["callbacks"])  # refuses those of other options
+        # Refuses those of other options.
+        saved = state_of(self, checkpoint["callbacks"])
+        if saved is None and self._runs(fit=True) and not self.tasks:
+            rank_zero_warn(_NO_STATE.format(type(self).__name__))
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        running = self._trainer_state.status == TrainerStatus.RUNNING
-        fitting = running and self._trainer_state.fn == TrainerFn.FITTING
-        self._unfinished = running and not fitting and state_dict["in_task"]
-        if running and not fitting and self.tasks:
+        if self._runs(fit=False) and self.tasks:
             # `test(ckpt_path=...)` restores callbacks too, as they were when the checkpoint was
             # written, within a task: that would undo what the end of that task did.
             return
         self.load_task_state(state_dict)
         self._before = self.tasks
-        restored = fitting and state_dict["in_task"]
-        if self._prepared:  # strategies that shard parameters restore after ``on_fit_start``
-            self._resumed = restored
-        else:
-            self._restored = restored
+        # Before ``on_fit_start``, or after it under strategies that shard parameters.
+        self._resumed = self._runs(fit=True) and state_dict["in_task"]
+
+    def _runs(self, *, fit: bool) -> bool:
+        """Whether the trainer is in a fit, or else in an evaluation outside of one."""
+        state = self._trainer_state
+        return state.status == TrainerStatus.RUNNING and (state.fn == TrainerFn.FITTING) == fit
 
 
 class EvaluationCallback(TaskCallback):
     """A callback that changes what ``trainer.test``, ``validate`` and ``predict`` see.
 
     Once a task has ended, and never in the validation within a fit. What it changed is undone when
-    the evaluation ends or raises.
+    the evaluation ends or raises. An evaluation of a checkpoint sees the state that the checkpoint
+    holds; afterwards the callback is as before, unless it knew nothing.
 
     Raises:
         InputError: If something else changes what it changed.
         RuntimeError: Under a strategy that shards parameters or spawns processes.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._loaded = False  # whether a checkpoint that is evaluated holds a state
+        self._unfinished = False  # and whether that is of within a task
+        self._go_back: Callable[[], None] | None = None  # to the state before
+
     @property
     def has_result(self) -> bool:
         """Whether there is something that an evaluation can see."""
-        return self.tasks > 0
+        return self.tasks > 0 or self._unfinished
 
     @abstractmethod
     def begin_evaluation(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -225,20 +240,42 @@ class EvaluationCallback(TaskCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         self.end_evaluation(trainer, pl_module, failed=True)
+        self._leave_checkpoint()
+
+    @override
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._leave_checkpoint()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not self._runs(fit=False):
+            super().load_state_dict(state_dict)
+            return
+        if self.tasks or self._in_task:
+            self._go_back = self.backup()
+        self.load_task_state(state_dict)
+        self._loaded, self._unfinished = True, state_dict["in_task"]
+
+    def _leave_checkpoint(self) -> None:
+        if self._go_back is not None:
+            self._go_back()
+        self._loaded, self._unfinished, self._go_back = False, False, None
 
 
 def _end_task_of_all(
     ending: Sequence[TaskCallback], trainer: L.Trainer, module: L.LightningModule
 ) -> None:
     """End a task for all callbacks, or, if one raises, for none."""
+    trained = [callback for callback in ending if callback._began or callback._resumed]
     backups: list[Callable[[], None]] = []
     try:
+        if len(trained) < len(ending):
+            log.warning(_NOTHING_TRAINED)
         with _on_its_device(trainer, module):
-            for callback in ending:
-                if not (callback._began or callback._resumed):
-                    log.warning(_NOTHING_TRAINED)
-                    continue
-                if callback is not ending[-1]:
+            for callback in trained:
+                callback.choose_weights(trainer, module)
+            for callback in trained:
+                if callback is not trained[-1] or callback._ends_in_steps:
                     backups.append(callback.backup())
                 callback.end_task(trainer, module)
     except BaseException:
@@ -247,7 +284,7 @@ def _end_task_of_all(
         raise
     finally:
         for callback in ending:
-            callback._in_task = callback._prepared = False
+            callback._in_task = False
 
 
 @contextmanager

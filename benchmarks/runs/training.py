@@ -18,7 +18,7 @@ from cl_merge.benchmarks.runs.evaluation import Evaluation
 from cl_merge.benchmarks.runs.progress import RunProgress
 from cl_merge.benchmarks.runs.run import Run, make_regularizer
 from cl_merge.benchmarks.runs.run_log import RunLog, open_log
-from cl_merge.callbacks.fisher import task_importance
+from cl_merge.callbacks.fisher import TaskFisher
 from cl_merge.data.task_stream import TaskStream
 from cl_merge.data.tasks import Task
 from cl_merge.errors import InputError, listing, task_name
@@ -138,8 +138,9 @@ class StoreTask(Callback):
             raise InputError(f"{task_name(task)}: {error}") from error
         tensors = {"unmerged": self._unmerged(pl_module)}
         if self._weigh:
-            samples = run.config.merge.importance_samples
-            found = task_importance(trainer, pl_module, list(vector), samples=samples, task=task)
+            fisher = TaskFisher("MergeCallback", samples=run.config.merge.importance_samples)
+            merged = {name: live[name] for name in vector}
+            found = fisher.of(trainer, pl_module, merged, seed=(task, 0))
             tensors["importance"] = {name: found[name].cpu() for name in vector}
         if trainer.is_global_zero:
             for name, values in tensors.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 import shlex
@@ -15,6 +14,7 @@ import torch
 from cl_merge import __version__
 from cl_merge.merge_files.plan import Plan
 from cl_merge.mergers import Merger
+from cl_merge.mergers.registry import chosen_options
 from cl_merge.storage import Weights
 from cl_merge.storage.hub import is_hub_id, short_names
 
@@ -121,12 +121,7 @@ def _command(
     """The command that makes the same, where the inputs lie beside each other."""
     words = ["cl-merge", "merge", *(["--no-base"] if plan.no_base else []), *names]
     words += ["--method", _short_method(told["method"])]
-    known = inspect.signature(type(merger)).parameters
-    options = [
-        f"{key}={_word(value)}"
-        for key, value in merger.options.items()
-        if value != known[key].default
-    ]
+    options = [f"{key}={_word(value)}" for key, value in chosen_options(merger).items()]
     words += ["--set", *options] if options else []
     if not plan.no_base:
         scale = json.loads(told["scale"])

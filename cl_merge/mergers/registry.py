@@ -184,6 +184,12 @@ def merge(
     return merged
 
 
+def chosen_options(merger: Merger) -> dict[str, Any]:
+    """The options of a merger that are no defaults, by name."""
+    known = inspect.signature(type(merger)).parameters
+    return {name: own for name, own in merger.options.items() if own != known[name].default}
+
+
 def _made(merger: type[Merger], method: str, options: Mapping[str, Any]) -> Merger:
     known = inspect.signature(merger).parameters
     for option in options:

@@ -21,7 +21,6 @@ from cl_merge.task_vectors.module_weights import (
     parameters_of,
     trained_parameters,
     trains,
-    writable,
 )
 from cl_merge.task_vectors.shards import Shards
 
@@ -122,15 +121,12 @@ class BaseWeights:
             self._frozen = [(name, p) for name, p in self._frozen if name not in joined]
 
     def restore(self, module: nn.Module) -> None:
-        """Put the base into a module, as far as the module has it.
-
-        Buffers that it has made anew in an evaluation stay.
-        """
+        """Put the base into a module, as far as the module has it."""
         live = parameters_of(module) | floating_buffers(module)
         kept = self._frozen_base | self.parameters
         values = ((name, self.whole(name, value)) for name, value in kept.items() if name in live)
         for name, value in chain(values, self.buffers.items()):
-            if name in live and can_hold(live[name], value.shape) and writable(live[name]):
+            if name in live and can_hold(live[name], value.shape):
                 install(live, {name: value})
 
     def moved_while_frozen(self, now: Mapping[str, int]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +66,7 @@ class StreamMerger:
     Attributes:
         module: The module in training.
         model: What has been merged so far.
+        selection: Which parameters are merged.
 
     Raises:
         InputError: If the method, an option, a pattern or a value is wrong.
@@ -104,14 +104,14 @@ class StreamMerger:
             raise unknown_name("start", start, STARTS)
         self.module = module
         self.start = start
-        self._selection = Selection(include, exclude)
+        self.selection = Selection(include, exclude)
         self._store = check_store(store)
         self._directory = Path(directory) if directory is not None else None
         merger = as_merger(method, options)
         self.model = MergedModel(
             merger,
             Scales.read(scale, merger.published_scale),
-            self._selection,
+            self.selection,
             buffers=buffers,
             left_out=left_out,
             device=device,
@@ -203,7 +203,7 @@ class StreamMerger:
 
     def check_names(self, names: Iterable[str]) -> None:
         """Make sure that all patterns fit names, also of what is frozen, or raise `InputError`."""
-        self.scales.check(self._selection.names(names))
+        self.scales.check(self.selection.names(names))
 
     def watch(self) -> None:
         """Note the base of what has been unfrozen, before the optimizer's next step."""
@@ -332,11 +332,11 @@ class StreamMerger:
             Names of the parameters that something else changed meanwhile, if it has not put back
             what the last task left.
         """
-        return self._swap.take_out(self._module, self.model.at_end)
+        return self._swap.take_out(self.model.at_end)
 
     def changed(self) -> list[str]:
         """Names of the parameters that do not hold what `swap_in` has put in."""
-        return self._swap.changed(self._module)
+        return self._swap.changed()
 
     def holds_trained(self) -> bool:
         """Whether the module holds the weights that the last task left."""
@@ -347,12 +347,6 @@ class StreamMerger:
     def reset(self) -> None:
         """Forget all tasks and the base, for a new stream."""
         self.model = self.model.fresh()
-
-    def fresh(self) -> StreamMerger:
-        """One of the same settings that knows no module, no task and no base."""
-        other = copy.copy(self)
-        other.module, other.model, other._swap = None, self.model.fresh(), WeightSwap()
-        return other
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that is needed to go on, as plain values and live tensors.

@@ -14,7 +14,6 @@ from cl_merge.task_vectors.module_weights import (
     install,
     parameters_of,
     weights_of,
-    writable,
 )
 
 
@@ -22,6 +21,7 @@ class WeightSwap:
     """Puts weights into a module and takes them out again, and notices if others changed them."""
 
     def __init__(self) -> None:
+        self._module = nn.Module()  # that has them
         self._before: dict[str, Tensor] | None = None
         self._put_in: dict[str, int] = {}
 
@@ -40,45 +40,39 @@ class WeightSwap:
         live = parameters_of(module)
         parameters = {name: live[name] for name in names if name in live}
         buffers = floating_buffers(module)
-        self._before, self._put_in = copies(parameters | buffers), {}
+        self._module, self._before = module, copies(parameters | buffers)
         try:
             install(parameters | buffers, values)
             self._put_in = checksums(parameters)
         except BaseException:
-            self.take_out(module, {})
+            self.take_out({})
             raise
 
-    def changed(self, module: nn.Module) -> list[str]:
+    def changed(self) -> list[str]:
         """Names of the parameters that do not hold what was put in."""
-        return self._differing(self._now(module))
+        now = self._now()
+        return [name for name, put_in in self._put_in.items() if now.get(name) != put_in]
 
-    def take_out(self, module: nn.Module, trained: Mapping[str, int]) -> list[str]:
+    def take_out(self, trained: Mapping[str, int]) -> list[str]:
         """Write the former weights back, bit for bit; nothing happens where none are kept.
 
         Args:
-            module: The module.
             trained: Checksums of parameters, as training left them.
 
         Returns:
             Names of the parameters that something else changed meanwhile. Where it has put the
-            trained weights back, they stay, and none are named. Buffers that the module has made
-            anew meanwhile stay too.
+            trained weights back, they stay, and none are named. Buffers of another shape, which the
+            module has made anew meanwhile, stay too.
         """
-        before, self._before = self._before, None
-        if before is None:
+        if self._before is None:
             return []
-        now = self._now(module)
-        changed = self._differing(now)
-        if changed and all(trained.get(name) == total for name, total in now.items()):
-            changed, before = [], {name: t for name, t in before.items() if name not in now}
-        live = weights_of(module)
-        here = {n: t for n, t in before.items() if n in live and live[n].shape == t.shape}
-        install(live, {name: value for name, value in here.items() if writable(live[name])})
+        changed, before, live = self.changed(), self._before, weights_of(self._module)
+        if changed and all(trained.get(name) == total for name, total in self._now().items()):
+            changed, before = [], {n: t for n, t in before.items() if n not in self._put_in}
+        self._module, self._before, self._put_in = nn.Module(), None, {}
+        install(live, {n: t for n, t in before.items() if n in live and live[n].shape == t.shape})
         return changed
 
-    def _differing(self, now: Mapping[str, int]) -> list[str]:
-        return [name for name, put_in in self._put_in.items() if now.get(name) != put_in]
-
-    def _now(self, module: nn.Module) -> dict[str, int]:
-        live = parameters_of(module)
+    def _now(self) -> dict[str, int]:
+        live = parameters_of(self._module)
         return checksums({name: live[name] for name in self._put_in if name in live})

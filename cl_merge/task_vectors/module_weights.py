@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -101,16 +101,13 @@ def install(
     """Write values into live tensors, in place: storage, dtype and device stay as they are.
 
     Of a tensor that has grown since, the rest stays as it is. Sharded tensors take their part of
-    whole values.
+    whole values. Buffers that a module has made anew in an evaluation are written to as well.
     """
     for name, value in values.items() if isinstance(values, Mapping) else values:
-        target = leading(live[name], value.shape)
-        local(target).copy_(part_of(value, target))
-
-
-def writable(tensor: Tensor) -> bool:
-    """Whether a tensor can be written to: one made in inference mode cannot be outside of it."""
-    return torch.is_inference_mode_enabled() or not tensor.is_inference()
+        # Outside of inference mode a tensor that was made in it cannot be written to.
+        with torch.inference_mode() if live[name].is_inference() else nullcontext():
+            target = leading(live[name], value.shape)
+            local(target).copy_(part_of(value, target))
 
 
 @contextmanager

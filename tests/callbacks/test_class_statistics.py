@@ -498,6 +498,22 @@ def test_an_evaluation_of_a_checkpoint_votes_as_it_did_when_it_was_written(make,
         evaluated(make(), fresh, ckpt_path=tmp_path / "second.ckpt", **SAFE)
 
 
+def test_an_evaluation_of_a_checkpoint_of_before_has_the_statistics_of_then(tmp_path):
+    model, callbacks, path = clip(), [MergeCallback(), ClassStatistics()], tmp_path / "first.ckpt"
+    learn(model, *callbacks, tasks=1)
+    expected = logits_of(model, *callbacks)
+    trainer = trainer_of(*callbacks)
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(path)
+    trainer_of(*callbacks).fit(model, loader_of(1))
+    now = logits_of(model, *callbacks)
+    loader = DataLoader(TensorDataset(*images_of(0)), batch_size=8)
+    found = trainer_of(*callbacks).predict(model, loader, ckpt_path=path, **SAFE)
+    assert torch.equal(torch.cat(found), expected)
+    assert torch.equal(logits_of(model, *callbacks), now)
+    assert callbacks[1].tasks == 2
+
+
 def test_a_state_of_before_there_were_options_goes_on_as_it_began():
     callbacks = [MergeCallback(), ClassStatistics(ridge=2.0, hold=0.0, rank=0)]
     model = learn(clip(), *callbacks, tasks=1)

@@ -692,6 +692,8 @@ def test_several_callbacks_merge_what_one_training_changes_and_are_evaluated_one
         fit(*alone, task)
     assert both[1].merged() == alone[1].merged() != both[0].merged()
     before = weights(module)
+    trainer(*(MergeCallback(method) for method in ("ties", "average"))).test(module, loader(0))
+    assert same(before, module.seen["test"])
     message = (
         "^this Trainer has 2 MergeCallbacks, but an evaluation can see the weights of one only"
     )

@@ -199,6 +199,44 @@ def test_the_best_weights_are_those_of_the_checkpoint_that_monitors(tmp_path):
         trainer(callback, best).fit(module, loader(1), loader(9))
 
 
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("make", [EWC, lambda: LwF(target="net")])
+def test_the_best_weights_count_for_callbacks_on_either_side(make, behind, tmp_path):
+    module, merge, other = Monitored(), MergeCallback(weights="best"), make()
+    callbacks = [merge, other] if behind else [other, merge]
+    best = ModelCheckpoint(tmp_path, monitor="worse")
+    trainer(*callbacks, best, max_epochs=2).fit(module, loader(0), loader(9))
+    if isinstance(other, EWC):
+        assert same(other.anchor, weights(module))
+    else:
+        assert torch.equal(other._teacher["0.weight"], module.net[0].weight)
+
+
+def test_best_and_last_weights_are_not_merged_in_one_training(tmp_path):
+    module, both = Monitored(), [MergeCallback(weights="best"), MergeCallback("ties")]
+    before = weights(module)
+    message = "^this Trainer has 2 MergeCallbacks, with weights best, last; expected all last, or"
+    with pytest.raises(InputError, match=message):
+        fit(module, [*both, ModelCheckpoint(tmp_path, monitor="worse")], 0)
+    assert same(weights(module), before)
+
+
+def test_a_checkpoint_that_saves_no_best_weights_is_refused_before_the_training(tmp_path):
+    module = Monitored()
+    before = weights(module)
+    saving = ModelCheckpoint(tmp_path, monitor="worse", save_top_k=0)
+    with pytest.raises(InputError, match="save_top_k=0.* saves no best weights for MergeCallback"):
+        fit(module, [MergeCallback(weights="best"), saving], 0)
+    assert same(weights(module), before)
+
+
+def test_a_fast_run_for_developers_saves_nothing_and_merges_its_last_weights(tmp_path):
+    module, callback = Monitored(), MergeCallback(weights="best")
+    best = ModelCheckpoint(tmp_path, monitor="worse")
+    trainer(callback, best, fast_dev_run=True).fit(module, loader(0), loader(9))
+    assert callback.tasks == 1
+
+
 def test_checkpoints_of_any_hyperparameters_and_part_of_the_weights_are_read(tmp_path):
     class Part(Monitored):
         def __init__(self, folder):
@@ -231,6 +269,64 @@ def test_the_state_may_stay_out_of_checkpoints(tmp_path):
         trainer(callback).test(
             module, loader(0), ckpt_path=tmp_path / "other.ckpt", verbose=False, **SAFE
         )
+
+
+def end_of_task(module, callback, path):
+    runner = trainer(callback)
+    runner.fit(module, loader(0))
+    runner.save_checkpoint(path)
+
+
+def test_a_scale_that_is_given_holds_for_checkpoints_whose_scale_was_chosen(tmp_path):
+    path = tmp_path / "end.ckpt"
+    end_of_task(Plain(), MergeCallback(scale="auto", held_out=lambda: loader(1)), path)
+    module, given = Plain(), MergeCallback(scale=0.25)
+    trainer(given).test(module, loader(0), ckpt_path=path, verbose=False, **SAFE)
+    assert given.scale == 0.25
+    assert same(module.seen["test"], given.merged().apply_to(given.base, 0.25))
+
+
+def test_a_checkpoint_of_within_a_task_has_the_scale_that_its_task_got(tmp_path, caplog):
+    def make():  # the scale of each task is another
+        callback = MergeCallback(scale="auto", held_out=lambda: loader(callback.tasks))
+        return callback
+
+    module, callback = Plain(), make()
+    for task in range(2):
+        best = written(tmp_path, module, callback, task).best_model_path
+    assert callback.chosen[0] != callback.chosen[1]
+    trainer(callback).test(module, loader(0), verbose=False)
+    expected = module.seen["test"]
+    trainer(callback).test(module, loader(0), ckpt_path=best, verbose=False, **SAFE)
+    assert same(module.seen["test"], expected)
+    assert "has not been chosen" not in caplog.text
+    trainer(make()).test(Plain(), loader(0), ckpt_path=best, verbose=False, **SAFE)
+    assert "the scale of task 1 (the 2nd) has not been chosen yet" in caplog.text
+
+
+@pytest.mark.parametrize("batches", [0, 1])
+def test_a_callback_is_as_before_once_a_checkpoint_was_evaluated(batches, tmp_path):
+    module, callback, path = Plain(), MergeCallback("ties", scale=0.25), tmp_path / "end.ckpt"
+    end_of_task(module, callback, path)
+    fit(module, callback, 1)
+    before, base = callback.merged(), callback.base
+    evaluation = trainer(callback, limit_test_batches=batches)
+    evaluation.test(module, loader(0), ckpt_path=path, verbose=False, **SAFE)
+    assert callback.tasks == 2
+    assert callback.merged() == before
+    assert same(callback.base, base)
+
+
+@pytest.mark.parametrize("make", [MergeCallback, EWC])
+def test_to_resume_a_checkpoint_that_a_callback_is_not_in_is_warned_of(make, tmp_path):
+    path = tmp_path / "before.ckpt"
+    runner = trainer()
+    runner.fit(Plain(), loader(0))
+    runner.save_checkpoint(path)
+    with pytest.warns(
+        UserWarning, match=rf"^the checkpoint was written without this {make.__name__},"
+    ):
+        trainer(make(), max_epochs=2).fit(Plain(), loader(0), ckpt_path=path, **SAFE)
 
 
 # Modules that are unlike others.

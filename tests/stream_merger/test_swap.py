@@ -101,6 +101,29 @@ def test_modules_whose_buffers_are_sparse_or_made_anew(net, start):
     assert callback.tasks == 2
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"buffers": "base"}, {"buffers": "average"}, {"scale": "auto", "held_out": lambda: loader(1)}],
+)
+def test_buffers_that_are_made_anew_in_an_evaluation_are_written_to(options):
+    class Centred(Plain):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("centre", torch.zeros(4))
+
+        def test_step(self, batch, batch_idx):
+            self.centre = batch[0].mean(dim=0)  # of inference mode
+
+    module, callback = Centred(), MergeCallback(**options)
+    for task in range(2):
+        trained = fit(module, callback, task)
+        trainer(callback).test(module, loader(task), verbose=False)
+        assert same(weights(module), trained)
+    callback.install(module)
+    if "buffers" in options:
+        assert torch.equal(module.centre, torch.zeros(4))
+
+
 def test_buffers_come_back_where_another_callback_puts_parameters_back():
     class Ema(Callback):
         def on_test_end(self, trainer, pl_module):
