@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from cl_merge.data.task_stream import TaskStream
 from cl_merge.data.tasks import Task
-from cl_merge.errors import InputError, task_name
+from cl_merge.errors import InputError, listing, task_name
 from cl_merge.seeds import derive_seed
 from cl_merge.training.cost import Cost, Meter
 from cl_merge.training.journal import only_process
@@ -102,10 +102,10 @@ def fit_stream(
         Accuracy matrix, logged metrics and costs, those of earlier processes among them.
 
     Raises:
-        InputError: If a trainer has trained another task, or starts processes of its own, as with
-            ``ddp_spawn``; if the directory was made for another stream or model, is in use by
-            another process, or its files do not fit together; if hyper-parameters or states of
-            callbacks are not tensors and plain values.
+        InputError: If a trainer has trained another task, has one of the callbacks too, or starts
+            processes of its own, as with ``ddp_spawn``; if the directory was made for another
+            stream or model, is in use by another process, or its files do not fit together; if
+            hyper-parameters or states of callbacks are not tensors and plain values.
         StorageError: If the directory cannot be written; nothing that was in it is lost.
 
     Example::
@@ -231,10 +231,12 @@ def _trainer(
         arguments = dict(given or {})
         own = arguments.get("callbacks") or []
         own = [own] if isinstance(own, Callback) else own
+        _check_once(own, callbacks)
         made = L.Trainer(**arguments | {"callbacks": [seeding, *own, *callbacks]})
     elif callable(given):
         made = given(task)  # Any: Lightning sets attributes without declaring them
         _check_new(made, task)
+        _check_once(made.callbacks, callbacks)
         # As Lightning orders them: checkpoints last, so that they hold what the others did.
         found = [seeding, *made.callbacks, *callbacks]
         made.callbacks = sorted(found, key=lambda callback: isinstance(callback, Checkpoint))
@@ -249,6 +251,15 @@ def _trainer(
             "fit ends; use strategy='ddp' and start the script from the command line"
         )
     return made  # type: ignore[no-any-return]
+
+
+def _check_once(own: Sequence[Callback], callbacks: Sequence[Callback]) -> None:
+    """Refuse callbacks that a trainer has already: they would see every task twice."""
+    if twice := [type(callback).__name__ for callback in callbacks if callback in own]:
+        raise InputError(
+            f"{listing(twice)} is among the callbacks of the stream and of the Trainer, and would "
+            "see every task twice; expected it in one of them"
+        )
 
 
 def _check_new(trainer: Any, task: Task) -> None:

@@ -109,6 +109,20 @@ def test_trainers_that_cannot_train_a_stream_are_refused(trainer, message):
         fit_stream(classifier(), stream(), trainer=trainer)
 
 
+@pytest.mark.parametrize(
+    "trainer",
+    [
+        lambda merge: QUIET | {"callbacks": [merge]},
+        lambda merge: lambda task: L.Trainer(**QUIET, callbacks=[merge]),
+    ],
+)
+def test_a_callback_that_would_see_each_task_twice_is_refused(trainer):
+    merge = MergeCallback()
+    with pytest.raises(InputError, match="^MergeCallback is among the callbacks of the stream and"):
+        fit_stream(classifier(), stream(), callbacks=[merge], trainer=trainer(merge))
+    assert merge.tasks == 0
+
+
 def test_a_trainer_may_test_nothing_and_a_folder_be_at_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     trainer = TRAINER | {"limit_test_batches": 0}
