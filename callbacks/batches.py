@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import lightning as L
@@ -106,12 +105,6 @@ def all_logits(module: Any, batch: Any, *, asking: str, give: str) -> tuple[Tens
     if getattr(forward, "__qualname__", "") == "LightningModule.forward":  # of whichever package
         raise InputError(f"{asking} asks the module for logits, but it has no forward; give {give}")
     return module(inputs), targets
-
-
-def logits_of(given: Logits | None, asking: str) -> Logits:
-    """The function that was given to a callback, or else what makes logits of most modules."""
-    give = f"{asking}(logits=...), {LOGITS}"
-    return given or partial(task_logits, asking=asking, give=give)
 
 
 def task_logits(module: Any, batch: Any, *, asking: str, give: str) -> tuple[Tensor, Tensor]:

@@ -14,11 +14,12 @@ from typing_extensions import override
 from cl_merge.callbacks.batches import from_datamodule, sum_over_processes, trying
 from cl_merge.callbacks.features import Features, check_own_features, own_features, read_features
 from cl_merge.callbacks.merge import MergeCallback
-from cl_merge.callbacks.others import attached, runs_after
+from cl_merge.callbacks.others import attached
 from cl_merge.callbacks.task import EvaluationCallback
 from cl_merge.callbacks.voting import (
     TWO_ENCODERS,
     Classifier,
+    check_head_classifies,
     check_text_head,
     lets_others_classify,
     number_of_classes,
@@ -265,8 +266,9 @@ class ClassStatistics(EvaluationCallback):
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        ours = attached(trainer, MergeCallback, ClassStatistics)
         merge = _merge_callback(trainer)
-        if merge is not None and runs_after(trainer, merge, self):
+        if merge is not None and ours.index(merge) > ours.index(self):
             raise InputError(
                 "ClassStatistics runs before MergeCallback, whose merged weights it reads; put "
                 "it behind: callbacks=[merge, statistics]"
@@ -281,7 +283,6 @@ class ClassStatistics(EvaluationCallback):
         self._share_base(trainer)
         self._check_base()
         if not self._shares_base:
-            self._own_base = BaseWeights(None, keep_frozen=False)
             self._own_base.parameters, self._own_base.buffers = self.base, self.base_buffers
             self._own_base.note(module, resumed=self._resumed)
         with trying(trainer, module):
@@ -309,12 +310,7 @@ class ClassStatistics(EvaluationCallback):
             )
         self._share_base(trainer)
         if lets_others_classify(module):
-            if module.classify is not None:
-                raise InputError(
-                    "something else classifies instead of the module's head: a second "
-                    "ClassStatistics of this trainer, or a function of your own; expected "
-                    f"{type(module).__name__}.classify to be None"
-                )
+            check_head_classifies(module)
             classifier = self.classifier(module, module.device)
             classifier.features = own_features  # it is given images, whatever a batch is
             module.classify = classifier.of_images

@@ -16,10 +16,11 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from cl_merge.callbacks.batches import (
+    LOGITS,
     Logits,
-    logits_of,
     own_samples,
     sum_over_processes,
+    task_logits,
     training_batches,
     trying,
 )
@@ -156,7 +157,8 @@ class TaskFisher:
     @property
     def classify(self) -> Logits:
         """Makes logits and targets of module and batch."""
-        return logits_of(self.logits, self.asking)
+        give = f"{self.asking}(logits=...), {LOGITS}"
+        return self.logits or partial(task_logits, asking=self.asking, give=give)
 
     def check(
         self, trainer: L.Trainer, module: L.LightningModule, batch: Any, *, singly: bool = True

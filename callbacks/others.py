@@ -32,12 +32,6 @@ def attached(trainer: L.Trainer, *kinds: type[_Kind]) -> list[_Kind]:
     return [callback for callback in callbacks_of(trainer) if isinstance(callback, kinds)]
 
 
-def runs_after(trainer: L.Trainer, one: Callback, other: Callback) -> bool:
-    """Whether hooks of one callback of a trainer fire after those of the other."""
-    callbacks = callbacks_of(trainer)
-    return callbacks.index(one) > callbacks.index(other)
-
-
 def is_kind(thing: object, *names: str) -> bool:
     """Whether something is of a Lightning class of one of these names, of whichever package.
 

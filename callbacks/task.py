@@ -28,8 +28,8 @@ _NOTHING_TRAINED = (
 )
 
 _NO_STATE = (
-    "the checkpoint was written without this {}, which takes its weights for those that the task "
-    "starts from and knows nothing of what was trained before"
+    "the checkpoint was written without this {}, which knows nothing of what was trained before: a "
+    "fit starts from the checkpoint's weights, an evaluation sees them as they are"
 )
 
 
@@ -149,7 +149,8 @@ class TaskCallback(Callback, ABC):
     ) -> None:
         # Refuses those of other options.
         saved = state_of(self, checkpoint["callbacks"])
-        if saved is None and self._runs(fit=True) and not self.tasks:
+        matters = self._runs(fit=True) or isinstance(self, EvaluationCallback)
+        if saved is None and matters and not self.tasks:
             rank_zero_warn(_NO_STATE.format(type(self).__name__))
 
     @override

@@ -127,6 +127,16 @@ def lets_others_classify(module: nn.Module) -> bool:
     return "classify" in vars(module) and text_head(module) is not None
 
 
+def check_head_classifies(module: Any) -> None:
+    """Raise `InputError` if something classifies instead of the head of such a module already."""
+    if module.classify is not None:
+        raise InputError(
+            "something else classifies instead of the module's head: a second ClassStatistics of "
+            "this trainer, or a function of your own; expected "
+            f"{type(module).__name__}.classify to be None"
+        )
+
+
 def text_head(module: nn.Module) -> ZeroShotHead | None:
     """A module's attribute ``head``, if that is a text head."""
     head = getattr(module, "head", None)

@@ -317,16 +317,17 @@ def test_a_callback_is_as_before_once_a_checkpoint_was_evaluated(batches, tmp_pa
     assert same(callback.base, base)
 
 
-@pytest.mark.parametrize("make", [MergeCallback, EWC])
-def test_to_resume_a_checkpoint_that_a_callback_is_not_in_is_warned_of(make, tmp_path):
+@pytest.mark.parametrize(
+    ("verb", "make"), [("fit", MergeCallback), ("fit", EWC), ("test", MergeCallback)]
+)
+def test_a_checkpoint_that_a_callback_is_not_in_is_warned_of(verb, make, tmp_path):
     path = tmp_path / "before.ckpt"
     runner = trainer()
     runner.fit(Plain(), loader(0))
     runner.save_checkpoint(path)
-    with pytest.warns(
-        UserWarning, match=rf"^the checkpoint was written without this {make.__name__},"
-    ):
-        trainer(make(), max_epochs=2).fit(Plain(), loader(0), ckpt_path=path, **SAFE)
+    message = rf"^the checkpoint was written without this {make.__name__}, which knows nothing"
+    with pytest.warns(UserWarning, match=message):
+        getattr(trainer(make(), max_epochs=2), verb)(Plain(), loader(0), ckpt_path=path, **SAFE)
 
 
 # Modules that are unlike others.
