@@ -43,13 +43,11 @@ class MergeCallback(EvaluationCallback):
     vector, and the trained weights are back, bit for bit, when they end or raise. Validation inside
     ``fit`` sees the weights being trained.
 
-    Works with any `LightningModule`, any optimizer and precision, on one process, under DDP, where
+    Works with any `LightningModule`, optimizer and precision, on one process, under DDP, where
     every rank folds the same weights, or ``ModelParallelStrategy``, where each folds its share. Use
     one instance for the whole stream, and a new `Trainer` per task. What is merged is what the fit
-    leaves, averages that callbacks put in by the end of ``on_train_end`` too.
-
-    Layers may be frozen and unfrozen, parameters may join and grow between tasks, as the head of a
-    class-incremental model does; see `StreamMerger`.
+    leaves after ``on_train_end``, averages that callbacks put in too. Layers may be frozen and
+    unfrozen, parameters may join and grow between tasks; see `StreamMerger`.
 
     Args:
         method: ``"magmax"``, another name that `cl_merge.get_merger` knows, or a fresh `Merger`
@@ -85,8 +83,7 @@ class MergeCallback(EvaluationCallback):
             None asks the trainer's data module for its ``held_out_dataloader()``.
         logits: For methods that weigh elements, such as ``"fisher"``: as of `EWC`.
         loss: For methods that weigh elements: as of `EWC`.
-        importance_samples: For methods that weigh elements: as `samples` of `EWC`; labels are drawn
-            from the predictions.
+        importance_samples: For methods that weigh elements: as `samples` of `EWC`, labels drawn.
         **options: Options of the method, such as ``density`` for TIES; a `Merger` has its own.
 
     Attributes:
@@ -389,12 +386,14 @@ class MergeCallback(EvaluationCallback):
 
 def _check_together(every: Sequence[MergeCallback]) -> None:
     """Refuse several in a fit that put in other weights where a task starts or ends."""
-    for what, given, expected in (
-        ("start", [c.stream.start for c in every], "sequential, or all independent"),
-        ("weights", [c._weights for c in every], "last, or all best"),
-    ):
-        if len(set(given)) > 1 or (len(every) > 1 and "merged" in given):
-            raise InputError(
-                f"this Trainer has {len(every)} MergeCallbacks, with {what} {', '.join(given)}; "
-                f"expected all {expected}"
-            )
+    starts, weights = [c.stream.start for c in every], [c._weights for c in every]
+    if len(every) > 1 and (len(set(starts)) > 1 or "merged" in starts):
+        raise InputError(
+            f"this Trainer has {len(every)} MergeCallbacks, with start {', '.join(starts)}; "
+            "expected all sequential, or all independent"
+        )
+    if len(set(weights)) > 1:
+        raise InputError(
+            f"this Trainer has {len(every)} MergeCallbacks, with weights {', '.join(weights)}; "
+            "expected all last, or all best"
+        )
