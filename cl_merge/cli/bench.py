@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,8 +75,13 @@ def bench(parsed: argparse.Namespace) -> int:
 
     from cl_merge.benchmarks.suites import plan, terminal
     from cl_merge.benchmarks.suites.definition import find_suite, narrowed
-    from cl_merge.benchmarks.suites.suite_folder import hold, remember, with_former_methods
+    from cl_merge.benchmarks.suites.suite_folder import (
+        remember,
+        together,
+        warn_of_other_settings,
+    )
     from cl_merge.cli.report import make_report
+    from cl_merge.training.journal import only_process
 
     suite = narrowed(
         find_suite(parsed.suite),
@@ -87,7 +93,9 @@ def bench(parsed: argparse.Namespace) -> int:
         run=parsed.settings,
     )
     folder = Path(parsed.out or Path("runs") / suite.name).expanduser()
-    jobs = plan.jobs_of(plan.make_plan(with_former_methods(suite, folder), folder))
+    # Methods that the runs of the folder have evaluated before stay in them.
+    everything = replace(suite, methods=together(suite, folder).methods)
+    jobs = plan.jobs_of(plan.make_plan(everything, folder))
     configs = [plan.job_config(job) for job in jobs]  # a wrong setting shows before anything runs
     console = Console(highlight=False)
     if parsed.check:
@@ -106,8 +114,9 @@ def bench(parsed: argparse.Namespace) -> int:
         terminal.show_downloads(console, data_needs(to_run))
         return 0
     show_messages(console)
-    with hold(folder):
+    with only_process(folder):
         remember(suite, folder)
+        warn_of_other_settings(dict(zip(jobs, configs, strict=True)), folder)
         left = [job for job in jobs if not _is_done(job, folder)]
         terminal.show_begin(console, suite, len(jobs), len(left), folder)
         unfinished = []
