@@ -162,11 +162,7 @@ def over_orders(summary: Summary) -> Summary | None:
                 method,
                 found[method.name],
                 None,
-                {
-                    metric: best[method.name]
-                    for metric, best in ranks.items()
-                    if method.name in best
-                },
+                _ranks_of(method, ranks),
                 tuple(summary.entries[s.name, method.name].cells[0] for s in group),
             )
     settings = tuple(replace(group[0], order=None) for group in groups.values())
@@ -177,15 +173,15 @@ def over_orders(summary: Summary) -> Summary | None:
 def _ranked(
     metric: str, methods: Sequence[Method], metrics: Mapping[str, Mapping[str, SeedValues]]
 ) -> dict[str, int]:
-    """The best and the second best of the methods that merge; the first of equal ones."""
+    """The best and the second best of the methods that merge; equal ones have the same rank."""
     better = METRICS[metric].better
     values = {
         m.name: better * metrics[m.name][metric].mean
         for m in methods
         if better and m.merger and metric in metrics[m.name]
     }
-    best = sorted(values, key=lambda name: -values[name])[:2]
-    return {name: rank for rank, name in enumerate(best, start=1)}
+    best = sorted({*values.values()}, reverse=True)[:2]
+    return {name: 1 + best.index(value) for name, value in values.items() if value in best}
 
 
 def _ranks_of(method: Method, ranks: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
@@ -227,8 +223,9 @@ def _read(cell: Cell, folder: Path, results: Mapping[str, Any]) -> CellResult:
     metrics["seconds"] = total["seconds"]
     metrics["peak_memory"] = max(total["peak_memory"], total["peak_device_memory"])
     if result["merger"]:
-        vectors = run_folder.glob(f"task_vectors/{result['training']}/*.safetensors")
-        metrics["stored_bytes"] = sum(file.stat().st_size for file in vectors)
+        vectors = [*run_folder.glob(f"task_vectors/{result['training']}/*.safetensors")]
+        # A run that was copied without them says nothing.
+        metrics |= {"stored_bytes": sum(v.stat().st_size for v in vectors)} if vectors else {}
     joint = TRAININGS[job.training].joint
     own, here = cell.setting, job.setting
     if joint and (own.tasks, own.order) != (here.tasks, here.order):

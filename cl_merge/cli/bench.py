@@ -145,6 +145,8 @@ def _run(jobs: list[Job], folder: Path, parsed: argparse.Namespace) -> Iterator[
     from cl_merge.config.reading import parse_arguments
 
     parallel = parsed.parallel
+    if parsed.cluster and parallel is not None:
+        raise InputError("--cluster hands on all runs at once; leave out --parallel")
     if parsed.ddp is not None:
         if parallel not in (None, 1):
             raise InputError("--ddp runs one job at a time; leave out --parallel")

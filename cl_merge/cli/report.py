@@ -52,6 +52,16 @@ def report(parsed: argparse.Namespace) -> None:
     console = Console(highlight=False)
     show_messages(console)
     if parsed.leaderboard:
+        for option, given in (
+            ("--format", parsed.format),
+            ("--metric", parsed.metric != "accuracy"),
+            ("--measure", parsed.measure),
+            ("--no-figures", parsed.no_figures),
+        ):
+            if given:
+                raise InputError(
+                    f"{option}: not with --leaderboard, whose page has every metric and no figures"
+                )
         page = _make_leaderboard(console, folders, Path(parsed.leaderboard), parsed.published)
         if parsed.open:
             webbrowser.open(page.resolve().as_uri())

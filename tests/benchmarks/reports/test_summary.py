@@ -46,6 +46,15 @@ def test_best_and_second_best_are_of_those_that_merge(two_seeds, write_results, 
     }
 
 
+def test_equal_methods_are_equally_good(two_seeds, write_results, tmp_path):
+    suite, jobs = two_seeds
+    write_results(jobs["sequential", 0], {"magmax": 60.0, "average-sequential": 60.0})
+    write_results(jobs["independent", 0], {"ties": 50.0})
+    entries = summarize(suite, tmp_path).entries
+    names = "magmax", "average-sequential", "ties"
+    assert [entries["digits-5", name].ranks["accuracy"] for name in names] == [1, 1, 2]
+
+
 def test_each_cell_says_how_far_it_is_and_why_it_failed(two_seeds, write_results, tmp_path):
     suite, jobs = two_seeds
     write_results(jobs["sequential", 0], {"magmax": 50.0, "zero-shot": 30.0})
@@ -77,6 +86,8 @@ def test_joint_training_tells_other_numbers_of_tasks_only_what_does_not_depend_o
 def test_stored_bytes_are_those_of_the_task_vectors(two_seeds, write_results, tmp_path):
     suite, jobs = two_seeds
     place = write_results(jobs["sequential", 0], {"magmax": 50.0, "zero-shot": 30.0})
+    before = summarize(suite, tmp_path).entries  # of a run that was copied without them
+    assert "stored_bytes" not in before["digits-5", "magmax"].metrics
     vectors = place / "task_vectors" / "sequential"
     vectors.mkdir(parents=True)
     (vectors / "task0.safetensors").write_bytes(b"0" * 1000)
