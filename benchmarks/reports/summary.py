@@ -147,11 +147,15 @@ def over_orders(summary: Summary) -> Summary | None:
         return None
     entries = {}
     for name, group in groups.items():
+        # Joint training, one run for all orders, is one value of them.
+        own: dict[str, list[Entry]] = {}
         found: dict[str, dict[str, SeedValues]] = {}
         for method in summary.suite.rows:
-            own = [summary.entries[setting.name, method.name].metrics for setting in group]
+            every = [summary.entries[setting.name, method.name] for setting in group]
+            own[method.name] = list({entry.cells[0].path: entry for entry in every}.values())
+            of_orders = [entry.metrics for entry in own[method.name]]
             values = {
-                metric: {order: of[metric].mean for order, of in enumerate(own) if metric in of}
+                metric: {n: of[metric].mean for n, of in enumerate(of_orders) if metric in of}
                 for metric in METRICS
             }
             found[method.name] = {m: SeedValues(by) for m, by in values.items() if by}
@@ -163,7 +167,7 @@ def over_orders(summary: Summary) -> Summary | None:
                 found[method.name],
                 None,
                 _ranks_of(method, ranks),
-                tuple(summary.entries[s.name, method.name].cells[0] for s in group),
+                tuple(entry.cells[0] for entry in own[method.name]),
             )
     settings = tuple(replace(group[0], order=None) for group in groups.values())
     suite = replace(summary.suite, settings=settings)

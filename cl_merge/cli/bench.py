@@ -125,7 +125,8 @@ def bench(parsed: argparse.Namespace) -> int:
                 terminal.show_ended(console, ended, number, len(left), folder)
                 unfinished += [ended] if ended.state != plan.DONE else []
             make_report(console, folder, figures="none" if parsed.no_figures else "all")
-        except (Exception, KeyboardInterrupt) as stop:
+        except (Exception, KeyboardInterrupt, SystemExit) as stop:
+            # Lightning answers Ctrl-C within an evaluation for a figure with an exit of its own.
             if was_interrupted(stop):
                 raise StoppedError("the same command", stop) from stop
             raise

@@ -8,7 +8,7 @@ import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cl_merge.cli.terminal import show_messages
+from cl_merge.cli.terminal import quieten, show_messages
 from cl_merge.errors import InputError, listing
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ def make_report(
     from cl_merge.benchmarks.reports.tables import legend_of, rich_tables, title_of
     from cl_merge.storage.files import atomic_write
 
+    quieten()
     summary = _summary(folder)
     together = over_orders(summary)
     for shown in (summary, together) if together else (summary,):
