@@ -199,7 +199,9 @@ def _settings(entry: Any, where: str) -> list[Setting]:
         raise InputError(f"{where}: each setting needs data: NAME, found {entry}")
     _check_keys(entry, Setting, f"a setting of {where}")
     data, tasks = absolute_data(str(entry["data"])), entry.get("tasks")
-    find_data(data)
+    # Runs read the files of users; a suite that was copied from another machine may lack them.
+    if not is_data_file(data):
+        find_data(data)
     numbers = tasks if isinstance(tasks, list) else [tasks]
     if not numbers or any(n is not None and (not isinstance(n, int) or n < 1) for n in numbers):
         raise InputError(f"{where}: tasks of '{data}' must be numbers, found {tasks}")

@@ -14,6 +14,7 @@ from cl_merge.benchmarks.suites.suite_folder import (
     warn_of_other_settings,
 )
 from cl_merge.benchmarks.suites.terminal import expected_seconds
+from cl_merge.cli import main
 from cl_merge.config.reading import to_yaml
 from cl_merge.errors import InputError
 
@@ -80,3 +81,17 @@ def test_a_finished_run_that_is_given_a_method_takes_as_long_as_to_evaluate_it(f
     seconds = expected_seconds([job, other], tmp_path)
     assert seconds[job] == pytest.approx(10.0)
     assert seconds[other] == results["total"]["seconds"]
+
+
+def test_a_suite_is_reported_where_the_files_of_its_data_sets_are_not(tmp_path, capsys):
+    file, out = tmp_path / "mine.yaml", tmp_path / "out"
+    file.write_text("source: /photos\n")
+    data = narrowed(find_suite("offline"), data=[str(file)], tasks=[2], methods=["magmax"])
+    out.mkdir()
+    remember(data, out)
+    file.unlink()
+    assert main(["report", str(out), "--format", "markdown"]) == 0
+    assert "| magmax |  |" in capsys.readouterr().out
+    # But no run begins without them.
+    assert main(["bench", "offline", "--data", str(file), "--out", str(out), "--dry-run"]) == 2
+    assert "mine.yaml: cannot be read" in capsys.readouterr().err
