@@ -230,9 +230,9 @@ def _read(cell: Cell, folder: Path, results: Mapping[str, Any]) -> CellResult:
         vectors = [*run_folder.glob(f"task_vectors/{result['training']}/*.safetensors")]
         # A run that was copied without them says nothing.
         metrics |= {"stored_bytes": sum(v.stat().st_size for v in vectors)} if vectors else {}
-    joint = TRAININGS[job.training].joint
-    own, here = cell.setting, job.setting
-    if joint and (own.tasks, own.order) != (here.tasks, here.order):
+    own, tasks = cell.setting, len(results["tasks"])
+    same = own.tasks in (None, tasks) and own.order is None
+    if TRAININGS[job.training].joint and not same:
         metrics = {name: x for name, x in metrics.items() if name in WITHOUT_TASKS}
     return CellResult(cell, DONE, job.path, metrics, result)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from statistics import stdev
 
@@ -80,6 +81,10 @@ def test_joint_training_tells_other_numbers_of_tasks_only_what_does_not_depend_o
     write_results(job, {"joint": 88.0}, tasks=5)
     entries = summarize(suite, tmp_path).entries
     assert "forgetting" in entries["cars-5", "joint"].metrics
+    assert set(entries["cars-20", "joint"].metrics) == {"accuracy", "seconds", "peak_memory"}
+    # Asked for later, by another number of tasks than those of the run that is there.
+    later = replace(suite, settings=tuple(replace(s, joint_tasks=s.tasks) for s in suite.settings))
+    entries = summarize(later, tmp_path).entries
     assert set(entries["cars-20", "joint"].metrics) == {"accuracy", "seconds", "peak_memory"}
 
 
