@@ -49,11 +49,11 @@ def data_label(data: str) -> str:
         data: As for ``cl-merge run data=``.
 
     Returns:
-        The last part of a path or hub id without its ending; otherwise the name itself.
+        The last part of a path or hub id, of a file without its ending; otherwise the name itself.
 
     Example:
-        >>> data_label("cifar100"), data_label("mine/cifar10.yaml"), data_label("/photos/birds")
-        ('cifar100', 'cifar10', 'birds')
+        >>> data_label("cifar100"), data_label("mine/cifar10.yaml"), data_label("/photos/v1.5")
+        ('cifar100', 'cifar10', 'v1.5')
     """
-    is_path = "/" in data or data.endswith((".yaml", ".yml"))
-    return Path(data).stem if is_path else data
+    path = Path(data)
+    return path.stem if path.suffix in (".yaml", ".yml", ".parquet") else path.name

@@ -171,6 +171,15 @@ def find_method(name: str) -> Method:
     return Method(f"{label}-{training}", training, merger)
 
 
+def check_same_method(method: Method, other: Method) -> None:
+    """Refuse two methods of one name: results and tables tell methods apart by their names."""
+    if method != other:
+        raise InputError(
+            f"methods '{method.merger}' and '{other.merger}' are both called '{method.name}'; give "
+            "one of them another name"
+        )
+
+
 def absolute_path(name: str) -> str:
     """Name the file of a method from the root; names that are no file stay as they are.
 
@@ -201,8 +210,8 @@ def compared_methods(name: str, compare: bool | str | list[str]) -> list[Method]
     elif compare is True:
         wanted |= {m.name: m for m in METHODS.values() if m.training in (*_PLAIN, own.training)}
     elif isinstance(compare, (str, list)):
-        for other in [compare] if isinstance(compare, str) else compare:
-            wanted |= {(method := find_method(other)).name: method}
+        for method in map(find_method, [compare] if isinstance(compare, str) else compare):
+            check_same_method(method, wanted.setdefault(method.name, method))
     elif compare:
         raise InputError(f"compare={compare}; expected true, false, all, or a list of methods")
     others = [method for method in wanted.values() if method.name not in METHODS]

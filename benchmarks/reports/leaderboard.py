@@ -199,7 +199,7 @@ def _add(board: Leaderboard, file: Path, results: Mapping[str, Any]) -> None:
             versions=results.get("versions", {}),
             machine=", ".join(str(machine[k]) for k in ("device", "platform") if k in machine),
             seed=results["seed"],
-            order=settings.get("stream.order", "natural"),
+            order=settings.get("stream.order", "of the recipe"),
             metrics={"accuracy": found["accuracy"], **metrics, **cost},
         )
         row = Row(

@@ -57,7 +57,9 @@ def _draw_matrix(results: Mapping[str, Any]) -> Drawing:
     matrix = results["methods"][method]["matrix"]
     rows = [results["methods"]["zero-shot"]["matrix"][0], *matrix]
     after = [f"task {i + 1}" for i in range(tasks)] if len(matrix) > 1 else ["all tasks"]
-    canvas = new_canvas(2.2 + 0.5 * len(rows), max(WIDTH, 2.5 + 0.7 * tasks))
+    numbered = tasks <= 20  # more cells are smaller, with room for no number
+    high, wide = (0.5, 0.7) if numbered else (0.18, 0.25)
+    canvas = new_canvas(2.2 + high * len(rows), max(WIDTH, 2.5 + wide * tasks))
     axes = canvas.add_subplot()
     image = heat_map(axes, [[float("nan") if v is None else v for v in row] for row in rows])
     names = [shortened(task["name"]) for task in results["tasks"]]
@@ -65,7 +67,7 @@ def _draw_matrix(results: Mapping[str, Any]) -> Drawing:
     axes.set_yticks(range(len(rows)), ["zero-shot", *after])
     axes.set(xlabel="accuracy on task", ylabel="after")
     axes.set_title(f"{method} on {_data(results)}: task-agnostic accuracy, %")
-    for i, row in enumerate(rows if tasks <= 20 else []):
+    for i, row in enumerate(rows if numbered else []):
         for j, value in enumerate(row):
             shade = "white" if value is not None and value < 60 else "black"
             said = "-" if value is None else rounded(value, 0)

@@ -36,8 +36,8 @@ _COLUMNS = {
 def results_table(results: Mapping[str, Any]) -> Table:
     """Make the table of a run's ``results.json``; the best accuracy of a merging method is bold."""
     methods = results["methods"]
-    merging = [name for name in methods if methods[name]["merger"]]
-    best = max(merging or methods, key=lambda name: methods[name]["accuracy"])
+    merging = {name: own["accuracy"] for name, own in methods.items() if own["merger"]}
+    best = max(merging.values(), default=None)
     probed = any(method.get("probes") for method in methods.values())
     columns = {key: title for key, title in _COLUMNS.items() if probed or key != "probe_accuracy"}
     table = Table(
@@ -65,7 +65,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
         for name in group:
             values = [methods[name]["metrics"].get(key) for key in columns]
             figures = ["-" if value is None else rounded(value) for value in values]
-            style = "bold" if name == best else ""
+            style = "bold" if name in merging and merging[name] == best else ""
             table.add_row(escape(name), _scale(methods[name]), *figures, style=style)
     return table
 

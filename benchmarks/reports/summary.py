@@ -147,11 +147,15 @@ def over_orders(summary: Summary) -> Summary | None:
         return None
     entries = {}
     for name, group in groups.items():
+        # Joint training, one run for all orders, is one value of them.
+        own: dict[str, list[Entry]] = {}
         found: dict[str, dict[str, SeedValues]] = {}
         for method in summary.suite.rows:
-            own = [summary.entries[setting.name, method.name].metrics for setting in group]
+            every = [summary.entries[setting.name, method.name] for setting in group]
+            own[method.name] = list({entry.cells[0].path: entry for entry in every}.values())
+            of_orders = [entry.metrics for entry in own[method.name]]
             values = {
-                metric: {order: of[metric].mean for order, of in enumerate(own) if metric in of}
+                metric: {n: of[metric].mean for n, of in enumerate(of_orders) if metric in of}
                 for metric in METRICS
             }
             found[method.name] = {m: SeedValues(by) for m, by in values.items() if by}
@@ -162,12 +166,8 @@ def over_orders(summary: Summary) -> Summary | None:
                 method,
                 found[method.name],
                 None,
-                {
-                    metric: best[method.name]
-                    for metric, best in ranks.items()
-                    if method.name in best
-                },
-                tuple(summary.entries[s.name, method.name].cells[0] for s in group),
+                _ranks_of(method, ranks),
+                tuple(entry.cells[0] for entry in own[method.name]),
             )
     settings = tuple(replace(group[0], order=None) for group in groups.values())
     suite = replace(summary.suite, settings=settings)
@@ -177,15 +177,15 @@ def over_orders(summary: Summary) -> Summary | None:
 def _ranked(
     metric: str, methods: Sequence[Method], metrics: Mapping[str, Mapping[str, SeedValues]]
 ) -> dict[str, int]:
-    """The best and the second best of the methods that merge; the first of equal ones."""
+    """The best and the second best of the methods that merge; equal ones have the same rank."""
     better = METRICS[metric].better
     values = {
         m.name: better * metrics[m.name][metric].mean
         for m in methods
         if better and m.merger and metric in metrics[m.name]
     }
-    best = sorted(values, key=lambda name: -values[name])[:2]
-    return {name: rank for rank, name in enumerate(best, start=1)}
+    best = sorted({*values.values()}, reverse=True)[:2]
+    return {name: 1 + best.index(value) for name, value in values.items() if value in best}
 
 
 def _ranks_of(method: Method, ranks: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
@@ -227,11 +227,12 @@ def _read(cell: Cell, folder: Path, results: Mapping[str, Any]) -> CellResult:
     metrics["seconds"] = total["seconds"]
     metrics["peak_memory"] = max(total["peak_memory"], total["peak_device_memory"])
     if result["merger"]:
-        vectors = run_folder.glob(f"task_vectors/{result['training']}/*.safetensors")
-        metrics["stored_bytes"] = sum(file.stat().st_size for file in vectors)
-    joint = TRAININGS[job.training].joint
-    own, here = cell.setting, job.setting
-    if joint and (own.tasks, own.order) != (here.tasks, here.order):
+        vectors = [*run_folder.glob(f"task_vectors/{result['training']}/*.safetensors")]
+        # A run that was copied without them says nothing.
+        metrics |= {"stored_bytes": sum(v.stat().st_size for v in vectors)} if vectors else {}
+    own, tasks = cell.setting, len(results["tasks"])
+    same = own.tasks in (None, tasks) and own.order is None
+    if TRAININGS[job.training].joint and not same:
         metrics = {name: x for name, x in metrics.items() if name in WITHOUT_TASKS}
     return CellResult(cell, DONE, job.path, metrics, result)
 

@@ -121,14 +121,14 @@ def legend_of(summary: Summary, metric: str) -> str:
 def markdown(summary: Summary, metric: str = "accuracy") -> str:
     """Write the table as Markdown: the best in bold, the second best in italics."""
     rows = list(rows_of(summary, metric))
-    names = [setting.name for setting in summary.suite.settings]
+    names = [_in_cell(setting.name) for setting in summary.suite.settings]
     lines = [
         f"{title_of(summary, metric)}\n",
         f"| method | {' | '.join(names)} |",
         f"|---|{'---:|' * len(names)}",
     ]
     for _, method, cells in rows:
-        lines.append(f"| {method} | {' | '.join(map(_for_markdown, cells))} |")
+        lines.append(f"| {_in_cell(method)} | {' | '.join(map(_for_markdown, cells))} |")
     legend = legend_of(summary, metric).replace("underlined", "in italics")
     return "\n".join([*lines, "", legend, ""])
 
@@ -204,5 +204,12 @@ def _for_latex(cell: Shown) -> str:
     return _plain(cell, mark, r" $\pm$ ")
 
 
+def _in_cell(text: str) -> str:
+    """A name in a table of Markdown."""
+    return text.replace("|", r"\|")
+
+
 def _escaped(text: str) -> str:
-    return "".join(rf"\{c}" if c in "&%$#_{}" else c for c in text)
+    """A name in LaTeX."""
+    words = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(rf"\{c}" if c in "&%$#_{}" else words.get(c, c) for c in text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -109,9 +110,17 @@ def finished_results(folder: Path) -> dict[str, Any]:
         raise InputError(f"'{folder}' is no folder; expected that of a finished run")
     if not (folder / "config.yaml").is_file():
         raise InputError(f"'{folder}' holds no run: there is no config.yaml")
-    raise InputError(
-        f"the run in '{folder}' is not finished; go on with: cl-merge run out={folder}"
-    )
+    raise InputError(f"the run in '{folder}' is not finished; go on with: {resume_command(folder)}")
+
+
+def resume_command(folder: Path) -> str:
+    """The command by which a run goes on, as a shell reads it.
+
+    Example:
+        >>> resume_command(Path("runs/my photos"))
+        "cl-merge run 'out=runs/my photos'"
+    """
+    return shlex.join(["cl-merge", "run", f"out={folder}"])
 
 
 def read_json(path: Path, kind: Any = dict[str, Any]) -> dict[str, Any] | None:

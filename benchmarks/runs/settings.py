@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from cl_merge.benchmarks.datasets.catalog import absolute_data, absolute_source, find_data
 from cl_merge.benchmarks.methods.method import absolute_path, compared_methods, find_method
@@ -47,6 +48,18 @@ def read_settings(settings: Sequence[str], file: str | Path | None = None) -> Ru
 
 def check_same_run(config: RunConfig, saved: Path) -> None:
     """Refuse a configuration that differs, where it matters, from the saved one of a folder."""
+    differing = differing_settings(config, saved)
+    if differing:
+        (key, (before, now)), others = next(iter(differing.items())), len(differing) - 1
+        more = f" ({others} more settings differ)" if others else ""
+        raise InputError(
+            f"out={saved.parent} holds a run with {key}={before}, not {now}{more}; name a new "
+            "folder, or leave the setting out to go on with that run"
+        )
+
+
+def differing_settings(config: RunConfig, saved: Path) -> dict[str, tuple[Any, Any]]:
+    """The settings that would change what a saved run found, with their values there and here."""
     former = _with_absolute_paths(read_config([], {}, saved))
     methods, now_methods = (compared_methods(c.method, c.compare) for c in (former, config))
     merging = {method.plain.name for method in methods}
@@ -59,14 +72,8 @@ def check_same_run(config: RunConfig, saved: Path) -> None:
         return key in _FREE or key.startswith("loggers.") or (key == "compare" and joins)
 
     before, now = flat(asdict(former)), flat(asdict(config))
-    differing = [key for key in before | now if not free(key) and before.get(key) != now.get(key)]
-    if differing:
-        key, others = differing[0], len(differing) - 1
-        more = f" ({others} more settings differ)" if others else ""
-        raise InputError(
-            f"out={saved.parent} holds a run with {key}={before.get(key)}, not {now.get(key)}"
-            f"{more}; name a new folder, or leave the setting out to go on with that run"
-        )
+    pairs = {key: (before.get(key), now.get(key)) for key in before | now if not free(key)}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def finished_methods(folder: Path) -> set[str]:

@@ -13,7 +13,12 @@ from omegaconf import OmegaConf
 
 from cl_merge.benchmarks.datasets.catalog import absolute_data, find_data, is_data_file
 from cl_merge.benchmarks.formatting import data_label
-from cl_merge.benchmarks.methods.method import Method, absolute_path, find_method
+from cl_merge.benchmarks.methods.method import (
+    Method,
+    absolute_path,
+    check_same_method,
+    find_method,
+)
 from cl_merge.config.reading import flat, parse_arguments, read_yaml
 from cl_merge.errors import InputError, nearest, unknown_name
 
@@ -96,11 +101,12 @@ def find_suite(name: str) -> Suite:
     if paper is not None and paper not in _PAPER:
         raise unknown_name(f"table of the paper in {where}", str(paper), _PAPER)
     methods = _checked_methods(map(str, content["methods"]))
-    settings = [s for entry in content["settings"] for s in _settings(entry, where)]
-    _check_names(settings, where)
+    settings = _distinct(
+        [s for entry in content["settings"] for s in _settings(entry, where)], where
+    )
     defaults = {"name": file.stem, "about": "", "shown": methods, "seeds": [0]}
     suite = _converted({**defaults, **content, "methods": methods, "settings": []}, Suite, where)
-    return replace(suite, settings=tuple(settings), seeds=tuple(dict.fromkeys(suite.seeds)))
+    return replace(suite, settings=settings, seeds=tuple(dict.fromkeys(suite.seeds)))
 
 
 def known_suites() -> list[str]:
@@ -146,14 +152,14 @@ def narrowed(
         raise InputError(f"nothing is left of suite '{suite.name}', which has {has}")
     if orders is not None:
         settings = [replace(s, order=order) for s in settings for order in _orders(orders)]
-    _check_names(settings, f"suite '{suite.name}'")
+    chosen_settings = _distinct(settings, f"suite '{suite.name}'")
     for given in (suite.run, *(setting.run for setting in settings)):
         _check_planned(flat(given), f"run of suite '{suite.name}'")
     names = _checked_methods(methods)
     return replace(
         suite,
-        settings=tuple(settings),
-        methods=tuple(dict.fromkeys((*suite.methods, *names))),
+        settings=chosen_settings,
+        methods=tuple(_checked_methods((*suite.methods, *names))),
         shown=tuple(names) or suite.shown,
         seeds=_seeds(seeds, suite.seeds),
         run={**suite.run, **_run_settings(run)},
@@ -162,13 +168,15 @@ def narrowed(
 
 def joined(one: Suite, other: Suite) -> Suite:
     """Put together all settings, methods and seeds of two parts of a suite."""
-    _check_names((*one.settings, *other.settings), f"suite '{one.name}'")
-    every: dict[str, Any] = {
-        key: tuple(dict.fromkeys((*getattr(one, key), *getattr(other, key))))
-        for key in ("settings", "methods", "shown", "seeds")
-    }
-    every["shown"] = tuple(name for name in every["methods"] if name in every["shown"])
-    return replace(one, **every | {"seeds": tuple(sorted(every["seeds"]))})
+    shown = {*map(find_method, (*one.shown, *other.shown))}
+    methods = _checked_methods((*one.methods, *other.methods))
+    return replace(
+        one,
+        settings=_distinct((*one.settings, *other.settings), f"suite '{one.name}'"),
+        methods=tuple(methods),
+        shown=tuple(name for name in methods if find_method(name) in shown),
+        seeds=tuple(sorted({*one.seeds, *other.seeds})),
+    )
 
 
 def to_yaml(suite: Suite) -> str:
@@ -177,10 +185,13 @@ def to_yaml(suite: Suite) -> str:
 
 
 def _checked_methods(names: Iterable[str]) -> list[str]:
-    methods = [absolute_path(name) for name in names]
-    for method in methods:
-        find_method(method)
-    return methods
+    """The names of methods, each method once: ``ties-independent`` is another word for ``ties``."""
+    found: dict[str, str] = {}
+    for word in map(absolute_path, names):
+        method = find_method(word)
+        first = found.setdefault(method.name, word)
+        check_same_method(method, find_method(first))
+    return list(found.values())
 
 
 def _settings(entry: Any, where: str) -> list[Setting]:
@@ -188,7 +199,9 @@ def _settings(entry: Any, where: str) -> list[Setting]:
         raise InputError(f"{where}: each setting needs data: NAME, found {entry}")
     _check_keys(entry, Setting, f"a setting of {where}")
     data, tasks = absolute_data(str(entry["data"])), entry.get("tasks")
-    find_data(data)
+    # Runs read the files of users; a suite that was copied from another machine may lack them.
+    if not is_data_file(data):
+        find_data(data)
     numbers = tasks if isinstance(tasks, list) else [tasks]
     if not numbers or any(n is not None and (not isinstance(n, int) or n < 1) for n in numbers):
         raise InputError(f"{where}: tasks of '{data}' must be numbers, found {tasks}")
@@ -196,16 +209,20 @@ def _settings(entry: Any, where: str) -> list[Setting]:
     return [_converted({**common, "tasks": number}, Setting, where) for number in numbers]
 
 
-def _check_names(settings: Iterable[Setting], where: str) -> None:
-    """Make sure that settings which are not the same do not share the folder of their runs."""
+def _distinct(settings: Iterable[Setting], where: str) -> tuple[Setting, ...]:
+    """Settings, each once; make sure that others do not share the folder of their runs."""
     found: dict[str, Setting] = {}
+    data: dict[str, str] = {}  # by the folder of its joint training, which serves all its settings
     for setting in settings:
         first = found.setdefault(setting.name, setting)
-        if (first, first.run) != (setting, setting.run):
+        other = data.setdefault(setting.data_name, setting.data)
+        same = (first, first.run) == (setting, setting.run)
+        if not same or other != setting.data:
             raise InputError(
-                f"{where}: two settings are called '{setting.name}', but differ in data or run; "
-                "give one of them a label: WORD"
+                f"{where}: two settings are called '{setting.data_name if same else setting.name}'"
+                ", but differ in data or run; give one of them a label: WORD"
             )
+    return tuple(found.values())
 
 
 def _converted(content: Any, kind: type[T], where: str) -> T:

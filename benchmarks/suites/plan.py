@@ -184,9 +184,11 @@ def _job(
     methods = [alone] if alone else shared or [find_method("sequential")]
     job = Job(setting, seed, training, (), {}, f"-{alone.name}" if alone else "")
     begun = folder and folder / job.path / "config.yaml"
-    former = read_yaml(begun).get("method") if begun and begun.exists() else None
+    former = read_yaml(begun) if begun and begun.exists() else {}
+    if TRAININGS[training].joint and former:  # it may be of another number of tasks
+        setting = replace(setting, tasks=former["stream"]["tasks"])
     first = next((m for m in methods if m.merger), methods[0])
-    own = next((m for m in methods if words.get(m, m.name) == former), first)
+    own = next((m for m in methods if words.get(m, m.name) == former.get("method")), first)
     others = [m for m in methods if m != own]
     config = {
         "data": setting.data,

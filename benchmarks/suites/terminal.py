@@ -61,13 +61,22 @@ def show_downloads(console: Console, needs: Mapping[str, Needs | str]) -> None:
 
 
 def expected_seconds(jobs: Sequence[Job], folder: Path) -> dict[Job, float]:
-    """How long jobs take by the finished runs of the same setting and training, where there are."""
+    """How long jobs take by the finished runs of the same setting and training, where there are.
+
+    A run that has finished and is given more methods only evaluates those.
+    """
     kinds = {job: job.path.replace(f"/seed{job.seed}/", "/", 1) for job in jobs}
     known: dict[str, list[float]] = {}
+    joining = {}
     for job, kind in kinds.items():
         if (results := read_results(folder / job.path)) is not None:
-            known.setdefault(kind, []).append(results["total"]["seconds"])
-    return {job: median(known[kind]) for job, kind in kinds.items() if kind in known}
+            seconds, methods = results["total"]["seconds"], results["methods"]
+            known.setdefault(kind, []).append(seconds)
+            trained = sum(cost["seconds"] for own in results["training"].values() for cost in own)
+            missing = len(set(job.methods) - methods.keys())
+            joining[job] = max(seconds - trained, 0.0) * missing / len(methods)
+    times = {job: median(known[kind]) for job, kind in kinds.items() if kind in known}
+    return times | joining
 
 
 def _time_left(left: Sequence[Job], times: dict[Job, float]) -> str:

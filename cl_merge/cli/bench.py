@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,8 +75,13 @@ def bench(parsed: argparse.Namespace) -> int:
 
     from cl_merge.benchmarks.suites import plan, terminal
     from cl_merge.benchmarks.suites.definition import find_suite, narrowed
-    from cl_merge.benchmarks.suites.suite_folder import hold, remember, with_former_methods
+    from cl_merge.benchmarks.suites.suite_folder import (
+        remember,
+        together,
+        warn_of_other_settings,
+    )
     from cl_merge.cli.report import make_report
+    from cl_merge.training.journal import only_process
 
     suite = narrowed(
         find_suite(parsed.suite),
@@ -87,7 +93,9 @@ def bench(parsed: argparse.Namespace) -> int:
         run=parsed.settings,
     )
     folder = Path(parsed.out or Path("runs") / suite.name).expanduser()
-    jobs = plan.jobs_of(plan.make_plan(with_former_methods(suite, folder), folder))
+    # Methods that the runs of the folder have evaluated before stay in them.
+    everything = replace(suite, methods=together(suite, folder).methods)
+    jobs = plan.jobs_of(plan.make_plan(everything, folder))
     configs = [plan.job_config(job) for job in jobs]  # a wrong setting shows before anything runs
     console = Console(highlight=False)
     if parsed.check:
@@ -106,8 +114,9 @@ def bench(parsed: argparse.Namespace) -> int:
         terminal.show_downloads(console, data_needs(to_run))
         return 0
     show_messages(console)
-    with hold(folder):
+    with only_process(folder):
         remember(suite, folder)
+        warn_of_other_settings(dict(zip(jobs, configs, strict=True)), folder)
         left = [job for job in jobs if not _is_done(job, folder)]
         terminal.show_begin(console, suite, len(jobs), len(left), folder)
         unfinished = []
@@ -116,7 +125,8 @@ def bench(parsed: argparse.Namespace) -> int:
                 terminal.show_ended(console, ended, number, len(left), folder)
                 unfinished += [ended] if ended.state != plan.DONE else []
             make_report(console, folder, figures="none" if parsed.no_figures else "all")
-        except (Exception, KeyboardInterrupt) as stop:
+        except (Exception, KeyboardInterrupt, SystemExit) as stop:
+            # Lightning answers Ctrl-C within an evaluation for a figure with an exit of its own.
             if was_interrupted(stop):
                 raise StoppedError("the same command", stop) from stop
             raise
@@ -136,6 +146,8 @@ def _run(jobs: list[Job], folder: Path, parsed: argparse.Namespace) -> Iterator[
     from cl_merge.config.reading import parse_arguments
 
     parallel = parsed.parallel
+    if parsed.cluster and parallel is not None:
+        raise InputError("--cluster hands on all runs at once; leave out --parallel")
     if parsed.ddp is not None:
         if parallel not in (None, 1):
             raise InputError("--ddp runs one job at a time; leave out --parallel")

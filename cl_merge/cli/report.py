@@ -8,7 +8,7 @@ import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cl_merge.cli.terminal import show_messages
+from cl_merge.cli.terminal import quieten, show_messages
 from cl_merge.errors import InputError, listing
 
 if TYPE_CHECKING:
@@ -52,6 +52,16 @@ def report(parsed: argparse.Namespace) -> None:
     console = Console(highlight=False)
     show_messages(console)
     if parsed.leaderboard:
+        for option, given in (
+            ("--format", parsed.format),
+            ("--metric", parsed.metric != "accuracy"),
+            ("--measure", parsed.measure),
+            ("--no-figures", parsed.no_figures),
+        ):
+            if given:
+                raise InputError(
+                    f"{option}: not with --leaderboard, whose page has every metric and no figures"
+                )
         page = _make_leaderboard(console, folders, Path(parsed.leaderboard), parsed.published)
         if parsed.open:
             webbrowser.open(page.resolve().as_uri())
@@ -81,6 +91,7 @@ def make_report(
     from cl_merge.benchmarks.reports.tables import legend_of, rich_tables, title_of
     from cl_merge.storage.files import atomic_write
 
+    quieten()
     summary = _summary(folder)
     together = over_orders(summary)
     for shown in (summary, together) if together else (summary,):

@@ -88,6 +88,7 @@ def run(settings: Sequence[str], file: str | None = None) -> None:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from cl_merge.benchmarks.runs.progress import RunProgress
+    from cl_merge.benchmarks.runs.results import resume_command
     from cl_merge.benchmarks.runs.run import collect_results, count_batches, start_run
     from cl_merge.benchmarks.runs.training import run_stream
 
@@ -105,7 +106,7 @@ def run(settings: Sequence[str], file: str | None = None) -> None:
             show_results(console, started.folder.path)
     except (Exception, KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, (SystemExit, OSError)) or was_interrupted(stop):
-            raise StoppedError(f"cl-merge run out={started.folder.path}", stop) from stop
+            raise StoppedError(resume_command(started.folder.path), stop) from stop
         if isinstance(stop, MisconfigurationException):
             raise InputError(f"trainer: {' '.join(str(stop).split())}") from stop
         raise

@@ -145,6 +145,10 @@ def test_settings_may_stand_before_and_behind_options(tmp_path, capsys):
             "unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'",
         ),
         (
+            ["offline", "--data", "digits", "--cluster", "cluster=local", "--parallel", "2"],
+            "--cluster hands on all runs at once",
+        ),
+        (
             ["offline", "--data", "digits", "--ddp", "2", "--parallel", "2"],
             "--ddp runs one job at a",
         ),

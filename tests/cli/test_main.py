@@ -74,3 +74,13 @@ def test_threads_that_wait_give_their_core_away_unless_the_user_says_how(given, 
     monkeypatch.setattr(os, "environ", dict(given))
     share_cores()
     assert os.environ == then
+
+
+@pytest.mark.parametrize("stop", [interrupted, interrupted_by_lightning])
+def test_an_interrupted_suite_says_how_to_go_on(stop, monkeypatch, capsys, tmp_path):
+    # Also where it draws its figures.
+    monkeypatch.setattr("cl_merge.cli.bench._run", lambda *_: [])
+    monkeypatch.setattr("cl_merge.cli.report.make_report", lambda *_, **__: stop())
+    words = ["--data", "digits", "--methods", "magmax", "--out", str(tmp_path)]
+    assert cli.main(["bench", "offline", *words]) == 130
+    assert "go on with: the same command" in " ".join(capsys.readouterr().err.split())

@@ -46,20 +46,28 @@ def draw_accuracies(
     merges it, so that one sees what merging gives. Only methods that were evaluated at least
     `fewest` times have a line; None if there is none but zero-shot.
     """
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FixedLocator, MaxNLocator
 
     curves = _curves(methods, tasks, fewest)
     if set(curves) <= {"zero-shot"} and fewest > 1:
         return None
     titles = _titles(methods, curves)
     canvas, panels = style.new_panels(
-        titles, 2.1, edge=0.6, columns=columns, width=style.WIDTH * columns
+        titles,
+        2.1,
+        edge=0.6,
+        columns=columns,
+        width=style.WIDTH * columns,
+        lines=max(map(len, titles.values())),
     )
     for title, axes in panels.items():
         for name in titles[title]:
             line, look = curves[name]
             style.draw_line(axes, range(1, tasks + 1), line, **look)
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        # A locator would put fractions around a single task.
+        axes.xaxis.set_major_locator(
+            MaxNLocator(8, integer=True) if tasks > 1 else FixedLocator([1])
+        )
         axes.margins(x=0.02)
     for title, axes in panels.items():  # once the axes have their limits
         own = [curves[name] for name in titles[title]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -166,7 +167,9 @@ def draw_scale(measured: Measured) -> Drawing | None:
         name: f"{'independent' if trainings[name] == 'independent' else 'sequential'} training"
         for name in in_table_order(by_method)
     }
-    canvas, panels = style.new_panels(dict.fromkeys(titles.values()), 2.25, edge=0.5)
+    lines = Counter(titles.values())
+    # Beside each panel the legend, which has zero-shot, too.
+    canvas, panels = style.new_panels(lines, 2.25, edge=0.5, lines=1 + max(lines.values()))
     zero_shot: dict[str, float] = {}
     rows = []
     for name, title in titles.items():

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cl_merge.mergers import MERGERS
 from cl_merge.storage.files import atomic_write
 
 if TYPE_CHECKING:
@@ -151,8 +152,13 @@ def look_of(
     elif merger in _MERGERS:
         index = _MERGERS[merger]
     elif merger is not None:
-        known = len({*_MERGERS.values()})
-        index = known + zlib.crc32(merger.encode()) % (len(PALETTE) - known)
+        # Several have one of the colours that are left, each with a marker of its own.
+        others = [name for name in MERGERS if name not in _MERGERS]
+        number = others.index(merger) if merger in others else zlib.crc32(merger.encode())
+        rest = PALETTE[len({*_MERGERS.values()}) :]
+        turn, colour = divmod(number, len(rest))
+        marker = _MARKERS[(number + turn) % len(_MARKERS)]
+        return {"color": rest[colour], "marker": marker, **dashes}
     elif training is not None:
         index = _TRAININGS[training]
     else:
@@ -213,13 +219,20 @@ def draw_line(axes: Axes, x: Sequence[float], line: Line, label: str, **look: An
 
 
 def new_panels(
-    titles: Iterable[str], height: float, *, edge: float, columns: int = 1, width: float = WIDTH
+    titles: Iterable[str],
+    height: float,
+    *,
+    edge: float,
+    columns: int = 1,
+    width: float = WIDTH,
+    lines: int = 0,
 ) -> tuple[matplotlib.figure.Figure, dict[str, Axes]]:
     """Make a picture of panels with the same axes; the panels by their titles.
 
-    A row is `height` inches high; all around them takes `edge` inches more.
+    A row is `height` inches high, or higher for so many `lines` with words beside them; all around
+    the panels takes `edge` inches more.
     """
-    names = list(titles)
+    names, height = list(titles), max(height, 0.2 * lines)
     rows = math.ceil(len(names) / columns)
     canvas = new_canvas(edge + height * rows, width)
     grid = list(canvas.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -84,6 +83,7 @@ class SettingRuns:
 
     name: str  # as its folder is called
     data: str  # as the folder of its joint training is called, which serves all its settings
+    order: str  # the seed of the order of its tasks; empty for the recipe's
     runs: tuple[SuiteRun, ...]  # in the order of seeds and trainings
     joint: tuple[SuiteRun, ...] = ()
 
@@ -95,7 +95,8 @@ class SettingRuns:
     @property
     def title(self) -> str:
         """For people, such as ``cifar100 in 10 tasks``."""
-        return f"{self.data} in {counted(self.tasks, 'task')}"
+        order = f", order {self.order}" if self.order else ""
+        return f"{self.data} in {counted(self.tasks, 'task')}{order}"
 
     def methods(self, joint: bool = True) -> dict[str, list[dict[str, Any]]]:
         """The results of each method by seed, in the order of the tables.
@@ -138,19 +139,23 @@ def find_settings(folder: str | Path) -> list[SettingRuns]:
     runs = []
     for file in Path(folder).glob("*/seed*/*/results.json"):
         seed, training = file.parts[-3].removeprefix("seed"), file.parts[-2]
-        if training in TRAININGS and seed.isdecimal():
-            runs.append(SuiteRun(file.parent, int(seed), training))
-    order = list(TRAININGS)
+        # A method that weighs elements has a run of its own beside those of its training.
+        of = [index for index, own in enumerate(TRAININGS) if f"{training}-".startswith(f"{own}-")]
+        if of and seed.isdecimal():
+            runs.append((int(seed), of[-1], training, SuiteRun(file.parent, int(seed), training)))
     found: dict[str, list[SuiteRun]] = {}
     joint: dict[str, list[SuiteRun]] = {}
-    for run in sorted(runs, key=lambda run: (run.seed, order.index(run.training))):
-        kind = joint if TRAININGS[run.training].joint else found
+    for *_, run in sorted(runs, key=lambda run: run[:3]):
+        kind = joint if run.training == "joint" else found
         kind.setdefault(run.folder.parts[-3], []).append(run)
     settings = []
     for name, own in found.items():
-        # Joint training is the same whatever the number of tasks: its folder is the data set's.
-        data = name if name in joint else re.sub(r"-\d+$", "", name)
-        settings.append(SettingRuns(name, data, tuple(own), tuple(joint.get(data, ()))))
+        # Joint training is the same whatever the number and order of tasks: its folder is the data
+        # set's.
+        first, dash, order = name.rpartition("-order")
+        plain, order = (first, order) if dash and order.isdecimal() else (name, "")
+        data = plain if plain in joint else plain.removesuffix(f"-{own[0].tasks}")
+        settings.append(SettingRuns(name, data, order, tuple(own), tuple(joint.get(data, ()))))
     return sorted(settings, key=lambda setting: (setting.data, setting.tasks, setting.name))
 
 

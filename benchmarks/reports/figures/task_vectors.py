@@ -51,7 +51,7 @@ def draw_conflicts_over_time(measured: Measured) -> Drawing | None:
 
 def draw_conflicts_over_settings(*measured: Measured) -> Drawing | None:
     """Draw the sign conflicts against the number of tasks that a data set was cut into."""
-    cut = [m for m in measured if m.found and m.setting.tasks > 1]
+    cut = [m for m in measured if m.found and m.setting.tasks > 1 and not m.setting.order]
     tasks = [m.setting.tasks for m in cut]
     if len(set(tasks)) < 2:
         return None

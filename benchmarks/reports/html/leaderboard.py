@@ -33,7 +33,7 @@ def _content(board: Leaderboard) -> dict[str, Any]:
         key: {
             "id": element_id("of", str(streams.index(key[0])), key[1].name),
             "method": key[1].name,
-            "figures": _figures(found, [m for m in METRICS if best[key[0], m] == key[1]]),
+            "figures": _figures(found, [m for m in METRICS if key[1] in best[key[0], m]]),
             "findings": [_finding(finding) for finding in found],
         }
         for key, found in board.cells.items()
@@ -91,8 +91,8 @@ def _figures(findings: Sequence[Finding], best: Iterable[str]) -> dict[str, Any]
     return shown
 
 
-def _best(board: Leaderboard, stream: Stream, metric: str) -> Row | None:
-    """The row of the best mean of a column, joint training apart; None where more is not better."""
+def _best(board: Leaderboard, stream: Stream, metric: str) -> list[Row]:
+    """The rows of the best mean of a column, joint training apart; none where more is no better."""
     better = METRICS[metric].better
     means = {
         row: better * found[0]
@@ -102,7 +102,7 @@ def _best(board: Leaderboard, stream: Stream, metric: str) -> Row | None:
         and row.training != "joint"
         and (found := spread_of(cell, metric)) is not None
     }
-    return max(means, key=lambda row: means[row]) if means else None
+    return [row for row, value in means.items() if value == max(means.values())]
 
 
 def _finding(finding: Finding) -> dict[str, Any]:

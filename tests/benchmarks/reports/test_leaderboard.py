@@ -57,7 +57,7 @@ def test_seeds_orders_and_machines_are_one_cell_with_mean_and_spread(write):
     assert values(board) == {("digits, 2 tasks", "magmax"): [80.0, 82.0, 84.0]}
     (cell,) = (cell for (_, row), cell in board.cells.items() if row.name == "magmax")
     assert spread_of(cell, "accuracy") == (82.0, 2.0, 3)
-    assert {finding.order for finding in cell} == {"natural", "7"}
+    assert {finding.order for finding in cell} == {"of the recipe", "7"}
 
 
 @pytest.mark.parametrize(
@@ -201,6 +201,8 @@ def test_what_is_written_in_results_is_text_on_the_page(write, tmp_path):
         (["--leaderboard", "page.txt"], r"--leaderboard page\.txt: expected a page"),
         (["--published", "x.yaml"], "--published: only with --leaderboard"),
         (["{folder}"], "several folders: only with --leaderboard"),
+        (["--format", "csv", "--leaderboard"], "--format: not with --leaderboard"),
+        (["--measure", "--leaderboard"], "--measure: not with --leaderboard"),
     ],
 )
 def test_wrong_words_are_refused(write, tmp_path, capsys, words, reason):

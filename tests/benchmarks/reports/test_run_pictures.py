@@ -43,6 +43,14 @@ def test_dollar_signs_in_names_are_no_formula(results, tmp_path):
     assert {file.stem for file in tmp_path.iterdir()} == set(PICTURES)
 
 
+def test_the_matrix_of_many_tasks_fits_a_screen(tmp_path):
+    matrix = [[50.0] * 50] * 50
+    one = {"training": "sequential", "merger": "magmax", "seen": [50.0] * 50, "matrix": matrix}
+    draw_pictures(whole_results({"methods": {"magmax": one}, "tasks": [{}] * 50}), tmp_path)
+    with Image.open(tmp_path / "accuracy_matrix.png") as picture:
+        assert max(picture.size) <= 3000
+
+
 def test_the_picture_of_the_readme_says_the_same_on_light_and_on_dark(results, tmp_path):
     write_results_file(tmp_path, results)
     script = Path(__file__).parents[3] / "docs" / "readme_picture.py"

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from statistics import stdev
 
@@ -46,6 +47,15 @@ def test_best_and_second_best_are_of_those_that_merge(two_seeds, write_results, 
     }
 
 
+def test_equal_methods_are_equally_good(two_seeds, write_results, tmp_path):
+    suite, jobs = two_seeds
+    write_results(jobs["sequential", 0], {"magmax": 60.0, "average-sequential": 60.0})
+    write_results(jobs["independent", 0], {"ties": 50.0})
+    entries = summarize(suite, tmp_path).entries
+    names = "magmax", "average-sequential", "ties"
+    assert [entries["digits-5", name].ranks["accuracy"] for name in names] == [1, 1, 2]
+
+
 def test_each_cell_says_how_far_it_is_and_why_it_failed(two_seeds, write_results, tmp_path):
     suite, jobs = two_seeds
     write_results(jobs["sequential", 0], {"magmax": 50.0, "zero-shot": 30.0})
@@ -72,11 +82,17 @@ def test_joint_training_tells_other_numbers_of_tasks_only_what_does_not_depend_o
     entries = summarize(suite, tmp_path).entries
     assert "forgetting" in entries["cars-5", "joint"].metrics
     assert set(entries["cars-20", "joint"].metrics) == {"accuracy", "seconds", "peak_memory"}
+    # Asked for later, by another number of tasks than those of the run that is there.
+    later = replace(suite, settings=tuple(replace(s, joint_tasks=s.tasks) for s in suite.settings))
+    entries = summarize(later, tmp_path).entries
+    assert set(entries["cars-20", "joint"].metrics) == {"accuracy", "seconds", "peak_memory"}
 
 
 def test_stored_bytes_are_those_of_the_task_vectors(two_seeds, write_results, tmp_path):
     suite, jobs = two_seeds
     place = write_results(jobs["sequential", 0], {"magmax": 50.0, "zero-shot": 30.0})
+    before = summarize(suite, tmp_path).entries  # of a run that was copied without them
+    assert "stored_bytes" not in before["digits-5", "magmax"].metrics
     vectors = place / "task_vectors" / "sequential"
     vectors.mkdir(parents=True)
     (vectors / "task0.safetensors").write_bytes(b"0" * 1000)
@@ -121,7 +137,8 @@ def test_orders_are_an_axis_beside_the_seeds(write_results, tmp_path):
     # The jobs come seed by seed, and in each order by order.
     assert magmax.values == {0: (50 + 62) / 2, 1: (60 + 54) / 2, 2: (52 + 64) / 2}
     assert magmax.spread == pytest.approx(stdev(magmax.values.values()))
-    assert together.entries["digits-5", "joint"].metrics["accuracy"].spread == 0
+    joint = together.entries["digits-5", "joint"]  # one run for all orders: no spread over them
+    assert (joint.metrics["accuracy"].values, len(joint.cells)) == ({0: 90.0}, 1)
     assert together.entries["digits-5", "magmax"].ranks["accuracy"] == 1
     text = markdown(together)
     assert "(over orders, seeds 0, 1)" in text

@@ -52,6 +52,14 @@ def test_latex_compiles_to_the_same_figures(summary):
     assert r"\begin{tabular}{lr}" in text
 
 
+def test_names_of_folders_are_words_in_every_table(tmp_path):
+    suite = narrowed(find_suite("offline"), data=[r"/data/a|b_c^~\d"], methods=["magmax"])
+    summary = summarize(suite, tmp_path)
+    assert markdown(summary).splitlines()[2] == r"| method | a\|b_c^~\d |"
+    words = r"a|b\_c\textasciicircum{}\textasciitilde{}\textbackslash{}d"
+    assert rf"method & {words} \\" in latex(summary)
+
+
 def test_csv_holds_every_figure_exactly(summary):
     rows = list(csv.DictReader(io.StringIO(csv_text(summary))))
     found = {(r["method"], r["metric"]): r for r in rows}

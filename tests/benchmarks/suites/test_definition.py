@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from cl_merge.benchmarks.methods.method import compared_methods
 from cl_merge.benchmarks.suites.definition import (
     Setting,
     find_suite,
@@ -169,7 +170,7 @@ TWICE = "settings:\n  - {{data: {}, tasks: 2, {}}}\n  - {{data: {}, tasks: 2}}\n
     [
         (("digits", "digits"), "run: {epochs: [1]}", "digits-2"),
         (("/a/photos", "/b/photos"), "", "photos-2"),
-        (("/a/x.v1", "/a/x.v2"), "", "x-2"),
+        (("/a/x.v1", "/b/x.v1"), "", "x.v1-2"),
     ],
 )
 def test_two_settings_of_one_name_are_refused_without_a_label(data, run, name, tmp_path):
@@ -199,3 +200,35 @@ def test_what_two_commands_asked_for_is_put_together():
     assert both.settings == (Setting("digits", 5), Setting("pacs"))
     assert both.shown == ("magmax", "ties")  # in the order of the table
     assert both.seeds == (0, 1)
+
+
+def test_two_data_sets_do_not_share_a_run_of_joint_training(tmp_path):
+    file, text = tmp_path / "mine.yaml", "settings: [{data: %s, tasks: 2}, {data: %s, tasks: 5}]\n"
+    file.write_text(text % ("/a/birds", "/b/birds") + "methods: [joint]\n")
+    with pytest.raises(InputError, match="two settings are called 'birds'"):
+        find_suite(str(file))
+    file.write_text(text % ("/a/birds", "/a/birds") + "methods: [joint]\n")
+    assert [setting.name for setting in find_suite(str(file)).settings] == ["birds-2", "birds-5"]
+
+
+def test_what_is_asked_for_twice_stands_in_the_table_once():
+    suite = narrowed(
+        find_suite("offline"),
+        data=["digits", "digits"],
+        methods=["ties-independent", "ties", "fisher", "fisher-independent"],
+    )
+    assert [setting.name for setting in suite.settings] == ["digits-5"]
+    assert [method.name for method in suite.rows] == ["ties", "fisher"]
+    again = joined(suite, narrowed(suite, methods=["ties"]))
+    assert [method.name for method in again.rows] == ["ties", "fisher"]
+
+
+def test_methods_of_ones_own_with_one_name_are_refused(tmp_path):
+    for name in "ab":
+        text = "from cl_merge.mergers import Average\n\nclass M(Average):\n    name = 'median'\n"
+        (tmp_path / f"{name}.py").write_text(text)
+    both = [f"{tmp_path / name}.py:M" for name in "ab"]
+    with pytest.raises(InputError, match=r"a.py:M' are both called 'median'"):
+        narrowed(find_suite("offline"), methods=both)
+    with pytest.raises(InputError, match=r"a.py:M' are both called 'median'"):
+        compared_methods("magmax", both)

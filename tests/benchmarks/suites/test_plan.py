@@ -57,6 +57,19 @@ def test_joint_training_serves_every_number_of_tasks_whichever_is_asked_for():
     assert all_tasks.config == twenty.config
 
 
+def test_joint_training_that_was_begun_keeps_its_number_of_tasks(tmp_path):
+    choice = {"data": ["cifar100"], "methods": ["joint", "magmax"]}
+    suite = find_suite("offline")
+    (five, *_) = jobs_of(make_plan(narrowed(suite, **choice, tasks=[5])))
+    (tmp_path / five.path).mkdir(parents=True)
+    (tmp_path / five.path / "config.yaml").write_text(config_yaml(job_config(five)))
+    later = narrowed(suite, **choice, tasks=[10])
+    (ten, *_) = jobs_of(make_plan(later))
+    (same, *_) = jobs_of(make_plan(later, tmp_path))
+    assert [job.config["stream"]["tasks"] for job in (five, ten, same)] == [5, 10, 5]
+    check_same_run(job_config(same), tmp_path / five.path / "config.yaml")
+
+
 def test_joint_training_needs_settings_of_a_data_set_that_differ_in_evaluate_alone():
     (joint,) = jobs_of(plan("offline", data=["caltech101"], methods=["joint"]))
     assert "evaluate" not in joint.config

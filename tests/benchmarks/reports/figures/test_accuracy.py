@@ -7,9 +7,14 @@ import pytest
 from case_suite import make_run, make_suite
 from matplotlib.text import Text
 
-from cl_merge.benchmarks.reports.figures.accuracy import draw_curve, draw_matrix
+from cl_merge.benchmarks.reports.figures.accuracy import (
+    draw_accuracies,
+    draw_curve,
+    draw_matrix,
+)
 from cl_merge.benchmarks.reports.figures.style import figure_style
 from cl_merge.benchmarks.reports.figures.suite_runs import Measured, find_settings
+from cl_merge.mergers import MERGERS
 
 
 def draw(suite, function):
@@ -51,6 +56,30 @@ def test_labels_at_the_ends_of_lines_do_not_cover_each_other(tmp_path):
         boxes = sorted((Text.get_window_extent(text) for text in axes.texts), key=lambda b: b.y0)
         assert len(boxes) > 3
         assert all(one.y1 <= other.y0 + 1 for one, other in pairwise(boxes))
+
+
+def test_labels_of_many_methods_stay_beside_their_panel():
+    methods = {
+        name: [{"training": "independent", "merger": name, "seen": [50.0, 40.0 + i]}]
+        for i, name in enumerate(MERGERS)
+        if name != "magmax"
+    }
+    with figure_style():
+        drawn = draw_accuracies(methods, 2, "birds")
+    drawn.canvas.draw_without_rendering()
+    (axes,) = drawn.canvas.axes
+    assert len(axes.texts) == len(methods)
+    panel = axes.get_window_extent()
+    for text in axes.texts:
+        box = Text.get_window_extent(text)
+        assert panel.y0 - box.height < box.y0 < box.y1 < panel.y1 + box.height
+
+
+def test_a_single_task_is_the_first_and_no_fraction_of_it():
+    methods = {"magmax": [{"training": "sequential", "merger": "magmax", "seen": [50.0]}]}
+    with figure_style():
+        drawn = draw_accuracies(methods, 1, "birds", fewest=1)
+    assert [text.get_text() for text in drawn.canvas.axes[0].get_xticklabels()] == ["1"]
 
 
 @pytest.mark.slow

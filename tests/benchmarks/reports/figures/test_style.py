@@ -97,6 +97,11 @@ def test_a_merger_has_one_colour_whatever_its_training():
         assert len({str(look["linestyle"]) for look in looks}) == 3
 
 
+def test_no_two_mergers_of_a_picture_look_alike():
+    looks = {name: look_of(name, "sequential") for name in MERGERS if name != "max-abs"}
+    assert len({(look["color"], look["marker"]) for look in looks.values()}) == len(looks)
+
+
 def test_magmax_looks_like_nothing_that_it_is_compared_with():
     others = [look_of(None, training) for training in TRAININGS]
     others += [look_of("magmax", "sequential", kind) for kind in STATISTICS]

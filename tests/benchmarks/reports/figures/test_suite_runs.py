@@ -38,6 +38,29 @@ def test_joint_training_serves_all_settings_of_its_data_set(tmp_path):
     assert len(birds.methods()["zero-shot"][0]["matrix"][0]) == 5
 
 
+def test_numbers_and_orders_in_names_of_settings_are_not_taken_for_numbers_of_tasks(tmp_path):
+    make_suite(tmp_path, setting="imagenet-100", tasks=3, seeds=1)
+    make_suite(tmp_path, setting="birds-3", tasks=3, seeds=1)
+    make_suite(tmp_path, setting="birds-3-order2", tasks=3, seeds=1)
+    make_run(tmp_path, "imagenet", "joint")
+    make_run(tmp_path, "birds", "joint")
+    found = {setting.name: setting for setting in find_settings(tmp_path)}
+    assert found["imagenet-100"].title == "imagenet-100 in 3 tasks"
+    assert not found["imagenet-100"].joint
+    assert found["birds-3-order2"].title == "birds in 3 tasks, order 2"
+    assert found["birds-3-order2"].joint == found["birds-3"].joint != ()
+
+
+def test_a_run_of_one_method_alone_is_there_too(tmp_path):
+    make_suite(tmp_path, seeds=1)
+    make_run(tmp_path, "birds-3", "lwf").rename(tmp_path / "birds-3/seed0/independent-fisher")
+    (setting,) = find_settings(tmp_path)
+    names = ["sequential", "independent", "independent-fisher"]
+    assert [run.training for run in setting.runs] == names
+    assert "lwf-magmax" in setting.methods()
+    assert not setting.runs[-1].merging  # measured with those of its training
+
+
 def test_what_several_runs_of_a_seed_hold_counts_once(tmp_path):
     make_suite(tmp_path, seeds=2)
     (setting,) = find_settings(tmp_path)
