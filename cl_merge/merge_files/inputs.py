@@ -146,7 +146,8 @@ class Inputs:
             if self._is_tuned(index):
                 after.append(values)
         for values in (base, *after):
-            if name.endswith(RUNNING_VARIANCE) and bool((values < 0).any()):
+            # Types of one byte cannot be compared.
+            if name.endswith(RUNNING_VARIANCE) and bool((values.to(torch.float64) < 0).any()):
                 raise InputError(
                     f"'{name}' holds a negative variance in one of the inputs, which gives NaN. A "
                     "file in which statistics were merged as weights is like that; merge others"

@@ -47,7 +47,7 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 """What can be written, by name."""
 
 _NO_HASH = "0" * 32
-_NOT_WRITTEN = {".pt", ".pth", ".bin", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz"}
+_NOT_WRITTEN = {".pt", ".pth", ".bin", ".ckpt", ".tar", ".gguf", ".onnx", ".h5", ".msgpack", ".npz"}
 
 
 @dataclass(frozen=True)

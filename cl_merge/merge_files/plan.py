@@ -209,8 +209,7 @@ def _check_task(task: Weights, base: Weights, chosen: Chosen, than: str) -> dict
         ours = [name for name in ours if name not in twins]
         theirs = [name for name in theirs if name not in ignored]
     given, wanted = _layout(task, theirs), _layout(base, ours)
-    remedy = ", or give strip_prefix"
-    check_same_layout(given, wanted, named, than, partly=task.is_task_vector, remedy=remedy)
+    check_same_layout(given, wanted, named, than, partly=task.is_task_vector, of_files=True)
     if not task.is_task_vector:
         mixed = {n for n, t in given.items() if not _both_floating(t, wanted[n])}
         check_same_dtypes({n: given[n] for n in mixed}, wanted, named, than)

@@ -70,7 +70,8 @@ def appearing(path: Path, overwrite: bool = True) -> Iterator[Path]:
         with storage_errors(path):
             _publish(hidden, path, overwrite)
     except BaseException:
-        _remove(hidden)
+        with suppress(OSError):  # what the block raised says more
+            _remove(hidden)
         raise
 
 

@@ -73,7 +73,8 @@ def test_other_shapes(tmp_path, out, small):
     base = write(tmp_path, "base", small, "safetensors")
     task = write(tmp_path, "task", {**small, "w": torch.zeros(3, 2)}, "pt")
     assert refused(tmp_path, out, base, task) == (
-        "'task.pt' has other shapes than the base 'base.safetensors': w (3, 2) instead of (2, 3)"
+        "'task.pt' has other shapes than the base 'base.safetensors': w (3, 2) instead of (2, 3); "
+        "exclude what is not to be merged"
     )
 
 
@@ -99,7 +100,7 @@ def test_a_task_vector_of_another_model(tmp_path, out, small):
     TaskVector({"w": torch.zeros(3)}).save(path)
     assert refused(tmp_path, out, base, path) == (
         "'task.safetensors' has other shapes than the base 'base.safetensors': w (3,) instead of "
-        "(2, 3)"
+        "(2, 3); exclude what is not to be merged"
     )
     TaskVector({"n": torch.tensor(1.0)}).save(path)
     assert refused(tmp_path, out, base, path) == (
