@@ -128,23 +128,17 @@ class Inputs:
 
     def copied(self, name: str, part: slice) -> Tensor:
         """Read a stretch of a tensor that is not merged, and compare it; returns the base's."""
-        values = self.read(0, name, part, hashed=True)
-        for index in self._alike(name):
-            theirs = self.read(index, name, part, hashed=True)
-            if self._is_tuned(index) and not _same(theirs, values):
-                self.differing.add(name)
-        return values
+        base, tuned = self._unmerged(name, part)
+        if not all(_same(values, base) for values in tuned):
+            self.differing.add(name)
+        return base
 
     def buffer(self, name: str, part: slice, choice: str) -> Tensor:
         """Read a stretch of a buffer as it is after merging, in the dtype of whatever it is from.
 
         `choice` is as of `MergedBuffers`.
         """
-        base, after = self.read(0, name, part, hashed=True), []
-        for index in self._alike(name):
-            values = self.read(index, name, part, hashed=True)
-            if self._is_tuned(index):
-                after.append(values)
+        base, after = self._unmerged(name, part)
         for values in (base, *after):
             # Types of one byte cannot be compared.
             if name.endswith(RUNNING_VARIANCE) and bool((values.to(torch.float64) < 0).any()):
@@ -160,13 +154,18 @@ class Inputs:
             return torch.stack([values.to(torch.float64) for values in after]).mean(dim=0)
         return after[-1]
 
+    def _unmerged(self, name: str, part: slice) -> tuple[Tensor, list[Tensor]]:
+        """Read a stretch that is not merged: of the base, and of fine-tuned weights like it."""
+        base, tuned = self.read(0, name, part, hashed=True), []
+        for index in range(1, len(self.all)):
+            if self._is_alike(index, name):
+                values = self.read(index, name, part, hashed=True)
+                tuned += [values] if self._is_tuned(index) else []
+        return base, tuned
+
     def _is_tuned(self, index: int) -> bool:
         """Whether an input is fine-tuned weights, and no task vector or importance."""
         return index <= len(self._plan.tasks) and not self.all[index].is_task_vector
-
-    def _alike(self, name: str) -> list[int]:
-        """Which inputs beside the base have a tensor as the base has it."""
-        return [index for index in range(1, len(self.all)) if self._is_alike(index, name)]
 
     def _is_alike(self, index: int, name: str) -> bool:
         """Whether an input and the base both have a tensor, of one shape and kind of numbers."""
