@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -320,10 +321,11 @@ def check_same_dtypes(
 
 def _prefix_hint(wrapped: Iterable[str], bare: Iterable[str], what: str, remedy: str = "") -> str:
     """Tell if names differ by a prefix, the usual mark of a wrapper around the model."""
-    wrapped, bare = list(wrapped), list(bare)
-    for name in wrapped if bare else []:
-        prefix = name.removesuffix(bare[0])
-        if prefix and prefix != name and {prefix + other for other in bare} <= set(wrapped):
+    wrapped, known = list(wrapped), set(bare)
+    ends = ((name, dot.end()) for name in wrapped for dot in re.finditer(r"\.", name))
+    for prefix in dict.fromkeys(name[:end] for name, end in ends if name[end:] in known):
+        plain = {name.removeprefix(prefix) for name in wrapped if name.startswith(prefix)}
+        if known <= plain or (len(plain) == len(wrapped) and plain <= known):
             return f" Names in {what} begin with '{prefix}': save both in one way{remedy}."
     return ""
 

@@ -69,6 +69,15 @@ def test_a_prefix_beside_other_names_is_noticed_too(tmp_path, out, small):
     assert "missing: none; extra: loss.weight. Both must" in message
 
 
+@pytest.mark.parametrize("names", [["w"], ["w", "b"]])
+def test_a_prefix_of_a_part_of_the_names_is_noticed_too(tmp_path, out, small, names):
+    base = write(tmp_path, "base", small, "safetensors")
+    task = tmp_path / "task.safetensors"
+    TaskVector({f"model.{name}": torch.zeros(small[name].shape) for name in names}).save(task)
+    message = refused(tmp_path, out, base, task)
+    assert "Names in 'task.safetensors' begin with 'model.': save both in one way, or " in message
+
+
 def test_other_shapes(tmp_path, out, small):
     base = write(tmp_path, "base", small, "safetensors")
     task = write(tmp_path, "task", {**small, "w": torch.zeros(3, 2)}, "pt")
