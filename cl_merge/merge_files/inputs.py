@@ -68,6 +68,7 @@ class Inputs:
             to_read += bytes_of(task, plan.merged) + (0 if plan.is_added(task) else base)
         self.count = ByteCount(progress, to_read)
         self._plan = plan
+        self._shapes = {name: plan.base.shape(name) for name in plan.merged}
         self._factors = factors
         self._held = [set(weights.names) for weights in self.all]
 
@@ -112,12 +113,11 @@ class Inputs:
                 raise InputError(f"'{self.all[index].path}': the importance of '{name}' {wrong}")
             return values
 
-        shapes = {name: self._plan.base.shape(name) for name in self._plan.merged}
-        weights = self._plan.tasks[task]
+        shapes, weights = self._shapes, self._plan.tasks[task]
         if base is None and isinstance(weights, GrownVector):
             # Thresholds and the like are of the task vector as it was.
             held = weights.vector
-            shapes = {name: held.shape(name) for name in shapes if name in held.names}
+            shapes = {name: held.shape(name) for name in held.names if name in shapes}
         return Reader(
             shapes,
             chunk,

@@ -278,11 +278,11 @@ def _check_factors(weights: Weights, names: Sequence[str]) -> None:
 
 def _check_importance(importance: Weights, base: Weights, merged: list[str], grams: bool) -> None:
     what = f"the importance '{importance.path}'"
-    held = set(importance.names)
+    held, wanted = set(importance.names), set(merged)
     missing = [name for name in merged if name not in held]
     if missing and not grams:
         raise InputError(f"{what} lacks tensors that are merged: {listing(missing)}")
-    given = _layout(importance, [name for name in importance.names if grams or name in merged])
+    given = _layout(importance, [name for name in importance.names if grams or name in wanted])
     than = f"the base '{base.path}'"
     check_importances(given, _layout(base, merged), what, than, grams=grams)
 
