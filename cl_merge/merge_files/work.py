@@ -16,7 +16,7 @@ from cl_merge.merge_files.grown import GrownVector
 from cl_merge.merge_files.inputs import Inputs
 from cl_merge.merge_files.plan import Plan
 from cl_merge.mergers import Merger
-from cl_merge.mergers.base import fold_chunk, new_state
+from cl_merge.mergers.base import fold_chunk
 from cl_merge.mergers.chunks import Accumulators, Piece, ResultInfo, Unit, chunk_size, cut
 from cl_merge.task_vectors.scales import Scales
 from cl_merge.task_vectors.task_vector import moved
@@ -155,3 +155,17 @@ class Work:
         if rounded(exact.where(exact.isfinite(), 0), dtype) is None:
             raise self.inputs.overflow(name)
         return values.to(dtype)
+
+
+def new_state(rule: Merger, task: int, shape: torch.Size, size: int) -> Accumulators:
+    """What a rule adds before a task to the accumulators of a stretch, on the CPU.
+
+    The stretch has `size` elements of a parameter of this shape, all where the rule needs them.
+    """
+    whole = rule.unit == "parameter"
+    kept = {
+        key: (dtype, rule.accumulator_shape(key, shape).numel() if whole else size)
+        for key, dtype in rule.new_accumulators(task).items()
+    }
+    with torch.inference_mode(False):
+        return {key: torch.zeros(numel, dtype=dtype) for key, (dtype, numel) in kept.items()}

@@ -380,20 +380,6 @@ class Merger(ABC):
             check_values(importance, what, grams=self.grams)
 
 
-def new_state(rule: Merger, task: int, shape: torch.Size, size: int) -> Accumulators:
-    """What a rule adds before a task to the accumulators of a stretch, on the CPU.
-
-    The stretch has `size` elements of a parameter of this shape, all where the rule needs them.
-    """
-    whole = rule.unit == "parameter"
-    kept = {
-        key: (dtype, rule.accumulator_shape(key, shape).numel() if whole else size)
-        for key, dtype in rule.new_accumulators(task).items()
-    }
-    with torch.inference_mode(False):
-        return {key: torch.zeros(numel, dtype=dtype) for key, (dtype, numel) in kept.items()}
-
-
 def fold_chunk(
     rule: Merger, state: Accumulators, vector: Reader, piece: Piece, task: int, prepared: Any
 ) -> None:

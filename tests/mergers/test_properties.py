@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from merger_cases import ANY_NUMBER, CHANGING_ONE, DROPPING_NOTHING
 
 from cl_merge.kernels.random_bits import random_bits
+from cl_merge.merge_files.work import new_state
 from cl_merge.mergers import RandomMix, get_merger, merge
-from cl_merge.mergers.base import fold_chunk, new_state
+from cl_merge.mergers.base import fold_chunk
 from cl_merge.mergers.chunks import Reader, ResultInfo
 from cl_merge.seeds import derive_seed
 
