@@ -67,9 +67,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     made = parser()
     parsed, rest = made.parse_known_args(arguments)
     several = next((name for name in ("settings", "files") if name in parsed), None)
-    unknown = [word for word in rest if word.startswith("-") or several is None]
+    end = rest.index("--") if "--" in rest else len(rest)  # from which on words are no options
+    unknown = [word for word in rest[:end] if word.startswith("-") or several is None]
     if unknown:
         made.error(f"unrecognized arguments: {' '.join(unknown)}")
+    rest = [*rest[:end], *rest[end + 1 :]]
     if rest and several is not None:
         setattr(parsed, several, [*getattr(parsed, several), *rest])
     return parsed

@@ -59,9 +59,9 @@ def adapter_plan(plan: Plan, rank: LoraRank) -> tuple[Plan, int, int]:
     others = [str(task.path) for task in plan.tasks if not isinstance(task, AdapterWeights)]
     if others:
         raise InputError(
-            f"lora_rank: only LoRA adapters merge into one, but {listing(others)} holds weights or "
-            "changes of its own, and what of them are no matrices of linear layers would be lost; "
-            "leave lora_rank out to merge into the base"
+            f"lora_rank: only LoRA adapters merge into one, and these are none: {listing(others)}. "
+            "What they change beside matrices of linear layers would be lost; leave lora_rank out "
+            "to merge into the base"
         )
     shapes = {name: plan.base.shape(name) for name in plan.merged}
     tensors = {name: StoredTensor(torch.float32, shapes[name], _zeros) for name in shapes}

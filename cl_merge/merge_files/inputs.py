@@ -68,6 +68,7 @@ class Inputs:
             to_read += bytes_of(task, plan.merged) + (0 if plan.is_added(task) else base)
         self.count = ByteCount(progress, to_read)
         self._plan = plan
+        self._shapes = {name: plan.base.shape(name) for name in plan.merged}
         self._factors = factors
         self._held = [set(weights.names) for weights in self.all]
 
@@ -112,12 +113,11 @@ class Inputs:
                 raise InputError(f"'{self.all[index].path}': the importance of '{name}' {wrong}")
             return values
 
-        shapes = {name: self._plan.base.shape(name) for name in self._plan.merged}
-        weights = self._plan.tasks[task]
+        shapes, weights = self._shapes, self._plan.tasks[task]
         if base is None and isinstance(weights, GrownVector):
             # Thresholds and the like are of the task vector as it was.
             held = weights.vector
-            shapes = {name: held.shape(name) for name in shapes if name in held.names}
+            shapes = {name: held.shape(name) for name in held.names if name in shapes}
         return Reader(
             shapes,
             chunk,
@@ -128,25 +128,20 @@ class Inputs:
 
     def copied(self, name: str, part: slice) -> Tensor:
         """Read a stretch of a tensor that is not merged, and compare it; returns the base's."""
-        values = self.read(0, name, part, hashed=True)
-        for index in self._alike(name):
-            theirs = self.read(index, name, part, hashed=True)
-            if self._is_tuned(index) and not _same(theirs, values):
-                self.differing.add(name)
-        return values
+        base, tuned = self._unmerged(name, part)
+        if not all(_same(values, base) for values in tuned):
+            self.differing.add(name)
+        return base
 
     def buffer(self, name: str, part: slice, choice: str) -> Tensor:
         """Read a stretch of a buffer as it is after merging, in the dtype of whatever it is from.
 
         `choice` is as of `MergedBuffers`.
         """
-        base, after = self.read(0, name, part, hashed=True), []
-        for index in self._alike(name):
-            values = self.read(index, name, part, hashed=True)
-            if self._is_tuned(index):
-                after.append(values)
+        base, after = self._unmerged(name, part)
         for values in (base, *after):
-            if name.endswith(RUNNING_VARIANCE) and bool((values < 0).any()):
+            # Types of one byte cannot be compared.
+            if name.endswith(RUNNING_VARIANCE) and bool((values.to(torch.float64) < 0).any()):
                 raise InputError(
                     f"'{name}' holds a negative variance in one of the inputs, which gives NaN. A "
                     "file in which statistics were merged as weights is like that; merge others"
@@ -159,13 +154,18 @@ class Inputs:
             return torch.stack([values.to(torch.float64) for values in after]).mean(dim=0)
         return after[-1]
 
+    def _unmerged(self, name: str, part: slice) -> tuple[Tensor, list[Tensor]]:
+        """Read a stretch that is not merged: of the base, and of fine-tuned weights like it."""
+        base, tuned = self.read(0, name, part, hashed=True), []
+        for index in range(1, len(self.all)):
+            if self._is_alike(index, name):
+                values = self.read(index, name, part, hashed=True)
+                tuned += [values] if self._is_tuned(index) else []
+        return base, tuned
+
     def _is_tuned(self, index: int) -> bool:
         """Whether an input is fine-tuned weights, and no task vector or importance."""
         return index <= len(self._plan.tasks) and not self.all[index].is_task_vector
-
-    def _alike(self, name: str) -> list[int]:
-        """Which inputs beside the base have a tensor as the base has it."""
-        return [index for index in range(1, len(self.all)) if self._is_alike(index, name)]
 
     def _is_alike(self, index: int, name: str) -> bool:
         """Whether an input and the base both have a tensor, of one shape and kind of numbers."""

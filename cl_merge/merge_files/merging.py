@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from cl_merge import __version__
-from cl_merge.errors import InputError, listing, unknown_name
+from cl_merge.errors import InputError, unknown_name
 from cl_merge.merge_files.adapter import (
     AdapterFit,
     AdapterWriter,
@@ -27,6 +26,7 @@ from cl_merge.merge_files.card import CARD, model_card
 from cl_merge.merge_files.contents import check_several, take_off
 from cl_merge.merge_files.hashing import BLOCK
 from cl_merge.merge_files.inputs import Inputs, Progress
+from cl_merge.merge_files.notices import warn
 from cl_merge.merge_files.plan import Plan, make_plan
 from cl_merge.merge_files.work import Work
 from cl_merge.mergers import MERGERS, Merger
@@ -41,13 +41,11 @@ from cl_merge.task_vectors.scales import Scales
 from cl_merge.task_vectors.selection import Selection
 from cl_merge.task_vectors.task_vector import check_scale
 
-log = logging.getLogger(__name__)
-
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 """What can be written, by name."""
 
 _NO_HASH = "0" * 32
-_NOT_WRITTEN = {".pt", ".pth", ".bin", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz"}
+_NOT_WRITTEN = {".pt", ".pth", ".bin", ".ckpt", ".tar", ".gguf", ".onnx", ".h5", ".msgpack", ".npz"}
 
 
 @dataclass(frozen=True)
@@ -166,12 +164,14 @@ def merge_checkpoints(
     """
     begin = time.perf_counter()
     check_several(tasks=tasks, importances=importances)
+    if not tasks:
+        raise InputError("no task to merge; give at least one checkpoint or task vector")
     merger = fresh_merger(method, options)
     adapters = lora_rank is not None
     if adapters and strip_prefix is not None:
         raise InputError("lora_rank keeps the names of adapters; leave strip_prefix out")
     if base is None and not adapters:
-        _check_without_base(merger, tasks, scale)
+        _check_without_base(merger, scale)
     no_base, first = base is None, tasks[0] if base is None else base
     if buffers is not None and buffers not in BUFFERS:
         raise unknown_name("choice of buffers", buffers, BUFFERS)
@@ -181,13 +181,7 @@ def merge_checkpoints(
     factors = _checked_weights(weights, len(tasks))
     _check_name(output)
     check_output(output, [first, *tasks, *importances], overwrite=overwrite)
-    if merger.weighted and len(importances) != len(tasks):
-        raise InputError(
-            f"'{merger.name}' needs {needed_of(merger.grams)}: {len(tasks)} files, one "
-            f"for each task, but {len(importances)} were given"
-        )
-    if importances and not merger.weighted:
-        raise InputError(f"'{merger.name}' takes no importances; leave them out")
+    _check_importances(merger, len(tasks), len(importances))
     selection = Selection(include, exclude)
     with ExitStack() as stack:
         opened = _opened(stack, [Path(path) for path in (first, *tasks, *importances)])
@@ -254,7 +248,7 @@ def merge_checkpoints(
                 hashes[0] = ""  # of the base only names and shapes were read
             made["cl_merge.inputs"] = _described(plan, hashes)
             writer.amend(made)
-    _warn(plan, work.inputs, hashes, buffers)
+    warn(plan, work.inputs, hashes, buffers)
     return Merged(
         Path(output),
         len(plan.merged) + sum(map(len, plan.twins.values())),
@@ -292,9 +286,7 @@ def _described(plan: Plan, hashes: Sequence[str]) -> str:
     return json.dumps(entries)
 
 
-def _check_without_base(merger: Merger, tasks: Sequence[str | Path], scale: Any) -> None:
-    if not tasks:
-        raise InputError("no file to merge; give at least one checkpoint")
+def _check_without_base(merger: Merger, scale: Any) -> None:
     if merger.needs_base:
         without = [name for name, kind in MERGERS.items() if not kind.needs_base]
         raise InputError(
@@ -303,6 +295,16 @@ def _check_without_base(merger: Merger, tasks: Sequence[str | Path], scale: Any)
         )
     if scale is not None:
         raise InputError("a scale is of changes to a base, and there is none; leave it out")
+
+
+def _check_importances(merger: Merger, tasks: int, importances: int) -> None:
+    if merger.weighted and importances != tasks:
+        raise InputError(
+            f"'{merger.name}' needs {needed_of(merger.grams)}: {tasks} files, one for each task, "
+            f"but {importances} were given"
+        )
+    if importances and not merger.weighted:
+        raise InputError(f"'{merger.name}' takes no importances; leave them out")
 
 
 def _checked_weights(weights: Sequence[float], tasks: int) -> list[float]:
@@ -344,53 +346,3 @@ def _with_dtype(config: Any, dtype: str) -> Any:
         else _with_dtype(value, dtype)
         for key, value in config.items()
     }
-
-
-def _warn(plan: Plan, inputs: Inputs, hashes: list[str], buffers: str | None) -> None:
-    """Tell what no one would do on purpose."""
-    for task in plan.tasks:
-        if not plan.is_added(task) and (names := _coarser(task, plan)):
-            log.warning(
-                "'%s' is stored in a shorter dtype than the base: what rounding took from its "
-                "weights counts as its change, in %s. If it was trained in that dtype, give the "
-                "base in it, too; dtype says what is written",
-                task.path,
-                listing(names),
-            )
-    seen: dict[str, Weights] = {}
-    given = list(zip(inputs.all, hashes, strict=True))[plan.no_base :]
-    for weights, of_content in given:
-        first = seen.setdefault(of_content, weights)
-        if first.path != weights.path:
-            log.warning("'%s' holds the same as '%s'", weights.path, first.path)
-        elif first is not weights:
-            log.warning("'%s' is given more than once", weights.path)
-    if inputs.differing:
-        log.warning(
-            "tensors that are not merged differ between the inputs; %s were taken: %s",
-            "the first file's" if plan.no_base else "the base's",
-            listing(sorted(inputs.differing)),
-        )
-    if inputs.left_out:
-        log.warning(
-            "tensors that the base lacks, or has in another shape, were left out: %s",
-            listing(sorted(inputs.left_out)),
-        )
-    if inputs.moved_buffers and buffers is None:
-        log.warning(
-            "floating-point buffers differ and are not merged: %s. The %s were taken; choose with "
-            "buffers: trained, base or average. A parameter that is only named like one is merged "
-            "if include gives its whole name",
-            listing(sorted(inputs.moved_buffers)),
-            "first file's" if plan.no_base else "last task's",
-        )
-
-
-def _coarser(task: Weights, plan: Plan) -> list[str]:
-    """Merged tensors that a task has with less precision than the base."""
-
-    def step(weights: Weights, name: str) -> float:
-        return torch.finfo(weights.dtype(name)).eps
-
-    held = set(task.names)
-    return [n for n in plan.merged if n in held and step(task, n) > step(plan.base, n)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,10 +36,10 @@ class Plan:
     buffers: list[str]  # names of floating-point buffers, which are not merged but chosen
     copied: list[str]  # names of the others, which are taken from the base
     # Names of the base that are tied to one that is merged, by the name of that.
-    twins: dict[str, list[str]] = field(default_factory=dict)
-    dtype: torch.dtype | None = None  # of what is written; None for the base's
-    grams: bool = False  # whether importances are Gram matrices, of some of what is merged
-    no_base: bool = False  # whether weights are merged as they are
+    twins: dict[str, list[str]]
+    dtype: torch.dtype | None  # of what is written; None for the base's
+    grams: bool  # whether importances are Gram matrices, of some of what is merged
+    no_base: bool  # whether weights are merged as they are
 
     def is_added(self, task: Weights) -> bool:
         """Whether the values of a task are merged as they are, with no base to subtract."""
@@ -55,12 +55,12 @@ def make_plan(
     base: Weights,
     tasks: Sequence[Weights],
     selection: Selection,
-    importances: Sequence[Weights] = (),
-    dtype: torch.dtype | None = None,
+    importances: Sequence[Weights],
+    dtype: torch.dtype | None,
     *,
-    grams: bool = False,
-    no_base: bool = False,
-    adapters: bool = False,
+    grams: bool,
+    no_base: bool,
+    adapters: bool,
 ) -> Plan:
     """Check every input against the base, by what the files say of their tensors.
 
@@ -68,12 +68,10 @@ def make_plan(
     tied parameters one suffices, and one is merged where all are stored.
 
     Raises:
-        InputError: If there is no task, an input is quantised, names or shapes do not match,
+        InputError: If an input is quantised, names or shapes do not match,
             a parameter is integers in one of them, or factors of LoRA would be merged without a
             base; names the file and the tensors.
     """
-    if not tasks:
-        raise InputError("no task to merge; give at least one checkpoint or task vector")
     # Without a base, adapters are changes all the same.
     for weights in () if no_base and adapters else (base, *(tasks if no_base else ())):
         check_base(weights, "without a base there must be weights" if no_base else _BASE)
@@ -122,20 +120,10 @@ def make_plan(
         held = [set(importance.names) & set(merged) for importance in importances]
         for importance, names in zip(importances, held, strict=True):
             check_same_weighed(names, held[0], f"the importance '{importance.path}'")
-    plan = Plan(
-        base,
-        tasks,
-        list(importances),
-        merged,
-        buffers,
-        [name for name in base.names if name not in done],
-        dtype=dtype,
-        grams=grams,
-        no_base=no_base,
-    )
-    for twin, name in twins.items():
-        plan.twins.setdefault(name, []).append(twin)
-    return plan
+    copied = [name for name in base.names if name not in done]
+    tied = {name: [twin for twin in twins if twins[twin] == name] for name in twins.values()}
+    given = list(importances)
+    return Plan(base, tasks, given, merged, buffers, copied, tied, dtype, grams, no_base)
 
 
 class Chosen:
@@ -209,8 +197,7 @@ def _check_task(task: Weights, base: Weights, chosen: Chosen, than: str) -> dict
         ours = [name for name in ours if name not in twins]
         theirs = [name for name in theirs if name not in ignored]
     given, wanted = _layout(task, theirs), _layout(base, ours)
-    remedy = ", or give strip_prefix"
-    check_same_layout(given, wanted, named, than, partly=task.is_task_vector, remedy=remedy)
+    check_same_layout(given, wanted, named, than, partly=task.is_task_vector, of_files=True)
     if not task.is_task_vector:
         mixed = {n for n, t in given.items() if not _both_floating(t, wanted[n])}
         check_same_dtypes({n: given[n] for n in mixed}, wanted, named, than)
@@ -291,11 +278,11 @@ def _check_factors(weights: Weights, names: Sequence[str]) -> None:
 
 def _check_importance(importance: Weights, base: Weights, merged: list[str], grams: bool) -> None:
     what = f"the importance '{importance.path}'"
-    held = set(importance.names)
+    held, wanted = set(importance.names), set(merged)
     missing = [name for name in merged if name not in held]
     if missing and not grams:
         raise InputError(f"{what} lacks tensors that are merged: {listing(missing)}")
-    given = _layout(importance, [name for name in importance.names if grams or name in merged])
+    given = _layout(importance, [name for name in importance.names if grams or name in wanted])
     than = f"the base '{base.path}'"
     check_importances(given, _layout(base, merged), what, than, grams=grams)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +16,7 @@ from cl_merge.merge_files.grown import GrownVector
 from cl_merge.merge_files.inputs import Inputs
 from cl_merge.merge_files.plan import Plan
 from cl_merge.mergers import Merger
-from cl_merge.mergers.base import fold_chunk, zeros
+from cl_merge.mergers.base import fold_chunk
 from cl_merge.mergers.chunks import Accumulators, Piece, ResultInfo, Unit, chunk_size, cut
 from cl_merge.task_vectors.scales import Scales
 from cl_merge.task_vectors.task_vector import moved
@@ -70,19 +71,15 @@ class Work:
         # The stretches whose result depends on all others, now that it is known.
         in_threads(lambda waiting: self._finish(writer, *waiting, total), self._waiting)
 
-        def copy(block: Piece) -> None:
-            name, part = block
-            writer.write(name, part.start, self._converted(name, self.inputs.copied(*block)))
+        def write(block: Piece, values: Tensor) -> None:
+            writer.write(block[0], block[1].start, self._converted(block[0], values))
 
-        def choose(block: Piece) -> None:
-            name, part = block
-            values = self.inputs.buffer(*block, self._buffers)
-            writer.write(name, part.start, self._converted(name, values))
-
-        in_threads(copy, self._blocks(copied, "element"))
-        in_threads(choose, self._blocks(self._plan.buffers, "element"))
+        copy, choose = self.inputs.copied, partial(self.inputs.buffer, choice=self._buffers)
+        in_threads(lambda block: write(block, copy(*block)), self._blocks(copied, "element"))
+        buffers = self._blocks(self._plan.buffers, "element")
+        in_threads(lambda block: write(block, choose(*block)), buffers)
         tied = [name for names in self._plan.twins.values() for name in names]
-        in_threads(lambda block: self.inputs.copied(*block), self._blocks(tied, "element"))
+        in_threads(lambda block: copy(*block), self._blocks(tied, "element"))
         self.inputs.differing.difference_update(tied)
         for index, name, shape in self.inputs.rest():  # which only the hashes know
             for _, part in cut({name: shape}, "element", self._block_size):
@@ -109,14 +106,15 @@ class Work:
 
     def _fold(self, piece: Piece, base: Tensor, *, hashed: bool) -> Accumulators:
         state: Accumulators = {}
+        rule, shape = self._merger, self._plan.base.shape(piece[0])
         for task, prepared in enumerate(self._prepared):
-            state |= zeros(self._merger.new_accumulators(task), base.shape, _CPU)
+            state |= new_state(rule, task, shape, len(base))
             grown = self._plan.tasks[task]
             if isinstance(grown, GrownVector) and piece[0] not in grown.vector.names:
-                self._merger.fold_absent(state, prepared)  # it came after this task
+                rule.fold_absent(state, prepared)  # it came after this task
                 continue
             vector = self.inputs.reader(task, base, hashed=hashed)
-            fold_chunk(self._merger, state, vector, piece, task, prepared)
+            fold_chunk(rule, state, vector, piece, task, prepared)
         return state
 
     def _has_room(self, state: Accumulators) -> bool:
@@ -157,3 +155,17 @@ class Work:
         if rounded(exact.where(exact.isfinite(), 0), dtype) is None:
             raise self.inputs.overflow(name)
         return values.to(dtype)
+
+
+def new_state(rule: Merger, task: int, shape: torch.Size, size: int) -> Accumulators:
+    """What a rule adds before a task to the accumulators of a stretch, on the CPU.
+
+    The stretch has `size` elements of a parameter of this shape, all where the rule needs them.
+    """
+    whole = rule.unit == "parameter"
+    kept = {
+        key: (dtype, rule.accumulator_shape(key, shape).numel() if whole else size)
+        for key, dtype in rule.new_accumulators(task).items()
+    }
+    with torch.inference_mode(False):
+        return {key: torch.zeros(numel, dtype=dtype) for key, (dtype, numel) in kept.items()}

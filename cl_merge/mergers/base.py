@@ -26,14 +26,13 @@ from cl_merge.mergers.chunks import (
     cut,
     over,
     span_of,
-    zeros,
 )
 from cl_merge.mergers.importances import check_importances, check_values, needed_of
 from cl_merge.task_vectors.growth import grown
 from cl_merge.task_vectors.shards import Shards, together
 from cl_merge.task_vectors.task_vector import TaskVector, check_floating, check_same_layout
 
-__all__ = ["Accumulators", "ChunkInfo", "Merger", "Reader", "ResultInfo", "zeros"]
+__all__ = ["Accumulators", "ChunkInfo", "Merger", "Reader", "ResultInfo"]
 
 _GROUP = 1 << 22  # elements
 
@@ -336,10 +335,11 @@ class Merger(ABC):
         return torch.Size([kept.numel() if kept != shape and span.stop else span.stop - span.start])
 
     def _zeros(self, name: str, dtypes: Mapping[str, torch.dtype]) -> Accumulators:
-        made = Accumulators()
-        for key, dtype in dtypes.items():
-            made |= zeros({key: dtype}, self._held(name, key), self._device)
-        return made
+        with torch.inference_mode(False):  # or they could only be changed within it
+            return {
+                key: torch.zeros(self._held(name, key), dtype=dtype, device=self._device)
+                for key, dtype in dtypes.items()
+            }
 
     def _stretch(self, name: str, part: slice) -> Accumulators:
         return {key: self._part(name, tensor, part) for key, tensor in self._state[name].items()}
@@ -385,10 +385,6 @@ def fold_chunk(
 ) -> None:
     """Fold a stretch of a task vector, for which `rule.prepare` returned `prepared`."""
     name, part = piece
-    for key, kept in state.items() if rule.unit == "parameter" else ():
-        shape = rule.accumulator_shape(key, vector.shapes[name])
-        if kept.numel() != shape.numel():  # made for the parameter, before its first task
-            state |= zeros({key: kept.dtype}, torch.Size([shape.numel()]), kept.device)
     owner = next(kind for kind in type(rule).__mro__ if "fold" in vars(kind))
     chunk = (vector.chunk if vars(owner).get("takes_differences") else vector.read)(name, part)
     beside = slice(0, vector.shapes[name][-1:].numel() ** 2) if rule.grams else part

@@ -223,14 +223,9 @@ def span_of(name: str, shape: torch.Size, shards: Shards | None) -> slice:
     return slice(0, shape.numel()) if shards is None else shards.span(name)
 
 
-def zeros(
-    dtypes: Mapping[str, torch.dtype], shape: torch.Size, device: torch.device
-) -> Accumulators:
-    """Make accumulators, which can be changed both within and outside of inference mode."""
-    with torch.inference_mode(False):
-        return {
-            key: torch.zeros(shape, dtype=dtype, device=device) for key, dtype in dtypes.items()
-        }
+def divide(total: Tensor, count: int, out: Tensor) -> None:
+    """Write total / count to out; CUDA multiplies by the reciprocal of a plain number."""
+    torch.div(total, torch.full_like(total[:1], count), out=out)
 
 
 def over(

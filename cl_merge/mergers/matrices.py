@@ -45,6 +45,14 @@ def singular_triplets(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return left[:, :rank], values[:rank], right[:rank]
 
 
+def solve_right(gram: Tensor, known: Tensor, ridge: float | Tensor) -> Tensor:
+    """Solve T (G + ρ I) = K for T [m, n], in float64, from G [n, n], K [m, n] and ρ."""
+    regular = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    with on_one_thread():
+        solved: Tensor = torch.linalg.solve(regular, known, left=False)
+    return solved
+
+
 def nearest_orthogonal(matrix: Tensor) -> Tensor:
     """Find the matrix of orthonormal columns (or rows, of a wide matrix) nearest to a float64 one.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from cl_merge.mergers.base import Accumulators, ChunkInfo, Merger, ResultInfo
+from cl_merge.mergers.chunks import divide
 from cl_merge.mergers.matrices import as_matrix, is_matrix, on_one_thread, singular_triplets
 from cl_merge.mergers.options import checked_count, checked_flag
 
@@ -72,5 +73,4 @@ class NullSpaceFilter(Merger):
 
     @override
     def compute(self, state: Accumulators, out: Tensor, info: ResultInfo) -> None:
-        count = 1 if is_matrix(info.shape, self.flatten) else info.tasks
-        torch.div(state["sum"], torch.full_like(state["sum"][:1], count), out=out)
+        divide(state["sum"], 1 if is_matrix(info.shape, self.flatten) else info.tasks, out)

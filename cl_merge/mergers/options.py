@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +13,7 @@ _MOST = 1e6  # a larger weight is no weight
 
 def checked_number(name: str, value: Any, low: float, high: float) -> float:
     """Make sure that an option is a finite number in a range, which includes its ends."""
-    if _is_number(value) and math.isfinite(value) and low <= value <= high:
+    if _is_number(value) and low <= value <= high and abs(value) <= sys.float_info.max:
         return float(value)
     raise InputError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}")
 

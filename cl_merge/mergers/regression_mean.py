@@ -11,8 +11,9 @@ from typing_extensions import override
 
 from cl_merge.errors import task_name
 from cl_merge.mergers.base import Accumulators, ChunkInfo, Merger, ResultInfo
+from cl_merge.mergers.chunks import divide
 from cl_merge.mergers.importances import check_same_weighed
-from cl_merge.mergers.matrices import on_one_thread
+from cl_merge.mergers.matrices import on_one_thread, solve_right
 from cl_merge.mergers.options import checked_number
 
 _LEAST = 1e-8
@@ -99,13 +100,12 @@ class RegressionMean(Merger):
 
     @override
     def compute(self, state: Accumulators, out: Tensor, info: ResultInfo) -> None:
-        torch.div(state["sum"], torch.full_like(state["sum"][:1], info.tasks), out=out)
+        divide(state["sum"], info.tasks, out)
         if not bool(state["gram"].any()):
             return
         columns = info.shape[1]
         gram, mean = state["gram"].view(columns, columns), out.view(info.shape).double()
         with on_one_thread():
             least = _LEAST * gram.trace() / columns
-            regular = gram + least * torch.eye(columns, dtype=gram.dtype, device=gram.device)
-            weighted = state["weighted"].view(info.shape) + least * mean
-            out.copy_(torch.linalg.solve(regular, weighted, left=False).view(-1))
+        weighted = state["weighted"].view(info.shape) + least * mean
+        out.copy_(solve_right(gram, weighted, least).view(-1))

@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from cl_merge.kernels import fold_sum
 from cl_merge.mergers.base import Accumulators, ChunkInfo, Merger, ResultInfo
+from cl_merge.mergers.chunks import divide
 
 
 class TaskArithmetic(Merger):
@@ -61,5 +62,4 @@ class Average(TaskArithmetic):
 
     @override
     def compute(self, state: Accumulators, out: Tensor, info: ResultInfo) -> None:
-        # By a number CUDA does not divide: it multiplies by the reciprocal, which rounds twice.
-        torch.div(state["sum"], torch.full_like(state["sum"][:1], info.tasks), out=out)
+        divide(state["sum"], info.tasks, out)

@@ -9,7 +9,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from cl_merge.mergers.base import Accumulators, ChunkInfo, Merger, ResultInfo
-from cl_merge.mergers.matrices import as_matrix, is_matrix, on_one_thread
+from cl_merge.mergers.chunks import divide
+from cl_merge.mergers.matrices import as_matrix, is_matrix, on_one_thread, solve_right
 from cl_merge.mergers.options import checked_flag, checked_number
 
 
@@ -92,15 +93,14 @@ class Wudi(Merger):
     @override
     def compute(self, state: Accumulators, out: Tensor, info: ResultInfo) -> None:
         if info.tasks == 1 or not is_matrix(info.shape, self.flatten):
-            torch.div(state["sum"], torch.full_like(state["sum"][:1], info.tasks), out=out)
+            divide(state["sum"], info.tasks, out)
             return
         weighted = state["weighted"].view(info.shape[0], -1)
         columns = weighted.shape[1]
         gram = state["gram"].view(columns, columns)
         with on_one_thread():
             ridge = self.ridge * gram.trace() / columns
-            if ridge == 0:  # no task changed it
-                out.zero_()
-                return
-            regular = gram + ridge * torch.eye(columns, dtype=gram.dtype, device=gram.device)
-            out.copy_(torch.linalg.solve(regular, weighted, left=False).view(-1))
+        if ridge == 0:  # no task changed it
+            out.zero_()
+        else:
+            out.copy_(solve_right(gram, weighted, ridge).view(-1))

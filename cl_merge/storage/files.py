@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cl_merge.errors import InputError, StorageError
-from cl_merge.storage.safetensors_format import Header, not_safetensors, raw_bytes
+from cl_merge.storage.safetensors_format import Header, not_whole, raw_bytes
 
 # How `_hidden` ends, and what safetensors calls a file that is not whole yet.
 _ENDING = r"\.[0-9a-f]{8}\.tmp"
@@ -70,7 +70,8 @@ def appearing(path: Path, overwrite: bool = True) -> Iterator[Path]:
         with storage_errors(path):
             _publish(hidden, path, overwrite)
     except BaseException:
-        _remove(hidden)
+        with suppress(OSError):  # what the block raised says more
+            _remove(hidden)
         raise
 
 
@@ -173,7 +174,7 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise not_safetensors(path, error) from error
+        raise not_whole(path, error) from error
     except OSError as error:
         raise InputError(f"'{path}' cannot be read ({error})") from error
     return tensors if _MAP else {n: tensor.clone() for n, tensor in tensors.items()}, metadata

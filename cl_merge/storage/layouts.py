@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 INDEX = ".safetensors.index.json"
 PICKLE_INDEX = ".bin.index.json"
-PICKLES = (".pt", ".pth", ".ckpt", ".bin")
+PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pth.tar")
 """How the names of files of `torch.save` end."""
 
 # What libraries look for, in the order of preference; two of one group are two checkpoints.

@@ -72,12 +72,14 @@ def adapter_weights(folder: Path, factors: Weights) -> Weights:
             pairs.setdefault(match["module"], {})[match["factor"]] = name
         else:
             others.append(name)
-    incomplete = [module for module, names in pairs.items() if len(names) != 2]
-    if others or incomplete or not pairs:
+    others += [module for module, names in pairs.items() if len(names) != 2]
+    if others:
         raise InputError(
-            f"'{folder}' holds more than factors A and B of layers: "
-            f"{listing([*others, *incomplete])}; {_MERGE_FIRST}"
+            f"'{folder}' holds more than factors A and B of layers: {listing(others)}; "
+            f"{_MERGE_FIRST}"
         )
+    if not pairs:
+        raise InputError(f"'{folder}' holds no factors A and B of layers; save the adapter again")
     transposed, lock = bool(config.get("fan_in_fan_out")), threading.Lock()
 
     @functools.lru_cache(maxsize=max(4, torch.get_num_threads()))  # each may be at another one
@@ -86,7 +88,7 @@ def adapter_weights(folder: Path, factors: Weights) -> Weights:
             factors.read(name).view(factors.shape(name)).to(torch.float64)
             for name in (pairs[module]["B"], pairs[module]["A"])
         )
-        change = (b @ a).mul_(_scaling(config, module, len(a)))
+        change = (b @ a).mul_(scalings[module])
         # Whole, and rounded once: no result depends on how it is read.
         return (change.T if transposed else change).to(torch.float32).reshape(-1)
 
@@ -95,11 +97,19 @@ def adapter_weights(folder: Path, factors: Weights) -> Weights:
             whole = product(module)
         return whole[start:stop]
 
-    tensors, ranks = {}, {}
+    tensors, ranks, scalings = {}, {}, {}
     for module, names in pairs.items():
         left, right = (factors.shape(names[key]) for key in "BA")
         if len(left) != 2 or len(right) != 2:
             raise InputError(f"'{folder}': '{module}' is no linear layer; {_MERGE_FIRST}")
+        if not all(factors.dtype(name).is_floating_point for name in names.values()):
+            raise InputError(f"'{folder}': the factors of '{module}' are integers; dequantise them")
+        if not left[1] == right[0] > 0:
+            raise InputError(
+                f"'{folder}': factor B of '{module}' is {tuple(left)} and A is {tuple(right)}, "
+                "which have no product; save the adapter again"
+            )
+        scalings[module] = _scaling(folder, config, module, right[0])
         shape = (right[1], left[0]) if transposed else (left[0], right[1])
         tensors[weight_of(module)] = StoredTensor(
             torch.float32, torch.Size(shape), functools.partial(read, module)
@@ -160,7 +170,7 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
     for key, reason in _REFUSED.items():
         if config.get(key):
             raise InputError(f"'{folder}' has {key}: {reason}; {_MERGE_FIRST}")
-    if config.get("bias", "none") != "none":
+    if (config.get("bias") or "none") != "none":
         raise InputError(f"'{folder}' has bias={config['bias']}: it trains biases; {_MERGE_FIRST}")
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
@@ -171,9 +181,16 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
     return config
 
 
-def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
+def _scaling(folder: Path, config: Mapping[str, Any], module: str, rank: int) -> float:
     """By what the product of a layer's factors is multiplied."""
-    alpha = _of_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    try:
+        alpha = _of_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+        if not math.isfinite(alpha):
+            raise ValueError(f"it is {alpha}")
+    except (TypeError, ValueError, AttributeError, OverflowError, re.error) as error:
+        raise InputError(
+            f"'{folder / CONFIG}' gives no number lora_alpha for '{module}' ({error})"
+        ) from error
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

@@ -18,6 +18,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from cl_merge.errors import InputError
 from cl_merge.storage.choosing import choose_tensors, plain_names
 from cl_merge.storage.layouts import in_shard
+from cl_merge.storage.safetensors_format import not_whole
 from cl_merge.storage.unpickling import read_without_code
 from cl_merge.storage.weights import StoredTensor, Weights
 
@@ -130,7 +131,4 @@ def _unreadable(path: Path, error: Exception) -> InputError:
     # What the reader of archives says is of use; what the reader of pickles says is not.
     plain = isinstance(error, (RuntimeError, zipfile.BadZipFile)) and text
     reason = text.splitlines()[0][:200] if plain else "its pickle is damaged"
-    return InputError(
-        f"'{path}' is not a whole checkpoint of torch.save ({reason}); it is corrupt, cut short or "
-        "of another format: write or download it again"
-    )
+    return not_whole(path, reason, "checkpoint of torch.save")

@@ -39,10 +39,10 @@ def open_weights(path: str | Path) -> Weights:
             - a folder of peft with a LoRA adapter, which is a task vector;
             - a folder of Hugging Face or open_clip with one such file, with several and an index,
               or else with one or several of `torch.save`; or the index itself;
-            - a ``.pt``, ``.pth``, ``.ckpt`` or ``.bin`` file of `torch.save`: a state dict, or a
-              training checkpoint of Lightning, open_clip or others. Only tensors and plain values
-              are read from it, never code. ``"file.pt:KEY"`` is the state dict under that key,
-              with dots for keys within keys, where the file holds several;
+            - a ``.pt``, ``.pth``, ``.pth.tar``, ``.ckpt`` or ``.bin`` file of `torch.save`: a state
+              dict, or a training checkpoint of Lightning, open_clip or others. Only tensors and
+              plain values are read from it, never code. ``"file.pt:KEY"`` is the state dict under
+              that key, with dots for keys within keys, where the file holds several;
             - an id of the Hugging Face hub, ``"org/name"`` or ``"org/name@revision"``, where there
               is no such path: its weights, configuration and tokenizer are downloaded.
 
@@ -81,7 +81,7 @@ def open_weights(path: str | Path) -> Weights:
 def _open_file(path: Path, key: str) -> Weights:
     if not path.is_file():
         raise InputError(f"there is no file or folder '{path}'; check the path")
-    is_pickle = path.suffix.lower() in PICKLES
+    is_pickle = path.name.lower().endswith(PICKLES)
     if key and not is_pickle:
         raise InputError(
             f"'{path}' has no keys such as '{key}', as only a checkpoint of torch.save has; leave "

@@ -11,6 +11,7 @@ import platform
 import struct
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +51,7 @@ if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
     DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
+_POINTER = b"version https://git-lfs.github.com/"  # how the files begin that Git has of large ones
 _LONGEST_HEADER = 100_000_000  # what readers of safetensors accept
 # Maps that one checkpoint keeps at a time: each holds a file handle, and a system gives a process
 # as few as 256.
@@ -121,7 +123,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorLocation], dict[str, str]]:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length), object_pairs_hook=once_each)
     except (SafetensorError, ValueError, struct.error) as error:
-        raise not_safetensors(path, error) from error
+        raise not_whole(path, error) from error
     metadata = header.pop("__metadata__", None) or {}
     found = {name: _location(path, name, entry, 8 + length) for name, entry in header.items()}
     return dict(sorted(found.items(), key=lambda item: item[1][2:])), metadata
@@ -180,11 +182,17 @@ def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def not_safetensors(path: str | Path, reason: object) -> InputError:
-    """Make the error for a damaged file."""
+def not_whole(path: str | Path, reason: object, kind: str = "safetensors file") -> InputError:
+    """Make the error for a file that is not of the kind that its name says, or damaged."""
+    with suppress(OSError), open(path, "rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            return InputError(
+                f"'{path}' is a pointer of Git LFS in place of the file itself; fetch that with "
+                "git lfs pull"
+            )
     return InputError(
-        f"'{path}' is not a whole safetensors file ({reason}); it is corrupt, cut short or of "
-        "another format: write or download it again"
+        f"'{path}' is not a whole {kind} ({reason}); it is corrupt, cut short or of another "
+        "format: write or download it again"
     )
 
 
@@ -208,7 +216,7 @@ def _location(path: Path, name: str, entry: dict[str, Any], data: int) -> Tensor
             f"one of {', '.join(DTYPES)}"
         )
     if any(size >= 1 << 63 for size in shape):
-        raise not_safetensors(path, f"'{name}' has the shape {shape}")
+        raise not_whole(path, f"'{name}' has the shape {shape}")
     return TensorLocation(DTYPES[code], torch.Size(shape), data + start, data + stop)
 
 

@@ -108,7 +108,8 @@ def write_weights(
                     (hidden / side).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(source, hidden / side)
                 for name, text in texts.items():
-                    (hidden / name).write_bytes(text.encode())
+                    # Names of files, of which a card tells, may be no text.
+                    (hidden / name).write_bytes(text.encode(errors="backslashreplace"))
             opened_files = [
                 opened.enter_context(_NewFile(hidden if _is_file(path) else hidden / name, header))
                 for name, header in headers.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -244,11 +245,12 @@ def moved(base: Tensor, change: Tensor, scale: float, dtype: torch.dtype | None 
 
 
 def check_scale(scale: Any, what: str = "the scale") -> float:
-    """Make sure that a scale is a finite number; `what` is how the error calls it."""
+    """Make sure that a scale is a number that float32 holds; `what` is how the error calls it."""
     number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-    if number and math.isfinite(scale):
+    if number and abs(scale) <= torch.finfo(torch.float32).max:
         return float(scale)
-    raise InputError(f"{what} must be a finite number, not {scale!r}")
+    held = ", which float32 does not hold" if number and abs(scale) < math.inf else ""
+    raise InputError(f"{what} must be a finite number, not {scale!r}{held}")
 
 
 def check_floating(tensors: Mapping[str, Tensor], what: str) -> None:
@@ -276,17 +278,18 @@ def check_same_layout(
     than: str,
     *,
     partly: bool = False,
-    remedy: str = "",
+    of_files: bool = False,
 ) -> None:
     """Make sure that two sets of tensors have the same names and shapes.
 
     `what` and `than` are how the error calls them; `partly` allows the first to lack names;
-    `remedy` is what else can be done about a prefix of the first.
+    `of_files` names what merging files can do about it.
     """
     missing = [] if partly else [name for name in like if name not in tensors]
     extra = [name for name in tensors if name not in like]
     if missing or extra:
-        hint = _prefix_hint(tensors, like, what, remedy) or _prefix_hint(like, tensors, than)
+        strip = ", or give strip_prefix" if of_files else ""
+        hint = _prefix_hint(tensors, like, what, strip) or _prefix_hint(like, tensors, than)
         raise InputError(
             f"{what} has other tensors than {than}; missing: {listing(missing)}; "
             f"extra: {listing(extra)}.{hint} Both must come from one architecture"
@@ -297,7 +300,8 @@ def check_same_layout(
         if tensor.shape != like[name].shape
     ]
     if shapes:
-        raise InputError(f"{what} has other shapes than {than}: {listing(shapes)}")
+        leave_out = "; exclude what is not to be merged" if of_files else ""
+        raise InputError(f"{what} has other shapes than {than}: {listing(shapes)}{leave_out}")
 
 
 def check_same_dtypes(
@@ -317,10 +321,11 @@ def check_same_dtypes(
 
 def _prefix_hint(wrapped: Iterable[str], bare: Iterable[str], what: str, remedy: str = "") -> str:
     """Tell if names differ by a prefix, the usual mark of a wrapper around the model."""
-    wrapped, bare = list(wrapped), list(bare)
-    for name in wrapped if bare else []:
-        prefix = name.removesuffix(bare[0])
-        if prefix and prefix != name and {prefix + other for other in bare} <= set(wrapped):
+    wrapped, known = list(wrapped), set(bare)
+    ends = ((name, dot.end()) for name in wrapped for dot in re.finditer(r"\.", name))
+    for prefix in dict.fromkeys(name[:end] for name, end in ends if name[end:] in known):
+        plain = {name.removeprefix(prefix) for name in wrapped if name.startswith(prefix)}
+        if known <= plain or (len(plain) == len(wrapped) and plain <= known):
             return f" Names in {what} begin with '{prefix}': save both in one way{remedy}."
     return ""
 

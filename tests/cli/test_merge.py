@@ -57,6 +57,14 @@ def output(folder, name="m.safetensors"):
     return read(folder / name)
 
 
+@pytest.mark.parametrize("before", [[], ["task0.safetensors"]])
+def test_names_after_two_dashes_may_begin_with_one(merge, files, before):
+    (files / "task1.safetensors").rename(files / "-1.safetensors")
+    code, text, _ = merge("--", "-1.safetensors", files=before)
+    assert code == 0
+    assert f"merged from {len(before) + 1} task" in text
+
+
 def test_it_merges_and_tells_what_it_did(merge, files, base, tasks):
     code, printed, complained = merge()
     assert (code, complained) == (0, "")

@@ -190,7 +190,7 @@ def test_impossible_ranks_are_refused(base, adapters, tmp_path, rank, message):
 
 def test_what_is_no_adapter_is_refused_by_name(base, adapters, tmp_path):
     merge_checkpoints(base, adapters, tmp_path / "tuned.safetensors")
-    wrong = "only LoRA adapters merge into one, but .*tuned.safetensors holds weights or changes"
+    wrong = "only LoRA adapters merge into one, and these are none: .*tuned.safetensors. What they"
     with pytest.raises(InputError, match=wrong):
         merge_checkpoints(base, [tmp_path / "tuned.safetensors"], tmp_path / "m", lora_rank=2)
     with pytest.raises(InputError, match="lora_rank keeps the names of adapters"):

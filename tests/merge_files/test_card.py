@@ -1,7 +1,9 @@
 """A merged folder has a model card: what it is made of, and the command that makes it again."""
 
 import json
+import os
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -144,6 +146,16 @@ def test_a_card_that_is_none_does_no_harm(models, content):
     Path("base/README.md").write_bytes(content)
     merge_checkpoints("base", ["one"], "out")
     assert "license" not in card("out")[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text elsewhere")
+@pytest.mark.parametrize("given", [("base", "one"), ("one", "base")])
+def test_names_of_files_that_are_no_text(models, given):
+    odd = os.fsdecode(b"b\xff")
+    Path("base").rename(odd)
+    base, task = (odd if name == "base" else name for name in given)
+    merge_checkpoints(base, [task], "out")
+    assert "`b\\udcff`" in card("out")[1]
 
 
 def test_a_file_has_no_card_and_a_folder_of_a_file_has_one(models):

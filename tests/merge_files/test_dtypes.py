@@ -72,6 +72,15 @@ def test_one_byte_is_read_beside_others_and_stays_where_the_base_has_it(tmp_path
         assert torch.equal(found.float(), task["w"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_variances_of_one_byte_are_looked_at_like_others(tmp_path, dtype):
+    base = {"w": torch.ones(2), "bn.running_var": torch.ones(3).to(dtype)}
+    task = {"w": torch.zeros(2), "bn.running_var": torch.full((3,), 2.0).to(dtype)}
+    assert merged(tmp_path, base, task)["bn.running_var"].float().tolist() == [2, 2, 2]
+    with pytest.raises(InputError, match="holds a negative variance"):
+        merged(tmp_path, base, task | {"bn.running_var": -task["bn.running_var"].float()})
+
+
 def test_the_configuration_names_the_dtype_that_is_written_in_all_its_parts(tmp_path):
     parts = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
     parts |= {"num_hidden_layers": 1}

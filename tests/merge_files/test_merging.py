@@ -30,6 +30,7 @@ from cl_merge.merge_files.hashing import ContentHash
 from cl_merge.mergers import MERGERS, MaxMagnitude, get_merger, merge
 from cl_merge.mergers.chunks import chunk_size
 from cl_merge.mergers.stack import StackMerger
+from cl_merge.storage import Weights
 from cl_merge.task_vectors.task_vector import TaskVector
 
 any_method = pytest.mark.parametrize("method", METHODS)
@@ -371,3 +372,19 @@ def test_weights_multiply_task_vectors(tmp_path, method, kind):
         merge_checkpoints(before, files, out, weights=[1.0], overwrite=True)
     with pytest.raises(InputError, match="a weight must be a finite number"):
         merge_checkpoints(before, files, out, weights=[1.0, float("nan")], overwrite=True)
+
+
+@pytest.mark.parametrize("method", ["magmax", "ties"])
+def test_the_work_for_a_tensor_does_not_grow_with_their_number(tmp_path, method, monkeypatch):
+    asked, shape = [], Weights.shape
+    monkeypatch.setattr(Weights, "shape", lambda *args: asked.append(args[1]) or shape(*args))
+    each = []
+    for number in (20, 200):
+        base = {f"layer{i}": torch.full((2,), float(i)) for i in range(number)}
+        tasks = [{name: tensor + 1 for name, tensor in base.items()}] * 3
+        weights = zip(("base", "t0", "t1", "t2"), (base, *tasks), strict=True)
+        start, *files = [write(tmp_path, f"{n}{number}", w, "safetensors") for n, w in weights]
+        asked.clear()
+        merge_checkpoints(start, files, tmp_path / f"{number}.safetensors", method=method)
+        each.append(len(asked) / number)
+    assert each[1] <= each[0]

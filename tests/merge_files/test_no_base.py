@@ -186,7 +186,9 @@ def test_what_is_refused_without_a_base(tmp_path, out):
     TaskVector({n: torch.ones(s) for n, s in SHAPES.items()}).save(vector)
     nan = write(tmp_path, "nan", weights(0) | {"b": torch.full((13,), math.nan)}, "safetensors")
     for given, options, message in (
-        ([], {}, "no file to merge; give at least one checkpoint"),
+        ([], {}, "no task to merge; give at least one checkpoint"),
+        ([], {"lora_rank": 2}, "no task to merge; give at least one checkpoint"),
+        ([], {"lora_rank": "auto"}, "no task to merge; give at least one checkpoint"),
         ([one, one], {"scale": 0.5}, "a scale is of changes to a base, and there is none"),
         (
             [one, vector],

@@ -69,11 +69,21 @@ def test_a_prefix_beside_other_names_is_noticed_too(tmp_path, out, small):
     assert "missing: none; extra: loss.weight. Both must" in message
 
 
+@pytest.mark.parametrize("names", [["w"], ["w", "b"]])
+def test_a_prefix_of_a_part_of_the_names_is_noticed_too(tmp_path, out, small, names):
+    base = write(tmp_path, "base", small, "safetensors")
+    task = tmp_path / "task.safetensors"
+    TaskVector({f"model.{name}": torch.zeros(small[name].shape) for name in names}).save(task)
+    message = refused(tmp_path, out, base, task)
+    assert "Names in 'task.safetensors' begin with 'model.': save both in one way, or " in message
+
+
 def test_other_shapes(tmp_path, out, small):
     base = write(tmp_path, "base", small, "safetensors")
     task = write(tmp_path, "task", {**small, "w": torch.zeros(3, 2)}, "pt")
     assert refused(tmp_path, out, base, task) == (
-        "'task.pt' has other shapes than the base 'base.safetensors': w (3, 2) instead of (2, 3)"
+        "'task.pt' has other shapes than the base 'base.safetensors': w (3, 2) instead of (2, 3); "
+        "exclude what is not to be merged"
     )
 
 
@@ -99,7 +109,7 @@ def test_a_task_vector_of_another_model(tmp_path, out, small):
     TaskVector({"w": torch.zeros(3)}).save(path)
     assert refused(tmp_path, out, base, path) == (
         "'task.safetensors' has other shapes than the base 'base.safetensors': w (3,) instead of "
-        "(2, 3)"
+        "(2, 3); exclude what is not to be merged"
     )
     TaskVector({"n": torch.tensor(1.0)}).save(path)
     assert refused(tmp_path, out, base, path) == (

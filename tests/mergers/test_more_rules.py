@@ -224,6 +224,12 @@ def test_a_bad_importance_is_named_and_nothing_is_folded(importance, message):
             "expected 0 or more, and below 1",
         ),
         ("consensus", {"least": 0}, "least must be a whole number of 1 or more, not 0"),
+        ("ema", {"decay": 10**400}, f"decay must be a number from 0 to 1, not {10**400}"),
+        (
+            "consensus",
+            {"threshold": 10**400},
+            f"threshold must be a number from 0 to inf, not {10**400}",
+        ),
         ("consensus", {"threshold": "1"}, "threshold must be a number from 0 to inf, not '1'"),
         ("ema", {"decay": 1.5}, "decay must be a number from 0 to 1, not 1.5"),
     ],

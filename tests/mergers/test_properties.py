@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from merger_cases import ANY_NUMBER, CHANGING_ONE, DROPPING_NOTHING
 
 from cl_merge.kernels.random_bits import random_bits
+from cl_merge.merge_files.work import new_state
 from cl_merge.mergers import RandomMix, get_merger, merge
-from cl_merge.mergers.base import fold_chunk, zeros
+from cl_merge.mergers.base import fold_chunk
 from cl_merge.mergers.chunks import Reader, ResultInfo
 from cl_merge.seeds import derive_seed
 
@@ -130,8 +131,7 @@ def test_a_rule_may_be_driven_one_chunk_at_a_time_over_all_tasks(method, vectors
             part = slice(start, min(start + step, tensor.numel()))
             state = parts[name, start] = {}
             for task, (vector, of_task) in enumerate(zip(vectors, prepared, strict=True)):
-                size = torch.Size([part.stop - start])
-                state |= zeros(merger.new_accumulators(task), size, tensor.device)
+                state |= new_state(merger, task, tensor.shape, part.stop - start)
                 fold_chunk(merger, state, Reader.of(vector), (name, part), task, of_task)
     total = sum(merger.global_count(state)[0] for state in parts.values())
     expected = merge(vectors, method)

@@ -48,6 +48,16 @@ def refuses(path, match=None):
     return str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["m.safetensors", "m.pt", "model-1.safetensors"])
+def test_a_pointer_of_git_lfs_is_told_from_a_damaged_file(tmp_path, name):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 300\n"
+    (tmp_path / name).write_text(pointer)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    path = index if name.startswith("model") else tmp_path / name
+    refuses(path, f"{name}' is a pointer of Git LFS in place of the file itself; fetch that with")
+
+
 def with_header(header, data=b"\0" * 8, length=None):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data

@@ -1,11 +1,13 @@
 """LoRA adapters of peft are task vectors: what peft itself makes of them, or a refusal."""
 
 import json
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from cl_merge.errors import InputError
 from cl_merge.merge_files import merge_checkpoints
@@ -119,6 +121,31 @@ def test_adapters_of_other_kinds_are_refused(tmp_path):
         open_weights(tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     with pytest.raises(InputError, match="holds more than factors A and B of layers: x"):
+        open_weights(tmp_path)
+
+
+FACTORS = {f"base_model.model.l.lora_{name}.weight": torch.ones(2, 2) for name in "AB"}
+A, B = FACTORS
+DAMAGED = {
+    "no alpha": ({"lora_alpha": None}, {}, "gives no number lora_alpha for 'l'"),
+    "infinite alpha": ({"lora_alpha": math.inf}, {}, "gives no number lora_alpha for 'l'"),
+    "a pattern that is none": ({"alpha_pattern": {"(": 1}}, {}, "lora_alpha for 'l' .missing"),
+    "a list of patterns": ({"alpha_pattern": ["l"]}, {}, "gives no number lora_alpha for 'l'"),
+    "no product": ({}, {A: torch.ones(3, 2)}, r"B of 'l' is \(2, 2\) and A is \(3, 2\), which"),
+    "rank 0": ({}, {A: torch.ones(0, 2), B: torch.ones(2, 0)}, "which have no product"),
+    "integers": ({}, {A: torch.ones(2, 2, dtype=torch.int8)}, "the factors of 'l' are integers"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_adapters_are_refused_when_they_are_opened(tmp_path, case):
+    config, factors, message = DAMAGED[case]
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"} | config))
+    save_file(FACTORS | factors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=message):
+        open_weights(tmp_path)
+    save_file({}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="holds no factors A and B of layers"):
         open_weights(tmp_path)
 
 

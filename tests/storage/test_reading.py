@@ -127,6 +127,14 @@ def test_a_training_checkpoint_gives_its_weights(tmp_path, opened, same, key):
     same(opened(tmp_path / "m.pt"), simple())
 
 
+@pytest.mark.parametrize("name", ["model_best.pth.tar", "checkpoint-3.PTH.TAR"])
+def test_a_checkpoint_as_timm_names_it(tmp_path, opened, same, name):
+    torch.save({"state_dict": simple(), "state_dict_ema": simple("a", "b")}, tmp_path / name)
+    same(opened(tmp_path / name), simple())
+    same(opened(tmp_path), simple())
+    same(opened(f"{tmp_path / name}:state_dict_ema"), simple("a", "b"))
+
+
 def test_a_wrapper_before_all_names_is_left_out(tmp_path, opened, same):
     torch.save({"state_dict": simple("module.a", "module.b")}, tmp_path / "m.pt")
     same(opened(tmp_path / "m.pt"), simple())

@@ -524,6 +524,12 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path, write):
         write(tmp_path / "file" / "m.safetensors", {"a": torch.ones(2)})
 
 
+@pytest.mark.parametrize("name", ["a" * 235 + ".safetensors", "ä" * 124])
+def test_a_name_that_is_too_long_is_named(tmp_path, write, name):
+    with pytest.raises(StorageError, match="' cannot be written \\(File name too long\\)"):
+        write(tmp_path / name, {"a": torch.ones(2)})
+
+
 @pytest.mark.parametrize(
     ("name", "dtype", "match"),
     [

@@ -228,6 +228,14 @@ def test_a_scale_that_is_no_finite_number_is_an_error(scale):
     assert error_of(vector.__mul__, scale) == message
 
 
+@pytest.mark.parametrize("scale", [1e39, -(10**400)])
+def test_a_scale_that_float32_does_not_hold_is_an_error(scale):
+    vector = TaskVector({"w": torch.ones(1)})
+    message = f"the scale must be a finite number, not {scale!r}, which float32 does not hold"
+    assert error_of(vector.apply_to, {"w": torch.ones(1)}, scale=scale) == message
+    assert error_of(vector.__mul__, scale) == message
+
+
 def test_only_floating_point_tensors_make_a_task_vector():
     tensors = {"w": torch.ones(1), "steps": torch.tensor(1), "mask": torch.tensor(True)}
     assert error_of(TaskVector, tensors) == (
