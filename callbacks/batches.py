@@ -106,7 +106,25 @@ def all_logits(module: Any, batch: Any, *, asking: str, give: str) -> tuple[Tens
 def logits_of(given: Logits | None, asking: str) -> Logits:
     """The function that was given to a callback, or else what makes logits of most modules."""
     give = f"{asking}(logits=...), {LOGITS}"
-    return given or partial(task_logits, asking=asking, give=give)
+    return pairs_of(given, give) if given else partial(task_logits, asking=asking, give=give)
+
+
+def pairs_of(given: Logits, give: str) -> Logits:
+    """The user's function of module and batch, which must return two tensors; what to give."""
+    return partial(_pair, given, give)
+
+
+def _pair(given: Logits, give: str, module: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    found: Any = given(module, batch)
+    if isinstance(found, (tuple, list)) and [isinstance(t, Tensor) for t in found] == [True, True]:
+        return found[0], found[1]
+    raise wrong_result(found, give)
+
+
+def wrong_result(found: object, give: str) -> InputError:
+    """Make the error for what a user's function returned; it says what to give."""
+    many = f" of {len(found)}" if isinstance(found, (tuple, list)) else ""
+    return InputError(f"the function returned a {type(found).__name__}{many}; give {give}")
 
 
 def task_logits(module: Any, batch: Any, *, asking: str, give: str) -> tuple[Tensor, Tensor]:

@@ -94,15 +94,13 @@ class MergeCallback(EvaluationCallback):
             joined or grown, ``base.safetensors`` with their base, to merge the files with.
         device: Where the base and the merged vector are kept; None is where the module trains.
             ``"cpu"`` saves the memory of the other device.
-        save_state: Whether checkpoints hold the base and all that is merged so far. Without it they
-            are smaller, and no task can be resumed from them.
+        save_state: Whether checkpoints hold the base and all that is merged, to resume tasks from.
         held_out: For ``scale="auto"``: makes a loader of the held-out images of the tasks so far;
             None asks the trainer's data module for its ``held_out_dataloader()``.
         logits: For methods that weigh elements, such as ``"fisher"``: as of `EWC`.
         loss: For methods that weigh elements: as of `EWC`.
         importance_samples: For methods that weigh elements: estimate the diagonal Fisher from at
-            most so many samples of a task, one backward pass each, with labels drawn from the
-            predictions; None uses all.
+            most so many samples of a task, with labels drawn from the predictions; None uses all.
         **options: Options of the method, such as ``density`` for TIES; a `Merger` has its own.
 
     Attributes:
@@ -157,7 +155,7 @@ class MergeCallback(EvaluationCallback):
         self._choice = as_choice(scale)
         self.stream = StreamMerger(
             None,
-            as_merger(method, options),
+            as_merger(method, options, type(self)),
             scale=None if self._choice else scale,  # type: ignore[arg-type]  # checked there
             start=start,
             buffers=buffers,
@@ -285,6 +283,8 @@ class MergeCallback(EvaluationCallback):
         self.stream.note_base(resumed=self._resumed)
         if self.merger.weighted:
             try_importance(trainer, module, batch, **self._importance)
+        if isinstance(self._choice, DriftScale):
+            self._choice.try_batch(trainer, module, batch)
 
     @override
     def watch(self) -> None:

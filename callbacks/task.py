@@ -58,6 +58,9 @@ class TaskCallback(Callback, ABC):
         self._resumed = False
         self._unfinished = False  # whether a checkpoint that is evaluated is of within a task
 
+    def __repr__(self) -> str:
+        return f"<{self.state_key}: tasks={self.tasks}>"
+
     @property
     @abstractmethod
     def tasks(self) -> int:

@@ -201,7 +201,7 @@ def compared_methods(name: str, compare: bool | str | list[str]) -> list[Method]
     elif compare is True:
         wanted |= {m.name: m for m in METHODS.values() if m.training in (*_PLAIN, own.training)}
     elif isinstance(compare, (str, list)):
-        for other in [compare] if isinstance(compare, str) else compare:
+        for other in compare.split(",") if isinstance(compare, str) else compare:
             wanted |= {(method := find_method(other)).name: method}
     elif compare:
         raise InputError(f"compare={compare}; expected true, false, all, or a list of methods")

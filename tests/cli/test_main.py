@@ -74,3 +74,25 @@ def test_threads_that_wait_give_their_core_away_unless_the_user_says_how(given, 
     monkeypatch.setattr(os, "environ", dict(given))
     share_cores()
     assert os.environ == then
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["merge", "base", "task", "--out", "m", "--density", "0.3"],
+            "Options of a method follow --set, as in --set density=0.3",
+        ),
+        (["merge", "base", "task", "--out", "m", "--weights", "1"], "did you mean '--weight'?"),
+        (["run", "--stream.tasks", "5"], "Settings are written without dashes"),
+        (["bench", "offline", "--sedes", "3"], "--sedes; did you mean '--seeds'?"),
+    ],
+)
+def test_an_unknown_option_shows_the_usage_of_its_command_and_what_was_meant(
+    words, message, capsys
+):
+    with pytest.raises(SystemExit):
+        cli.main(words)
+    complained = capsys.readouterr().err
+    assert f"usage: cl-merge {words[0]}" in complained
+    assert message in complained
