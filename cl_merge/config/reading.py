@@ -170,7 +170,9 @@ def _merged(config: DictConfig, layer: Mapping[str, Any], origin: str) -> DictCo
             raise InputError(f"{origin}: unknown key '{unknown}'{near}") from error
         except OmegaConfBaseException as error:
             where = f"{error.full_key}: " if error.full_key else ""
-            raise InputError(f"{origin}: {where}{_first_line(error)}") from error
+            wants_list = "is not a ListConfig" in str(error)
+            why = "expected a list, as in [a,b]" if wants_list else _first_line(error)
+            raise InputError(f"{origin}: {where}{why}") from error
     return config
 
 

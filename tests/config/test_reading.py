@@ -105,6 +105,7 @@ def test_every_key_says_what_it_means():
             "the command line: unknown key 'stream.taks'; did you mean 'stream.tasks'?",
         ),
         ("methd=ties", "the command line: unknown key 'methd'; did you mean 'method'?"),
+        ("probe=digits", "the command line: probe: expected a list, as in [a,b]"),
         ("lr=1", "the command line: unknown key 'lr'; did you mean 'optimizer.lr'?"),
         (
             "max_epochs=1",
