@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import lightning as L
@@ -18,6 +17,7 @@ from cl_merge.callbacks.batches import (
     Logits,
     all_logits,
     from_datamodule,
+    pairs_of,
     sum_over_processes,
     to_module,
     trying,
@@ -154,8 +154,9 @@ class AutoScale:
 
     def _classify(self, module: Any, batch: Any) -> tuple[Tensor, Tensor]:
         give = f"scale=AutoScale(logits=...), {LOGITS}"
-        classify = self.logits or partial(all_logits, asking="MergeCallback", give=give)
-        return classify(module, batch)
+        if self.logits is not None:
+            return pairs_of(self.logits, give)(module, batch)
+        return all_logits(module, batch, asking="MergeCallback", give=give)
 
 
 def held_out_batches(trainer: L.Trainer, own: Loader | None) -> Iterable[Any]:
@@ -166,5 +167,10 @@ def held_out_batches(trainer: L.Trainer, own: Loader | None) -> Iterable[Any]:
             "scale='auto' needs images that are not trained on: give MergeCallback(held_out=...), "
             "a function that makes a loader of those of the tasks so far, or fit with a datamodule "
             "that has held_out_dataloader(), such as TaskStream(..., held_out=0.1)"
+        )
+    if not callable(own):
+        raise InputError(
+            f"held_out is a {type(own).__name__}; expected a function that makes a loader of the "
+            "held-out images of the tasks so far, as in held_out=lambda: loader"
         )
     return own()

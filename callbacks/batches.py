@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -105,6 +106,24 @@ def all_logits(module: Any, batch: Any, *, asking: str, give: str) -> tuple[Tens
     if getattr(forward, "__qualname__", "") == "LightningModule.forward":  # of whichever package
         raise InputError(f"{asking} asks the module for logits, but it has no forward; give {give}")
     return module(inputs), targets
+
+
+def pairs_of(given: Logits, give: str) -> Logits:
+    """The user's function of module and batch, which must return two tensors; what to give."""
+    return partial(_pair, given, give)
+
+
+def _pair(given: Logits, give: str, module: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    found: Any = given(module, batch)
+    if isinstance(found, (tuple, list)) and [isinstance(t, Tensor) for t in found] == [True, True]:
+        return found[0], found[1]
+    raise wrong_result(found, give)
+
+
+def wrong_result(found: object, give: str) -> InputError:
+    """Make the error for what a user's function returned; it says what to give."""
+    many = f" of {len(found)}" if isinstance(found, (tuple, list)) else ""
+    return InputError(f"the function returned a {type(found).__name__}{many}; give {give}")
 
 
 def task_logits(module: Any, batch: Any, *, asking: str, give: str) -> tuple[Tensor, Tensor]:

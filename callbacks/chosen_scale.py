@@ -63,6 +63,11 @@ class ChosenScale:
         if self._choice is not None:
             self._choice.prepare(trainer, module, self._held_out)
 
+    def try_batch(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
+        """Try a task's first batch: what fails shows before the task trains."""
+        if isinstance(self._choice, DriftScale):
+            self._choice.try_batch(trainer, module, batch)
+
     def choose(self, stream: StreamMerger, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Choose the scale of what a stream has merged so far, and set it."""
         if self._choice is None:

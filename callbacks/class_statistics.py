@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from cl_merge.callbacks.batches import from_datamodule, sum_over_processes, trying
-from cl_merge.callbacks.features import Features, check_own_features, own_features, read_features
+from cl_merge.callbacks.features import (
+    Features,
+    check_own_features,
+    features_of,
+    own_features,
+    read_features,
+)
 from cl_merge.callbacks.merge import MergeCallback
 from cl_merge.callbacks.others import attached
 from cl_merge.callbacks.task import EvaluationCallback
@@ -45,16 +51,14 @@ class ClassStatistics(EvaluationCallback):
 
     Merging holds on to what the weights of each task knew, but the model never sees two tasks
     together, and mixes their classes up. What tells them apart needs no image: a mean for each
-    class, one covariance, and a few directions in which each class varies more than that, which
-    make a discriminant. They take a few megabytes, whatever the number of tasks and images.
+    class, one covariance, and a few directions in which each class varies more than that.
 
     After each task one pass over its images reads their features under the base weights, whose
     statistics stay true for ever, and under the merged ones, whose statistics
     `cl_merge.class_statistics.DriftCompensation` moves on as the merged model drifts; the less
     it does (``scale="drift"``), the truer they are. How much statistics and text head count is
     chosen on the images of all tasks, each when its task ends and leave-one-out. Sums are exact:
-    under DDP, in any order, they are the same bits. Nothing is drawn from the global random
-    generators of the CPU, so that training is the same with and without it.
+    under DDP, in any order, they are the same bits. Training is the same with and without it.
 
     Works beside `MergeCallback`, after which it must run, or alone, where the merged weights are
     those that training left. Use one instance for the whole stream. In a `CLIPClassifier` the vote
@@ -74,8 +78,7 @@ class ClassStatistics(EvaluationCallback):
             ``module.features(batch[0]), batch[1]``. Of a `CLIPClassifier` they must be its
             own, however they come out of a batch.
         images: Makes batches of the task's images, each exactly once over all processes. None asks
-            the trainer's data module for its ``task_dataloader()``, and takes one more epoch over
-            the training data where it has none.
+            the data module for its ``task_dataloader()``, or else reads one more training epoch.
         classes: Number of classes, for modules whose ``head`` does not tell.
         ridge: See `DriftCompensation`.
         hold: See `DriftCompensation`.
@@ -130,7 +133,7 @@ class ClassStatistics(EvaluationCallback):
         self.base_buffers: dict[str, Tensor] = {}
         self.statistics: StreamStatistics | None = None
         self._text = text
-        self._features = features or own_features
+        self._features = features_of(features)
         self._images = images
         self._classes = classes
         self._options: dict[str, Any] = {"ridge": ridge, "hold": hold, "rank": rank}

@@ -18,6 +18,7 @@ from cl_merge.callbacks.batches import (
     sum_over_processes,
     to_module,
     training_batches,
+    trying,
 )
 from cl_merge.callbacks.features import check_own_features, give_features, image_features_of
 from cl_merge.callbacks.others import is_kind
@@ -91,6 +92,11 @@ class DriftScale:
                 "scale='drift' needs whole parameters, and ModelParallelStrategy shards them; give "
                 "a number, or choose strategy='ddp'"
             )
+
+    def try_batch(self, trainer: L.Trainer, module: L.LightningModule, batch: Any) -> None:
+        """Make features of a task's first batch: what fails shows before the task trains."""
+        with trying(trainer, module):
+            self._features(trainer, module, batch)
 
     def batches(
         self, trainer: L.Trainer, module: L.LightningModule, held_out: Any

@@ -14,9 +14,11 @@ from torch.func import functional_call
 from cl_merge.callbacks.batches import (
     inputs_and_targets,
     own_samples,
+    pairs_of,
     sum_over_processes,
     to_module,
     training_batches,
+    wrong_result,
 )
 from cl_merge.class_statistics import unit
 from cl_merge.errors import InputError
@@ -47,6 +49,11 @@ class TaskFeatures(NamedTuple):
     labels: Tensor  # int64 [N]
 
 
+def features_of(given: Features | None) -> Features:
+    """The function that was given to `ClassStatistics`, or else the module's own features."""
+    return pairs_of(given, _GIVE) if given else own_features
+
+
 def own_features(module: Any, batch: Any) -> tuple[Tensor, Tensor]:
     """The features of a batch of images and labels by the module's own method ``features``."""
     check_own_features(module, _GIVE)
@@ -62,7 +69,17 @@ def check_own_features(module: Any, give: str = _GIVE) -> None:
 
 def image_features_of(given: ImageFeatures | None, asking: str, argument: str) -> ImageFeatures:
     """The function that was given to a callback as an argument, or else the module's own one."""
-    return given or partial(_image_features, asking=asking, give=give_features(argument))
+    give = give_features(argument)
+    if given is None:
+        return partial(_image_features, asking=asking, give=give)
+    return partial(_one_tensor, given, give)
+
+
+def _one_tensor(given: ImageFeatures, give: str, module: Any, batch: Any) -> Tensor:
+    found: Any = given(module, batch)
+    if isinstance(found, Tensor):
+        return found
+    raise wrong_result(found, give)
 
 
 def _image_features(module: Any, batch: Any, *, asking: str, give: str) -> Tensor:

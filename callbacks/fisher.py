@@ -19,6 +19,7 @@ from cl_merge.callbacks.batches import (
     LOGITS,
     Logits,
     own_samples,
+    pairs_of,
     sum_over_processes,
     task_logits,
     training_batches,
@@ -158,7 +159,9 @@ class TaskFisher:
     def classify(self) -> Logits:
         """Makes logits and targets of module and batch."""
         give = f"{self.asking}(logits=...), {LOGITS}"
-        return self.logits or partial(task_logits, asking=self.asking, give=give)
+        if self.logits is not None:
+            return pairs_of(self.logits, give)
+        return partial(task_logits, asking=self.asking, give=give)
 
     def check(
         self, trainer: L.Trainer, module: L.LightningModule, batch: Any, *, singly: bool = True

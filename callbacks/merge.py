@@ -77,8 +77,8 @@ class MergeCallback(EvaluationCallback):
             for methods that weigh elements also ``importance0.safetensors``; once parameters have
             joined or grown, ``base.safetensors`` with their base, to merge the files with.
         device: Where the base and the merged vector are kept; None is where the module trains.
-        save_state: Whether checkpoints hold the base and all that is merged so far. Without it they
-            are smaller, and no task can be resumed from them.
+            ``"cpu"`` saves the memory of the other device.
+        save_state: Whether checkpoints hold the base and all that is merged, to resume tasks from.
         held_out: For ``scale="auto"``: makes a loader of the held-out images of the tasks so far;
             None asks the trainer's data module for its ``held_out_dataloader()``.
         logits: For methods that weigh elements, such as ``"fisher"``: as of `EWC`.
@@ -134,7 +134,7 @@ class MergeCallback(EvaluationCallback):
         **options: Any,
     ) -> None:
         super().__init__()
-        merger = as_merger(method, options)
+        merger = as_merger(method, options, type(self))
         self._scale = ChosenScale(scale, held_out, merger.published_scale)
         self._ends_in_steps = self._scale.chooses
         self.stream = StreamMerger(
@@ -280,6 +280,7 @@ class MergeCallback(EvaluationCallback):
         self.stream.note_base(resumed=self._resumed)
         if self.merger.weighted:
             self._fisher.check(trainer, module, batch)
+        self._scale.try_batch(trainer, module, batch)
 
     @override
     def watch(self) -> None:

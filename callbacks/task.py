@@ -62,6 +62,9 @@ class TaskCallback(Callback, ABC):
         self._resumed = False  # whether it is the rest of a task
         self._ends_in_steps = False  # whether `end_task` may raise with half of it done
 
+    def __repr__(self) -> str:
+        return f"<{self.state_key}: tasks={self.tasks}>"
+
     @property
     @abstractmethod
     def tasks(self) -> int:

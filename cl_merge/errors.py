@@ -56,14 +56,20 @@ def task_name(index: int) -> str:
     return f"task {index} (the {place}{ending})"
 
 
-def nearest(name: object, known: Iterable[str]) -> str:
+def nearest(name: object, known: Iterable[str], cutoff: float = 0.5) -> str:
     """End the sentence that calls a name unknown with the nearest known one, if one is near.
+
+    Nearest of all is one that ends in the name, behind a dot.
 
     Example:
         >>> "unknown key 'sead'" + nearest("sead", ["seed", "data"])
         "unknown key 'sead'; did you mean 'seed'?"
+        >>> "unknown key 'lr'" + nearest("lr", ["out", "optimizer.lr"])
+        "unknown key 'lr'; did you mean 'optimizer.lr'?"
     """
-    found = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    names = list(known)
+    found = [known for known in names if known.endswith(f".{name}")]
+    found += difflib.get_close_matches(str(name), names, n=1, cutoff=cutoff)
     return f"; did you mean '{found[0]}'?" if found else "."
 
 

@@ -210,7 +210,8 @@ def compared_methods(name: str, compare: bool | str | list[str]) -> list[Method]
     elif compare is True:
         wanted |= {m.name: m for m in METHODS.values() if m.training in (*_PLAIN, own.training)}
     elif isinstance(compare, (str, list)):
-        for method in map(find_method, [compare] if isinstance(compare, str) else compare):
+        given = compare.split(",") if isinstance(compare, str) else compare
+        for method in map(find_method, given):
             check_same_method(method, wanted.setdefault(method.name, method))
     elif compare:
         raise InputError(f"compare={compare}; expected true, false, all, or a list of methods")

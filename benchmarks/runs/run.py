@@ -250,8 +250,8 @@ def _try_settings(config: RunConfig, method: Method) -> MergeCallback:
     check_loggers(config)
     if config.model == RunConfig.model and not find_data(config.data).recipe:
         log.warning(
-            "'%s' has no recipe, and %s, the default model, knows characters only; say model=, "
-            "optimizer.lr= and optimizer.warmup_steps=",
+            "'%s' has no recipe, and %s, the default model, knows characters only; choose model=, "
+            "and the optimizer.lr= and optimizer.warmup_steps= that go with it",
             config.data,
             config.model,
         )

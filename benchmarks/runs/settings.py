@@ -87,6 +87,8 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     config.source = None if config.source is None else absolute_source(config.source)
     config.probe = [absolute_data(str(name)) for name in config.probe]
     config.method = absolute_path(config.method)
+    if isinstance(config.compare, str) and config.compare != "all":
+        config.compare = config.compare.split(",")
     if isinstance(config.compare, list):
         config.compare = [absolute_path(str(name)) for name in config.compare]
     return config

@@ -10,7 +10,9 @@ from cl_merge import __version__
 from cl_merge.cli import bench, export, inspect, merge, predict, report, run
 from cl_merge.cli.process import Signals, StoppedError, share_cores, terminated_as_interrupted
 from cl_merge.cli.terminal import is_unread, own_terminal, say
-from cl_merge.errors import InputError, was_interrupted
+from cl_merge.errors import InputError, nearest, was_interrupted
+
+_NO_OPTIONS = {"base", "command", "execute", "fail", "files", "hint", "images", "run", "settings"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(command)
+        command.set_defaults(fail=command.error, hint=getattr(module, "HINT", ""))
     return made
 
 
@@ -70,7 +73,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     end = rest.index("--") if "--" in rest else len(rest)  # from which on words are no options
     unknown = [word for word in rest[:end] if word.startswith("-") or several is None]
     if unknown:
-        made.error(f"unrecognized arguments: {' '.join(unknown)}")
+        options = [f"--{name.replace('_', '-')}" for name in set(vars(parsed)) - _NO_OPTIONS]
+        near = nearest(unknown[0].partition("=")[0], sorted(options))
+        parsed.fail(f"unrecognized arguments: {' '.join(unknown)}{near} {parsed.hint}".rstrip())
     rest = [*rest[:end], *rest[end + 1 :]]
     if rest and several is not None:
         setattr(parsed, several, [*getattr(parsed, several), *rest])

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cl_merge.benchmarks.suites.plan import Job
 
 HELP = "fill a table of data sets, methods and seeds"
+HINT = "Settings are written without dashes, as in stream.batch_size=64"
 DESCRIPTION = """\
 Run a suite: every method on every data set, number of tasks and seed. Methods that share a training
 share it. What is done is never done again: the same command goes on where it was stopped, and tries

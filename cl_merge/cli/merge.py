@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cl_merge.merge_files import Merged
 
 HELP = "merge checkpoints, from files to a file"
+HINT = "Options of a method follow --set, as in --set density=0.3"
 DESCRIPTION = """\
 Merge fine-tuned checkpoints into the base that they were fine-tuned from.
 
@@ -150,7 +151,7 @@ def _arguments(parsed: argparse.Namespace) -> dict[str, Any]:
     if not parsed.files:
         raise InputError("give BASE and at least one TASK, or --config FILE")
     files = [parsed.base, *parsed.files] if parsed.no_base else parsed.files
-    options, method = parse_arguments(parsed.set), parsed.method or "magmax"
+    options, method = parse_arguments(parsed.set, "density=0.3"), parsed.method or "magmax"
     _check_options(method, options)
     return {
         "base": None if parsed.no_base else parsed.base,

@@ -206,7 +206,10 @@ class _File:
     def _check_tokenizer(self, base: str | None, models: list[str]) -> None:
         source, first = self._top.get("tokenizer_source"), base or next(iter(models), None)
         if source not in (None, "base", first):
-            self._wrong.append(f"tokenizer_source {source}: the tokenizer is copied from {first}")
+            self._wrong.append(
+                f"tokenizer_source {source} does not exist here: the tokenizer is copied from "
+                f"{first}; leave it out if that will do"
+            )
 
     def _options(
         self, name: str, method: _Method, shared: list[Any], own: list[Any]

@@ -13,6 +13,7 @@ from cl_merge.cli.terminal import quieten, show_findings, show_messages
 from cl_merge.errors import InputError, was_interrupted
 
 HELP = "learn a stream of tasks and show what merging gives"
+HINT = "Settings are written without dashes, as in stream.tasks=5"
 DESCRIPTION = """\
 Learn a stream of tasks, merge what each task changed, and show what that gives.
 

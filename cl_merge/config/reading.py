@@ -96,13 +96,13 @@ def logger_options(loggers: Any) -> dict[str, dict[str, Any]] | None:
     return {name: dict(options or {}) for name, options in loggers.items()}
 
 
-def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
+def parse_arguments(arguments: Sequence[str], example: str = "stream.tasks=5") -> dict[str, Any]:
     """Read ``key=value`` words into a tree of plain values; references stay as they are."""
     found = OmegaConf.create()
     for word in arguments:
         key, equals, _ = word.partition("=")
         if not equals or not key.strip("-"):
-            raise InputError(f"'{word}' is no setting; expected key=value, such as stream.tasks=5")
+            raise InputError(f"'{word}' is no setting; expected key=value, such as {example}")
         if key.startswith("-"):
             raise InputError(f"'{word}': settings are written without dashes: {word.lstrip('-')}")
         try:
@@ -166,11 +166,13 @@ def _merged(config: DictConfig, layer: Mapping[str, Any], origin: str) -> DictCo
             ) from error
         except ConfigKeyError as error:
             unknown = str(error.full_key)
-            near = nearest(unknown, described_keys())
+            near = nearest(unknown, [*described_keys(), *flat({"trainer": RunConfig().trainer})])
             raise InputError(f"{origin}: unknown key '{unknown}'{near}") from error
         except OmegaConfBaseException as error:
             where = f"{error.full_key}: " if error.full_key else ""
-            raise InputError(f"{origin}: {where}{_first_line(error)}") from error
+            wants_list = "is not a ListConfig" in str(error)
+            why = "expected a list, as in [a,b]" if wants_list else _first_line(error)
+            raise InputError(f"{origin}: {where}{why}") from error
     return config
 
 

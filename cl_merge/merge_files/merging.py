@@ -166,7 +166,7 @@ def merge_checkpoints(
     check_several(tasks=tasks, importances=importances)
     if not tasks:
         raise InputError("no task to merge; give at least one checkpoint or task vector")
-    merger = fresh_merger(method, options)
+    merger = fresh_merger(method, options, merge_checkpoints)
     adapters = lora_rank is not None
     if adapters and strip_prefix is not None:
         raise InputError("lora_rank keeps the names of adapters; leave strip_prefix out")

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import pkgutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -118,16 +118,22 @@ def get_merger(method: str, **options: Any) -> Merger:
     return _made(find_merger(method), method, options)
 
 
-def as_merger(method: str | Merger | type[Merger], options: Mapping[str, Any]) -> Merger:
+def as_merger(
+    method: str | Merger | type[Merger],
+    options: Mapping[str, Any],
+    caller: Callable[..., Any] | None = None,
+) -> Merger:
     """Make a merger of a name, a location or a class, or take one that is ready.
+
+    A name that is no option may have been meant for an argument of the caller, who takes both.
 
     Raises:
         InputError: If the method, an option or a value is wrong, or is beside a ready merger.
     """
     if isinstance(method, type) and issubclass(method, Merger):
-        return _made(method, method.name, options)
+        return _made(method, method.name, options, caller)
     if not isinstance(method, Merger):
-        return get_merger(method, **options)
+        return _made(find_merger(method), method, options, caller)
     if options:
         raise InputError(
             f"option {listing(options)} beside a ready Merger '{method.name}', which has its own; "
@@ -136,9 +142,13 @@ def as_merger(method: str | Merger | type[Merger], options: Mapping[str, Any]) -
     return method
 
 
-def fresh_merger(method: str | Merger | type[Merger], options: Mapping[str, Any]) -> Merger:
+def fresh_merger(
+    method: str | Merger | type[Merger],
+    options: Mapping[str, Any],
+    caller: Callable[..., Any] | None = None,
+) -> Merger:
     """Do as `as_merger`, and refuse a merger that has folded tasks before."""
-    merger = as_merger(method, options)
+    merger = as_merger(method, options, caller)
     if merger.tasks:
         tasks = "1 task vector" if merger.tasks == 1 else f"{merger.tasks} task vectors"
         raise InputError(f"the Merger '{merger.name}' has folded {tasks} already; give a fresh one")
@@ -190,11 +200,20 @@ def chosen_options(merger: Merger) -> dict[str, Any]:
     return {name: own for name, own in merger.options.items() if own != known[name].default}
 
 
-def _made(merger: type[Merger], method: str, options: Mapping[str, Any]) -> Merger:
+def _made(
+    merger: type[Merger],
+    method: str,
+    options: Mapping[str, Any],
+    caller: Callable[..., Any] | None = None,
+) -> Merger:
     known = inspect.signature(merger).parameters
     for option in options:
         if option not in known:
-            raise unknown_name(f"option of method '{method}'", option, known)
+            error = str(unknown_name(f"option of method '{method}'", option, known))
+            if caller is not None and nearest(option, known) == ".":
+                arguments = inspect.signature(caller).parameters
+                error += nearest(option, arguments, cutoff=0.7).removesuffix(".")
+            raise InputError(error)
     return merger(**options)
 
 

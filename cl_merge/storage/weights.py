@@ -73,10 +73,15 @@ class Weights:
     def strip(self, prefix: str, but: Collection[str] = ()) -> bool:
         """Take a prefix off the names that begin with it, but for some; tells whether any did.
 
+        The dot that ends a prefix may be left out.
+
         Raises:
             InputError: If two tensors would have one name.
         """
-        new = {name: name if name in but else name.removeprefix(prefix) for name in self.names}
+        new = {
+            name: name if name in but else name.removeprefix(prefix).removeprefix(".")
+            for name in self.names
+        }
         if len(set(new.values())) < len(new):
             twice = [n for n, short in new.items() if n != short and short in new]
             raise InputError(

@@ -142,7 +142,9 @@ def check_output(
         if path.is_dir():
             raise InputError(f"the output '{path}' is a folder; give the name of a file")
         if not overwrite:
-            raise InputError(f"the output '{path}' exists; give another name, or allow overwriting")
+            raise InputError(
+                f"the output '{path}' exists; give another name, or overwrite=True (--overwrite)"
+            )
         return
     if not path.is_dir():
         raise InputError(

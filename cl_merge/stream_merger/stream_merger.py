@@ -107,7 +107,7 @@ class StreamMerger:
         self.selection = Selection(include, exclude)
         self._store = check_store(store)
         self._directory = Path(directory) if directory is not None else None
-        merger = as_merger(method, options)
+        merger = as_merger(method, options, type(self))
         self.model = MergedModel(
             merger,
             Scales.read(scale, merger.published_scale),
@@ -118,6 +118,9 @@ class StreamMerger:
             keep_frozen=start == "independent",
         )
         self._swap = WeightSwap()
+
+    def __repr__(self) -> str:
+        return f"<StreamMerger: {self.merger.name}, tasks={self.tasks}>"
 
     @property
     def merger(self) -> Merger:

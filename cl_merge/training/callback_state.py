@@ -14,13 +14,14 @@ def state_of(callback: Callback, saved: Mapping[Any, Any]) -> Any:
     """The state of a callback among those saved, by key; None if it has none.
 
     Raises:
-        InputError: If there is one of the same callback, but of other options.
+        InputError: If there is one of the same callback, but of another method or other options.
     """
     # Options are behind all else in a key, and were not in it at first.
     former = callback._legacy_state_key
     if (key := callback.state_key) in saved or former in saved:
         return saved.get(key, saved.get(former))
-    others = [other for other in saved if str(other).startswith(str(former)[:-1])]
+    name = type(callback).__qualname__
+    others = [other for other in saved if str(other).partition("{")[0] == name]
     if others:
         raise InputError(
             f"the checkpoint has the state of {listing(others)}, but this is {key}; make it with "

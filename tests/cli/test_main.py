@@ -84,3 +84,25 @@ def test_an_interrupted_suite_says_how_to_go_on(stop, monkeypatch, capsys, tmp_p
     words = ["--data", "digits", "--methods", "magmax", "--out", str(tmp_path)]
     assert cli.main(["bench", "offline", *words]) == 130
     assert "go on with: the same command" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["merge", "base", "task", "--out", "m", "--density", "0.3"],
+            "Options of a method follow --set, as in --set density=0.3",
+        ),
+        (["merge", "base", "task", "--out", "m", "--weights", "1"], "did you mean '--weight'?"),
+        (["run", "--stream.tasks", "5"], "Settings are written without dashes"),
+        (["bench", "offline", "--sedes", "3"], "--sedes; did you mean '--seeds'?"),
+    ],
+)
+def test_an_unknown_option_shows_the_usage_of_its_command_and_what_was_meant(
+    words, message, capsys
+):
+    with pytest.raises(SystemExit):
+        cli.main(words)
+    complained = capsys.readouterr().err
+    assert f"usage: cl-merge {words[0]}" in complained
+    assert message in complained

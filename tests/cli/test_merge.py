@@ -224,7 +224,10 @@ WRONG = {
     ),
     "number as option": (["--set", "3=4"], "unknown option of method 'magmax' '3'. Known: none"),
     "nested option": (["--set", "a.b=1"], "unknown option of method 'magmax' 'a'. Known: none"),
-    "no setting": (["--set", "density"], "'density' is no setting; expected key=value"),
+    "no setting": (
+        ["--set", "density"],
+        "'density' is no setting; expected key=value, such as density=0.3",
+    ),
     "value of an option": (
         ["--method", "ties", "--set", "density=high"],
         "density must be a number above 0 and at most 1, or a list",

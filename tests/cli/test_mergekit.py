@@ -225,7 +225,7 @@ GRADIENT = "lists are gradients over layers, or values by name, which do not exi
         (TA | {"chat_template": "auto"}, "chat_template: the tokenizer is copied from the base"),
         (
             TA | {"tokenizer_source": "union"},
-            "tokenizer_source union: the tokenizer is copied from base",
+            "tokenizer_source union does not exist here: the tokenizer is copied from base",
         ),
         (TA | {"modules": {}, "nmae": 1}, "modules: parts of models are merged by themselves"),
         (TA | {"nmae": 1}, "nmae does not exist here"),

@@ -105,6 +105,12 @@ def test_every_key_says_what_it_means():
             "the command line: unknown key 'stream.taks'; did you mean 'stream.tasks'?",
         ),
         ("methd=ties", "the command line: unknown key 'methd'; did you mean 'method'?"),
+        ("probe=digits", "the command line: probe: expected a list, as in [a,b]"),
+        ("lr=1", "the command line: unknown key 'lr'; did you mean 'optimizer.lr'?"),
+        (
+            "max_epochs=1",
+            "the command line: unknown key 'max_epochs'; did you mean 'trainer.max_epochs'?",
+        ),
         (
             "trainer.max_epoch=1",
             "unknown key 'trainer.max_epoch'; did you mean 'trainer.max_epochs'? It is no argument of Lightning's Trainer",

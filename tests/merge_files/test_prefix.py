@@ -62,6 +62,14 @@ def test_without_a_base_all_names_lose_it(tmp_path):
     assert read(out)["lm_head"].unique().tolist() == [2]
 
 
+def test_the_dot_of_a_prefix_may_be_left_out(tmp_path, out):
+    base, task = paths(tmp_path, BASE, moved("model.", 1))
+    for prefix in ("model.", "model"):
+        merge_checkpoints(base, [task], out / f"{prefix}.safetensors", strip_prefix=prefix)
+    with_dot, without = (read(out / f"{prefix}.safetensors") for prefix in ("model.", "model"))
+    assert all(torch.equal(with_dot[name], without[name]) for name in with_dot)
+
+
 @pytest.mark.parametrize("prefix", ["net.", ""])
 def test_a_prefix_that_no_name_has(tmp_path, out, prefix, capsys):
     base, task = paths(tmp_path, BASE, moved("model.", 1))

@@ -350,6 +350,7 @@ def test_a_method_of_ones_own_is_found_in_its_file_and_called_by_its_name(tmp_pa
     assert published_scale(method) == 0.7
     other = find_method(f"{place}-sequential")
     assert (other.name, other.training) == ("own-median-sequential", "sequential")
+    assert compared_methods("magmax", "ties,ema") == compared_methods("magmax", ["ties", "ema"])
     shown = compared_methods(place, ["ties", f"{place}-sequential"])
     assert [m.name for m in shown] == ["zero-shot", "ties", "own-median", "own-median-sequential"]
     assert [m.name for m in compared_methods(place, "all")] == [*METHODS, "own-median"]
