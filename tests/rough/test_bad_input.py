@@ -41,7 +41,8 @@ WEIGHTS = {
     ),
     "shape": (
         weights(**{"net.weight": torch.ones(3, 3)}),
-        "has other shapes than the base 'base.safetensors': net.weight (3, 3) instead of (2, 3)",
+        "has other shapes than the base 'base.safetensors': net.weight (3, 3) instead of (2, 3); "
+        "exclude what is not to be merged",
         "has other shapes than the base: net.weight (3, 3) instead of (2, 3)",
     ),
     "type": (
