@@ -78,10 +78,9 @@ class Weights:
         Raises:
             InputError: If two tensors would have one name.
         """
-        new = {
-            name: name if name in but else name.removeprefix(prefix).removeprefix(".")
-            for name in self.names
-        }
+        if any(name.startswith(f"{prefix}.") for name in self.names):
+            prefix += "."
+        new = {name: name if name in but else name.removeprefix(prefix) for name in self.names}
         if len(set(new.values())) < len(new):
             twice = [n for n, short in new.items() if n != short and short in new]
             raise InputError(
