@@ -10,14 +10,15 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import torch
 from lightning.pytorch.utilities import rank_zero_only
+from msgspec import Meta, Struct
 from torch import Tensor
 
-from cl_merge.benchmarks.runs.results import read_results
+from cl_merge.benchmarks.runs.results import Amount, Count, Percent, Scale, read_results
 from cl_merge.benchmarks.runs.settings import check_same_run
 from cl_merge.config.reading import to_yaml
 from cl_merge.config.schema import RunConfig
@@ -29,6 +30,35 @@ from cl_merge.training.journal import Journal, is_first_process, only_process
 log = logging.getLogger(__name__)
 
 
+class _Session(Struct):
+    """A record of the journal: when it was written; the first of each session says no more."""
+
+    session: Count
+    seconds: Amount
+
+
+class _Row(_Session):
+    method: str
+    task: Count
+    counts: Annotated[list[list[Count]], Meta(min_length=3, max_length=3)]
+
+
+class _Probed(_Session):
+    probe: str
+    of: str
+    task: Count
+    accuracy: Percent
+
+
+class _ChosenScale(_Session):
+    chose: str
+    task: Count
+    scale: Scale
+
+
+# What a record is, by a key that no other kind has.
+_KINDS: dict[str, type[_Session]] = {"method": _Row, "probe": _Probed, "chose": _ChosenScale}
+
 # Processes that Lightning launches for a run inherit the folder that the first one chose.
 _CHOSEN = "CL_MERGE_RUN_FOLDER"
 
@@ -39,6 +69,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._journal = Journal(self.path / "journal.jsonl")
+        self._check_journal()
         sessions = {r["session"]: r["seconds"] for r in self._journal.records}
         # How long the run took before it was stopped, up to its last journal entry.
         self.seconds_before = float(sum(sessions.values()))
@@ -147,6 +178,23 @@ class RunFolder:
         self._write_text("results.json", content + "\n")
         if is_first_process():
             shutil.rmtree(self.path / "state", ignore_errors=True)
+
+    def _check_journal(self) -> None:
+        """Make sure of the types of what is read later."""
+        tasks: set[int] = set()
+        for number, record in enumerate(self._journal.records, start=1):
+            kind = next((kind for key, kind in _KINDS.items() if key in record), _Session)
+            try:
+                checked = msgspec.convert(record, kind)
+                if isinstance(checked, _Row):
+                    tasks |= {len(counts) for counts in checked.counts}
+                if len(tasks) > 1:
+                    raise msgspec.ValidationError("counts is of another number of tasks")
+            except msgspec.ValidationError as error:
+                raise InputError(
+                    f"{self._journal.path}, line {number}: {error}; restore the file, or start "
+                    "again in a new folder"
+                ) from error
 
     def _note(self, record: dict[str, Any]) -> None:
         seconds = round(time.monotonic() - self._began, 3)

@@ -68,6 +68,11 @@ def test_what_was_probed_is_read_back(tmp_path):
     folder.add_probe("magmax", "characters", 1, 40.0)
     folder.add_probe("ties", "characters", 1, 30.0)
     assert RunFolder(tmp_path).probes("magmax") == {"characters": {0: 50.0, 1: 40.0}}
+    (tmp_path / "journal.jsonl").write_text(
+        '{"probe": "characters", "of": "ties", "task": 1, "accuracy": 130.0, "session": 1, "seconds": 0}\n'
+    )
+    with pytest.raises(InputError, match=r"journal\.jsonl, line 1: .*<= 100"):
+        RunFolder(tmp_path)
 
 
 @pytest.mark.parametrize(
