@@ -197,7 +197,9 @@ def _add(board: Leaderboard, file: Path, results: Mapping[str, Any]) -> None:
             command=results["command"],
             commit=results.get("commit") or "",
             versions=results.get("versions", {}),
-            machine=", ".join(str(machine[k]) for k in ("device", "platform") if k in machine),
+            machine=", ".join(
+                str(machine[k]) for k in ("device", "processor", "platform") if k in machine
+            ),
             seed=results["seed"],
             order=settings.get("stream.order", "of the recipe"),
             metrics={"accuracy": found["accuracy"], **metrics, **cost},

@@ -1,15 +1,20 @@
-"""Where results come from: the command that finds them again, and the commit of the code."""
+"""Where results come from: the command that finds them again, the code, and the machine."""
 
 from __future__ import annotations
 
 import json
+import platform
+import re
 import shlex
 import subprocess
+from contextlib import suppress
 from dataclasses import is_dataclass
 from importlib.metadata import distribution
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import cl_merge
 from cl_merge.benchmarks.runs.settings import read_settings
@@ -59,6 +64,25 @@ def source_commit() -> str | None:
         origin = json.loads(distribution("cl-merge").read_text("direct_url.json") or "{}")
         commit: str | None = origin.get("vcs_info", {}).get("commit_id")
         return commit
+
+
+def machine() -> dict[str, Any]:
+    """What computes: system, processor, threads and device, on which the last bits depend."""
+    return {
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def _processor() -> str:
+    """The name of the processor, and the vector instructions that torch uses of it."""
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):  # where it is not Linux
+        told = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        name = told[1] if told else name
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _git(folder: Path, *words: str) -> str:

@@ -27,7 +27,7 @@ from cl_merge.benchmarks.methods.method import TRAININGS, Method, compared_metho
 from cl_merge.benchmarks.runs.loggers import check_loggers
 from cl_merge.benchmarks.runs.probes import Probe, load_probes
 from cl_merge.benchmarks.runs.progress import TRAIN_COST
-from cl_merge.benchmarks.runs.provenance import command_of, source_commit
+from cl_merge.benchmarks.runs.provenance import command_of, machine, source_commit
 from cl_merge.benchmarks.runs.results import Results
 from cl_merge.benchmarks.runs.run_folder import RunFolder
 from cl_merge.callbacks import EWC, DriftPenalty, LwF, MergeCallback
@@ -172,11 +172,7 @@ def collect_results(run: Run) -> dict[str, Any]:
         "command": command_of(run.config),
         "commit": source_commit(),
         "versions": {"python": platform.python_version()} | {n: version(n) for n in PACKAGES},
-        "machine": {
-            "platform": platform.platform(),
-            "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        },
+        "machine": machine(),
     }
     results = msgspec.json.decode(msgspec.json.encode(found), type=Results)
     return msgspec.to_builtins(results)  # type: ignore[no-any-return]

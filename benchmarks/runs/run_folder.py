@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from msgspec import Meta, Struct
 from torch import Tensor
 
+from cl_merge.benchmarks.runs.provenance import machine
 from cl_merge.benchmarks.runs.results import Amount, Count, Percent, Scale, read_results
 from cl_merge.benchmarks.runs.settings import check_same_run
 from cl_merge.config.reading import to_yaml
@@ -206,9 +207,11 @@ class RunFolder:
         if file.exists():
             check_same_run(config, file)
         self._write_text("config.yaml", to_yaml(config))
-        circumstances = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        now = machine()
+        circumstances = {"torch": torch.__version__} | {k: now[k] for k in ("processor", "threads")}
         former = [r["circumstances"] for r in self._journal.records if "circumstances" in r]
-        if former and former[-1] != circumstances:
+        # Earlier versions noted less.
+        if former and any(circumstances.get(key) != value for key, value in former[-1].items()):
             log.warning(
                 f"{self.path} was begun with {former[-1]} and goes on with {circumstances}: the "
                 "results may differ in the last digits from those of one run"

@@ -235,4 +235,5 @@ def _versions(finished: Sequence[Mapping[str, Any]]) -> list[str]:
 def _machine(results: Mapping[str, Any]) -> str:
     machine = results.get("machine", {})
     threads = counted(int(machine.get("threads", 1)), "thread")
-    return ", ".join(str(x) for x in (machine.get("device"), threads, machine.get("platform")) if x)
+    device, *rest = map(machine.get, ("device", "processor", "platform"))
+    return ", ".join(str(x) for x in (device, threads, *rest) if x)

@@ -60,6 +60,14 @@ def test_seeds_orders_and_machines_are_one_cell_with_mean_and_spread(write):
     assert {finding.order for finding in cell} == {"of the recipe", "7"}
 
 
+def test_processors_of_one_system_are_several_machines(write):
+    for name in ("EPYC, AVX2", "Xeon, AVX512"):
+        machine = {"device": "cpu", "processor": name, "platform": "Linux"}
+        write(f"runs/{name[:4]}", "data=digits", {"magmax": 80.0}, machine=machine)
+        folder = write(f"runs/copy-{name[:4]}", "data=digits", {"magmax": 80.0}, machine=machine)
+    assert values(read_leaderboard([folder])) == {("digits, 2 tasks", "magmax"): [80.0, 80.0]}
+
+
 @pytest.mark.parametrize(
     ("words", "shown"),
     [

@@ -1,5 +1,6 @@
 """The folder of a run."""
 
+import json
 import os
 
 import pytest
@@ -7,6 +8,7 @@ from results_files import write_results_file
 
 from cl_merge.benchmarks.runs.results import finished_results
 from cl_merge.benchmarks.runs.run_folder import RunFolder
+from cl_merge.benchmarks.runs.settings import read_settings
 from cl_merge.errors import InputError
 
 
@@ -26,3 +28,20 @@ def test_the_command_that_goes_on_can_be_pasted_into_a_shell(tmp_path):
     (folder / "config.yaml").touch()
     with pytest.raises(InputError, match=f"go on with: cl-merge run 'out={folder}'$"):
         finished_results(folder)
+
+
+@pytest.mark.parametrize(
+    ("former", "warned"),
+    [({}, False), ({"processor": "Z80, DEFAULT"}, True), ({"threads": 99}, True)],
+    ids=["the same, of an earlier version", "another processor", "more threads"],
+)
+def test_a_run_that_goes_on_elsewhere_is_warned_of(tmp_path, caplog, former, warned):
+    config = read_settings([f"out={tmp_path}"])
+    RunFolder.claim(config, "run").release()
+    journal = tmp_path / "journal.jsonl"
+    record = json.loads(journal.read_text())
+    del record["circumstances"]["processor"]
+    record["circumstances"] |= former
+    journal.write_text(json.dumps(record) + "\n")
+    RunFolder.claim(config, "run").release()
+    assert ("may differ in the last digits" in caplog.text) == warned
