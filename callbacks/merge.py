@@ -83,7 +83,7 @@ class MergeCallback(EvaluationCallback):
             None asks the trainer's data module for its ``held_out_dataloader()``.
         logits: For methods that weigh elements, such as ``"fisher"``: as of `EWC`.
         loss: For methods that weigh elements: as of `EWC`.
-        importance_samples: For methods that weigh elements: as `samples` of `EWC`, labels drawn.
+        importance_samples: For methods that weigh elements: as ``samples`` of `EWC`, drawn labels.
         **options: Options of the method, such as ``density`` for TIES; a `Merger` has its own.
 
     Attributes:
