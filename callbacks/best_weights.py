@@ -43,9 +43,10 @@ def check_best(trainer: L.Trainer) -> None:
 
 def load_best(trainer: L.Trainer, module: L.LightningModule) -> None:
     """Put the weights of a fit's best checkpoint into the module."""
-    best = _best_checkpoint(trainer)
-    if trainer.fast_dev_run:  # type: ignore[attr-defined]  # in which Lightning saves nothing
+    # Lightning saves nothing in such a fit; it sets the attribute where type checkers do not look.
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
+    best = _best_checkpoint(trainer)
     if not best.best_model_path:
         raise InputError(
             f"ModelCheckpoint(monitor='{best.monitor}') has saved no best weights in this fit for "

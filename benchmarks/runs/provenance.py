@@ -70,18 +70,18 @@ def machine() -> dict[str, Any]:
     """What computes: system, processor, threads and device, on which the last bits depend."""
     return {
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     """The name of the processor, and the vector instructions that torch uses of it."""
-    name = platform.processor() or platform.machine()
+    told = None
     with suppress(OSError):  # where it is not Linux
         told = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        name = told[1] if told else name
+    name = told[1] if told else platform.processor() or platform.machine()
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from msgspec import Meta, Struct
 from torch import Tensor
 
-from cl_merge.benchmarks.runs.provenance import machine
+from cl_merge.benchmarks.runs.provenance import processor
 from cl_merge.benchmarks.runs.results import Amount, Count, Percent, Scale, read_results
 from cl_merge.benchmarks.runs.settings import check_same_run
 from cl_merge.config.reading import to_yaml
@@ -207,8 +207,11 @@ class RunFolder:
         if file.exists():
             check_same_run(config, file)
         self._write_text("config.yaml", to_yaml(config))
-        now = machine()
-        circumstances = {"torch": torch.__version__} | {k: now[k] for k in ("processor", "threads")}
+        circumstances = {
+            "torch": torch.__version__,
+            "processor": processor(),
+            "threads": torch.get_num_threads(),
+        }
         former = [r["circumstances"] for r in self._journal.records if "circumstances" in r]
         # Earlier versions noted less.
         if former and any(circumstances.get(key) != value for key, value in former[-1].items()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import re
 from collections.abc import Sequence
 
 from cl_merge import __version__
@@ -11,8 +12,6 @@ from cl_merge.cli import bench, export, inspect, merge, predict, report, run
 from cl_merge.cli.process import Signals, StoppedError, share_cores, terminated_as_interrupted
 from cl_merge.cli.terminal import is_unread, own_terminal, say
 from cl_merge.errors import InputError, nearest, was_interrupted
-
-_NO_OPTIONS = {"base", "command", "execute", "fail", "files", "hint", "images", "run", "settings"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(command)
-        command.set_defaults(fail=command.error, hint=getattr(module, "HINT", ""))
+        command.set_defaults(parser=command, hint=getattr(module, "HINT", ""))
     return made
 
 
@@ -73,9 +72,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     end = rest.index("--") if "--" in rest else len(rest)  # from which on words are no options
     unknown = [word for word in rest[:end] if word.startswith("-") or several is None]
     if unknown:
-        options = [f"--{name.replace('_', '-')}" for name in set(vars(parsed)) - _NO_OPTIONS]
-        near = nearest(unknown[0].partition("=")[0], sorted(options))
-        parsed.fail(f"unrecognized arguments: {' '.join(unknown)}{near} {parsed.hint}".rstrip())
+        options = re.findall(r"--[\w-]+", parsed.parser.format_usage())
+        near = nearest(unknown[0].partition("=")[0], options)
+        parsed.parser.error(
+            f"unrecognized arguments: {' '.join(unknown)}{near} {parsed.hint}".rstrip()
+        )
     rest = [*rest[:end], *rest[end + 1 :]]
     if rest and several is not None:
         setattr(parsed, several, [*getattr(parsed, several), *rest])
