@@ -246,7 +246,8 @@ def _seeds(text: str | None, default: tuple[int, ...]) -> tuple[int, ...]:
     listed = "," in text
     if not words or not all(map(str.isdecimal, words)) or (not listed and int(text) < 1):
         raise InputError(
-            f"seeds '{text}'; expected how many, such as 3, or a list with commas, such as 0,1,2"
+            f"seeds '{text}'; expected how many, such as 3, or a list with commas, such as 0,1,2 "
+            "(one alone: '5,')"
         )
     if listed:
         return tuple(dict.fromkeys(map(int, words)))

@@ -50,7 +50,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--tasks", **several, help="only these numbers of tasks, with commas")
     about = "show only these methods, with commas; others of their training are evaluated too"
     add("--methods", **several, help=about)
-    add("--seeds", metavar="N", help="how many, or a list with commas")
+    add("--seeds", metavar="N", help="how many; or a list, such as 1,2 (or '5,' for one)")
     about = "so many orders of classes, domains or data sets: the recipe's, the others drawn"
     add("--orders", type=int, metavar="N", help=about)
     add("--out", metavar="FOLDER", help="folder of the suite [runs/SUITE]")

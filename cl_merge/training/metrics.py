@@ -11,6 +11,7 @@ T tasks:
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -116,6 +117,9 @@ class AccuracyMatrix(Metric):
         task_classes: For each of the T tasks the labels of its classes.
         num_classes: C, the number of rows of the head.
 
+    Raises:
+        ValueError: A task's classes are not labels from 0 to C - 1.
+
     Attributes:
         task_classes: For each task the labels of its classes, ascending.
         rows: Finished rows: for each task index the counts, int64 [3, T]: correct task-agnostic,
@@ -138,12 +142,14 @@ class AccuracyMatrix(Metric):
 
     def __init__(self, task_classes: Sequence[Sequence[int]], num_classes: int) -> None:
         super().__init__()
-        self.task_classes = [sorted(classes) for classes in task_classes]
+        self.task_classes = [
+            _labels(task, classes, num_classes) for task, classes in enumerate(task_classes)
+        ]
         none = torch.zeros(3, len(task_classes), dtype=torch.int64)
         self.add_state("counts", default=none, dist_reduce_fx="sum")
         outside = torch.ones(len(task_classes), num_classes, dtype=torch.bool)
-        for task, classes in enumerate(task_classes):
-            outside[task, list(classes)] = False
+        for task, labels in enumerate(self.task_classes):
+            outside[task, labels] = False
         self.register_buffer("_outside", outside, persistent=False)
         self._outside: Tensor
         self.rows: dict[int, Tensor] = {}
@@ -221,7 +227,20 @@ class AccuracyMatrix(Metric):
         return found | {name: x if complete else float("nan") for name, x in over_time.items()}
 
     def _stack(self, which: int) -> Tensor:
+        if not self.rows:
+            raise RuntimeError("no row is finished; call finish_row(task) after the test images")
         return torch.stack([self.rows[task][which] for task in sorted(self.rows)])
+
+
+def _labels(task: int, classes: Sequence[int], num_classes: int) -> list[int]:
+    wanted = f"the labels of its classes, from 0 to {num_classes - 1}, such as [[0, 1], [2, 3]]"
+    try:
+        labels = sorted(operator.index(label) for label in classes)
+    except TypeError:
+        labels = [-1]
+    if any(not 0 <= label < num_classes for label in labels):
+        raise ValueError(f"task_classes[{task}] is {classes!r}; expected for each task {wanted}")
+    return labels
 
 
 def _mean(values: Tensor) -> float:

@@ -1,6 +1,7 @@
 """The accuracy matrix and the figures read off it."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -156,3 +157,20 @@ def test_a_single_row_after_all_tasks_has_no_figures_over_time():
     assert math.isnan(figures["forgetting"])
     assert math.isnan(figures["average_incremental_accuracy"])
     assert math.isnan(figures["backward_transfer"])
+
+
+@pytest.mark.parametrize(
+    ("task_classes", "named"),
+    [([0, 0, 1], "task_classes[0] is 0"), ([[0], [3]], "[3]"), ([[0], [-1]], "[-1]"), (["a"], "a")],
+)
+def test_classes_that_are_not_labels_are_named(task_classes, named):
+    with pytest.raises(ValueError, match=re.escape(named)):
+        AccuracyMatrix(task_classes, num_classes=3)
+
+
+def test_figures_before_the_first_finished_row_say_what_to_call():
+    matrix = AccuracyMatrix([[0], [1]], num_classes=2)
+    with pytest.raises(RuntimeError, match="finish_row"):
+        matrix.accuracy()
+    with pytest.raises(RuntimeError, match="finish_row"):
+        matrix.metrics()
