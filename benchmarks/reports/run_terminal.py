@@ -81,6 +81,7 @@ def show_start(console: Console, run: Run) -> None:
         f"{sum(len(task.train) for task in tasks)} images to train on, "
         f"{apart}{sum(len(task.test) for task in tasks)} to test on; writing to {run.folder.path}",
         markup=False,
+        soft_wrap=True,
     )
 
 
@@ -118,6 +119,7 @@ def show_results(console: Console, folder: Path) -> None:
         f"{folder} holds the merged weights, the task vectors, results.json, logs, "
         f"{' and '.join(f'{name}.png' for name in reversed(PICTURES))}.",
         markup=False,
+        soft_wrap=True,
     )
 
 

@@ -94,7 +94,9 @@ def show_begin(console: Console, suite: Suite, jobs: int, left: int, folder: Pat
     """Say how many runs there are, and how many of them are left to do."""
     done = f", {jobs - left} of them done" if left < jobs else ""
     done = done if left else ", all done; nothing is left to do"
-    console.print(f"{suite.name} in {folder}: {counted(jobs, 'run')}{done}", markup=False)
+    console.print(
+        f"{suite.name} in {folder}: {counted(jobs, 'run')}{done}", markup=False, soft_wrap=True
+    )
 
 
 def show_ended(console: Console, ended: Ended, number: int, jobs: int, folder: Path) -> None:

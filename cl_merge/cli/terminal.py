@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, TextIO
 
+from typing_extensions import override
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -25,12 +27,25 @@ def say(message: str) -> None:
 
 def show_messages(console: Console) -> None:
     """Let what the library has to say appear beside the progress bar instead of breaking it."""
-    from rich.logging import RichHandler
-
-    plain = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
     library = logging.getLogger("cl_merge")
-    library.handlers, library.propagate = [plain], False
+    library.handlers, library.propagate = [_Messages(console)], False
     library.setLevel(logging.INFO)
+
+
+class _Messages(logging.Handler):
+    """Prints messages; where no terminal wraps them each is one line, to be searched for."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+
+    @override
+    def emit(self, record: logging.LogRecord) -> None:
+        whole = not self.console.is_terminal
+        try:
+            self.console.print(self.format(record), soft_wrap=whole, markup=False, highlight=False)
+        except Exception:
+            self.handleError(record)
 
 
 def quieten() -> None:
