@@ -94,6 +94,9 @@ class LwF(Regularizer):
         super().__init__(weight, first_task=first_task)
         if not temperature > 0:
             raise InputError(f"temperature={temperature} of LwF; expected more than 0")
+        if isinstance(target, nn.Module):
+            kind = type(target).__name__
+            raise InputError(f"target of LwF is a module, {kind}; expected its name, as 'net'")
         self.temperature = temperature
         self.target = target
         check_loss(loss)

@@ -12,7 +12,7 @@ from cl_merge.benchmarks.runs.settings import differing_settings
 from cl_merge.benchmarks.suites.definition import Suite, find_suite, joined, to_yaml
 from cl_merge.benchmarks.suites.plan import DONE, Job, state_of
 from cl_merge.config.schema import RunConfig
-from cl_merge.errors import InputError
+from cl_merge.errors import InputError, listing
 from cl_merge.storage.files import atomic_write
 
 log = logging.getLogger(__name__)
@@ -99,8 +99,11 @@ def read_folder(folder: str | Path) -> Suite:
     """Read what a suite's folder was asked for."""
     file = Path(folder) / SUITE
     if not file.exists():
+        files = [*file.parent.glob(f"*/{SUITE}"), *file.parent.glob("*/results.json")]
+        below = listing(sorted({one.parent.name for one in files}), limit=8)
+        several = f"; in it lie {below}: name one, or join them with --leaderboard PAGE.html"
         raise InputError(
             f"'{folder}' is no folder of a suite (no {SUITE}) nor of a finished run (no "
-            "results.json)"
+            f"results.json){several if files else ''}"
         )
     return find_suite(str(file))

@@ -191,6 +191,11 @@ def test_a_target_that_is_missing_or_unknown_is_named(target, message):
         fit(module, LwF(target=target), 0)
 
 
+def test_a_target_is_given_by_name():
+    with pytest.raises(InputError, match="target of LwF is a module, Linear; expected its name"):
+        LwF(target=nn.Linear(1, 1))
+
+
 def test_a_target_that_is_not_called_is_named():
     module = Plain()
     module.other = nn.Linear(1, 1)
