@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -94,7 +94,7 @@ class LwF(Regularizer):
         super().__init__(weight, first_task=first_task)
         if not temperature > 0:
             raise InputError(f"temperature={temperature} of LwF; expected more than 0")
-        if isinstance(target, nn.Module):
+        if isinstance(cast(object, target), nn.Module):
             kind = type(target).__name__
             raise InputError(f"target of LwF is a module, {kind}; expected its name, as 'net'")
         self.temperature = temperature
