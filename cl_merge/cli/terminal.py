@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, TextIO
 
-from typing_extensions import override
-
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -39,12 +37,12 @@ class _Messages(logging.Handler):
         super().__init__()
         self.console = console
 
-    @override
     def emit(self, record: logging.LogRecord) -> None:
         whole = not self.console.is_terminal
         try:
             self.console.print(self.format(record), soft_wrap=whole, markup=False, highlight=False)
         except Exception:
+            # As every handler of logging: a message that cannot be shown ends no run.
             self.handleError(record)
 
 

@@ -11,13 +11,15 @@ T tasks:
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
+
+from cl_merge.data.tasks import as_integer
+from cl_merge.errors import InputError
 
 
 def average_accuracy(accuracy: Tensor) -> float:
@@ -118,7 +120,7 @@ class AccuracyMatrix(Metric):
         num_classes: C, the number of rows of the head.
 
     Raises:
-        ValueError: A task's classes are not labels from 0 to C - 1.
+        InputError: A task's classes are not labels from 0 to C - 1.
 
     Attributes:
         task_classes: For each task the labels of its classes, ascending.
@@ -233,13 +235,16 @@ class AccuracyMatrix(Metric):
 
 
 def _labels(task: int, classes: Sequence[int], num_classes: int) -> list[int]:
-    wanted = f"the labels of its classes, from 0 to {num_classes - 1}, such as [[0, 1], [2, 3]]"
     try:
-        labels = sorted(operator.index(label) for label in classes)
-    except TypeError:
-        labels = [-1]
-    if any(not 0 <= label < num_classes for label in labels):
-        raise ValueError(f"task_classes[{task}] is {classes!r}; expected for each task {wanted}")
+        found = [as_integer(label) for label in classes]
+    except TypeError:  # a label, where the list of a task's labels belongs
+        found = [None]
+    labels = sorted(label for label in found if label is not None and 0 <= label < num_classes)
+    if len(labels) < len(found):
+        raise InputError(
+            f"task_classes[{task}] is {classes!r}; expected for each task the labels of its "
+            f"classes, from 0 to {num_classes - 1}, such as [[0, 1], [2, 3]]"
+        )
     return labels
 
 
