@@ -110,6 +110,10 @@ def given(page, place, factory):
         states = [{"weight": torch.zeros(10)}, {"weight": torch.arange(10.0)}]
         names |= dict(zip(("base_state", "tuned_state"), states, strict=True))
         names["other"] = TaskVector({"weight": -torch.ones(10)})
+    if page == "concepts/metrics.md":
+        labels = torch.arange(6)
+        names |= {"module": torch.nn.Linear(4, 6), "train": lambda module, task: None}
+        names["test_batches"] = [(torch.randn(6, 4), labels, labels // 2)]
     if page == "howto/callback.md":
         names["train"] = lambda module, data: module.net[0].weight.data.add_(0.1)
         names["evaluate"] = lambda module: module(torch.zeros(1, 4))
