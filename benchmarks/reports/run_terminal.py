@@ -97,15 +97,19 @@ def show_task(console: Console, run: Run, training: Training, end: TaskEnd) -> N
     said = f"[bold]{which}[/] ({escape(end.task.name)}), {training.name} training, "
     said += f"{end.cost.seconds:.0f} s"
     if not figures:
-        console.print(said)
+        console.print(said, soft_wrap=True)
         return
-    console.print(f"{said}; accuracy on everything seen, %:")
+    console.print(f"{said}; accuracy on everything seen, %:", soft_wrap=True)
     best = max(figures.values())
     shown = [
         f"[bold]{name} {rounded(value)}[/]" if value == best else f"{name} {rounded(value)}"
         for name, value in figures.items()
     ]
-    console.print(Padding(", ".join(shown), (0, 0, 0, 2)))
+    line = ", ".join(shown)
+    if console.is_terminal:
+        console.print(Padding(line, (0, 0, 0, 2)))
+    else:  # a line of a log, to be searched for
+        console.print(f"  {line}", soft_wrap=True)
 
 
 def show_results(console: Console, folder: Path) -> None:

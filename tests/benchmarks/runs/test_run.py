@@ -286,10 +286,11 @@ def test_layers_may_learn_at_rates_of_their_own(tmp_path):
 
 def test_it_prints_progress_by_task_and_ends_with_the_table(tmp_path, capsys):
     assert run(*SMALLER, "method=sequential", "compare=false", f"out={tmp_path / 'run'}") == 0
-    # Long lines are wrapped at the width of the terminal.
-    out = " ".join(capsys.readouterr().out.split())
-    assert re.search(r"task 1/2 .*sequential training", out)
-    assert re.search(r"task 2/2 .*sequential training", out)
+    out = capsys.readouterr().out
+    # Whole lines, where no terminal wraps them.
+    end = r"\), sequential training, \d+ s; accuracy on everything seen, %:\n  sequential \d+\.\d\n"
+    assert re.search(rf"^task 1/2 \(.*{end}", out, re.MULTILINE)
+    assert re.search(rf"^task 2/2 \(.*{end}", out, re.MULTILINE)
     assert re.search(r"zero-shot +\d+\.\d", out)
     assert re.search(r"sequential +\d+\.\d", out)
 
