@@ -24,7 +24,7 @@ from cl_merge.benchmarks.runs.settings import read_settings
 from cl_merge.errors import InputError
 from cl_merge.models.pretrained import resolve
 
-PAPER = ["cifar100", "imagenet-r", "imagenet-r-domains", "cub200", "cars", "domainnet", "eight"]
+PAPER = ["cifar100", "imagenet-r", "imagenet-r-domains", "cub200", "cars", "domainnet", "vision8"]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_the_recipes_are_those_of_the_paper(name, paper):
     assert optimizer.warmup_steps == recipe["schedule"]["warmup_steps"]
     assert config.stream.batch_size == given["batch_size"]
     assert config.trainer["gradient_clip_val"] == given["clip_grad_norm"]
-    if name != "eight":
+    if name != "vision8":
         epochs = recipe["epochs_per_task"][name.removesuffix("-domains")]
         assert config.trainer["max_epochs"] == epochs
         assert config.epochs is None
@@ -140,7 +140,7 @@ def test_imagenet_r_is_divided_the_same_way_whatever_the_seed():
 
 
 def test_the_eight_data_sets_and_their_epochs_are_the_published_ones(paper):
-    config, entry = read_settings(["data=eight"]), find_data("eight")
+    config, entry = read_settings(["data=vision8"]), find_data("vision8")
     pairs = paper["recipe"]["eight_datasets"]["order_and_epochs"]
     assert list(entry.sources) == [name.lower() for name, _ in pairs]
     assert config.epochs == [epochs for _, epochs in pairs]

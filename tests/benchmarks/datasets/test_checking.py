@@ -130,7 +130,7 @@ def test_what_a_card_does_not_say_is_read_from_the_ends_of_the_files(hub, tmp_pa
 
 def test_joined_data_sets_are_checked_one_by_one(hub, tmp_path):
     hub.add(repository("mnist"))
-    findings = check(["data=eight"], tmp_path)
+    findings = check(["data=vision8"], tmp_path)
     assert of(findings, "mnist")["source"][2] == OK
     assert of(findings, "gtsrb")["source"][2] == MISSING
 

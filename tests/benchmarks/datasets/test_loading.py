@@ -168,7 +168,7 @@ def test_without_the_hub_one_line_says_how_to_use_a_local_copy(tmp_path, monkeyp
     for part in ("ylecun/mnist", "source=/path/to/mnist", "CL_MERGE_DATA", "'mnist'"):
         assert part in message
     with pytest.raises(InputError, match=r"set CL_MERGE_DATA to the folder that holds cars/") as e:
-        load_data(read_settings(["data=eight"]))
+        load_data(read_settings(["data=vision8"]))
     assert "source=" not in str(e.value)
 
 

@@ -126,7 +126,7 @@ def test_the_seed_of_a_run_is_that_of_its_cell_and_reaches_the_recipe():
     assert (config.seed, config.stream.order, config.stream.tasks) == (3, 3, 10)
 
 
-@pytest.mark.parametrize("suite", ["offline", "table1", "table2", "domains", "eight"])
+@pytest.mark.parametrize("suite", ["offline", "table1", "table2", "domains", "vision8"])
 def test_every_run_of_every_suite_has_a_valid_configuration(suite):
     for job in jobs_of(plan(suite)):
         assert job_config(job).data == job.setting.data
