@@ -117,10 +117,10 @@ def show_results(console: Console, folder: Path) -> None:
     results = finished_results(folder)
     console.print()
     console.print(results_table(results))
-    total = results["total"]
+    total, logs = results["total"], "logs, " if (folder / "logs").exists() else ""
     console.print(
         f"{total['seconds']:.0f} s, at most {total['peak_memory'] / 2**30:.1f} GiB of memory. "
-        f"{folder} holds the merged weights, the task vectors, results.json, logs, "
+        f"{folder} holds the merged weights, the task vectors, results.json, {logs}"
         f"{' and '.join(f'{name}.png' for name in reversed(PICTURES))}.",
         markup=False,
         soft_wrap=True,

@@ -315,14 +315,16 @@ def test_the_settings_are_written_once_by_their_names_on_the_command_line(whole)
 # What it must not do
 
 
-def test_loggers_change_no_bit_of_what_is_learned(whole, tmp_path):
+def test_loggers_change_no_bit_of_what_is_learned(whole, tmp_path, capsys):
     there = [name for name in EXTRAS if all_there(name)]
     options = "{" + ",".join(["csv: null", *(f"{n}: {{}}" for n in there if n != "wandb")])
     options += ", wandb: {mode: offline}}" if "wandb" in there else "}"
     words = ["method=magmax", "compare=false", "trainer.max_epochs=1"]
     assert run(tmp_path / "with", *words, f"loggers={options}") == 0
+    assert "results.json, logs, accuracy_matrix.png" in capsys.readouterr().out
     assert run(tmp_path / "without", *words, "loggers=false") == 0
     assert not (tmp_path / "without" / "logs").exists()
+    assert "results.json, accuracy_matrix.png" in capsys.readouterr().out
     found = {
         name: {f.name: f.read_bytes() for f in (tmp_path / name).rglob("*.safetensors")}
         for name in ("with", "without")
