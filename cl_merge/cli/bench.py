@@ -42,7 +42,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add(
         "suite",
         metavar="SUITE",
-        help="offline, held-out, table1, table2, domains, vision8, mtil, mtil-offline, or FILE.yaml",
+        help="offline, held-out, table1, table2, vision8, domains, mtil, mtil-offline or FILE.yaml",
     )
     add("settings", nargs="*", metavar="KEY=VALUE", help="settings of every run, see cl-merge run")
     several: dict[str, Any] = {"metavar": "A,B", "default": ""}
