@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from statistics import median
 
@@ -35,10 +36,11 @@ def show_plan(console: Console, suite: Suite, jobs: Sequence[Job], folder: Path)
         table.add_row(escape(job.path), shown, time, escape(", ".join(job.methods)))
     console.print(table)
     left = [job for job, state in zip(jobs, states, strict=True) if state != DONE]
-    cells = len(suite.settings) * len(suite.shown) * len(suite.seeds)
+    axes = {"setting": len(suite.settings), "method": len(suite.shown), "seed": len(suite.seeds)}
     console.print(
-        f"{suite.name}: {cells} cells ({len(suite.settings)} settings, {len(suite.shown)} methods, "
-        f"{len(suite.seeds)} seeds) from {counted(len(jobs), 'run')} in {folder}, "
+        f"{suite.name}: {counted(prod(axes.values()), 'cell')} "
+        f"({', '.join(counted(number, axis) for axis, number in axes.items())}) "
+        f"from {counted(len(jobs), 'run')} in {folder}, "
         f"{states.count(DONE)} of them done; {_time_left(left, times)}",
         soft_wrap=True,
         markup=False,
