@@ -93,7 +93,7 @@ def test_images_in_bfloat16_are_not_kept(table):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", ["fork", "spawn"])  # forkserver hands over what spawn does
+@pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
 def test_what_workers_decode_is_there_for_all(table, start, monkeypatch):
     kept = keep_images(images_of(table, TRANSFORMS["of open_clip"][0]))
     loader = DataLoader(kept, 2, num_workers=2, multiprocessing_context=start)

@@ -21,8 +21,8 @@ def found(tmp_path_factory):
         "PYTHONPATH": os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
     }
-    # Two pairs of times; every 16th flush, and every 5th rename.
-    writes = ["31", "10"]
+    # Two pairs of times; every 16th and 19th flush, and every 5th rename.
+    writes = ["31", "37", "10"]
     command = [sys.executable, SUPPORT / "killing.py", "case_run", folder, "2", *writes]
     subprocess.run(command, check=True, env=environment, timeout=900)
     return json.loads((folder / "found.json").read_text())
